@@ -1,0 +1,1 @@
+"""jepa: the thin training stack on top of jepa_kernels."""

@@ -1,0 +1,205 @@
+"""What one training step reads: clips, and the token lists of their masks, packed so that no step needs a loop or a look-up on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from jepa import lattice
+
+
+def _moved(record: Any, change: Any) -> Any:
+    """A copy of a dataclass with `change` applied to every tensor (and every record of tensors) in it."""
+    values = {}
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        movable = isinstance(value, Tensor | MaskBatch)
+        values[field.name] = change(value) if movable else value
+    return type(record)(**values)
+
+
+@dataclass(frozen=True)
+class MaskBatch:
+    """Context and target tokens of J mask sets over B samples, packed set-major: sequence s = j*B + b.
+
+    A token id is t*H*W + y*W + x on the grid (T, H, W), N = T*H*W; `*_rows` are b*N + id, rows of a dense [B*N, D]; `*_cu` are
+    the cumulative lengths of the J*B sequences. Pairs and columns list sites of the *context* that exist at several time steps.
+    """
+
+    num_sets: int
+    batch_size: int
+    grid: tuple[int, int, int]
+    context_ids: Tensor  # int64 [Nc]
+    context_cu: Tensor  # int32 [J*B+1]
+    context_set: Tensor  # int64 [Nc]
+    context_rows: Tensor  # int64 [Nc]
+    target_ids: Tensor  # int64 [Nt]
+    target_cu: Tensor  # int32 [J*B+1]
+    target_set: Tensor  # int64 [Nt]
+    target_rows: Tensor  # int64 [Nt]
+    context_distance: Tensor  # float32 [Nc]: sqrt of the Euclidean distance to the nearest target token of the sequence
+    pairs: Tensor  # int64 [P, K+1]: packed context rows of one site at t, t+1, .. t+K
+    pair_rows: Tensor  # int64 [P, K+1]
+    pair_set: Tensor  # int64 [P]
+    columns: Tensor  # int64 [C, T]: packed context rows of a site that is present at all T steps
+    column_rows: Tensor  # int64 [C, T]
+    column_set: Tensor  # int64 [C]
+    context_count: Tensor  # float32 [J]
+    target_count: Tensor  # float32 [J]
+    pair_count: Tensor  # float32 [J]
+    column_count: Tensor  # float32 [J]
+
+    @property
+    def horizon(self) -> int:
+        """K: a pair row holds K+1 consecutive time steps."""
+        return self.pairs.shape[1] - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """N = T*H*W."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @classmethod
+    def from_ids(
+        cls,
+        context: Sequence[Sequence[NDArray[np.int64]]],
+        target: Sequence[Sequence[NDArray[np.int64]]],
+        grid: tuple[int, int, int],
+        horizon: int = 1,
+    ) -> Self:
+        """Packs per-set, per-sample id arrays and derives every list from them.
+
+        Args:
+            context: J lists of B integer arrays of distinct ids, in any order (the packed order is the given one); may be empty arrays.
+            target: the same layout; disjoint from the context of the same sequence.
+            grid: (T, H, W) in tokens.
+            horizon: K >= 1, the number of steps a pair spans.
+
+        Returns:
+            A MaskBatch on the CPU. A sequence without targets has infinite context distances (weight 1/distance = 0).
+
+        Raises:
+            ValueError: lists of unequal size, ids out of range, repeated ids, or a token that is both context and target.
+        """
+        num_sets, batch_size = len(context), len(context[0]) if context else 0
+        grid = _checked_grid(grid)
+        num_tokens = grid[0] * grid[1] * grid[2]
+        if horizon < 1:
+            raise ValueError(f"MaskBatch.from_ids: horizon must be at least 1, got {horizon}.")
+        context_ids, context_cu, context_seq = _packed("context", context, num_sets, batch_size, num_tokens)
+        target_ids, target_cu, target_seq = _packed("target", target, num_sets, batch_size, num_tokens)
+
+        num_sequences = num_sets * batch_size
+        context_table = _distinct_table("context", context_ids, context_seq, num_sequences, num_tokens)
+        target_table = _distinct_table("target", target_ids, target_seq, num_sequences, num_tokens)
+        shared = (context_table >= 0) & (target_table >= 0)
+        if shared.any():
+            sequence, token = (int(v) for v in np.argwhere(shared)[0])
+            raise ValueError(
+                f"MaskBatch.from_ids: target must not share tokens with the context of its sequence, got token {token} in both "
+                f"(set {sequence // batch_size}, sample {sequence % batch_size})."
+            )
+        squared = lattice.squared_distance_to((target_table >= 0).reshape(num_sequences, *grid)).reshape(num_sequences, num_tokens)
+        distance = squared[context_seq, context_ids].astype(np.float64)
+        distance[distance >= 2.0**39] = np.inf
+        pairs, pair_ids, pair_seq = lattice.temporal_pairs(context_table, grid, horizon)
+        columns, column_ids, column_seq = lattice.full_columns(context_table, grid)
+
+        def rows(ids: NDArray[np.int64], sequence: NDArray[np.int64]) -> Tensor:
+            sample = sequence % batch_size
+            return torch.from_numpy(sample.reshape(-1, *[1] * (ids.ndim - 1)) * num_tokens + ids)
+
+        def sets(sequence: NDArray[np.int64]) -> Tensor:
+            return torch.from_numpy(sequence // batch_size)
+
+        def counts(sequence: NDArray[np.int64]) -> Tensor:
+            return torch.from_numpy(np.bincount(sequence // batch_size, minlength=num_sets).astype(np.float32))
+
+        return cls(
+            num_sets=num_sets,
+            batch_size=batch_size,
+            grid=grid,
+            context_ids=torch.from_numpy(context_ids),
+            context_cu=torch.from_numpy(context_cu),
+            context_set=sets(context_seq),
+            context_rows=rows(context_ids, context_seq),
+            target_ids=torch.from_numpy(target_ids),
+            target_cu=torch.from_numpy(target_cu),
+            target_set=sets(target_seq),
+            target_rows=rows(target_ids, target_seq),
+            context_distance=torch.from_numpy(np.sqrt(np.sqrt(distance)).astype(np.float32)),
+            pairs=torch.from_numpy(pairs),
+            pair_rows=rows(pair_ids, pair_seq),
+            pair_set=sets(pair_seq),
+            columns=torch.from_numpy(columns),
+            column_rows=rows(column_ids, column_seq),
+            column_set=sets(column_seq),
+            context_count=counts(context_seq),
+            target_count=counts(target_seq),
+            pair_count=counts(pair_seq),
+            column_count=counts(column_seq),
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        return _moved(self, lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        return _moved(self, lambda value: value.pin_memory())
+
+
+@dataclass
+class Batch:
+    """Clips of one step. uint8 clips are channel-last as decoded; float clips are channel-first and normalised."""
+
+    clips: Tensor  # uint8 [B, T_frames, H, W, 3] or float [B, 3, T_frames, H, W]
+    labels: Tensor | None  # int64 [B]
+    sample_ids: Tensor  # int64 [B]
+    masks: MaskBatch | None
+    step: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        return _moved(self, lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        return _moved(self, lambda value: value.pin_memory())
+
+
+def _checked_grid(grid: tuple[int, int, int]) -> tuple[int, int, int]:
+    if len(grid) != 3 or min(grid) < 1:
+        raise ValueError(f"MaskBatch.from_ids: grid must be three positive numbers (T, H, W), got {tuple(grid)}.")
+    return int(grid[0]), int(grid[1]), int(grid[2])
+
+
+def _packed(
+    name: str, ids: Sequence[Sequence[NDArray[np.int64]]], num_sets: int, batch_size: int, num_tokens: int
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
+    """Ids in packed order, cumulative lengths, and the sequence of each id."""
+    if num_sets < 1 or batch_size < 1 or len(ids) != num_sets or any(len(samples) != batch_size for samples in ids):
+        sizes = [len(samples) for samples in ids]
+        raise ValueError(f"MaskBatch.from_ids: {name} must hold {num_sets} mask sets of {batch_size} samples (at least one), got {sizes}.")
+    flat = [np.asarray(one) for samples in ids for one in samples]
+    if any(one.ndim != 1 or (one.size and one.dtype.kind not in "iu") for one in flat):
+        kinds = sorted({f"{one.dtype}[{one.ndim}-d]" for one in flat})
+        raise ValueError(f"MaskBatch.from_ids: {name} must hold one-dimensional integer arrays, got {', '.join(kinds)}.")
+    lengths = np.array([one.size for one in flat], dtype=np.int64)
+    packed = np.concatenate([one.astype(np.int64) for one in flat])
+    if packed.size and (packed.min() < 0 or packed.max() >= num_tokens):
+        raise ValueError(f"MaskBatch.from_ids: {name} ids must lie in [0, {num_tokens}), got {packed.min()} to {packed.max()}.")
+    cumulative = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return packed, cumulative, np.repeat(np.arange(len(flat), dtype=np.int64), lengths)
+
+
+def _distinct_table(
+    name: str, ids: NDArray[np.int64], sequence: NDArray[np.int64], num_sequences: int, num_tokens: int
+) -> NDArray[np.int64]:
+    table = lattice.presence_table(ids, sequence, num_sequences, num_tokens)
+    if np.count_nonzero(table >= 0) != ids.size:
+        raise ValueError(f"MaskBatch.from_ids: {name} ids must be distinct within a sequence, got a repeated id.")
+    return table
