@@ -1,0 +1,48 @@
+// What every op's binding.cpp shares: torch's thread pool as a jk_parallel_for, dtype codes, strided views, the CUDA library.
+#pragma once
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "abi.h"
+
+namespace jk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// torch's intra-op pool behind the C callback. A negative grain asks for one piece per unit of work.
+inline void parallel_for(int64_t count, int64_t grain, jk_body body, void* context) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+inline int64_t dtype_code(const char* op, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return JK_FLOAT32;
+    case ScalarType::BFloat16:
+      return JK_BFLOAT16;
+    case ScalarType::Half:
+      return JK_FLOAT16;
+    default:
+      STD_TORCH_CHECK(false, op, ": dtype must be float32, bfloat16 or float16.");
+  }
+  return -1;
+}
+
+inline void check_sentence(const char* sentence) { STD_TORCH_CHECK(sentence == nullptr, sentence); }
+
+// A function of the CUDA kernel library, which is opened at its first use. Throws a sentence when it is missing.
+void* cuda_symbol(const char* name);
+// The current CUDA stream of the device, as torch sees it.
+void* cuda_stream(int32_t device);
+
+}  // namespace jk

@@ -1,0 +1,19 @@
+"""jepa_kernels: fast kernels of Joint-Embedding Predictive Architectures as torch custom ops.
+
+Importing needs torch alone: Triton, CUDA and the compiled library are looked up, never built, and are optional.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .backend import BACKENDS, BackendUnsupportedError, explain, use_backend
+from .ops.masked_attention import masked_attention
+from .rope3d import Rope3D
+
+try:
+    __version__ = version("jepa-kernels")
+except PackageNotFoundError:
+    __version__ = "0+unknown"
+
+__all__ = ["BACKENDS", "BackendUnsupportedError", "Rope3D", "__version__", "explain", "masked_attention", "use_backend"]

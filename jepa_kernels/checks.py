@@ -1,0 +1,94 @@
+"""Argument checks with one wording: ``<op>: <argument> must <requirement>, got <value>.``
+
+Everything here reads only shapes, dtypes, devices and flags, so it traces under torch.compile; the two functions that read
+values (`token_ids_in_grid`, `offsets_valid`) are called inside ops, on CPU tensors always and on a GPU under JEPA_KERNELS_CHECK=1.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ID_DTYPES = (torch.int32, torch.int64)
+
+
+def sentence(op: str, argument: str, requirement: str, got: object, hint: str = "") -> str:
+    """The one wording of every error this package raises about an argument."""
+    return f"{op}: {argument} must {requirement}, got {got}." + (f" {hint}" if hint else "")
+
+
+def type_name(value: object) -> str:
+    return type(value).__name__
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def is_tensor(op: str, argument: str, value: Any) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(sentence(op, argument, "be a tensor", type_name(value)))
+
+
+def is_bool(op: str, argument: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(sentence(op, argument, "be a bool", type_name(value)))
+
+
+def is_finite_number(op: str, argument: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(sentence(op, argument, "be a number", type_name(value)))
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ValueError(sentence(op, argument, "be finite", value))
+
+
+def has_dtype(op: str, argument: str, value: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if value.dtype not in allowed:
+        wanted = " or ".join(dtype_name(d) for d in allowed)
+        raise ValueError(sentence(op, argument, f"have dtype {wanted}", dtype_name(value.dtype)))
+
+
+def has_rank(op: str, argument: str, value: torch.Tensor, rank: int, meaning: str) -> None:
+    if value.dim() != rank:
+        raise ValueError(sentence(op, argument, f"have {rank} dimensions {meaning}", f"shape {tuple(value.shape)}"))
+
+
+def same_device(op: str, argument: str, value: torch.Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(sentence(op, argument, f"be on {device} like the first tensor", value.device))
+
+
+def is_strided(op: str, argument: str, value: torch.Tensor) -> None:
+    if value.layout != torch.strided or value.is_quantized:
+        raise ValueError(sentence(op, argument, "be a dense (strided) tensor", f"layout {value.layout}"))
+
+
+def values_are_checked(tensor: torch.Tensor) -> bool:
+    """True where reading values costs no device synchronisation, or the user asked for it (JEPA_KERNELS_CHECK=1)."""
+    return tensor.device.type == "cpu" or os.environ.get("JEPA_KERNELS_CHECK") == "1"
+
+
+def token_ids_in_grid(op: str, argument: str, ids: torch.Tensor, num_tokens: int) -> None:
+    """Ids lie in [-1, num_tokens); -1 marks a token without a position (class and register tokens)."""
+    if ids.numel() and values_are_checked(ids):
+        low, high = (int(v) for v in torch.aminmax(ids))
+        if low < -1 or high >= num_tokens:
+            got = low if low < -1 else high
+            raise ValueError(sentence(op, argument, f"hold ids from -1 to {num_tokens - 1}", got))
+
+
+def offsets_valid(op: str, argument: str, offsets: torch.Tensor, total: int) -> None:
+    """Offsets start at 0, never decrease and end at or before the last row."""
+    if not values_are_checked(offsets):
+        return
+    values = offsets.tolist()
+    if values[0] != 0:
+        raise ValueError(sentence(op, argument, "start at 0", values[0]))
+    for before, after in zip(values, values[1:], strict=False):
+        if after < before:
+            raise ValueError(sentence(op, argument, "never decrease", f"{after} after {before}"))
+    if values[-1] > total:
+        raise ValueError(sentence(op, argument, f"end at or before {total} rows", values[-1]))

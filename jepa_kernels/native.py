@@ -1,0 +1,88 @@
+"""Loads the compiled libraries, or keeps the sentence that says why one is missing. Importing this module never compiles anything."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ABI_VERSION = 1
+
+_here = Path(__file__).parent
+_library = _here / "_native.so"
+_cuda_library = _here / "_cuda.so"
+_BUILD_HINT = "build it with: pip install -e . --no-build-isolation"
+
+
+def _load() -> str | None:
+    if not _library.exists():
+        return f"the native library is not built ({_BUILD_HINT})"
+    try:
+        torch.ops.load_library(str(_library))
+    except OSError as error:
+        return f"the native library does not load: {error}"
+    if torch.ops.jepa_kernels_native.abi_version() != ABI_VERSION:
+        return f"the native library is from another version of this package ({_BUILD_HINT})"
+    if _cuda_library.exists():
+        torch.ops.jepa_kernels_native.set_cuda_library(str(_cuda_library))
+    return None
+
+
+_reason: str | None = _load()
+_available = _reason is None
+
+
+def available() -> bool:
+    return _available
+
+
+def reason() -> str | None:
+    """Why the native library is missing, or None."""
+    return _reason
+
+
+def cuda_reason() -> str | None:
+    """Why the CUDA library cannot be used, or None. Loads nothing."""
+    if not _available:
+        return _reason
+    if not _cuda_library.exists():
+        return f"the CUDA library is not built: nvcc was not found (install CUDA 12.4 or later, then {_BUILD_HINT})"
+    return None
+
+
+def _validated_isa() -> int:
+    name = os.environ.get("JEPA_KERNELS_ISA", "auto")
+    if name == "auto":
+        return -1
+    if name not in ISAS:
+        raise ValueError(f"jepa_kernels: JEPA_KERNELS_ISA must be one of auto, {', '.join(ISAS)}, got {name!r}.")
+    return ISAS.index(name)
+
+
+_forced_isa = _validated_isa()
+_machine_isa = torch.ops.jepa_kernels_native.cpu_isa() if _available else 0
+if _available and _forced_isa > _machine_isa:
+    raise ValueError(
+        f"jepa_kernels: JEPA_KERNELS_ISA must be one that this processor has (at most {ISAS[_machine_isa]}), got {ISAS[_forced_isa]!r}."
+    )
+
+
+def isa() -> int:
+    """The instruction set CPU kernels are asked to use: an index into `ISAS`, or -1 for the best one (JEPA_KERNELS_ISA forces one)."""
+    return _forced_isa
+
+
+def isa_name() -> str:
+    """The instruction set CPU kernels use here, by name."""
+    return ISAS[_machine_isa if _forced_isa < 0 else _forced_isa]
+
+
+def host_reason() -> str | None:
+    """Why the host module (mask sampling in C++) is missing, or None."""
+    try:
+        from . import _host  # noqa: F401
+    except ImportError as error:
+        return f"the host module does not import: {error} ({_BUILD_HINT})"
+    return None

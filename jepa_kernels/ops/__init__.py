@@ -1,0 +1,1 @@
+"""One folder per op: see CONTRIBUTING.md for what each file of a room holds."""

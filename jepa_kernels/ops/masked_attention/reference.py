@@ -1,0 +1,89 @@
+"""The specification of masked_attention in eager PyTorch: the formulas as written, O(N^2) memory, ordinary autograd, any float dtype.
+
+It shares nothing with the kernels: angles come from the formula rather than from the table, and sequences are taken one by one.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ... import checks
+from ...rope3d import Rope3D, rope_dim
+from .call import Call
+
+
+def unsupported_reasons(call: Call) -> list[str]:
+    return []
+
+
+def compose(query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope: Rope3D | None, scale: float, return_lse: bool):
+    """out and lse of a checked call; shapes as in the public function."""
+    if rope is not None:
+        checks.token_ids_in_grid("masked_attention", "query_ids", query_ids, rope.num_tokens)
+        checks.token_ids_in_grid("masked_attention", "key_ids", key_ids, rope.num_tokens)
+        query, key = rotate(query, query_ids, rope), rotate(key, key_ids, rope)
+    if cu_seqlens_q is None:
+        return _attend(query, key, value, scale)
+    checks.offsets_valid("masked_attention", "cu_seqlens_q", cu_seqlens_q, query.shape[0])
+    checks.offsets_valid("masked_attention", "cu_seqlens_k", cu_seqlens_k, key.shape[0])
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    outs, lses = [], []
+    for i in range(len(starts_q) - 1):
+        rows_q, rows_k = slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1])
+        out, lse = _attend(query[rows_q], key[rows_k], value[rows_k], scale)
+        outs.append(out)
+        lses.append(lse)
+    slack = query[starts_q[-1] :]
+    outs.append(slack * 0)
+    lses.append(slack.new_full((query.shape[1], slack.shape[0]), -torch.inf, dtype=_lse_dtype(query)))
+    return torch.cat(outs), torch.cat(lses, dim=-1)
+
+
+def rotate(x: torch.Tensor, ids: torch.Tensor, rope: Rope3D) -> torch.Tensor:
+    """R(x, ids) for ``[..., N, heads, head_dim]`` and ids ``[..., N]``: see `jepa_kernels.rope3d` for the formula."""
+    m = rope_dim(x.shape[-1])
+    _, height, width = rope.grid
+    spatial = height * width
+    axes = (ids // spatial, ids % spatial // width, ids % width)
+    blocks = []
+    for axis, position in enumerate(axes):
+        position = position.to(torch.float64)
+        if axis > 0 and rope.interpolate_from is not None:
+            position = position * ((rope.interpolate_from - 1) / max(rope.grid[axis] - 1, 1))
+        pair = torch.arange(m // 2, device=x.device, dtype=torch.float64)
+        angle = position[..., None] * 10000.0 ** (-2.0 * pair / m)
+        first, second = _pair_angles(angle, rope.layout)
+        # A token without a position (id -1) keeps its channels: angle 0.
+        first, second = (torch.where(ids[..., None] >= 0, a, 0.0)[..., None, :] for a in (first, second))
+        a, b = x[..., axis * m : (axis + 1) * m].unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack(
+            (
+                a * first.cos().to(x.dtype) - b * first.sin().to(x.dtype),
+                b * second.cos().to(x.dtype) + a * second.sin().to(x.dtype),
+            ),
+            dim=-1,
+        )
+        blocks.append(turned.flatten(-2))
+    return torch.cat((*blocks, x[..., 3 * m :]), dim=-1)
+
+
+def _pair_angles(angle: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The angle of each channel of pairs (2i, 2i + 1), from the m/2 angles of one axis."""
+    if layout == "interleaved":
+        return angle, angle
+    per_channel = torch.cat((angle, angle), dim=-1)
+    return per_channel[..., 0::2], per_channel[..., 1::2]
+
+
+def _lse_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale q k^T) v for ``[..., N, heads, head_dim]`` within one sequence."""
+    scores = torch.einsum("...qhd,...khd->...hqk", query, key) * scale
+    if key.shape[-3] == 0:
+        return query * 0, scores.new_full(scores.shape[:-1], -torch.inf, dtype=_lse_dtype(query))
+    weights = scores.softmax(-1)
+    out = torch.einsum("...hqk,...khd->...qhd", weights, value)
+    return out, scores.detach().to(_lse_dtype(query)).logsumexp(-1)
