@@ -18,7 +18,8 @@ Interface for a `bench_<op>.py` file (keep it to cases, inputs and implementatio
         raise SystemExit(harness.main("masked_attention", comparisons, __doc__))
 
 `harness.forward_backward(call, inputs, cotangent)` makes the zero-argument call for the forward+backward pass.
-`options.quick`, `.backends`, `.baselines`, `.dtypes`, `.passes`, `.device`, `.seed` come from the command line (`options.wants(...)` filters).
+`options.quick`, `.backends`, `.baselines`, `.dtypes`, `.passes`, `.device`, `.seed` come from the command line; filter with
+`options.wants(...)`.
 A ratio is baseline time over our time, so above 1 means ours is faster. Records append to benchmarks/results/<device>/<op>.json.
 `benchmarks/test_micro.py` finds every bench file by its `comparisons` function and turns its quick cases into pytest-benchmark rows.
 """
@@ -302,8 +303,8 @@ def format_row(record: dict[str, object]) -> str:
     share = record["floor_share"]
     floor_text = "" if share is None else f"  {100 * share:5.1f} % of floor"
     mark = "" if low >= 1 else "  LOSS" if high < 1 else "  even"
-    ours, theirs = record["candidate"], record["reference"]
-    return f"{head} {record['ratio']:6.2f}x [{low:.2f}, {high:.2f}]  {ours['median_ms']:9.3f} ms vs {theirs['median_ms']:9.3f} ms{floor_text}{mark}"
+    times = f"{record['candidate']['median_ms']:9.3f} ms vs {record['reference']['median_ms']:9.3f} ms"
+    return f"{head} {record['ratio']:6.2f}x [{low:.2f}, {high:.2f}]  {times}{floor_text}{mark}"
 
 
 def parser(op: str, description: str | None) -> argparse.ArgumentParser:

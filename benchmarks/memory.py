@@ -18,7 +18,7 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 @dataclass
 class Peak:
-    """Filled when the context ends. `added_bytes`: above what was resident before; `total_bytes`: the mark itself; None if not measurable."""
+    """Filled when the context ends; None where it cannot be measured. `added_bytes` is above what was resident before."""
 
     added_bytes: int | None = None
     total_bytes: int | None = None
