@@ -1,0 +1,170 @@
+"""Triton backend: NVIDIA GPUs from compute capability 8.0, and CPU tensors under TRITON_INTERPRET=1. The kernels are imported on first use.
+
+Nothing here reads a tensor's values: the grid is an upper bound of the tiles a ragged batch can need, so a call never waits for the
+device and can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+from ... import triton_runtime
+from ...rope3d import rope_dim
+from .call import Call, dtype_reasons, head_dim_reasons
+from .triton_table import Tile, channels, tile
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ROTATE_ROWS = 32
+_SEARCH_FANOUT = 128  # of triton_tiles.find_sequence
+
+
+def unsupported_reasons(call: Call) -> list[str]:
+    return triton_runtime.unavailable_reasons(call.device_type) + dtype_reasons(call, _DTYPES) + head_dim_reasons(call)
+
+
+def forward(query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope_table, grid, scale):
+    from .triton_kernels import masked_attention_fwd_kernel
+
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    case = _Case(query, key, cu_seqlens_q, cu_seqlens_k, rope_table, grid, scale)
+    lse = case.lse()
+    with case.device():
+        key = case.turned(key, key_ids) if rope_table is not None else key
+        case.launch(
+            masked_attention_fwd_kernel, "fwd", query, (query, key, value, out, lse, query_ids, rope_table, cu_seqlens_q, cu_seqlens_k),
+            {"q": query, "k": key, "v": value, "o": out}, query_ids,
+        )  # fmt: skip
+    return out, lse
+
+
+def backward(grad_out, query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope_table, out, lse, grid, scale):
+    from .triton_kernels_bwd import masked_attention_bwd_kv_kernel, masked_attention_bwd_q_kernel
+
+    grad_query, grad_key, grad_value = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
+    case = _Case(query, key, cu_seqlens_q, cu_seqlens_k, rope_table, grid, scale)
+    delta = torch.empty_like(lse)
+    turned_query = query
+    with case.device():
+        if rope_table is not None:
+            key = case.turned(key, key_ids)
+            turned_query = case.scratch(query)
+        case.launch(
+            masked_attention_bwd_q_kernel, "bwd_q", query,
+            (grad_out, query, key, value, out, lse, delta, turned_query, grad_query, query_ids, rope_table, cu_seqlens_q, cu_seqlens_k),
+            {"q": query, "k": key, "v": value, "g": grad_out, "o": out}, query_ids,
+        )  # fmt: skip
+        case.launch(
+            masked_attention_bwd_kv_kernel, "bwd_kv", key,
+            (grad_out, turned_query, key, value, lse, delta, grad_key, grad_value, key_ids, rope_table, cu_seqlens_q, cu_seqlens_k),
+            {"q": turned_query, "k": key, "v": value, "g": grad_out, "o": grad_key}, key_ids,
+        )  # fmt: skip
+    return grad_query, grad_key, grad_value
+
+
+def _strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """Strides of (batch, row, head); a packed tensor is one batch entry."""
+    return (0, *x.stride()[:2]) if x.dim() == 3 else x.stride()[:3]
+
+
+class _Case:
+    """One call's sizes, and the launches that share them."""
+
+    def __init__(self, query, key, cu_seqlens_q, cu_seqlens_k, rope_table, grid, scale) -> None:
+        self.query, self.rope_table, self.scale = query, rope_table, scale
+        self.packed = cu_seqlens_q is not None
+        self.batch = 1 if self.packed else query.shape[0]
+        self.rows = {"q": query.shape[-3], "k": key.shape[-3]}
+        self.heads, self.head_dim = query.shape[-2:]
+        self.num_seqs = cu_seqlens_q.shape[0] - 1 if self.packed else 0
+        self.grid = [int(size) for size in grid]
+        self.architecture = triton_runtime.architecture(query.device)
+
+    def device(self) -> contextlib.AbstractContextManager[Any]:
+        """Triton launches on the current device, which need not be the tensors'."""
+        return torch.cuda.device(self.query.device) if self.query.is_cuda else contextlib.nullcontext()
+
+    def lse(self) -> torch.Tensor:
+        shape = (self.heads, self.rows["q"]) if self.packed else (self.batch, self.heads, self.rows["q"])
+        return self.query.new_empty(shape, dtype=torch.float32)
+
+    def scratch(self, x: torch.Tensor) -> torch.Tensor:
+        """Like `x`, with the rows of one head side by side in memory."""
+        if self.packed:
+            return x.new_empty((x.shape[1], x.shape[0], x.shape[2])).transpose(0, 1)
+        return x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2)
+
+    def turned(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """R(x, ids), computed once because the attention kernels read every row many times."""
+        from ...triton_support import FP_FUSION
+        from .triton_kernels import rotate_rows_kernel
+
+        turned = self.scratch(x)
+        if x.numel() == 0:
+            return turned
+        rows = x.shape[-3]
+        tiles = -(-rows // _ROTATE_ROWS)
+        # Four heads a program reuse one gather of the angles; fewer programs than that would leave a GPU idle.
+        heads_each = min(4, self.heads)
+        align = _alignment(x)
+        main, tail = channels(self.head_dim)
+        rotate_rows_kernel[(tiles * self.batch, -(-self.heads // heads_each))](
+            x, turned, ids, self.rope_table, rows, self.heads, tiles, *(s // align for s in _strides(x)), *_id_strides(ids), *self.grid,
+            HEAD_DIM=self.head_dim, MAIN=main, TAIL=tail, ROPE_DIM=rope_dim(self.head_dim), ALIGN=align, BLOCK=_ROTATE_ROWS,
+            HEADS_EACH=heads_each, num_warps=4, num_stages=1, **FP_FUSION,
+        )  # fmt: skip
+        return turned
+
+    def launch(self, kernel, name: str, owned: torch.Tensor, pointers: tuple, panels: dict[str, torch.Tensor], ids) -> None:
+        """Runs `kernel` with one program per tile of `owned` and head."""
+        from ...triton_support import FP_FUSION
+
+        if owned.numel() == 0:
+            return
+        shape = tile(name, self.architecture, self.query.dtype, self.head_dim)
+        tiles = self._tiles(owned.shape[-3], shape.block_k if name == "bwd_kv" else shape.block_q)
+        align = _alignment(*panels.values())
+        strides = {f"{p}_{axis}": s // align for p, x in panels.items() for axis, s in zip(("batch", "row", "head"), _strides(x), strict=True)}
+        id_batch, id_row = (0, 0) if self.rope_table is None else _id_strides(ids)
+        grid_t, grid_h, grid_w = self.grid
+        kernel[(tiles * self.batch * self.heads,)](
+            *pointers, scale=float(self.scale), rows_q=self.rows["q"], rows_k=self.rows["k"], num_seqs=self.num_seqs, heads=self.heads,
+            tiles=tiles, grid_t=grid_t, grid_h=grid_h, grid_w=grid_w, **strides, id_batch=id_batch, id_row=id_row,
+            **constants(self.head_dim, self.rope_table is not None, self.packed, align, self._search_steps(), shape), **launch_options(shape),
+            **FP_FUSION,
+        )  # fmt: skip
+
+    def _tiles(self, rows: int, block: int) -> int:
+        """Tiles of one head and batch entry; for ragged rows the bound that triton_tiles.find_sequence numbers within."""
+        return rows // block + self.num_seqs + 1 if self.packed else -(-rows // block)
+
+    def _search_steps(self) -> int:
+        steps, reach = 1, _SEARCH_FANOUT
+        while reach < self.num_seqs + 1:
+            steps, reach = steps + 1, reach * _SEARCH_FANOUT
+        return steps
+
+
+def constants(head_dim: int, rope: bool, packed: bool, align: int, search_steps: int, shape: Tile) -> dict[str, Any]:
+    """The compile-time arguments that the three attention kernels share; the compile gate builds the same ones."""
+    main, tail = channels(head_dim)
+    return {
+        "HEAD_DIM": head_dim, "MAIN": main, "TAIL": tail, "ROPE_DIM": rope_dim(head_dim) if rope else 0, "ALIGN": align,
+        "PACKED": packed, "SEARCH_STEPS": search_steps, "BLOCK_Q": shape.block_q, "BLOCK_K": shape.block_k,
+    }  # fmt: skip
+
+
+def launch_options(shape: Tile) -> dict[str, int]:
+    return {"num_warps": shape.warps, "num_stages": shape.stages}
+
+
+def _alignment(*panels: torch.Tensor) -> int:
+    """8 where every row of every panel starts on a multiple of 8 elements from its data pointer, else 1."""
+    return 8 if all(stride % 8 == 0 for x in panels for stride in _strides(x)) else 1
+
+
+def _id_strides(ids: torch.Tensor) -> tuple[int, int]:
+    """Strides of (batch, row) of token ids [N], [B, N] or packed [tokens]."""
+    return (0, ids.stride(0)) if ids.dim() == 1 else (ids.stride(0), ids.stride(1))
