@@ -1,0 +1,1 @@
+"""Encoder and predictor of the V-JEPA family, packed and ragged throughout."""

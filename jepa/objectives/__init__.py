@@ -1,0 +1,121 @@
+"""Auxiliary objectives, one file each: a `Config` dataclass and `compute(ctx, cfg) -> Objective`; the configuration key is the file name.
+
+A file may also have `build_head(dims, cfg) -> nn.Module` for parameters of its own (found in `ctx.heads[<name>]`) and
+`minimum_frames(cfg) -> int`, the temporal grid size below which it is skipped.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jepa.config import ConfigError, from_dict, nearest
+from jepa.objectives import base
+from jepa.objectives.base import (
+    Denominators,
+    Factorisation,
+    FeatureDims,
+    Objective,
+    ObjectiveConfig,
+    ObjectiveContext,
+    WeightSchedule,
+)
+
+__all__ = [
+    "Denominators",
+    "Factorisation",
+    "FeatureDims",
+    "Objective",
+    "ObjectiveConfig",
+    "ObjectiveContext",
+    "WeightSchedule",
+    "build_heads",
+    "compute_all",
+    "get",
+    "names",
+    "parse_objectives",
+    "weights",
+]
+
+Objectives = Mapping[str, ObjectiveConfig]
+
+
+def names() -> tuple[str, ...]:
+    """Every objective: the files of this folder."""
+    return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name != "base"))
+
+
+def get(name: str) -> ModuleType:
+    """The module of an objective.
+
+    Raises:
+        ConfigError: no file of that name.
+    """
+    if name not in names():
+        raise ConfigError(f"config: unknown objective {name!r}; {nearest(name, names())}")
+    return importlib.import_module(f"jepa.objectives.{name}")
+
+
+def parse_objectives(value: Any, path: str) -> dict[str, ObjectiveConfig]:
+    """``{name: {option: value}}`` with every options mapping turned into the objective's own `Config`."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"config: {path} must be a mapping of objectives, got {value!r}.")
+    return {name: from_dict(get(name).Config, options or {}, f"{path}.{name}") for name, options in value.items()}
+
+
+def weights(objectives: Objectives, step: int, progress: float, quirks: base.Quirks) -> dict[str, float]:
+    """The weight of every objective at a moment of training: numbers on the host, so that weight 0 can skip the work."""
+    result = {}
+    for name, cfg in objectives.items():
+        factor = cfg.schedule.factor(progress)
+        if name == "context" and quirks.context_ramp_fixed_steps:
+            factor = get("context").published_factor(step)
+        result[name] = cfg.weight * factor
+    return result
+
+
+def build_heads(objectives: Objectives, dims: FeatureDims) -> nn.ModuleDict:
+    """The heads of the objectives that have one, by objective name; weight 0 builds none."""
+    heads = nn.ModuleDict()
+    for name, cfg in objectives.items():
+        build = getattr(get(name), "build_head", None)
+        if build is not None and cfg.weight != 0.0:
+            heads[name] = build(dims, cfg)
+    return heads
+
+
+def compute_all(ctx: ObjectiveContext, objectives: Objectives, weight: Mapping[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of the objectives and the unweighted value of each.
+
+    Args:
+        ctx: the features.
+        objectives: configurations by name.
+        weight: current weights by name; 0 skips the objective entirely.
+
+    Returns:
+        The loss (a scalar) and metrics: ``<name>`` the unweighted value, ``<name>/<metric>`` its own metrics, and
+        ``<name>/skipped`` = 1 where the clip has fewer time steps than the objective needs.
+    """
+    loss = ctx.predicted_tokens.new_zeros(())
+    metrics: dict[str, Tensor] = {}
+    for name, cfg in objectives.items():
+        if weight[name] == 0.0:
+            continue
+        module = get(name)
+        minimum = getattr(module, "minimum_frames", None)
+        if minimum is not None:
+            skipped = ctx.grid[0] < minimum(cfg)
+            metrics[f"{name}/skipped"] = torch.full((), float(skipped), device=loss.device)
+            if skipped:
+                continue
+        result: Objective = module.compute(ctx, cfg)
+        loss = loss + weight[name] * result.loss
+        metrics[name] = result.loss.detach()
+        metrics.update({f"{name}/{key}": value.detach() for key, value in result.metrics.items()})
+    return loss, metrics

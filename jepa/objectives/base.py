@@ -1,0 +1,277 @@
+"""What every objective shares: its inputs (`ObjectiveContext`), its result (`Objective`), and the one way to take a mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from jepa.batch import MaskBatch
+from jepa.quirks import Quirks
+
+
+@dataclass(frozen=True)
+class WeightSchedule:
+    """How a weight changes over training, as a factor of progress in [0, 1].
+
+    constant: 1. ramp: 0 up to `begin`, then linear to 1 at `end`. cosine: 0.5 (1 + cos(pi * progress)), 1 to 0.
+    """
+
+    kind: Literal["constant", "ramp", "cosine"] = "constant"
+    begin: float = 0.0
+    end: float = 1.0
+
+    def factor(self, progress: float) -> float:
+        if self.kind == "constant":
+            return 1.0
+        if self.kind == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        if self.end <= self.begin:
+            return float(progress >= self.begin)
+        return min(1.0, max(0.0, (progress - self.begin) / (self.end - self.begin)))
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The part of every objective's `Config`: its weight in the sum. Weight 0 skips the work."""
+
+    weight: float = 1.0
+    schedule: WeightSchedule = field(default_factory=WeightSchedule)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss (a scalar that carries gradient) and its metrics (scalars that do not); nothing here is read back to the host."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Factorisation:
+    """Which channels of the [.., L*E] features hold appearance; the rest hold dynamics.
+
+    levels: the first `appearance_share` of all channels, that is the shallow levels (published). channels: that share of each level.
+    """
+
+    split: Literal["levels", "channels"] = "levels"
+    appearance_share: float = 0.5
+
+    def appearance_width(self, width: int, levels: int) -> int:
+        if self.split == "levels":
+            return max(1, math.floor(width * self.appearance_share))
+        return levels * max(1, math.floor(width // levels * self.appearance_share))
+
+    def appearance(self, features: Tensor, levels: int) -> Tensor:
+        return self._part(features, levels, first=True)
+
+    def dynamics(self, features: Tensor, levels: int) -> Tensor:
+        return self._part(features, levels, first=False)
+
+    def _part(self, features: Tensor, levels: int, first: bool) -> Tensor:
+        share = self.appearance_width(features.shape[-1], levels)
+        if self.split == "levels":
+            return features[..., :share] if first else features[..., share:]
+        by_level = features.unflatten(-1, (levels, -1))
+        share //= levels
+        return (by_level[..., :share] if first else by_level[..., share:]).flatten(-2)
+
+
+@dataclass(frozen=True)
+class FeatureDims:
+    """Sizes from which an objective builds its head."""
+
+    width: int  # D = levels * width of a level
+    levels: int
+    factorisation: Factorisation
+
+    @property
+    def dynamics_width(self) -> int:
+        return self.width - self.factorisation.appearance_width(self.width, self.levels)
+
+
+@dataclass(frozen=True)
+class Denominators:
+    """Global numbers of rows per mask set: over all ranks and all micro-batches of one optimiser step.
+
+    A loss is this part's share of the global mean, so shares add up to the loss of the undivided batch; what is computed per part
+    (orthogonality, SIGReg) is divided by `parts` instead.
+    """
+
+    context: Tensor  # float32 [J]
+    target: Tensor  # float32 [J]
+    pair: Tensor  # float32 [J]
+    column: Tensor  # float32 [J]
+    samples: Tensor  # float32 scalar
+    parts: int = 1
+
+    @classmethod
+    def of(cls, masks: MaskBatch) -> Denominators:
+        """Those of an undivided batch."""
+        samples = torch.full((), float(masks.batch_size), device=masks.context_count.device)
+        return cls(masks.context_count, masks.target_count, masks.pair_count, masks.column_count, samples)
+
+    def packed(self) -> Tensor:
+        """float32 [4J+1]: what one all-reduce has to sum."""
+        return torch.cat([self.context, self.target, self.pair, self.column, self.samples.reshape(1)])
+
+    @classmethod
+    def unpacked(cls, vector: Tensor, parts: int) -> Denominators:
+        context, target, pair, column = vector[:-1].chunk(4)
+        return cls(context, target, pair, column, vector[-1], parts)
+
+
+@dataclass(frozen=True)
+class ObjectiveContext:
+    """Everything an objective may look at. Tokens are packed set-major as in `masks`; features are float32 and [rows, D], D = L*E.
+
+    `target` is the standardised output of the target encoder for every token, row b*N + id; `target_live` is the same before any
+    detaching, and differs only with an online target. `progress` is the share of training done, in [0, 1].
+    """
+
+    context_tokens: Tensor
+    predicted_tokens: Tensor
+    predicted_context: Tensor | None
+    target: Tensor
+    target_live: Tensor
+    masks: MaskBatch
+    denominators: Denominators
+    levels: int
+    factorisation: Factorisation = Factorisation()
+    heads: Mapping[str, nn.Module] = field(default_factory=dict)
+    quirks: Quirks = Quirks()
+    clips: Tensor | None = None
+    patch_size: int = 16
+    tubelet_size: int = 2
+    loss_exponent: float = 1.0
+    step: int = 0
+    progress: float = 0.0
+
+    def __post_init__(self) -> None:
+        masks, width = self.masks, self.context_tokens.shape[-1]
+        expected = {
+            "context_tokens": (masks.context_ids.shape[0], width),
+            "predicted_tokens": (masks.target_ids.shape[0], width),
+            "predicted_context": (masks.context_ids.shape[0], width),
+            "target": (masks.batch_size * masks.num_tokens, width),
+            "target_live": (masks.batch_size * masks.num_tokens, width),
+        }
+        for name, shape in expected.items():
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != shape:
+                raise ValueError(f"ObjectiveContext: {name} must have shape {list(shape)}, got {list(value.shape)}.")
+        if width % self.levels:
+            raise ValueError(f"ObjectiveContext: levels must divide the feature width {width}, got {self.levels}.")
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.masks.grid
+
+    @property
+    def pairs(self) -> Tensor:
+        return self.masks.pairs
+
+    @property
+    def columns(self) -> Tensor:
+        return self.masks.columns
+
+    @cached_property
+    def target_tokens(self) -> Tensor:
+        """Target features at the target ids, [Nt, D]."""
+        return self.target.index_select(0, self.masks.target_rows)
+
+    @cached_property
+    def target_context(self) -> Tensor:
+        """Target features at the context ids, [Nc, D]."""
+        return self.target.index_select(0, self.masks.context_rows)
+
+    @cached_property
+    def prediction_residual(self) -> Tensor:
+        """mean over channels of |prediction - target|^r / r, [Nt]: shared by the prediction loss and hard-region weighting."""
+        return self.power(self.predicted_tokens - self.target_tokens).mean(-1)
+
+    @cached_property
+    def pair_tokens(self) -> tuple[Tensor, Tensor]:
+        """Context features at t and t+1 of every pair, [P, D] each."""
+        pairs = self.masks.pairs
+        return self.context_tokens.index_select(0, pairs[:, 0]), self.context_tokens.index_select(0, pairs[:, 1])
+
+    @cached_property
+    def pair_targets(self) -> tuple[Tensor, Tensor]:
+        """Target features at t and t+1 of every pair, [P, D] each."""
+        rows = self.masks.pair_rows
+        return self.target.index_select(0, rows[:, 0]), self.target.index_select(0, rows[:, 1])
+
+    @cached_property
+    def pair_target_change(self) -> Tensor:
+        """h(t+1) - h(t) of every pair, [P, D]."""
+        before, after = self.pair_targets
+        return after - before
+
+    def power(self, residual: Tensor) -> Tensor:
+        """|residual|^r / r with r = `loss_exponent`."""
+        if self.loss_exponent == 1.0:
+            return residual.abs()
+        return residual.abs().pow(self.loss_exponent) / self.loss_exponent
+
+    def target_mean(self, rows: Tensor) -> Tensor:
+        return set_mean(rows, self.masks.target_set, self.denominators.target)
+
+    def context_mean(self, rows: Tensor) -> Tensor:
+        return set_mean(rows, self.masks.context_set, self.denominators.context)
+
+    def pair_mean(self, rows: Tensor) -> Tensor:
+        return set_mean(rows, self.masks.pair_set, self.denominators.pair)
+
+    def column_mean(self, rows: Tensor) -> Tensor:
+        return set_mean(rows, self.masks.column_set, self.denominators.column)
+
+
+def set_mean(rows: Tensor, row_set: Tensor, count: Tensor) -> Tensor:
+    """The mean of each mask set's rows, averaged over the sets that have any: sum_i rows_i / count[set_i] / J'.
+
+    Args:
+        rows: [R] values of this part of the batch.
+        row_set: int64 [R], the mask set of each row.
+        count: float32 [J], rows per set over the whole batch.
+
+    Returns:
+        A scalar; 0 where no set has a row.
+    """
+    present = (count > 0).to(rows.dtype)
+    weight = present / (count.clamp(min=1.0) * present.sum().clamp(min=1.0))
+    return (rows * weight.to(rows.dtype).index_select(0, row_set)).sum()
+
+
+def segment_softmax_weights(values: Tensor, offsets: Tensor, temperature: float) -> Tensor:
+    """n_s * softmax(values / temperature) within each segment s of n_s rows: weights of mean 1 per segment, without gradient.
+
+    Args:
+        values: [R], grouped by segment.
+        offsets: [S+1], where each segment begins; empty segments are allowed.
+        temperature: divides the values; below 1e-6 it counts as 1e-6.
+
+    Returns:
+        [R] weights.
+    """
+    scaled = values.detach() / max(temperature, 1e-6)
+    offsets = offsets.to(torch.int64)
+    rows = torch.arange(values.shape[0], device=values.device)
+    # side="right" of the segment ends: the number of segments that end at or before the row, empty ones included.
+    segment = torch.searchsorted(offsets[1:].contiguous(), rows, right=True)
+    # unsafe=True leaves out the checks that would read the offsets back.
+    peak = torch.segment_reduce(scaled, "max", offsets=offsets, unsafe=True)
+    exponent = (scaled - peak.index_select(0, segment)).exp()
+    total = torch.segment_reduce(exponent, "sum", offsets=offsets, unsafe=True)
+    size = (offsets[1:] - offsets[:-1]).to(values.dtype)
+    return exponent * (size / total.clamp(min=torch.finfo(values.dtype).tiny)).index_select(0, segment)
+
+
+def two_layer_head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """W2 gelu(W1 x + b1) + b2 with the exact gelu."""
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))

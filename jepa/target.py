@@ -1,0 +1,33 @@
+"""The target encoder: a moving average of the context encoder, or the context encoder itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+STANDARDISE_EPS = 1e-5
+
+
+def standardise(features: Tensor, levels: int) -> Tensor:
+    """Every level of every token to mean 0 and variance 1: (x - mean) / sqrt(var + 1e-5) over its channels, no affine map.
+
+    Args:
+        features: [.., levels * E].
+        levels: number of levels.
+
+    Returns:
+        float32 (float64 for float64 input) of the same shape.
+    """
+    wide = features if features.dtype == torch.float64 else features.to(torch.float32)
+    by_level = wide.unflatten(-1, (levels, -1))
+    return functional.layer_norm(by_level, by_level.shape[-1:], eps=STANDARDISE_EPS).flatten(-2)
+
+
+@torch.no_grad()
+def update_ema(target: nn.Module, online: nn.Module, momentum: float) -> None:
+    """target <- momentum * target + (1 - momentum) * online, parameter by parameter, in the target's dtype."""
+    targets = list(target.parameters())
+    sources = [source.detach().to(goal.dtype) for goal, source in zip(targets, online.parameters(), strict=True)]
+    torch._foreach_mul_(targets, momentum)
+    torch._foreach_add_(targets, sources, alpha=1.0 - momentum)
