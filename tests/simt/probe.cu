@@ -4,29 +4,30 @@
 
 namespace {
 
+enum Fault {
+  kNone,
+  kDivergentBarrier,
+  kEarlyExit,
+  kTwoBarriers,
+  kOverrun,
+  kMissingBarrier,
+  kMissingWarpSync,
+  kMissingWait,
+  kEarlyCopy,
+};
+
 // out[block] = sum of the block's threads' x, through shared memory and two warp reductions.
-__global__ void block_sum_kernel(const float* x, float* out) {
+__global__ void block_sum_kernel(const float* x, float* out, int fault) {
   JK_DYNAMIC_SHARED(float, partial);
   const int tid = threadIdx.x, warp = tid / 32, warps = blockDim.x / 32;
   const float sum = jk::warp_sum(x[size_t(blockIdx.x) * blockDim.x + tid]);
-#if defined(PLANT_OVERRUN)
-  if (jk::lane_id() == 0) partial[warp + PLANT_OVERRUN] = sum;
-#else
-  if (jk::lane_id() == 0) partial[warp] = sum;
-#endif
-#if defined(PLANT_DIVERGENT_BARRIER)
-  if (warp == 0) __syncthreads();
-#elif defined(PLANT_EARLY_EXIT)
-  if (warp == 1) return;
-  __syncthreads();
-#elif defined(PLANT_TWO_BARRIERS)
-  if (warp == 0)
+  if (jk::lane_id() == 0) partial[fault == kOverrun ? warp + 1 : warp] = sum;
+  if (fault == kEarlyExit && warp == 1) return;
+  if (fault == kTwoBarriers && warp == 0) {
     __syncthreads();
-  else
+  } else if (fault != kMissingBarrier && !(fault == kDivergentBarrier && warp == 0)) {
     __syncthreads();
-#elif !defined(PLANT_MISSING_BARRIER)
-  __syncthreads();
-#endif
+  }
   if (tid == 0) {
     float total = 0.f;
     for (int w = 0; w < warps; w++) total += partial[w];
@@ -35,19 +36,17 @@ __global__ void block_sum_kernel(const float* x, float* out) {
 }
 
 // Reverses each warp's 32 values through shared memory; without __syncwarp lanes read what others have yet to write.
-__global__ void warp_reverse_kernel(const float* x, float* out) {
+__global__ void warp_reverse_kernel(const float* x, float* out, int fault) {
   JK_DYNAMIC_SHARED(float, line);
   const int lane = threadIdx.x;
   line[lane] = x[lane];
-#if !defined(PLANT_MISSING_WARP_SYNC)
-  __syncwarp();
-#endif
+  if (fault != kMissingWarpSync) __syncwarp();
   out[lane] = line[31 - lane];
 }
 
 // c[16, 8] = a[16, 16] * b[8, 16]^T by one warp: cp.async in, ldmatrix, mma.
 template <class T>
-__global__ void mma_kernel(const T* a, const T* b, float* c) {
+__global__ void mma_kernel(const T* a, const T* b, float* c, int fault) {
   constexpr int kStride = 24;  // 16 channels and 8 of padding
   JK_DYNAMIC_SHARED(T, tile);
   const int lane = threadIdx.x;
@@ -59,24 +58,20 @@ __global__ void mma_kernel(const T* a, const T* b, float* c) {
       jk::cp_async_16(tile + row * kStride + part, row < 16 ? a + row * 16 + part : b + (row - 16) * 16 + part);
     }
     jk::cp_async_commit();
-#if !defined(PLANT_MISSING_WAIT)
-    jk::cp_async_wait<0>();
-#endif
+    if (fault != kMissingWait) jk::cp_async_wait<0>();
     __syncthreads();
     uint32_t left[4], right[4];
     jk::ldmatrix_x4(left, tile + (lane % 16) * kStride + lane / 16 * 8);
     jk::ldmatrix_x4(right, tile + (16 + lane % 8) * kStride + lane / 8 % 2 * 8);
     jk::mma_16816<T>(d, left, right[0], right[1]);
-#if !defined(PLANT_EARLY_COPY)
-    __syncthreads();
-#endif
+    if (fault != kEarlyCopy) __syncthreads();
   }
   for (int e = 0; e < 4; e++) c[(lane / 4 + e / 2 * 8) * 8 + lane % 4 * 2 + e % 2] = 0.5f * d[e];
 }
 
 // The same product of b given as [16, 8], through the transposing ldmatrix (b rows padded to 8 + 8).
 template <class T>
-__global__ void mma_trans_kernel(const T* a, const T* b, float* c) {
+__global__ void mma_trans_kernel(const T* a, const T* b, float* c, int) {
   JK_DYNAMIC_SHARED(T, tile);
   const int lane = threadIdx.x;
   for (int i = lane; i < 256; i += 32) tile[i / 16 * 24 + i % 16] = a[i];
@@ -128,22 +123,22 @@ __global__ void convert_kernel(const float* x, uint16_t* bf16, uint16_t* fp16, f
 
 }  // namespace
 
-JK_EXPORT const char* probe_block_sum(const float* x, float* out, int blocks, int threads) {
-  JK_LAUNCH(block_sum_kernel, dim3(blocks), dim3(threads), threads / 32 * sizeof(float), nullptr, x, out);
+JK_EXPORT const char* probe_block_sum(const float* x, float* out, int blocks, int threads, int fault) {
+  JK_LAUNCH(block_sum_kernel, dim3(blocks), dim3(threads), threads / 32 * sizeof(float), nullptr, x, out, fault);
   return jk::launch_error();
 }
-JK_EXPORT const char* probe_warp_reverse(const float* x, float* out) {
-  JK_LAUNCH(warp_reverse_kernel, dim3(1), dim3(32), 32 * sizeof(float), nullptr, x, out);
+JK_EXPORT const char* probe_warp_reverse(const float* x, float* out, int fault) {
+  JK_LAUNCH(warp_reverse_kernel, dim3(1), dim3(32), 32 * sizeof(float), nullptr, x, out, fault);
   return jk::launch_error();
 }
-JK_EXPORT const char* probe_mma(const void* a, const void* b, float* c, int is_fp16, int transposed) {
+JK_EXPORT const char* probe_mma(const void* a, const void* b, float* c, int is_fp16, int transposed, int fault) {
   const size_t bytes = (16 + 8) * 24 * 2;
   if (is_fp16) {
     auto kernel = transposed ? mma_trans_kernel<jk::float16> : mma_kernel<jk::float16>;
-    JK_LAUNCH(kernel, dim3(1), dim3(32), bytes, nullptr, static_cast<const jk::float16*>(a), static_cast<const jk::float16*>(b), c);
+    JK_LAUNCH(kernel, dim3(1), dim3(32), bytes, nullptr, static_cast<const jk::float16*>(a), static_cast<const jk::float16*>(b), c, fault);
   } else {
     auto kernel = transposed ? mma_trans_kernel<jk::bfloat16> : mma_kernel<jk::bfloat16>;
-    JK_LAUNCH(kernel, dim3(1), dim3(32), bytes, nullptr, static_cast<const jk::bfloat16*>(a), static_cast<const jk::bfloat16*>(b), c);
+    JK_LAUNCH(kernel, dim3(1), dim3(32), bytes, nullptr, static_cast<const jk::bfloat16*>(a), static_cast<const jk::bfloat16*>(b), c, fault);
   }
   return jk::launch_error();
 }
@@ -166,10 +161,10 @@ JK_EXPORT const char* probe_convert(const float* x, uint16_t* bf16, uint16_t* fp
 // Asks for `bytes` of dynamic shared memory, with or without permission.
 JK_EXPORT const char* probe_shared_bytes(const float* x, float* out, int64_t bytes, int allow) {
   if (allow) jk::allow_dynamic_shared(warp_reverse_kernel, size_t(bytes));
-  JK_LAUNCH(warp_reverse_kernel, dim3(1), dim3(32), size_t(bytes), nullptr, x, out);
+  JK_LAUNCH(warp_reverse_kernel, dim3(1), dim3(32), size_t(bytes), nullptr, x, out, kNone);
   return jk::launch_error();
 }
 JK_EXPORT const char* probe_empty_grid(const float* x, float* out) {
-  JK_LAUNCH(warp_reverse_kernel, dim3(0), dim3(32), 128, nullptr, x, out);
+  JK_LAUNCH(warp_reverse_kernel, dim3(0), dim3(32), 128, nullptr, x, out, kNone);
   return jk::launch_error();
 }
