@@ -106,11 +106,14 @@ class Room:
     """One op: its name, its backends in the order `auto` tries them, and how to read a call.
 
     A backend is the module ``jepa_kernels.ops.<name>.<backend>`` with ``unsupported_reasons(call)``, ``forward`` and ``backward``.
+    `prepare` checks arguments as the public function does and describes the call; `example` describes a small ordinary call on a device
+    kind and dtype, for the support table and for `doctor`.
     """
 
     name: str
     priority: tuple[str, ...]
     prepare: Callable[..., Call]
+    example: Callable[[str, torch.dtype], Call]
     preferences: tuple[Preference, ...] = ()
     modules: dict[str, ModuleType] = field(init=False, default_factory=dict)
 

@@ -44,11 +44,11 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _poisoned_allocations():
-    """torch.empty gives NaN (integers: a large value), so that an element that a kernel forgets to write is seen."""
-    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    """torch.empty gives NaN (integers: a large value), C++ allocations included, so that an element that a kernel forgets is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
-    torch.utils.deterministic.fill_uninitialized_memory = before[0]
+    torch.use_deterministic_algorithms(False)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

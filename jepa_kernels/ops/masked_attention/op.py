@@ -12,6 +12,7 @@ import torch
 from ... import checks
 from ...backend import Room
 from ...rope3d import Rope3D, rope_dim
+from .call import Call
 from .preferences import PREFERENCES
 
 PRIORITY = ("cuda", "triton", "cpu", "torch", "reference")
@@ -197,4 +198,9 @@ def _prepare(*args, **kwargs):
     return prepare(*args, **kwargs)
 
 
-ROOM = Room(_NAME, PRIORITY, _prepare, PREFERENCES)
+def _example(device_type: str, dtype: torch.dtype) -> Call:
+    shape = (2, 196, 3, 64)
+    return Call(device_type, dtype, shape, shape, False, (1, 14, 14), "interleaved", True, False)
+
+
+ROOM = Room(_NAME, PRIORITY, _prepare, _example, PREFERENCES)

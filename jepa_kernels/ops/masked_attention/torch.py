@@ -38,27 +38,66 @@ def forward(query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, r
 
 
 def backward(grad_out, query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope_table, out, lse, grid, scale):
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in (query, key, value)]
-        again, _ = _compose(*inputs, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope_table, tuple(grid), scale, False)
-        grads = torch.autograd.grad(again, inputs, grad_out, allow_unused=True, materialize_grads=True)
-    return tuple(g.contiguous() for g in grads)
+    """The softmax gradient written out: inside an op there is no autograd to ask. O(Nq * Nk) memory for one sequence at a time."""
+    grid = tuple(grid)
+    if rope_table is not None:
+        query, key = rotate(query, query_ids, rope_table, grid), rotate(key, key_ids, rope_table, grid)
+    delta = (grad_out.float() * out.float()).sum(-1).movedim(-1, -2)
+    if cu_seqlens_q is None:
+        grads = _attend_backward(grad_out, query, key, value, delta, lse, scale)
+    else:
+        lengths_q, lengths_k = _lengths(cu_seqlens_q, query.shape[0]), _lengths(cu_seqlens_k, key.shape[0])
+        by_query = [t.split(lengths_q) for t in (grad_out, query)] + [t.split(lengths_q, dim=-1) for t in (delta, lse)]
+        by_key = [t.split(lengths_k) for t in (key, value)]
+        pieces = [
+            _attend_backward(g, q, k, v, d, m, scale) for g, q, d, m, k, v in list(zip(*by_query, *by_key, strict=True))[:-1]
+        ]
+        slack = [t.new_zeros((n, *t.shape[1:])) for t, n in ((query, lengths_q[-1]), (key, lengths_k[-1]), (value, lengths_k[-1]))]
+        grads = tuple(torch.cat([*parts, end]) for parts, end in zip(zip(*pieces, strict=True), slack, strict=True)) if pieces else slack
+    grad_query, grad_key, grad_value = grads
+    if rope_table is not None:
+        grad_query = _rotate_transposed(grad_query, query_ids, rope_table, grid)
+        grad_key = _rotate_transposed(grad_key, key_ids, rope_table, grid)
+    return tuple(g.contiguous() for g in (grad_query, grad_key, grad_value))
+
+
+def _attend_backward(grad_out, query, key, value, delta, lse, scale: float):
+    """Gradients of `_attend` for ``[..., N, heads, head_dim]``, with delta and lse ``[..., heads, Nq]``."""
+    dtype = query.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    grad_out, query, key, value = (t.to(wide).transpose(-3, -2) for t in (grad_out, query, key, value))
+    # A sequence without keys has lse -inf and no column to weigh, so no NaN can arise.
+    weights = (query @ key.transpose(-1, -2) * scale - lse[..., None]).exp()
+    grad_scores = weights * (grad_out @ value.transpose(-1, -2) - delta[..., None]) * scale
+    grads = grad_scores @ key, grad_scores.transpose(-1, -2) @ query, weights.transpose(-1, -2) @ grad_out
+    return tuple(g.transpose(-3, -2).to(dtype) for g in grads)
 
 
 def rotate(x: torch.Tensor, ids: torch.Tensor, table: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
     """R(x, ids) by the table of `Rope3D.table`, for ``[..., N, heads, head_dim]`` and ids ``[..., N]``."""
+    cos, sin = _angles(ids, table, grid, x.dtype)
+    head, tail = x.tensor_split((cos.shape[-1],), dim=-1)
+    even, odd = head.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.cat((head * cos + torch.stack((-odd, even), dim=-1).flatten(-2) * sin, tail), dim=-1)
+
+
+def _rotate_transposed(grad: torch.Tensor, ids: torch.Tensor, table: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+    """The gradient of `rotate`: the transpose, which is the inverse only for the interleaved layout."""
+    cos, sin = _angles(ids, table, grid, grad.dtype)
+    head, tail = grad.tensor_split((cos.shape[-1],), dim=-1)
+    even, odd = (head * sin).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.cat((head * cos + torch.stack((odd, -even), dim=-1).flatten(-2), tail), dim=-1)
+
+
+def _angles(ids: torch.Tensor, table: torch.Tensor, grid: tuple[int, int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of every rotated channel of every token, ``[..., N, 1, 3 m]``; 1 and 0 where the id is -1."""
     frames, height, width = grid
-    m = table.shape[-1]
     spatial = height * width
     place = ids.clamp(min=0).long()
     rows = (place // spatial, frames + place % spatial // width, frames + height + place % width)
-    cos, sin = torch.cat([table[:, row] for row in rows], dim=-1).to(x.dtype)
+    cos, sin = torch.cat([table[:, row] for row in rows], dim=-1).to(dtype)
     unrotated = (ids < 0)[..., None]
-    cos, sin = cos.masked_fill(unrotated, 1.0)[..., None, :], sin.masked_fill(unrotated, 0.0)[..., None, :]
-    head, tail = x[..., : 3 * m], x[..., 3 * m :]
-    even, odd = head.unflatten(-1, (-1, 2)).unbind(-1)
-    partner = torch.stack((-odd, even), dim=-1).flatten(-2)
-    return torch.cat((head * cos + partner * sin, tail), dim=-1)
+    return cos.masked_fill(unrotated, 1.0)[..., None, :], sin.masked_fill(unrotated, 0.0)[..., None, :]
 
 
 def _check_values(query, key, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope: Rope3D | None) -> None:

@@ -1,0 +1,284 @@
+"""Tools to test a backend: inputs, a float64 oracle on the same rounded inputs, error budgets per dtype, planted faults.
+
+Public, so that whoever adds a backend (or patches a kernel) can hold it to the same standard as this package's own tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .backend import ROOMS
+from .rope3d import Rope3D
+
+HEAD_DIMS = (8, 24, 32, 64, 80, 88, 96, 128)
+
+# float32 and float64: |error| <= atol + rtol * |oracle|; gradients get ten times that.
+_TOLERANCE = {torch.float32: (1e-5, 1e-6), torch.float64: (1e-10, 1e-12)}
+
+
+def assert_within_budget(
+    name: str,
+    actual: torch.Tensor,
+    oracle: torch.Tensor,
+    peer: torch.Tensor | None = None,
+    gradient: bool = False,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Fails unless `actual` is finite and as close to the float64 `oracle` as its dtype allows.
+
+    Args:
+        name: what is compared, for the message.
+        actual: the result under test.
+        oracle: the float64 result on the same rounded inputs.
+        peer: for float16 and bfloat16, the reference run in that dtype: the largest error may be twice the peer's plus
+            ``eps * max|oracle|``, the mean error 1.25 times it plus the same share of the mean.
+        gradient: float32 and float64 gradients may err ten times as much.
+        dtype: the dtype whose budget holds; None is that of `actual` (lse is float32 whatever the inputs are).
+
+    Raises:
+        AssertionError: with the measured error and the budget.
+    """
+    if actual.shape != oracle.shape:
+        raise AssertionError(f"{name}: shape {tuple(actual.shape)} instead of {tuple(oracle.shape)}")
+    if oracle.numel() == 0:
+        return
+    infinite = ~torch.isfinite(oracle)
+    if not torch.equal(actual.double()[infinite], oracle[infinite]):
+        raise AssertionError(f"{name}: the infinities of the oracle are not where they belong")
+    if not torch.isfinite(actual[~infinite]).all():
+        raise AssertionError(f"{name}: {int((~torch.isfinite(actual[~infinite])).sum())} elements are not finite")
+    oracle, actual = oracle[~infinite], actual[~infinite]
+    if oracle.numel() == 0:
+        return
+    error = (actual.double() - oracle).abs()
+    dtype = actual.dtype if dtype is None else dtype
+    if dtype in _TOLERANCE:
+        rtol, atol = (t * (10 if gradient else 1) for t in _TOLERANCE[dtype])
+        # A sum of many terms may cancel: the scale of an element's error is that of the tensor, not of the element.
+        scale = torch.maximum(oracle.abs(), oracle.abs().mean())
+        excess = (error - (atol + rtol * scale)).max()
+        if excess > 0:
+            worst = int((error - (atol + rtol * scale)).argmax())
+            raise AssertionError(f"{name}: error {error.flatten()[worst]:.3e} at oracle {oracle.flatten()[worst]:.3e} ({dtype})")
+        return
+    if peer is None:
+        raise ValueError(f"assert_within_budget: peer must be given for {dtype}, got None.")
+    peer_error = (peer[~infinite].double() - oracle).abs()
+    eps = torch.finfo(dtype).eps
+    for what, measured, budget in (
+        ("largest", error.max(), 2 * peer_error.max() + eps * oracle.abs().max()),
+        ("mean", error.mean(), 1.25 * peer_error.mean() + eps * oracle.abs().mean()),
+    ):
+        if measured > budget:
+            raise AssertionError(f"{name}: {what} error {measured:.3e} over the budget {budget:.3e} ({dtype})")
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Inputs of masked_attention, as float64 values that the case's dtype represents exactly."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    grad_out: torch.Tensor
+    dtype: torch.dtype
+    query_ids: torch.Tensor | None = None
+    key_ids: torch.Tensor | None = None
+    rope: Rope3D | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    scale: float | None = None
+
+    def options(self) -> dict:
+        names = ("query_ids", "key_ids", "rope", "cu_seqlens_q", "cu_seqlens_k", "scale")
+        return {name: getattr(self, name) for name in names}
+
+
+def attention_case(
+    lengths: Sequence[int] | tuple[int, int] = (13,),
+    lengths_k: Sequence[int] | None = None,
+    *,
+    packed: bool = False,
+    heads: int = 2,
+    head_dim: int = 32,
+    grid: tuple[int, int, int] | None = (3, 4, 5),
+    layout: str = "interleaved",
+    interpolate_from: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    id_dtype: torch.dtype = torch.int64,
+    cu_dtype: torch.dtype = torch.int32,
+    unrotated: int = 1,
+    slack: int = 0,
+    strided: bool = False,
+    magnitude: float = 1.0,
+    seed: int = 0,
+) -> AttentionCase:
+    """A random case: one length per sequence (dense: all the same), ids drawn without order, the first `unrotated` ids of each sequence -1.
+
+    Args:
+        lengths, lengths_k: query and key tokens of each sequence; `lengths_k` None is self-attention.
+        packed: concatenate the sequences, followed by `slack` rows that belong to none.
+        strided: make query, key and value views of one wider buffer, as of a qkv projection, with the heads in between.
+        magnitude: standard deviation of query and key.
+        Other arguments: as named in masked_attention.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    self_attention = lengths_k is None
+    counts_k = list(lengths) if lengths_k is None else list(lengths_k)
+    counts_q = list(lengths)
+
+    def values(total: int, batch: int, spread: float) -> torch.Tensor:
+        shape = (total, heads, head_dim) if packed else (batch, total, heads, head_dim)
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * spread).to(dtype).double()
+
+    def ids(counts: list[int], extra: int) -> torch.Tensor:
+        rows = []
+        for count in counts:
+            row = torch.randint(0, math.prod(grid), (count,), generator=generator)
+            row[:unrotated] = -1
+            rows.append(row)
+        if packed:
+            return torch.cat([*rows, torch.zeros(extra, dtype=torch.int64)]).to(id_dtype)
+        return torch.stack(rows).to(id_dtype)
+
+    total_q = sum(counts_q) + slack if packed else counts_q[0]
+    total_k = sum(counts_k) + slack if packed else counts_k[0]
+    case = AttentionCase(
+        query=values(total_q, len(counts_q), magnitude),
+        key=values(total_k, len(counts_k), magnitude),
+        value=values(total_k, len(counts_k), 1.0),
+        grad_out=values(total_q, len(counts_q), 1.0),
+        dtype=dtype,
+    )
+    if strided:
+        case = replace(case, query=_inside(case.query), key=_inside(case.key), value=_inside(case.value))
+    if grid is not None:
+        query_ids = ids(counts_q, slack)
+        key_ids = None if self_attention else ids(counts_k, slack)
+        case = replace(case, query_ids=query_ids, key_ids=key_ids, rope=Rope3D(grid, layout, interpolate_from))  # type: ignore[arg-type]
+    if packed:
+        cu_q = torch.tensor([0, *torch.tensor(counts_q).cumsum(0).tolist()] if counts_q else [0], dtype=cu_dtype)
+        cu_k = torch.tensor([0, *torch.tensor(counts_k).cumsum(0).tolist()] if counts_k else [0], dtype=cu_dtype)
+        case = replace(case, cu_seqlens_q=cu_q, cu_seqlens_k=None if self_attention else cu_k)
+    return case
+
+
+def _inside(x: torch.Tensor) -> torch.Tensor:
+    """The same values as a view with gaps between tokens, between heads and before the first element."""
+    *lead, heads, head_dim = x.shape
+    wide = torch.zeros((*lead, heads + 1, head_dim + 8), dtype=x.dtype)
+    view = wide[..., 1:, 8:]
+    view.copy_(x)
+    return view
+
+
+@dataclass(frozen=True)
+class Result:
+    """out, lse and the three gradients of one run."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    grad_query: torch.Tensor
+    grad_key: torch.Tensor
+    grad_value: torch.Tensor
+
+    def named(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in ("out", "lse", "grad_query", "grad_key", "grad_value"):
+            yield name, getattr(self, name)
+
+
+def run_attention(case: AttentionCase, backend: str, dtype: torch.dtype | None = None, device: str = "cpu") -> Result:
+    """Forward and backward of masked_attention on `backend`, in the case's dtype unless another is named."""
+    from .ops.masked_attention import masked_attention
+
+    dtype = case.dtype if dtype is None else dtype
+
+    def placed(t: torch.Tensor) -> torch.Tensor:
+        # Keeps the strides: `to` of a non-dense view would make it dense.
+        return t.to(device=device, dtype=dtype) if t.is_contiguous() else _strided_to(t, device, dtype)
+
+    leaves = [placed(t).detach().requires_grad_() for t in (case.query, case.key, case.value)]
+    options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in case.options().items()}
+    out, lse = masked_attention(*leaves, **options, return_lse=True, backend=backend)
+    grads = torch.autograd.grad(out, leaves, case.grad_out.to(device=device, dtype=dtype))
+    return Result(out.detach().cpu(), lse.detach().cpu(), *(g.cpu() for g in grads))
+
+
+def _strided_to(view: torch.Tensor, device: str, dtype: torch.dtype) -> torch.Tensor:
+    base = view._base
+    moved = base.to(device=device, dtype=dtype)
+    return moved.as_strided(view.shape, view.stride(), view.storage_offset())
+
+
+def check_attention(case: AttentionCase, backend: str, device: str = "cpu") -> Result:
+    """Runs `backend` and holds every result to the error budget against the float64 reference.
+
+    Raises:
+        AssertionError: naming the tensor, its error and the budget.
+    """
+    oracle = run_attention(case, "reference", torch.float64)
+    peer = run_attention(case, "reference") if case.dtype in (torch.bfloat16, torch.float16) else None
+    actual = run_attention(case, backend, device=device)
+    for name, tensor in actual.named():
+        other = None if peer is None else getattr(peer, name)
+        assert_within_budget(f"{backend} {name}", tensor, getattr(oracle, name), other, gradient=name.startswith("grad"), dtype=case.dtype)
+    return actual
+
+
+def _wrong_sign(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (-tensors[0], *tensors[1:])
+
+
+def _stale_accumulator(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    first = tensors[0].clone()
+    first.flatten()[-1:] *= 2
+    return (first, *tensors[1:])
+
+
+def _unwritten_row(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    last = tensors[-1].clone()
+    last.flatten()[:1] = torch.nan
+    return (*tensors[:-1], last)
+
+
+# Faults in what a kernel returns, and in what it is given: (tensor arguments) -> (tensor arguments).
+RESULT_FAULTS: dict[str, Callable] = {"wrong_sign": _wrong_sign, "stale_accumulator": _stale_accumulator, "unwritten_row": _unwritten_row}
+ATTENTION_FAULTS = (*RESULT_FAULTS, "off_by_one_id", "dropped_scale", "swapped_layout")
+
+
+@contextlib.contextmanager
+def planted_fault(op: str, backend: str, fault: str, phase: str = "forward") -> Iterator[None]:
+    """Makes one backend of one op wrong in one way, for the test that a comparison notices.
+
+    Args:
+        op, backend: whose ``forward`` or ``backward`` (`phase`) is broken.
+        fault: one of RESULT_FAULTS, or for masked_attention one of ATTENTION_FAULTS.
+    """
+    module = ROOMS[op].modules[backend]
+    sound = getattr(module, phase)
+
+    def faulty(*args):
+        if fault in RESULT_FAULTS:
+            return RESULT_FAULTS[fault](sound(*args))
+        args = list(args)
+        first = 0 if phase == "forward" else 1  # backward starts with grad_out
+        if fault == "off_by_one_id":
+            args[first + 3] = (args[first + 3] - 1).clamp(min=-1)
+        elif fault == "dropped_scale":
+            args[-1] = 1.0
+        elif fault == "swapped_layout":
+            args[first + 7] = args[first + 7].flip(-1).contiguous()
+        else:
+            raise ValueError(f"planted_fault: fault must be one of {', '.join(ATTENTION_FAULTS)}, got {fault!r}.")
+        return sound(*args)
+
+    setattr(module, phase, faulty)
+    try:
+        yield
+    finally:
+        setattr(module, phase, sound)
