@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jepa import lattice
+from jepa import host, lattice
 
 
 def _moved(record: Any, change: Any) -> Any:
@@ -73,6 +73,7 @@ class MaskBatch:
         target: Sequence[Sequence[NDArray[np.int64]]],
         grid: tuple[int, int, int],
         horizon: int = 1,
+        backend: str = "auto",
     ) -> Self:
         """Packs per-set, per-sample id arrays and derives every list from them.
 
@@ -81,6 +82,7 @@ class MaskBatch:
             target: the same layout; disjoint from the context of the same sequence.
             grid: (T, H, W) in tokens.
             horizon: K >= 1, the number of steps a pair spans.
+            backend: "auto" (C++ host code where built), "host" or "numpy"; the lists are the same.
 
         Returns:
             A MaskBatch on the CPU. A sequence without targets has infinite context distances (weight 1/distance = 0).
@@ -106,11 +108,15 @@ class MaskBatch:
                 f"MaskBatch.from_ids: target must not share tokens with the context of its sequence, got token {token} in both "
                 f"(set {sequence // batch_size}, sample {sequence % batch_size})."
             )
-        squared = lattice.squared_distance_to((target_table >= 0).reshape(num_sequences, *grid)).reshape(num_sequences, num_tokens)
-        distance = squared[context_seq, context_ids].astype(np.float64)
-        distance[distance >= 2.0**39] = np.inf
-        pairs, pair_ids, pair_seq = lattice.temporal_pairs(context_table, grid, horizon)
-        columns, column_ids, column_seq = lattice.full_columns(context_table, grid)
+        module = host.resolve(backend)
+        if module is None:
+            distance = lattice.nearest_distance(target_table, context_ids, context_seq, grid)
+            pairs, pair_ids, pair_seq = lattice.temporal_pairs(context_table, grid, horizon)
+            columns, column_ids, column_seq = lattice.full_columns(context_table, grid)
+        else:
+            distance, (pairs, pair_ids, pair_seq), (columns, column_ids, column_seq) = module.mask_lists(
+                context_ids, context_cu, target_ids, target_cu, grid, horizon
+            )
 
         def rows(ids: NDArray[np.int64], sequence: NDArray[np.int64]) -> Tensor:
             sample = sequence % batch_size
@@ -134,7 +140,7 @@ class MaskBatch:
             target_cu=torch.from_numpy(target_cu),
             target_set=sets(target_seq),
             target_rows=rows(target_ids, target_seq),
-            context_distance=torch.from_numpy(np.sqrt(np.sqrt(distance)).astype(np.float32)),
+            context_distance=torch.from_numpy(distance),
             pairs=torch.from_numpy(pairs),
             pair_rows=rows(pair_ids, pair_seq),
             pair_set=sets(pair_seq),
@@ -172,8 +178,8 @@ class Batch:
 
 
 def _checked_grid(grid: tuple[int, int, int]) -> tuple[int, int, int]:
-    if len(grid) != 3 or min(grid) < 1:
-        raise ValueError(f"MaskBatch.from_ids: grid must be three positive numbers (T, H, W), got {tuple(grid)}.")
+    if len(grid) != 3 or min(grid) < 1 or max(grid) > lattice.LONGEST_SIDE:
+        raise ValueError(f"MaskBatch.from_ids: grid must be three numbers (T, H, W) from 1 to {lattice.LONGEST_SIDE}, got {tuple(grid)}.")
     return int(grid[0]), int(grid[1]), int(grid[2])
 
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
 
-# Larger than any squared distance a lattice of at most 2**15 sites a side can hold, and small enough that adding an offset cannot overflow int64.
-_FAR = np.int64(1) << 40
+# The longest side of a grid: squared distances then stay below _FAR / 2, and adding one to _FAR stays within int32 in the host code.
+LONGEST_SIDE = 8192
+_FAR = np.int64(1) << 29
 
 
 def presence_table(ids: Int64, sequence: Int64, num_sequences: int, num_tokens: int) -> Int64:
@@ -22,20 +23,21 @@ def presence_table(ids: Int64, sequence: Int64, num_sequences: int, num_tokens: 
     return table.reshape(num_sequences, num_tokens)
 
 
-def squared_distance_to(present: NDArray[np.bool_]) -> Int64:
-    """Squared Euclidean distance of every site of [S, T, H, W] to the nearest True of its sequence; >= 2**39 where there is none.
+def nearest_distance(targets: Int64, ids: Int64, sequence: Int64, grid: tuple[int, int, int]) -> NDArray[np.float32]:
+    """[Nc] sqrt of the Euclidean lattice distance of each token to the nearest target of its sequence; infinite where there is none.
 
-    The square separates over the axes, so three one-dimensional min-plus passes are exact: O(sites * (T + H + W)), where
-    comparing all pairs of tokens costs O(sites * targets).
+    `targets` is the [S, N] presence table. The squared distance separates over the axes, so three one-dimensional min-plus passes are
+    exact: O(sites * (T + H + W)), where comparing all pairs of tokens costs O(sites * targets).
     """
-    field = np.where(present, np.int64(0), _FAR)
+    field = np.where(targets.reshape(-1, *grid) >= 0, np.int64(0), _FAR)
     for axis in (1, 2, 3):
-        size = field.shape[axis]
-        offset = np.arange(size, dtype=np.int64)
+        offset = np.arange(field.shape[axis], dtype=np.int64)
         gap = (offset[:, None] - offset[None, :]) ** 2
         moved = np.moveaxis(field, axis, -1)
         field = np.moveaxis((moved[..., None, :] + gap).min(axis=-1), -1, axis)
-    return np.ascontiguousarray(field)
+    squared = field.reshape(len(targets), -1)[sequence, ids].astype(np.float64)
+    squared[squared >= _FAR / 2] = np.inf
+    return np.sqrt(np.sqrt(squared)).astype(np.float32)
 
 
 def temporal_pairs(table: Int64, grid: tuple[int, int, int], horizon: int) -> tuple[Int64, Int64, Int64]:

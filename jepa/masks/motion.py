@@ -29,6 +29,18 @@ def full_box(clip: NDArray) -> Box:
     return 0.0, 0.0, float(height), float(width)
 
 
+def check_box(box: Box, clip: NDArray) -> None:
+    """A box lies inside the frame and has an area."""
+    top, left, height, width = box
+    frame_height, frame_width = full_box(clip)[2:]
+    # Fractions of a pixel that float arithmetic adds at the far edge are cut off by the cells.
+    inside = top >= 0 and left >= 0 and top + height <= frame_height + 1e-6 and left + width <= frame_width + 1e-6
+    if not (inside and height > 0 and width > 0):
+        raise ValueError(
+            f"motion_map: box must be (top, left, height, width) inside the frame {frame_height:g} x {frame_width:g}, got {tuple(box)}."
+        )
+
+
 def frame_changes(clip: NDArray) -> Float64:
     """[F, H, W] sum over channels of |x_t - x_{t-1}|; the first frame takes the change of the second; zero for a single frame."""
     frames = clip if clip.dtype == np.uint8 else np.moveaxis(clip, 0, -1)
@@ -43,13 +55,16 @@ def frame_changes(clip: NDArray) -> Float64:
 def _cell_integrals(values: Float64, axis: int, start: float, extent: float, cells: int) -> Float64:
     """Integrals of a piecewise constant signal over `cells` equal cells of [start, start+extent]: fractional pixels count by their share.
 
-    The running sum is sequential along the axis, in the order that csrc/host/motion.cpp adds, so both give the same bits.
+    The running sum starts at the first pixel touched and is sequential along the axis: csrc/host/motion.cpp adds in the same order, so
+    both give the same bits.
     """
     moved = np.moveaxis(values, axis, 0)
-    size = moved.shape[0]
+    first, last = math.floor(start), min(math.ceil(start + extent), moved.shape[0])
+    moved = moved[first:last]
     running = np.concatenate([np.zeros_like(moved[:1]), np.cumsum(moved, axis=0)])
-    edges = np.minimum(np.maximum(start + np.arange(cells + 1, dtype=np.float64) * extent / cells, 0.0), float(size))
-    whole = np.minimum(np.floor(edges).astype(np.int64), size - 1)
+    edges = (start - first) + np.arange(cells + 1, dtype=np.float64) * extent / cells
+    edges = np.minimum(edges, float(last - first))
+    whole = np.minimum(np.floor(edges).astype(np.int64), last - first - 1)
     share = (edges - whole).reshape(-1, *[1] * (moved.ndim - 1))
     at_edge = running[whole] + share * moved[whole]
     return np.moveaxis(at_edge[1:] - at_edge[:-1], 0, axis)
@@ -65,7 +80,9 @@ def area_motion(clip: NDArray, grid: tuple[int, int, int], box: Box | None = Non
         flip: mirror the columns, for a clip that is going to be flipped.
     """
     check_clip(clip)
-    top, left, height, width = box if box is not None else full_box(clip)
+    box = box if box is not None else full_box(clip)
+    check_box(box, clip)
+    top, left, height, width = box
     change = frame_changes(clip)
     frames = change.shape[0]
     across = _cell_integrals(change, 2, left, width, grid[2])
@@ -77,9 +94,11 @@ def area_motion(clip: NDArray, grid: tuple[int, int, int], box: Box | None = Non
 
 
 def point_motion(clip: NDArray, grid: tuple[int, int, int], box: Box | None = None, flip: bool = False) -> Float64:
-    """[T, H, W] frame differences read at cell centres by trilinear interpolation: the published map, which skips pixels between centres."""
+    """[T, H, W] frame differences read at cell centres by trilinear interpolation: the published map, blind between centres."""
     check_clip(clip)
-    top, left, height, width = box if box is not None else full_box(clip)
+    box = box if box is not None else full_box(clip)
+    check_box(box, clip)
+    top, left, height, width = box
     values = frame_changes(clip) / 3.0
     spans = ((0.0, float(values.shape[0])), (top, height), (left, width))
     for axis, ((start, extent), cells) in enumerate(zip(spans, grid, strict=True)):
@@ -104,7 +123,8 @@ def scale_to_maximum(maps: Float64, maximum: Literal["sample", "published"]) -> 
         divisor = peak[None, :, None, None]
     else:
         raise ValueError(
-            f"scale_to_maximum: batch size must be 1 or the number of time steps ({maps.shape[1]}) for the published maximum, got {len(maps)}."
+            f"scale_to_maximum: batch size must be 1 or the number of time steps ({maps.shape[1]}) for the published maximum, "
+            f"got {len(maps)}."
         )
     return np.divide(maps, divisor, out=np.zeros_like(maps), where=divisor > 0)
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from jepa import host
 from jepa.batch import MaskBatch
 from jepa.counter_rng import Stream, check_keys, stream_id
-from jepa.masks import blocks, host, motion
+from jepa.masks import blocks, motion
 from jepa.masks.policy import MaskPolicy, MotionGuidance
 
 
@@ -38,6 +39,7 @@ def motion_maps(
     for b, clip in enumerate(clips):
         motion.check_clip(clip)
         box = boxes[b] if boxes is not None else motion.full_box(clip)
+        motion.check_box(box, clip)
         flip = bool(flips[b]) if flips is not None else False
         if guidance.sampling == "point":
             maps[b] = motion.point_motion(clip, grid, box, flip)
