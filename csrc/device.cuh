@@ -9,7 +9,7 @@
 
 // Launches `kernel` (a function pointer or a parenthesised template) with `bytes` of dynamic shared memory.
 #define JK_LAUNCH(kernel, grid, block, bytes, stream, ...) kernel<<<grid, block, bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
-#define JK_DYNAMIC_SHARED(type, name)                            \
+#define JK_DYNAMIC_SHARED(type, name)                           \
   extern __shared__ __align__(128) unsigned char jk_dynamic_[]; \
   type* name = reinterpret_cast<type*>(jk_dynamic_)
 #define JK_DEVICE __device__ __forceinline__
@@ -106,17 +106,15 @@ template <class T>
 JK_DEVICE void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
 JK_DEVICE void mma_16816<bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <>
 JK_DEVICE void mma_16816<float16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // A float rounded to the 10-bit mantissa that mma_1688_tf32 multiplies.
@@ -126,10 +124,9 @@ JK_DEVICE uint32_t to_tf32(float x) {
   return r;
 }
 JK_DEVICE void mma_1688_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // Four 8 x 8 tiles of 16-bit elements; lane l gives the address of row l % 8 of tile l / 8 (16-byte aligned).
@@ -206,12 +203,9 @@ inline void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32
 }
 inline uint32_t to_tf32(float x) { return (__float_as_uint(x) + 0x1000u) & 0xffffe000u; }
 inline void mma_1688_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_HERE) {
-  simt::mma_16x8<1>(d, a, b0, b1, {"mma_1688_tf32", file, line},
-                    [](uint32_t bits, int) { return __uint_as_float(bits & 0xffffe000u); });
+  simt::mma_16x8<1>(d, a, b0, b1, {"mma_1688_tf32", file, line}, [](uint32_t bits, int) { return __uint_as_float(bits & 0xffffe000u); });
 }
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, SIMT_HERE) {
-  simt::ldmatrix<false>(r, row, {"ldmatrix_x4", file, line});
-}
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, SIMT_HERE) { simt::ldmatrix<false>(r, row, {"ldmatrix_x4", file, line}); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, SIMT_HERE) {
   simt::ldmatrix<true>(r, row, {"ldmatrix_x4_trans", file, line});
 }

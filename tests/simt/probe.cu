@@ -138,7 +138,8 @@ JK_EXPORT const char* probe_mma(const void* a, const void* b, float* c, int is_f
     JK_LAUNCH(kernel, dim3(1), dim3(32), bytes, nullptr, static_cast<const jk::float16*>(a), static_cast<const jk::float16*>(b), c, fault);
   } else {
     auto kernel = transposed ? mma_trans_kernel<jk::bfloat16> : mma_kernel<jk::bfloat16>;
-    JK_LAUNCH(kernel, dim3(1), dim3(32), bytes, nullptr, static_cast<const jk::bfloat16*>(a), static_cast<const jk::bfloat16*>(b), c, fault);
+    JK_LAUNCH(kernel, dim3(1), dim3(32), bytes, nullptr, static_cast<const jk::bfloat16*>(a), static_cast<const jk::bfloat16*>(b), c,
+              fault);
   }
   return jk::launch_error();
 }

@@ -33,11 +33,11 @@ namespace simt {
 
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kGuardBytes = 4096;
-constexpr size_t kMaxSharedBytes = 99 * 1024;     // the smallest opt-in limit among the shipped architectures (sm_120)
+constexpr size_t kMaxSharedBytes = 99 * 1024;      // the smallest opt-in limit among the shipped architectures (sm_120)
 constexpr size_t kDefaultSharedBytes = 48 * 1024;  // more needs jk::allow_dynamic_shared
 constexpr size_t kPayloadBytes = 32;               // what a lane can hand to a warp collective
 constexpr size_t kCanaryBytes = 256;
-constexpr unsigned char kPoison = 0xff;            // a NaN in every floating-point format
+constexpr unsigned char kPoison = 0xff;  // a NaN in every floating-point format
 
 enum Order { kForward = 0, kReverse = 1, kShuffled = 2 };
 
@@ -161,7 +161,8 @@ inline int block_barrier(int vote, Site site) {
   if (b.arrived == 0) {
     b.barrier_site = site;
   } else if (!(b.barrier_site == site)) {
-    fail("simt: divergent barrier: " + where(self.linear) + " is at " + site.text() + " while others are at " + b.barrier_site.text() + ".");
+    fail("simt: divergent barrier: " + where(self.linear) + " is at " + site.text() + " while others are at " + b.barrier_site.text() +
+         ".");
   }
   key.release();
   b.votes += vote != 0;
@@ -331,10 +332,14 @@ inline std::string describe_deadlock(const Block& b) {
 
 inline bool is_ready(const Fiber& f, const Block& b) {
   switch (f.state) {
-    case State::kReady: return true;
-    case State::kAtBarrier: return f.barrier_epoch != b.epoch;
-    case State::kAtCollective: return f.waits_for->done;
-    case State::kDone: return false;
+    case State::kReady:
+      return true;
+    case State::kAtBarrier:
+      return f.barrier_epoch != b.epoch;
+    case State::kAtCollective:
+      return f.waits_for->done;
+    case State::kDone:
+      return false;
   }
   return false;
 }
@@ -409,10 +414,11 @@ inline std::string launch_refusal(const void* kernel, dim3 grid, dim3 threads, s
   const uint64_t count = uint64_t(threads.x) * threads.y * threads.z;
   if (count == 0 || count > 1024 || threads.z > 64) return "simt: a block must have 1 to 1024 threads, got " + std::to_string(count) + ".";
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
-    return "simt: a grid must have 1 to 2147483647 x 65535 x 65535 blocks, got " + std::to_string(grid.x) + " x " +
-           std::to_string(grid.y) + " x " + std::to_string(grid.z) + ".";
+    return "simt: a grid must have 1 to 2147483647 x 65535 x 65535 blocks, got " + std::to_string(grid.x) + " x " + std::to_string(grid.y) +
+           " x " + std::to_string(grid.z) + ".";
   if (shared_bytes > kMaxSharedBytes)
-    return "simt: dynamic shared memory must be at most " + std::to_string(kMaxSharedBytes) + " bytes, got " + std::to_string(shared_bytes) + ".";
+    return "simt: dynamic shared memory must be at most " + std::to_string(kMaxSharedBytes) + " bytes, got " +
+           std::to_string(shared_bytes) + ".";
   auto allowed = allowed_shared.find(kernel);
   if (shared_bytes > kDefaultSharedBytes && (allowed == allowed_shared.end() || allowed->second < shared_bytes))
     return "simt: " + std::to_string(shared_bytes) + " bytes of dynamic shared memory need jk::allow_dynamic_shared first.";

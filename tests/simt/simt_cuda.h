@@ -73,17 +73,20 @@ inline T shuffle(unsigned mask, T value, unsigned source, Site site) {
   return warp_collective(
       mask, value, site, false, [](auto&) {},
       [&](Collective& c) {
-        if (!(mask >> (source & 31) & 1)) fail("simt: " + site.text() + " reads lane " + std::to_string(source & 31) + ", which is not in its mask.");
+        if (!(mask >> (source & 31) & 1))
+          fail("simt: " + site.text() + " reads lane " + std::to_string(source & 31) + ", which is not in its mask.");
         return peek<T>(c, source);
       });
 }
 inline unsigned ballot(unsigned mask, int vote, Site site) {
-  return warp_collective(mask, vote, site, false, [](auto&) {}, [&](Collective& c) {
-    unsigned bits = 0;
-    for (unsigned i = 0; i < 32; i++)
-      if (mask >> i & 1) bits |= unsigned(peek<int>(c, i) != 0) << i;
-    return bits;
-  });
+  return warp_collective(
+      mask, vote, site, false, [](auto&) {},
+      [&](Collective& c) {
+        unsigned bits = 0;
+        for (unsigned i = 0; i < 32; i++)
+          if (mask >> i & 1) bits |= unsigned(peek<int>(c, i) != 0) << i;
+        return bits;
+      });
 }
 }  // namespace simt
 
@@ -95,7 +98,8 @@ inline T __shfl_sync(unsigned mask, T value, int source, int width = 32, SIMT_HE
 template <class T>
 inline T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, SIMT_HERE) {
   const unsigned self = simt::lane(), other = self ^ unsigned(lanes);
-  return simt::shuffle(mask, value, other < (self & ~unsigned(width - 1)) + unsigned(width) ? other : self, {"__shfl_xor_sync", file, line});
+  return simt::shuffle(mask, value, other < (self & ~unsigned(width - 1)) + unsigned(width) ? other : self,
+                       {"__shfl_xor_sync", file, line});
 }
 template <class T>
 inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, SIMT_HERE) {
@@ -149,12 +153,24 @@ inline T atomicCAS(T* p, T expected, T value) {
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
-struct float2 { float x, y; } __attribute__((aligned(8)));
-struct float4 { float x, y, z, w; } __attribute__((aligned(16)));
-struct uint2 { unsigned x, y; } __attribute__((aligned(8)));
-struct uint4 { unsigned x, y, z, w; } __attribute__((aligned(16)));
-struct int2 { int x, y; } __attribute__((aligned(8)));
-struct int4 { int x, y, z, w; } __attribute__((aligned(16)));
+struct float2 {
+  float x, y;
+} __attribute__((aligned(8)));
+struct float4 {
+  float x, y, z, w;
+} __attribute__((aligned(16)));
+struct uint2 {
+  unsigned x, y;
+} __attribute__((aligned(8)));
+struct uint4 {
+  unsigned x, y, z, w;
+} __attribute__((aligned(16)));
+struct int2 {
+  int x, y;
+} __attribute__((aligned(8)));
+struct int4 {
+  int x, y, z, w;
+} __attribute__((aligned(16)));
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
