@@ -31,6 +31,7 @@ class Quirks:
     context_ramp_fixed_steps: bool = _quirk("D6", "the context-loss ramp runs from step 15,000 to 30,000 whatever the length of training")
     resume_drops_heads: bool = _quirk("D7", "resuming starts the objectives' heads anew")
     truncate_to_batch_minimum: bool = _quirk("D10", "every token list of a mask set is cut to the shortest of the batch")
+    shared_block_size: bool = _quirk("D10", "all samples of a batch share one block size, which makes truncation bearable")
     shared_mask_token: bool = _quirk("D11", "all mask sets share mask token 0; the others never train")
     repeat_stills: bool = _quirk("D11", "a still becomes a clip of equal frames, so the image path never trains")
     rank_independent_seed: bool = _quirk("-", "all ranks draw the same random numbers")

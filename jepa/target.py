@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+M = TypeVar("M", bound=nn.Module)
 
 STANDARDISE_EPS = 1e-5
 
@@ -22,6 +27,11 @@ def standardise(features: Tensor, levels: int) -> Tensor:
     wide = features if features.dtype == torch.float64 else features.to(torch.float32)
     by_level = wide.unflatten(-1, (levels, -1))
     return functional.layer_norm(by_level, by_level.shape[-1:], eps=STANDARDISE_EPS).flatten(-2)
+
+
+def frozen_copy(encoder: M) -> M:
+    """A copy with the same weights that never needs a gradient."""
+    return copy.deepcopy(encoder).requires_grad_(False)
 
 
 @torch.no_grad()

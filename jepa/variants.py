@@ -7,33 +7,28 @@ a `base` and what differs from it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from jepa.config import ConfigError, from_dict, merged, nearest, parsed_by
+from jepa.config import ConfigError, from_dict, merged, nearest, parsed_by, to_dict
+from jepa.masks.policy import POLICY_NAMES, MaskPolicy, mask_policy
 from jepa.objectives import Factorisation, ObjectiveConfig, parse_objectives
 from jepa.quirks import Quirks, parse_quirks
 
 
-@dataclass(frozen=True)
-class MaskSetConfig:
-    """One mask set: `blocks` blocks, each covering `spatial_share` of a frame and `temporal_share` of the clip."""
-
-    blocks: int
-    spatial_share: tuple[float, float]
-    temporal_share: tuple[float, float] = (1.0, 1.0)
-    aspect_ratio: tuple[float, float] = (0.75, 1.5)
-
-
-@dataclass(frozen=True)
-class MaskPolicy:
-    """How context and target tokens are drawn; the names are those of `jepa.masks`."""
-
-    policy: Literal["blocks", "motion", "future", "motion_future"] = "blocks"
-    sets: tuple[MaskSetConfig, ...] = (MaskSetConfig(8, (0.15, 0.15)), MaskSetConfig(2, (0.7, 0.7)))
-    strength: float = 2.0  # motion: exponent of a block's mean motion
-    random_rate: float = 0.1  # motion: share of origins drawn uniformly
-    context_share: float = 0.5  # future: share of the time steps that may be context
+def parse_masks(value: Any, path: str) -> MaskPolicy:
+    """A configuration value as a mask policy: a name, a mapping of `name` and what differs from it, or a whole policy."""
+    if isinstance(value, MaskPolicy):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping) or "name" not in value:
+        return from_dict(MaskPolicy, value, path)
+    if value["name"] not in POLICY_NAMES:
+        raise ConfigError(f"config: unknown mask policy {value['name']!r}; {nearest(str(value['name']), POLICY_NAMES)}")
+    guidance = {key: value[key] for key in ("strength", "random_rate") if key in value}
+    rest = {key: item for key, item in value.items() if key != "name" and key not in guidance}
+    return from_dict(MaskPolicy, merged(to_dict(mask_policy(value["name"], **guidance)), rest), path)
 
 
 @dataclass(frozen=True)
@@ -49,17 +44,34 @@ class VariantConfig:
     """What makes a variant; everything else is the same for all of them."""
 
     objectives: Mapping[str, ObjectiveConfig] = parsed_by(parse_objectives, default_factory=lambda: parse_objectives(_ALWAYS, ""))
-    masks: MaskPolicy = field(default_factory=MaskPolicy)
+    masks: MaskPolicy = parsed_by(parse_masks, default_factory=MaskPolicy)
     target: TargetConfig = field(default_factory=TargetConfig)
     factorisation: Factorisation = field(default_factory=Factorisation)
     quirks: Quirks = parsed_by(parse_quirks, default_factory=Quirks)
 
+    @property
+    def mask_policy(self) -> MaskPolicy:
+        """The policy to sample from: `masks` with those of its published defects that `quirks` switches on."""
+        quirks, policy = self.quirks, self.masks
+        if policy.motion is not None:
+            sampling = "point" if quirks.motion_point_sampling else policy.motion.sampling
+            maximum = "published" if quirks.motion_maximum_of_wrong_sample else policy.motion.maximum
+            policy = replace(policy, motion=replace(policy.motion, sampling=sampling, maximum=maximum))
+        return replace(
+            policy,
+            truncate="batch_min" if quirks.truncate_to_batch_minimum else policy.truncate,
+            shared_block_size=quirks.shared_block_size or policy.shared_block_size,
+        )
+
+    @property
+    def pair_horizon(self) -> int:
+        """K of the mask pairs: the longest that any objective looks ahead."""
+        return max([getattr(cfg, "horizon", 1) for cfg in self.objectives.values() if cfg.weight != 0.0], default=1)
+
 
 _ALWAYS: dict[str, Any] = {"prediction": {}, "context": {}}
-_MOTION = {"policy": "motion", "strength": 2.0, "random_rate": 0.1}
-_STRONG_MOTION = {"policy": "motion", "strength": 5.0, "random_rate": 0.0}
-# Half the clip as context leaves room for few blocks: 4 and 1 where the others have 8 and 2.
-_FUTURE_SETS = [{"blocks": 4, "spatial_share": [0.15, 0.15]}, {"blocks": 1, "spatial_share": [0.7, 0.7]}]
+_MOTION = {"name": "motion", "strength": 2.0, "random_rate": 0.1}
+_STRONG_MOTION = {"name": "motion", "strength": 5.0, "random_rate": 0.0}
 _ONLINE = {"kind": "online"}
 _FWM = {"static": {"weight": 0.05}, "orthogonality": {"weight": 0.01}}
 _HARD = {"weight": 0.3, "temperature": 1.0}
@@ -74,8 +86,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "baseline": {},
     "motion_guided": {"masks": _MOTION},
     "amg": {"masks": _STRONG_MOTION},
-    "future_predictive": {"masks": {"policy": "future", "sets": _FUTURE_SETS}},
-    "motion_future": {"masks": {**_MOTION, "policy": "motion_future", "sets": _FUTURE_SETS}},
+    "future_predictive": {"masks": {"name": "future"}},
+    "motion_future": {"masks": {**_MOTION, "name": "motion_future"}},
     "hw": {"objectives": {"hard_region": _HARD}},
     "delta": {"objectives": {"delta": {"weight": 0.5}}},
     "combo": {"masks": _STRONG_MOTION, "objectives": {"delta": {"weight": 0.5}, "hard_region": _HARD}},

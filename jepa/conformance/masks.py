@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,11 +11,13 @@ from jepa.conformance.report import Golden
 
 
 def read_masks(golden: Golden, grid: tuple[int, int, int], prefix: str = "") -> MaskBatch:
-    """The MaskBatch of the arrays ``<prefix>mask_enc_j`` and ``<prefix>mask_pred_j``."""
-    sets = range(len(golden.keys(f"{prefix}mask_enc_")))
-    return MaskBatch.from_ids(
-        [list(golden[f"{prefix}mask_enc_{j}"]) for j in sets], [list(golden[f"{prefix}mask_pred_{j}"]) for j in sets], grid
-    )
+    """The MaskBatch of the arrays ``<prefix>mask_enc_j`` and ``<prefix>mask_pred_j``; without the latter it has no targets."""
+    context, target = [], []
+    for j in range(len(golden.keys(f"{prefix}mask_enc_"))):
+        context.append(list(golden[f"{prefix}mask_enc_{j}"]))
+        key = f"{prefix}mask_pred_{j}"
+        target.append(list(golden[key]) if key in golden else [np.zeros(0, dtype=np.int64)] * len(context[j]))
+    return MaskBatch.from_ids(context, target, grid)
 
 
 def pack(parts: list[Tensor]) -> Tensor:

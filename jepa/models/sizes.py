@@ -1,0 +1,100 @@
+"""Named model sizes: data, not code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+from jepa.config import ConfigError, from_dict, merged, nearest, to_dict
+
+# After which blocks a level is taken, by depth.
+LEVEL_BLOCKS: Mapping[int, tuple[int, ...]] = MappingProxyType(
+    {4: (0, 1, 2, 3), 12: (2, 5, 8, 11), 24: (5, 11, 17, 23), 40: (9, 19, 29, 39)}
+)
+
+
+@dataclass(frozen=True)
+class PredictorConfig:
+    """A narrow transformer; `mask_tokens` is how many learned tokens the mask sets take turns with."""
+
+    width: int = 256
+    depth: int = 8
+    heads: int = 8
+    mlp_ratio: float = 4.0
+    mask_tokens: int = 2
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Encoder and predictor. Tokens are tubelets of `tubelet_size` frames x `patch_size`^2 pixels, or patches of a single frame.
+
+    `rope_interpolate_from`: side, in tokens, of the grid that other resolutions' positions are scaled to; None leaves them unscaled.
+    """
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    level_blocks: tuple[int, ...] = (2, 5, 8, 11)
+    patch_size: int = 16
+    tubelet_size: int = 2
+    rope_interpolate_from: int | None = 16
+    checkpoint_activations: bool = False
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ConfigError(f"config: width must be a multiple of heads ({self.heads}), got {self.width}.")
+        blocks = self.level_blocks
+        if not blocks or list(blocks) != sorted(set(blocks)) or blocks[0] < 0 or blocks[-1] != self.depth - 1:
+            raise ConfigError(f"config: level_blocks must rise and end at the last block ({self.depth - 1}), got {blocks}.")
+
+    @property
+    def levels(self) -> int:
+        return len(self.level_blocks)
+
+    @property
+    def feature_width(self) -> int:
+        """D: all levels side by side."""
+        return self.levels * self.width
+
+
+def _size(width: int, depth: int, heads: int, mlp_ratio: float = 4.0, predictor: PredictorConfig | None = None) -> ModelConfig:
+    return ModelConfig(width, depth, heads, mlp_ratio, LEVEL_BLOCKS[depth], predictor=predictor or PredictorConfig())
+
+
+SIZES: Mapping[str, ModelConfig] = MappingProxyType(
+    {
+        "micro": _size(96, 4, 3, predictor=PredictorConfig(width=64, depth=4, heads=2)),
+        "tiny": _size(192, 12, 3),
+        "small": _size(384, 12, 6),
+        "base": _size(768, 12, 12),
+        "large": _size(1024, 24, 16),
+        "giant": _size(1408, 40, 22, 48 / 11),
+    }
+)
+
+
+def model_config(name: str, **changes: Any) -> ModelConfig:
+    """A named size, with nested `changes` laid over it.
+
+    Raises:
+        ConfigError: no size of that name, or an unknown key.
+    """
+    if name not in SIZES:
+        raise ConfigError(f"config: unknown model size {name!r}; {nearest(name, SIZES)}")
+    return from_dict(ModelConfig, merged(to_dict(SIZES[name]), changes), "model") if changes else replace(SIZES[name])
+
+
+def parse_model(value: Any, path: str) -> ModelConfig:
+    """A configuration value as a model: a size name, or a mapping whose `size` names the one it starts from."""
+    if isinstance(value, ModelConfig):
+        return value
+    if isinstance(value, str):
+        return model_config(value)
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"config: {path} must be a size name or a mapping, got {value!r}.")
+    changes = {key: item for key, item in value.items() if key != "size"}
+    return model_config(value["size"], **changes) if "size" in value else from_dict(ModelConfig, changes, path)

@@ -1,0 +1,266 @@
+"""One training step, as functions that can be called one by one: no I/O, no globals, nothing read back from the device.
+
+target_features, context_features, predictions, objective_loss -> a loss; backward; update (clip, optimiser, EMA). `loss_step` and
+`train_step` chain them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from jepa.batch import Batch, MaskBatch
+from jepa.config import parsed_by
+from jepa.models.encoder import Encoder
+from jepa.models.predictor import Predictor
+from jepa.models.sizes import SIZES, ModelConfig, parse_model
+from jepa.objectives import Denominators, FeatureDims, ObjectiveContext, build_heads, compute_all, weights
+from jepa.schedules import ScheduleConfig, parameter_groups, set_rates
+from jepa.target import frozen_copy, standardise, update_ema
+from jepa.variants import VariantConfig, parse_variant
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """Everything a step depends on besides the weights and the batch."""
+
+    model: ModelConfig = parsed_by(parse_model, default_factory=lambda: SIZES["micro"])
+    variant: VariantConfig = parsed_by(parse_variant, default_factory=VariantConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    loss_exponent: float = 1.0
+    clip_gradient: float | None = None
+
+
+class ModelBundle(nn.Module):
+    """Context encoder, predictor, heads and, with an EMA, the target encoder. Calling it is `loss_step`, so that DDP can wrap it."""
+
+    def __init__(self, model: ModelConfig, variant: VariantConfig) -> None:
+        super().__init__()
+        self.context_encoder = Encoder(model)
+        self.predictor = Predictor(model, shared_mask_token=variant.quirks.shared_mask_token)
+        dims = FeatureDims(model.feature_width, model.levels, variant.factorisation)
+        self.heads = build_heads(variant.objectives, dims)
+        # Without an EMA a target encoder would only be ballast, unless its initial weights are what gets evaluated (published).
+        keeps_target = variant.target.kind == "ema" or variant.quirks.evaluate_initial_target
+        self.target_encoder = frozen_copy(self.context_encoder) if keeps_target else None
+
+    @property
+    def evaluation_encoder(self) -> Encoder:
+        """What probes and `encode` use: the EMA, or without one the online encoder."""
+        return self.context_encoder if self.target_encoder is None else self.target_encoder
+
+    def trained(self) -> dict[str, nn.Module]:
+        return {"context_encoder": self.context_encoder, "predictor": self.predictor}
+
+    def forward(self, batch: Batch, cfg: StepConfig, denominators: Denominators | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        masks = _masks(batch)
+        weight = objective_weights(cfg, batch.step)
+        target, target_live = target_features(self, batch, cfg)
+        context_tokens = context_features(self, batch, cfg)
+        predicted, predicted_context = predictions(self, context_tokens, batch, cfg, predict_context=bool(weight.get("context")))
+        ctx = objective_context(self, batch, cfg, denominators or Denominators.of(masks), target, target_live, context_tokens, predicted, predicted_context)
+        return compute_all(ctx, cfg.variant.objectives, weight)
+
+
+def objective_weights(cfg: StepConfig, step: int) -> dict[str, float]:
+    """The weight of every objective at a step (counted from 0)."""
+    return weights(cfg.variant.objectives, step, progress(cfg, step), cfg.variant.quirks)
+
+
+def progress(cfg: StepConfig, step: int) -> float:
+    """The share of training done before step `step`, in [0, 1]."""
+    return min(1.0, step / max(1, cfg.schedule.total_steps))
+
+
+def target_features(bundle: ModelBundle, batch: Batch, cfg: StepConfig) -> tuple[Tensor, Tensor]:
+    """Standardised target features of every token, [B*N, D], for the objectives and, before any detaching, for kinematic ones.
+
+    With an EMA they carry no gradient. With an online target they do, unless `target.detach`.
+    """
+    if cfg.variant.target.kind == "ema":
+        with torch.no_grad(), _precision(batch, cfg):
+            raw = bundle.target_encoder(batch.clips)
+    else:
+        with _precision(batch, cfg):
+            raw = bundle.context_encoder(batch.clips)
+    live = standardise(raw.flatten(0, 1), cfg.model.levels)
+    return (live.detach() if cfg.variant.target.detach else live), live
+
+
+def context_features(bundle: ModelBundle, batch: Batch, cfg: StepConfig) -> Tensor:
+    """The context encoder on the visible tokens of every mask set and sample, one packed call: [Nc, D]."""
+    with _precision(batch, cfg):
+        return bundle.context_encoder(batch.clips, _masks(batch))
+
+
+def predictions(
+    bundle: ModelBundle, context_tokens: Tensor, batch: Batch, cfg: StepConfig, predict_context: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """The predictor at targets [Nt, D] and, if asked, at context tokens [Nc, D]."""
+    masks = _masks(batch)
+    with _precision(batch, cfg):
+        return bundle.predictor(context_tokens, masks, image=masks.grid[0] == 1, predict_context=predict_context)
+
+
+def objective_context(
+    bundle: ModelBundle,
+    batch: Batch,
+    cfg: StepConfig,
+    denominators: Denominators,
+    target: Tensor,
+    target_live: Tensor,
+    context_tokens: Tensor,
+    predicted: Tensor,
+    predicted_context: Tensor | None,
+) -> ObjectiveContext:
+    """What the objectives look at, in float32."""
+    return ObjectiveContext(
+        context_tokens=_wide(context_tokens),
+        predicted_tokens=_wide(predicted),
+        predicted_context=None if predicted_context is None else _wide(predicted_context),
+        target=target,
+        target_live=target_live,
+        masks=_masks(batch),
+        denominators=denominators,
+        levels=cfg.model.levels,
+        factorisation=cfg.variant.factorisation,
+        heads=bundle.heads,
+        quirks=cfg.variant.quirks,
+        clips=batch.clips,
+        patch_size=cfg.model.patch_size,
+        tubelet_size=cfg.model.tubelet_size,
+        loss_exponent=cfg.loss_exponent,
+        step=batch.step,
+        progress=progress(cfg, batch.step),
+    )
+
+
+def loss_step(
+    bundle: nn.Module, batch: Batch, cfg: StepConfig, denominators: Denominators | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of one batch, with gradient, and the unweighted value of every objective.
+
+    Args:
+        bundle: a `ModelBundle`, or one in a wrapper such as DDP.
+        batch: clips and masks.
+        cfg: the step's configuration.
+        denominators: global row counts where the batch is a part of a larger one; None when it is the whole.
+
+    Returns:
+        The loss (float32 scalar; this part's share of the global loss) and metrics (tensors without gradient).
+    """
+    loss, metrics = bundle(batch, cfg, denominators)
+    return loss, {"loss": loss.detach(), **metrics}
+
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class TrainState:
+    """What a step changes: weights, optimiser moments, the step count. `reduce` sums a tensor over `ranks` processes."""
+
+    bundle: ModelBundle
+    optimizer: torch.optim.Optimizer
+    cfg: StepConfig
+    step: int = 0
+    wrapped: nn.Module | None = None
+    reduce: Reduce | None = None
+    ranks: int = 1
+
+    @property
+    def module(self) -> nn.Module:
+        return self.bundle if self.wrapped is None else self.wrapped
+
+
+def new_state(cfg: StepConfig, device: torch.device | str = "cpu") -> TrainState:
+    """Fresh weights and optimiser."""
+    bundle = ModelBundle(cfg.model, cfg.variant).to(device)
+    return TrainState(bundle, build_optimizer(bundle, cfg), cfg)
+
+
+def build_optimizer(bundle: ModelBundle, cfg: StepConfig) -> torch.optim.Optimizer:
+    """AdamW with the published groups. The fused one: the others read their step counts back, and cannot skip a step on the device."""
+    groups = parameter_groups(bundle.trained(), bundle.heads.values())
+    schedule = cfg.schedule
+    set_rates(groups, schedule.learning_rate(1), schedule.decay(1))
+    return torch.optim.AdamW(groups, lr=schedule.learning_rate(1), betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def train_step(state: TrainState, batch: Batch | Sequence[Batch]) -> tuple[TrainState, dict[str, Tensor]]:
+    """One optimiser step on a batch, or on micro-batches that make up one.
+
+    Returns:
+        The same state, advanced, and the step's metrics: tensors on the device, summed over the micro-batches of this process.
+    """
+    batches = [batch] if isinstance(batch, Batch) else list(batch)
+    denominators = global_denominators(batches, state.reduce, state.ranks)
+    totals: dict[str, Tensor] = {}
+    for part in batches:
+        loss, metrics = loss_step(state.module, part, state.cfg, denominators)
+        backward(loss, state.ranks)
+        for name, value in metrics.items():
+            totals[name] = totals[name] + value if name in totals else value
+    totals.update(update(state))
+    return state, totals
+
+
+def global_denominators(batches: Sequence[Batch], reduce: Reduce | None = None, ranks: int = 1) -> Denominators:
+    """Row counts over all micro-batches and, by one small all-reduce, all ranks."""
+    counts = [Denominators.of(_masks(batch)).packed() for batch in batches]
+    total = counts[0] if len(counts) == 1 else torch.stack(counts).sum(0)
+    return Denominators.unpacked(total if reduce is None else reduce(total), parts=len(batches) * ranks)
+
+
+def backward(loss: Tensor, ranks: int = 1) -> None:
+    """Adds this part's gradients. Data-parallel wrappers average over ranks, but shares of a global mean are to be added up."""
+    if loss.requires_grad:
+        (loss * ranks if ranks > 1 else loss).backward()
+
+
+def update(state: TrainState) -> dict[str, Tensor]:
+    """Clips, steps the optimiser and then the EMA, clears the gradients, and counts the step.
+
+    A gradient that is not finite skips the optimiser step on the device: weights and moments stay as they are.
+    """
+    schedule, step = state.cfg.schedule, state.step + 1
+    set_rates(state.optimizer.param_groups, schedule.learning_rate(step), schedule.decay(step))
+    norm = clip_gradients(state.optimizer, state.cfg.clip_gradient)
+    skipped = torch.isfinite(norm).logical_not().to(torch.float32)
+    state.optimizer.found_inf = skipped
+    state.optimizer.grad_scale = None
+    state.optimizer.step()
+    if state.cfg.variant.target.kind == "ema":
+        update_ema(state.bundle.target_encoder, state.bundle.context_encoder, schedule.ema_momentum(step))
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step = step
+    return {"gradient_norm": norm, "skipped": skipped}
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None) -> Tensor:
+    """The norm of all gradients, which are scaled down to `limit` where they exceed it."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if limit is not None:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
+def _masks(batch: Batch) -> MaskBatch:
+    if batch.masks is None:
+        raise ValueError("step: batch.masks must be given, got None.")
+    return batch.masks
+
+
+def _wide(features: Tensor) -> Tensor:
+    return features if features.dtype == torch.float64 else features.to(torch.float32)
+
+
+def _precision(batch: Batch, cfg: StepConfig) -> AbstractContextManager[None]:
+    return torch.autocast(batch.clips.device.type, dtype=torch.bfloat16, enabled=cfg.precision == "bf16")
