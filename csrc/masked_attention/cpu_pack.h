@@ -1,0 +1,178 @@
+// Rotation, scaling and packing: from strided rows of the caller's dtype to what the micro-kernels read, and back.
+// Included by one translation unit per instruction set, hence the anonymous namespace.
+#pragma once
+#include <string.h>
+
+#include "cpu_kernels.h"
+#include "cpu_micro.h"
+
+namespace jk::attention {
+namespace {
+
+constexpr int64_t kMaxHeadDim = 128;
+constexpr int64_t kTokenPad = 16;  // packed token counts are padded to this: a multiple of every vector width and row block
+
+constexpr JK_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr JK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The larger one; a NaN on either side stays.
+JK_INLINE float largest_of(float a, float b) { return b > a || b != b ? b : a; }
+
+// Channels of a packed row: whole vectors of units.
+template <class F>
+JK_INLINE int64_t padded_channels(int64_t head_dim) {
+  return round_up(head_dim, F::Simd::kLanes * F::kPerUnit);
+}
+
+// The three table rows whose sum is a token's rotation; t is NULL where nothing rotates.
+struct Angle {
+  const float *t, *y, *x;
+  int64_t sines;  // distance from a cosine to its sine
+};
+
+JK_INLINE int64_t id_at(const Ids& ids, int64_t i) {
+  return ids.bytes == 4 ? ((const int32_t*)ids.data)[i * ids.stride] : ((const int64_t*)ids.data)[i * ids.stride];
+}
+
+JK_INLINE Angle angle(const RopeRows* rope, const Ids& ids, int64_t i) {
+  if (rope == nullptr) return {nullptr, nullptr, nullptr, 0};
+  const int64_t row = 2 * rope->padded, axes = rope->grid_t + rope->grid_h + rope->grid_w;
+  const int64_t id = id_at(ids, i);
+  const float* zeros = rope->data + (axes + 1) * row;
+  if (id < 0) return {rope->data + axes * row, zeros, zeros, rope->padded};
+  const uint64_t line = (uint64_t)id / (uint64_t)rope->grid_w, t = line / (uint64_t)rope->grid_h;
+  const int64_t x = id - (int64_t)line * rope->grid_w, y = (int64_t)(line - t * (uint64_t)rope->grid_h);
+  return {rope->data + (int64_t)t * row, rope->data + (rope->grid_t + y) * row, rope->data + (rope->grid_t + rope->grid_h + x) * row,
+          rope->padded};
+}
+
+template <class V>
+JK_INLINE void cos_sin(const Angle& a, int64_t d, typename V::Vec& c, typename V::Vec& s) {
+  c = V::add(V::add(V::load(a.t + d), V::load(a.y + d)), V::load(a.x + d));
+  s = V::add(V::add(V::load(a.t + a.sines + d), V::load(a.y + a.sines + d)), V::load(a.x + a.sines + d));
+}
+
+// Head vectors to pack: rows of the caller with the ids that rotate them.
+struct Source {
+  Rows rows;
+  Ids ids;
+  const RopeRows* rope;
+  float scale;
+};
+
+// Rows first .. first + count as floats, rotated and scaled, then zero rows up to `padded`. Returns the largest squared norm.
+template <class V, class T>
+float read_rows(const Source& from, int64_t head_dim, int64_t first, int64_t count, int64_t padded, float* rows, int64_t stride) {
+  const typename V::Vec scale = V::set1(from.scale);
+  float largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const T* src = (const T*)from.rows.data + (first + i) * from.rows.stride;
+    const Angle at = angle(from.rope, from.ids, first + i);
+    typename V::Vec squares = V::zero();
+    for (int64_t d = 0; d < head_dim; d += V::kLanes) {
+      typename V::Vec x = V::load_head(src + d, head_dim - d);
+      if (at.t != nullptr) {
+        typename V::Vec c, s;
+        cos_sin<V>(at, d, c, s);
+        x = V::fma(x, c, V::mul(V::swap_pairs(x), s));
+      }
+      x = V::mul(x, scale);
+      squares = V::fma(x, x, squares);
+      V::store(rows + i * stride + d, x);
+    }
+    const float norm = V::sum(squares);
+    largest = largest_of(largest, norm);
+  }
+  if (padded > count) memset(rows + count * stride, 0, (size_t)((padded - count) * stride) * sizeof(float));
+  return largest;
+}
+
+// A gradient of a rotated, scaled row back to the caller: times scale, through the transpose of the rotation.
+template <class V, class T>
+JK_INLINE void write_row(const Rows& to, int64_t i, const Angle& at, int64_t head_dim, float scale, const float* row) {
+  T* dst = (T*)to.data + i * to.stride;
+  for (int64_t d = 0; d < head_dim; d += V::kLanes) {
+    typename V::Vec g = V::mul(V::load(row + d), V::set1(scale));
+    if (at.t != nullptr) {
+      typename V::Vec c, s;
+      cos_sin<V>(at, d, c, s);
+      g = V::fma(g, c, V::swap_pairs(V::mul(g, s)));
+    }
+    V::store_head(dst + d, g, head_dim - d);
+  }
+}
+
+// Rows summed along the row: dst[n][channels / kPerUnit].
+template <class F>
+void put_rows(const float* rows, int64_t channels, int64_t count, float* dst) {
+  for (int64_t n = 0; n < count; ++n) {
+    for (int64_t d = 0; d < channels; d += F::Simd::kLanes) {
+      F::put_row(dst + (n * channels + d) / F::kPerUnit, F::Simd::load(rows + n * channels + d));
+    }
+  }
+}
+
+// Rows summed over tokens: dst[n / kPerUnit][channels].
+template <class F>
+void put_pairs(const float* rows, int64_t channels, int64_t count, float* dst) {
+  using V = typename F::Simd;
+  for (int64_t n = 0; n < count; n += 2) {
+    for (int64_t d = 0; d < channels; d += V::kLanes) {
+      F::put_pair(dst + n / F::kPerUnit * channels + d, channels, V::load(rows + n * channels + d), V::load(rows + (n + 1) * channels + d));
+    }
+  }
+}
+
+// The same cut into panels of kRows channels, so that a row block reads on and on: dst[d / kRows][n / kPerUnit][kRows],
+// `first` being the unit of the first token and `units` the length of a panel.
+template <class F>
+void put_panels(const float* rows, int64_t channels, int64_t head_dim, int64_t count, float* dst, int64_t first, int64_t units) {
+  constexpr int64_t kRows = Shape<F>::kRows;
+  alignas(64) float line[2 * kMaxHeadDim];
+  for (int64_t n = 0; n < count; n += 2) {
+    put_pairs<F>(rows + n * channels, channels, 2, line);
+    for (int64_t i = 0; i < 2 / F::kPerUnit; ++i) {
+      const int64_t unit = first + n / F::kPerUnit + i;
+      for (int64_t d = 0; d < head_dim; d += kRows) {
+        memcpy(dst + (d / kRows * units + unit) * kRows, line + i * channels + d, kRows * sizeof(float));
+      }
+    }
+  }
+}
+
+// kLanes rows as lanes of a tile: dst[unit of channels][lane], tiles being kTile lanes wide.
+template <class F>
+void put_lanes(const float* rows, int64_t channels, float* dst) {
+  using V = typename F::Simd;
+  const int64_t units = channels / F::kPerUnit;
+  alignas(64) float packed[F::kPerUnit == 1 ? 1 : V::kLanes * kMaxHeadDim / 2];
+  const float* src = rows;
+  if constexpr (F::kPerUnit > 1) {
+    put_rows<F>(rows, channels, V::kLanes, packed);
+    src = packed;
+  }
+  for (int64_t u = 0; u < units; u += V::kLanes) {
+    typename V::Vec r[V::kLanes];
+    JK_UNROLL for (int i = 0; i < V::kLanes; ++i) r[i] = V::load(src + i * units + u);
+    V::transpose(r);
+    JK_UNROLL for (int i = 0; i < V::kLanes; ++i) V::store(dst + (u + i) * Shape<F>::kTile, r[i]);
+  }
+}
+
+// Query tiles of a sequence: whole ones of kVecs vectors, and the last two even where the last would have a single vector.
+template <class F>
+JK_INLINE int64_t tile_count(int64_t len) {
+  return (len + Shape<F>::kTile - 1) / Shape<F>::kTile;
+}
+
+template <class F>
+JK_INLINE int64_t tile_begin(int64_t len, int64_t tile) {
+  constexpr int64_t kVecs = Shape<F>::kVecs, kLanes = F::Simd::kLanes;
+  const int64_t count = tile_count<F>(len), vecs = (len + kLanes - 1) / kLanes;
+  if (tile >= count) return round_up(len, kLanes);
+  const bool lean = kVecs > 2 && count > 1 && tile == count - 1 && vecs % kVecs == 1;
+  return (tile * kVecs - (lean ? 1 : 0)) * kLanes;
+}
+
+}  // namespace
+}  // namespace jk::attention
