@@ -1,0 +1,76 @@
+"""GRU rollouts, which move the whole state: forward and backward through time around the kernels of a backend.
+
+With g = W_i a + b_i and m = W_s z + b_s, split in three: r = sigmoid(g_r + m_r), u = sigmoid(g_u + m_u), n = tanh(g_n + r m_n),
+z' = LayerNorm((1 - u) n + u z). Saved for backward: r, u, n and m_n of every step, and every state.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from .arithmetic import add_matmul, matmul
+from .hidden_space import Gradients
+from .problem import Problem
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+class Kernels(Protocol):
+    """What a backend computes for a GRU. States are ``[horizon, rows, D]`` (``[1, rows, D]`` the last one), gates ``[horizon, rows, 4 D]``."""
+
+    def gru_recurrence(self, start, actions, weights: list[torch.Tensor], epsilon: float, keep_all: bool, save: bool) -> Tensors: ...
+
+    def gru_recurrence_backward(self, start, states, gates, weights: list[torch.Tensor], epsilon: float, grad_states, every_step: bool) -> Tensors: ...
+
+    def state_errors(self, problem: Problem, states) -> torch.Tensor: ...
+
+    def state_errors_backward(self, problem: Problem, states, grad_errors) -> torch.Tensor: ...
+
+
+def forward(problem: Problem, kernels: Kernels) -> Tensors:
+    """The output, then what backward needs: gates, states and nothing."""
+    keep_all = problem.output != "last"
+    start = problem.start().to(problem.accumulate_dtype)
+    states, gates = kernels.gru_recurrence(start, problem.actions, problem.parameters, problem.scalar, keep_all or problem.save, problem.save)
+    nothing = start.new_empty(0)
+    if problem.output == "errors":
+        out = kernels.state_errors(problem, states)
+    else:
+        # The op's output must not be the tensor that is saved: it would be one alias of the other.
+        out = (states if keep_all else states[-1]).to(problem.states.dtype, copy=problem.save)
+    return out, gates, states if problem.save else nothing, nothing.to(torch.uint8)
+
+
+def backward(problem: Problem, kernels: Kernels, grad_out: torch.Tensor, saved: Tensors, needs_targets: bool) -> Gradients:
+    """Gradients of every input, per row: scattering gathered rows back is left to the op."""
+    gates, states, _ = saved
+    operand, total = problem.states.dtype, problem.accumulate_dtype
+    start = problem.start().to(total)
+    grad_targets = None
+    if problem.output == "errors":
+        grad_states = kernels.state_errors_backward(problem, states, grad_out)
+        grad_targets = -grad_states if needs_targets else None
+    else:
+        grad_states = grad_out.to(total)
+    grad_gates, grad_start, grad_norm_weight, grad_norm_bias = kernels.gru_recurrence_backward(
+        start, states, gates, problem.parameters, problem.scalar, grad_states, problem.output != "last"
+    )
+    weight_input = problem.parameters[0]
+    width, actions = problem.channels, problem.actions
+    # grad_gates holds r, u, n and m_n: the action reaches r, u, n; the state reaches r, u, m_n.
+    from_action = grad_gates[..., : 3 * width].flatten(0, 1)
+    flat = grad_gates.flatten(0, 1)
+    grad_weight_input = matmul(from_action.mT, actions.flatten(0, 1), operand)
+    grad_weight_state = torch.zeros((3 * width, width), dtype=total, device=start.device)
+    before = [(start, 0)] + ([(states[:-1].flatten(0, 1), 1)] if problem.horizon > 1 else [])
+    for state, first in before:
+        rows = slice(0, problem.num_rows) if first == 0 else slice(problem.num_rows, None)
+        add_matmul(grad_weight_state[: 2 * width], flat[rows, : 2 * width].mT, state, operand)
+        add_matmul(grad_weight_state[2 * width :], flat[rows, 3 * width :].mT, state, operand)
+    sums = flat.sum(0)
+    grad_bias_state = torch.cat((sums[: 2 * width], sums[3 * width :]))
+    grad_actions = matmul(from_action, weight_input, operand).view(actions.shape)
+    parameters = [grad_weight_input, grad_weight_state, sums[: 3 * width].clone(), grad_bias_state, grad_norm_weight, grad_norm_bias]
+    return Gradients(grad_start, parameters, grad_actions, None, grad_targets)

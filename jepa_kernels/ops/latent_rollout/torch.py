@@ -1,0 +1,235 @@
+"""Hidden space (or state space where that is cheaper) in eager PyTorch, with the hand-written backward through time.
+
+The baseline that kernels must beat, and what runs where no kernel does.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from . import hidden_space, state_space
+from .arithmetic import add_matmul, matmul
+from .call import Call
+from .cost import hidden_is_cheaper
+from .problem import LOW_PRECISION, Problem
+
+SAVES_SIGNS = False
+
+_INV_SQRT_2PI = 0.3989422804014327
+
+
+def unsupported_reasons(call: Call) -> list[str]:
+    return []
+
+
+def forward(problem: Problem) -> tuple[torch.Tensor, ...]:
+    composition = state_space if problem.cell == "gru" else hidden_space
+    out, *saved = composition.forward(_native(problem), Eager())
+    return out if problem.output == "errors" else out.to(problem.states.dtype), *saved
+
+
+def backward(problem: Problem, grad_out: torch.Tensor, saved: tuple[torch.Tensor, ...], needs_targets: bool) -> hidden_space.Gradients:
+    composition = state_space if problem.cell == "gru" else hidden_space
+    return composition.backward(_native(problem), Eager(), grad_out, saved, needs_targets)
+
+
+def _power_mean(residual: torch.Tensor, exponent: float) -> torch.Tensor:
+    magnitude = residual.abs()
+    return (magnitude if exponent == 1.0 else magnitude.pow(exponent) / exponent).mean(-1)
+
+
+def _power_mean_gradient(residual: torch.Tensor, grad: torch.Tensor, exponent: float) -> torch.Tensor:
+    gradient = residual.sign() * (grad / residual.shape[-1])[..., None]
+    return gradient if exponent == 1.0 else gradient * residual.abs().pow(exponent - 1)
+
+
+def _native(problem: Problem) -> Problem:
+    """CPUs get float32: torch's 16-bit products there are slow or round every partial sum."""
+    return problem.upcast() if problem.states.dtype in LOW_PRECISION and problem.states.device.type == "cpu" else problem
+
+
+def _take(table: torch.Tensor, rows: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
+    table = table[:, start:stop]
+    return table if rows is None else table.index_select(0, rows)
+
+
+def _cumulative_density(x: torch.Tensor) -> torch.Tensor:
+    return 0.5 * (1 + torch.erf(x * 0.7071067811865476))
+
+
+def gelu_derivatives(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """gelu'(x) = Phi(x) + x phi(x) and gelu''(x) = (2 - x^2) phi(x)."""
+    density = torch.exp(-0.5 * x * x) * _INV_SQRT_2PI
+    return _cumulative_density(x) + x * density, (2 - x * x) * density
+
+
+def _force(a: torch.Tensor, weights: tuple[torch.Tensor, ...], operand: torch.dtype) -> torch.Tensor:
+    """u = dG/da for G(a) = w3 gelu(W2 gelu(a) + b2)."""
+    weight, bias, energy = weights
+    slope, _ = gelu_derivatives(a)
+    middle_slope, _ = gelu_derivatives(matmul(F.gelu(a), weight.mT, operand) + bias)
+    return slope * matmul(energy * middle_slope, weight, operand)
+
+
+def _force_backward(a, grad_force, weights, gradients, operand) -> torch.Tensor:
+    """The gradient of `_force` to a (the Hessian of G times grad_force); adds those of W2, b2 and w3 to `gradients`."""
+    weight, bias, energy = weights
+    slope, curvature = gelu_derivatives(a)
+    activation = F.gelu(a)
+    middle_slope, middle_curvature = gelu_derivatives(matmul(activation, weight.mT, operand) + bias)
+    pulled = energy * middle_slope
+    returned = matmul(pulled, weight, operand)
+    grad_returned = slope * grad_force
+    grad_pulled = matmul(grad_returned, weight.mT, operand)
+    grad_middle = grad_pulled * energy * middle_curvature
+    add_matmul(gradients[0], pulled.mT, grad_returned, operand)
+    add_matmul(gradients[0], grad_middle.mT, activation, operand)
+    gradients[1] += grad_middle.sum(0)
+    gradients[2] += (grad_pulled * middle_slope).sum(0)
+    return curvature * returned * grad_force + slope * matmul(grad_middle, weight, operand)
+
+
+class Eager:
+    """The kernels of `hidden_space` and `state_space` as eager PyTorch."""
+
+    def dense_coupling(self, problem: Problem) -> bool:
+        hidden, in_channels = problem.parameters[0].shape
+        return hidden_is_cheaper(problem.cell, problem.num_rows, in_channels, hidden, problem.horizon)
+
+    def mlp_recurrence(self, a, coupling, drift, horizon, keep_all, save):
+        hidden, sums = [a], [F.gelu(a)]
+        activation = sums[0]
+        for _ in range(horizon - 1):
+            a = a + coupling.move(activation) + drift
+            activation = F.gelu(a)
+            hidden.append(a)
+            sums.append(sums[-1] + activation)
+        return torch.stack(hidden) if save else a.new_empty(0), torch.stack(sums if keep_all else sums[-1:])
+
+    def mlp_recurrence_backward(self, hidden, coupling, grad_sums):
+        horizon = hidden.shape[0]
+        grad_hidden = torch.empty_like(hidden)
+        following = grad_sums[-1]
+        grad_hidden[-1] = torch.ops.aten.gelu_backward(following, hidden[-1])
+        for i in reversed(range(horizon - 1)):
+            if grad_sums.shape[0] > 1:
+                following = following + grad_sums[i]
+            moved = coupling.move(grad_hidden[i + 1], transposed=True)
+            grad_hidden[i] = grad_hidden[i + 1] + torch.ops.aten.gelu_backward(following + moved, hidden[i])
+        return grad_hidden, F.gelu(hidden[:-1])
+
+    def hamiltonian_recurrence(self, a, weights, coupling, time_step, horizon, keep_all, save):
+        hidden, kept, running = [], ([], []), [None, None]
+        for j in range(2 * horizon):
+            which = j % 2
+            hidden.append(a)
+            force = _force(a, weights, coupling.operand)
+            running[which] = force if running[which] is None else running[which] + force
+            kept[which].append(running[which])
+            if j + 1 < 2 * horizon:
+                a = a + coupling.move(force, transposed=which == 1) * (-time_step if which else time_step)
+        sums = torch.stack([torch.stack(steps if keep_all else steps[-1:]) for steps in kept])
+        return torch.stack(hidden) if save else a.new_empty(0), sums
+
+    def hamiltonian_recurrence_backward(self, hidden, weights, coupling, time_step, grad_sums):
+        gradients = [torch.zeros(w.shape, dtype=hidden.dtype, device=hidden.device) for w in weights]
+        carried = torch.zeros_like(hidden[0])
+        last = hidden.shape[0] - 1
+        every_step = 2 * grad_sums.shape[1] > last
+        following = [torch.zeros_like(carried)] * 2 if every_step else list(grad_sums[:, 0])
+        for j in reversed(range(hidden.shape[0])):
+            which, step = j % 2, -time_step if j % 2 else time_step
+            if every_step:
+                following[which] = following[which] + grad_sums[which][j // 2]
+            grad_force = following[which]
+            if j < last:
+                coupling.add_gradient(carried * step, _force(hidden[j], weights, coupling.operand), transposed=which == 1)
+                grad_force = grad_force + coupling.move(carried, transposed=which == 0) * step
+            carried = carried + _force_backward(hidden[j], grad_force, weights, gradients, coupling.operand)
+        return carried, *gradients
+
+    def readout(self, problem, part, sums, out):
+        base, rows = problem.base()
+        base = _take(base, rows, part.start, part.stop)
+        for k in range(sums.shape[0]):
+            out[k] = self._prediction(problem, part, base, sums[k], k + 1 if problem.output != "last" else problem.horizon)
+
+    def _prediction(self, problem, part, base, sums, step):
+        shifted = base if part.bias is None else torch.add(base, part.bias, alpha=step)
+        if sums.dtype == problem.states.dtype:
+            return torch.addmm(shifted, sums, part.weight)
+        return shifted + matmul(sums, part.weight, problem.states.dtype)
+
+    def errors(self, problem, part, sums):
+        base = _take(*problem.base(), part.start, part.stop)
+        values = []
+        for k in range(sums.shape[0]):
+            residual = self._prediction(problem, part, base, sums[k], k + 1) - _take(*problem.target(k), part.start, part.stop)
+            values.append(_power_mean(residual, problem.exponent))
+        return torch.stack(values), None
+
+    def residual_gradient(self, problem, part, k, sums, signs, grad_errors, grad_base):
+        base = _take(*problem.base(), part.start, part.stop)
+        residual = self._prediction(problem, part, base, sums, k + 1) - _take(*problem.target(k), part.start, part.stop)
+        gradient = _power_mean_gradient(residual, grad_errors, problem.exponent)
+        grad_base += gradient
+        return gradient
+
+    def gru_recurrence(self, start, actions, weights, epsilon, keep_all, save):
+        weight_input, weight_state, bias_input, bias_state, norm_weight, norm_bias = weights
+        width, operand = start.shape[1], weight_state.dtype
+        state, states, gates = start, [], []
+        for action in actions:
+            from_action = (matmul(action, weight_input.mT, operand) + bias_input).split(width, dim=-1)
+            from_state = (matmul(state, weight_state.mT, operand) + bias_state).split(width, dim=-1)
+            reset = torch.sigmoid(from_action[0] + from_state[0])
+            update = torch.sigmoid(from_action[1] + from_state[1])
+            candidate = torch.tanh(torch.addcmul(from_action[2], reset, from_state[2]))
+            mixed = torch.lerp(candidate, state, update)
+            state = F.layer_norm(mixed, (width,), norm_weight.to(mixed.dtype), norm_bias.to(mixed.dtype), epsilon)
+            if keep_all:
+                states.append(state)
+            if save:
+                gates.append(torch.cat((reset, update, candidate, from_state[2]), dim=-1))
+        return torch.stack(states if keep_all else [state]), torch.stack(gates) if save else start.new_empty(0)
+
+    def gru_recurrence_backward(self, start, states, gates, weights, epsilon, grad_states, every_step):
+        _, weight_state, _, _, norm_weight, _ = weights
+        width, operand = start.shape[1], weight_state.dtype
+        grad_gates = torch.empty_like(gates)
+        grad_norm_weight, grad_norm_bias = start.new_zeros(2, width)
+        horizon = gates.shape[0]
+        carried = torch.zeros_like(start) if every_step else grad_states
+        for k in reversed(range(horizon)):
+            grad = carried + grad_states[k] if every_step else carried
+            before = states[k - 1] if k else start
+            reset, update, candidate, from_state = gates[k].split(width, dim=-1)
+            mixed = torch.lerp(candidate, before, update)
+            variance, mean = torch.var_mean(mixed, dim=-1, correction=0, keepdim=True)
+            inverse = torch.rsqrt(variance + epsilon)
+            normal = (mixed - mean) * inverse
+            grad_norm_weight += (grad * normal).sum(0)
+            grad_norm_bias += grad.sum(0)
+            scaled = grad * norm_weight
+            grad_mixed = inverse * (scaled - scaled.mean(-1, keepdim=True) - normal * (scaled * normal).mean(-1, keepdim=True))
+            into_reset, into_update, into_candidate, into_state = grad_gates[k].split(width, dim=-1)
+            into_candidate.copy_(grad_mixed * (1 - update) * (1 - candidate * candidate))
+            into_update.copy_(grad_mixed * (before - candidate) * update * (1 - update))
+            into_reset.copy_(into_candidate * from_state * reset * (1 - reset))
+            into_state.copy_(into_candidate * reset)
+            carried = grad_mixed * update
+            carried = carried + matmul(grad_gates[k][:, : 2 * width], weight_state[: 2 * width], operand)
+            carried = carried + matmul(into_state, weight_state[2 * width :], operand)
+        return grad_gates, carried, grad_norm_weight, grad_norm_bias
+
+    def state_errors(self, problem, states):
+        width = problem.channels
+        return torch.stack([_power_mean(state - _take(*problem.target(k), 0, width), problem.exponent) for k, state in enumerate(states)])
+
+    def state_errors_backward(self, problem, states, grad_errors):
+        gradient = torch.empty_like(states)
+        for k, state in enumerate(states):
+            residual = state - _take(*problem.target(k), 0, problem.channels)
+            gradient[k] = _power_mean_gradient(residual, grad_errors[k], problem.exponent)
+        return gradient
