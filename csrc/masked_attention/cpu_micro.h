@@ -59,10 +59,16 @@ JK_INLINE void dot(Block<F, MR, NR>& acc, const float* a, int64_t a_row, int64_t
   }
 }
 
-// The same with side jobs spread over the steps, whose instructions fill the gaps that the dot products leave.
+// The same with side jobs. Where registers are plenty they are spread over the steps, and their instructions fill the gaps
+// that the dot products leave; sixteen registers hold no more than the accumulators, so there the jobs go first.
 template <class F, int MR, int NR, class Job>
 JK_INLINE void dot_beside(Block<F, MR, NR>& acc, const float* a, int64_t a_row, const float* b, int64_t b_step, int64_t steps, int jobs,
                           Job job) {
+  if constexpr (F::Simd::kAccumulators < 16) {
+    for (int i = 0; i < jobs; ++i) job(i);
+    dot<F, MR, NR>(acc, a, a_row, 1, b, b_step, steps);
+    return;
+  }
   const int64_t chunks = steps / F::kChunk;
   const int each = (int)((jobs + chunks - 1) / chunks);
   int next = 0;
