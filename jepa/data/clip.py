@@ -48,17 +48,20 @@ class Clip:
 
 
 class ClipDataset(Protocol):
-    """A list of labelled clips. `flips` says whether mirroring keeps the label; `still` that a clip is one image (T = 1)."""
+    """A list of labelled clips. `still` says that a clip is one image (T = 1)."""
 
     name: str
     num_classes: int
-    flips: bool
     still: bool
 
     def __len__(self) -> int: ...
 
     def label(self, index: int) -> int:
         """Class of a sample, -1 where the list has none."""
+        ...
+
+    def may_flip(self, index: int) -> bool:
+        """Whether a mirrored sample keeps its label."""
         ...
 
     def where(self, index: int) -> str:

@@ -132,9 +132,7 @@ def _picture(frame: av.VideoFrame, spec: ClipSpec) -> tuple[NDArray[np.uint8], t
     sideways = turns % 2 == 1
     height, width = (spec.width, spec.height) if sideways else (spec.height, spec.width)
     scaled = _reformatter().reformat(frame, width=width, height=height, format="rgb24", interpolation="BILINEAR", threads=1)
-    pixels = scaled.to_ndarray()
-    if turns:
-        pixels = np.ascontiguousarray(np.rot90(pixels, turns))
+    pixels: NDArray[np.uint8] = np.ascontiguousarray(np.rot90(scaled.to_ndarray(), turns), dtype=np.uint8)
     return pixels, (frame.width, frame.height) if sideways else (frame.height, frame.width)
 
 

@@ -60,8 +60,6 @@ class MovingShapes:
     """
 
     name = "moving_shapes"
-    # Mirroring swaps directions and turns.
-    flips = False
     still = False
 
     def __init__(self, size: int = 10000, seed: int = 0, split: str = "train", target: str = "shape") -> None:
@@ -77,6 +75,10 @@ class MovingShapes:
 
     def __len__(self) -> int:
         return self.size
+
+    def may_flip(self, index: int) -> bool:
+        """Never: mirroring swaps directions and turns."""
+        return False
 
     def where(self, index: int) -> str:
         return f"moving_shapes/{self.split}/{self.seed}/{index}"

@@ -47,7 +47,7 @@ def sample_context(
     for b, sample in enumerate(samples):
         size_key = np.int64(SHARED_SAMPLE) if policy.shared_block_size else sample
         block = block_size(mask_set, grid, uniforms(seed, step, size_key, size_stream, 3))
-        origins = tuple(n - k + 1 for n, k in zip(grid, block, strict=True))
+        origins = (grid[0] - block[0] + 1, grid[1] - block[1] + 1, grid[2] - block[2] + 1)
         cumulative = None
         if motion_maps is not None and policy.motion is not None:
             cumulative = np.cumsum(origin_weights(block_scores(motion_maps[b], block), policy.motion.strength).ravel())
