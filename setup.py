@@ -128,7 +128,9 @@ class Ninja:
         except FileNotFoundError:
             raise SystemExit("jepa-kernels: building needs ninja. Install it: pip install ninja") from None
         except subprocess.CalledProcessError as error:
-            raise SystemExit(f"jepa-kernels: the native build failed (ninja exit status {error.returncode}); its output is above.") from None
+            raise SystemExit(
+                f"jepa-kernels: the native build failed (ninja exit status {error.returncode}); its output is above."
+            ) from None
 
 
 def cuda_sources() -> list[Path]:

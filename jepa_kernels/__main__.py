@@ -9,7 +9,7 @@ from importlib import metadata
 
 import torch
 
-from . import __version__, backend, native, triton_runtime
+from . import __version__, backend, native
 
 
 def _installed(package: str) -> str:

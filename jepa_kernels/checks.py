@@ -7,6 +7,7 @@ values (`token_ids_in_grid`, `offsets_valid`) are called inside ops, on CPU tens
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def offsets_valid(op: str, argument: str, offsets: torch.Tensor, total: int) -> 
     values = offsets.tolist()
     if values[0] != 0:
         raise ValueError(sentence(op, argument, "start at 0", values[0]))
-    for before, after in zip(values, values[1:], strict=False):
+    for before, after in pairwise(values):
         if after < before:
             raise ValueError(sentence(op, argument, "never decrease", f"{after} after {before}"))
     if values[-1] > total:

@@ -7,7 +7,16 @@ import torch
 from .backend import ROOMS, Room
 
 # Reasons that are about this machine, not about the backend: they do not make a gap in the table.
-_LOCAL = ("is not built", "is not installed", "must be on", "does not load", "TRITON_INTERPRET", "another version", "ROCm", "compute capability")
+_LOCAL = (
+    "is not built",
+    "is not installed",
+    "must be on",
+    "does not load",
+    "TRITON_INTERPRET",
+    "another version",
+    "ROCm",
+    "compute capability",
+)
 _DEVICE = {"reference": "cpu", "torch": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -205,7 +205,7 @@ def run_attention(case: AttentionCase, backend: str, dtype: torch.dtype | None =
     leaves = [placed(t).detach().requires_grad_() for t in (case.query, case.key, case.value)]
     options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in case.options().items()}
     out, lse = masked_attention(*leaves, **options, return_lse=True, backend=backend)
-    grads = torch.autograd.grad(out, leaves, case.grad_out.to(device=device, dtype=dtype))
+    grads = torch.autograd.grad(out, leaves, case.grad_out.to(device=device, dtype=dtype), allow_unused=True, materialize_grads=True)
     return Result(out.detach().cpu(), lse.detach().cpu(), *(g.cpu() for g in grads))
 
 

@@ -166,9 +166,7 @@ def _check_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pac
         raise ValueError(checks.sentence(_NAME, "query", "have at least one head and one channel", f"shape {tuple(query.shape)}"))
     if key.shape[-2:] != query.shape[-2:] or (not packed and key.shape[0] != query.shape[0]):
         wanted = "[heads, head_dim]" if packed else "B, heads and head_dim"
-        raise ValueError(
-            checks.sentence(_NAME, "key", f"have the {wanted} of query {tuple(query.shape)}", f"shape {tuple(key.shape)}")
-        )
+        raise ValueError(checks.sentence(_NAME, "key", f"have the {wanted} of query {tuple(query.shape)}", f"shape {tuple(key.shape)}"))
     if value.shape != key.shape:
         raise ValueError(checks.sentence(_NAME, "value", f"have the shape of key {tuple(key.shape)}", f"shape {tuple(value.shape)}"))
 
@@ -204,7 +202,9 @@ def _check_positions(
         _check_ids("key_ids", key_ids, key, packed)
     elif key.shape[-3] != query.shape[-3]:
         raise ValueError(
-            checks.sentence(_NAME, "key_ids", f"be given when key has other tokens ({key.shape[-3]}) than query ({query.shape[-3]})", "None")
+            checks.sentence(
+                _NAME, "key_ids", f"be given when key has other tokens ({key.shape[-3]}) than query ({query.shape[-3]})", "None"
+            )
         )
     if rope_dim(query.shape[-1]) == 0:
         raise ValueError(checks.sentence(_NAME, "query", "have a head_dim of at least 6 with rope", query.shape[-1]))

@@ -127,9 +127,7 @@ def _check_direct_call(
 
 def _fwd(query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope_table, grid, scale, backend) -> Tensors:
     _check_direct_call(query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope_table, grid, backend)
-    return ROOM.modules[backend].forward(
-        query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope_table, list(grid), scale
-    )
+    return ROOM.modules[backend].forward(query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope_table, list(grid), scale)
 
 
 def _bwd(
@@ -148,7 +146,9 @@ def _bwd(
             )
     wanted = lse_shape(query, cu_seqlens_q is not None)
     if list(lse.shape) != wanted or lse.dtype != torch.float32 or lse.device != query.device or not lse.is_contiguous():
-        raise ValueError(checks.sentence(_NAME, "lse", f"be contiguous float32 of shape {wanted} on {query.device}", f"{tuple(lse.shape)} {lse.dtype}"))
+        raise ValueError(
+            checks.sentence(_NAME, "lse", f"be contiguous float32 of shape {wanted} on {query.device}", f"{tuple(lse.shape)} {lse.dtype}")
+        )
     # Gradients arrive expanded (a sum's) or transposed; kernels read rows of channels.
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
     return ROOM.modules[backend].backward(

@@ -34,7 +34,7 @@ def compose(query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, r
         outs.append(out)
         lses.append(lse)
     slack = query[starts_q[-1] :]
-    outs.append(slack * 0)
+    outs.append(slack.masked_fill(slack.new_ones((), dtype=torch.bool), 0.0))
     lses.append(slack.new_full((query.shape[1], slack.shape[0]), -torch.inf, dtype=_lse_dtype(query)))
     return torch.cat(outs), torch.cat(lses, dim=-1)
 

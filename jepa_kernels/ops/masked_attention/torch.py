@@ -6,6 +6,8 @@ calls go through the op, because their loop reads lengths, and backward then rec
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 
@@ -49,9 +51,7 @@ def backward(grad_out, query, key, value, query_ids, key_ids, cu_seqlens_q, cu_s
         lengths_q, lengths_k = _lengths(cu_seqlens_q, query.shape[0]), _lengths(cu_seqlens_k, key.shape[0])
         by_query = [t.split(lengths_q) for t in (grad_out, query)] + [t.split(lengths_q, dim=-1) for t in (delta, lse)]
         by_key = [t.split(lengths_k) for t in (key, value)]
-        pieces = [
-            _attend_backward(g, q, k, v, d, m, scale) for g, q, d, m, k, v in list(zip(*by_query, *by_key, strict=True))[:-1]
-        ]
+        pieces = [_attend_backward(g, q, k, v, d, m, scale) for g, q, d, m, k, v in list(zip(*by_query, *by_key, strict=True))[:-1]]
         slack = [t.new_zeros((n, *t.shape[1:])) for t, n in ((query, lengths_q[-1]), (key, lengths_k[-1]), (value, lengths_k[-1]))]
         grads = tuple(torch.cat([*parts, end]) for parts, end in zip(zip(*pieces, strict=True), slack, strict=True)) if pieces else slack
     grad_query, grad_key, grad_value = grads
@@ -121,7 +121,8 @@ def _compose(query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, 
     pieces = zip(query.split(lengths_q), key.split(lengths_k), value.split(lengths_k), strict=True)
     results = [_attend(q[None], k[None], v[None], scale, return_lse) for q, k, v in list(pieces)[:-1]]
     # The rows past the last offset belong to no sequence.
-    slack = query.new_zeros((lengths_q[-1], *query.shape[1:]))
+    slack = query[query.shape[0] - lengths_q[-1] :]
+    slack = slack.masked_fill(slack.new_ones((), dtype=torch.bool), 0.0)
     out = torch.cat([out[0] for out, _ in results] + [slack])
     if not return_lse:
         return out, None
@@ -131,7 +132,7 @@ def _compose(query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, 
 
 def _lengths(offsets: torch.Tensor, total: int) -> list[int]:
     ends = offsets.tolist()
-    return [b - a for a, b in zip(ends, ends[1:], strict=False)] + [total - ends[-1]]
+    return [b - a for a, b in pairwise(ends)] + [total - ends[-1]]
 
 
 def _attend(query, key, value, scale: float, return_lse: bool):
