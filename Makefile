@@ -1,0 +1,87 @@
+# Every target makes its own environment (.venv) when there is none. `make help` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+# The environment's torch and the Triton release that goes with it. Any torch >= 2.11 works: make TORCH=torch==2.11.0 TRITON=triton==3.6.0
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
+# A second release, for the test that one wheel serves both.
+OTHER_TORCH ?= torch==2.14.1
+READY := $(VENV)/.ready
+PYTEST := $(PY) -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help dev bench test quick conformance test-interpret test-simt test-gpu wheel-test gpu gpu-dry bench-ops lint format golden clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
+
+$(READY): pyproject.toml setup.py
+	@command -v $(PYTHON) >/dev/null || { echo "needs Python 3.11 to 3.13: make PYTHON=/path/to/python3.11"; exit 1; }
+	@command -v g++ >/dev/null || { echo "needs g++ (for example: apt-get install g++)"; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet "$(TORCH)" "$(TRITON)" "setuptools>=77" wheel pybind11 ninja numpy
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[dev,integrations]'
+	touch $@
+
+# The native libraries follow their sources; ninja compiles only what changed.
+NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
+$(VENV)/.built: $(READY) $(NATIVE_SOURCES)
+	$(PY) setup.py --quiet build_ext --inplace
+	touch $@
+
+dev: $(VENV)/.built ## the development environment, with the native libraries built in place
+
+bench: dev ## the main job: throughput of every variant against frame resolution, the op table, and a report to open
+	$(PY) -m benchmarks.sweep --main-job
+
+test: dev ## everything that needs no GPU (under 12 minutes on 2 cores)
+	$(PYTEST) tests --ignore=tests/interpret
+	$(MAKE) --no-print-directory test-interpret conformance
+
+quick: dev ## the core of the suite, under 2 minutes
+	$(PYTEST) tests/ops tests/test_backend.py tests/test_import.py -m "not slow" -x
+
+conformance: dev ## the published arithmetic, every file of the golden folder that is there
+	@if [ -d ../shared/golden ]; then $(PY) -m jepa.conformance ../shared/golden; \
+	elif [ -n "$$CI" ]; then echo "the shared folder with golden numbers is not beside the checkout (CI must have it)"; exit 1; \
+	else $(PY) -m jepa.conformance tests/golden/published; fi
+
+test-interpret: dev ## the Triton kernels under Triton's interpreter
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpret
+
+test-simt: dev ## the CUDA kernels on the CPU, with sanitizers and the race check
+	$(PYTEST) tests/simt tests/gates
+
+test-gpu: dev ## the tests that need a CUDA device
+	$(PYTEST) tests -m gpu
+
+wheel-test: dev ## one wheel, a second environment without a compiler and with another torch; every way of installing
+	$(PY) -m tests.packaging.check_wheel --torch "$(OTHER_TORCH)"
+
+gpu: ## build, tests, sanitizer, benchmarks and sweep on a GPU machine's own python3; records go to $$OUT
+	bash benchmarks/gpu.sh
+
+gpu-dry: dev ## the same script on a CPU, a few seconds of each part
+	PYTHON=$(PY) DRY=1 bash benchmarks/gpu.sh
+
+bench-ops: dev ## every op against its baselines; appends records under benchmarks/results
+	for f in benchmarks/bench_*.py; do $(PY) -m benchmarks.$$(basename $$f .py) || exit 1; done
+
+lint: dev ## ruff, mypy, clang-format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+format: dev ## apply ruff's and clang-format's style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+golden: dev ## regenerate tests/golden/*.json from their NumPy scripts
+	for f in tests/golden/make_*.py; do $(PY) $$f || exit 1; done
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info jepa_kernels/*.so
