@@ -20,7 +20,7 @@ def _moved(record: Any, change: Any) -> Any:
     values = {}
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
-        movable = isinstance(value, Tensor | MaskBatch)
+        movable = isinstance(value, Tensor | MaskBatch | Views)
         values[field.name] = change(value) if movable else value
     return type(record)(**values)
 
@@ -160,6 +160,20 @@ class MaskBatch:
         return _moved(self, lambda value: value.pin_memory())
 
 
+@dataclass(frozen=True)
+class Views:
+    """The part of each clip that a step sees, in shares of the frame, and whether it is mirrored. Cut out on the device: data/transforms.py."""
+
+    boxes: Tensor  # float32 [B, 4]: top, left, height, width
+    flips: Tensor  # bool [B]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        return _moved(self, lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        return _moved(self, lambda value: value.pin_memory())
+
+
 @dataclass
 class Batch:
     """Clips of one step. uint8 clips are channel-last as decoded; float clips are channel-first and normalised."""
@@ -169,6 +183,7 @@ class Batch:
     sample_ids: Tensor  # int64 [B]
     masks: MaskBatch | None
     step: int
+    views: Views | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         return _moved(self, lambda value: value.to(device, non_blocking=non_blocking))
