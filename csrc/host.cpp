@@ -36,12 +36,14 @@ Array<double> area_motion_of(const py::array& clip, const GridTuple& sizes, cons
   const Grid grid = checked_grid(sizes);
   const Array<T> pixels(clip);
   const bool bytes = std::is_same_v<T, uint8_t>;
-  require(pixels.ndim() == 4 && pixels.shape(bytes ? 3 : 0) == 3, "_host.area_motion: clip must be uint8 [F, H, W, 3] or float [3, F, H, W].");
+  require(pixels.ndim() == 4 && pixels.shape(bytes ? 3 : 0) == 3,
+          "_host.area_motion: clip must be uint8 [F, H, W, 3] or float [3, F, H, W].");
   const int64_t frames = pixels.shape(bytes ? 0 : 1), height = pixels.shape(bytes ? 1 : 2), width = pixels.shape(bytes ? 2 : 3);
   const auto inside = [](double start, double extent, int64_t size) {
     return start >= 0.0 && extent > 0.0 && start < static_cast<double>(size) && start + extent <= static_cast<double>(size) + 1e-6;
   };
-  require(frames > 0 && inside(box[0], box[2], height) && inside(box[1], box[3], width), "_host.area_motion: box must lie inside the frame.");
+  require(frames > 0 && inside(box[0], box[2], height) && inside(box[1], box[3], width),
+          "_host.area_motion: box must lie inside the frame.");
   Array<double> out({grid.t, grid.h, grid.w});
   const T* source = pixels.data();
   double* target = out.mutable_data();
@@ -76,8 +78,8 @@ Array<double> block_scores_of(const Array<double>& map, const GridTuple& block) 
 
 py::tuple sample_context_of(const GridTuple& sizes, int64_t num_blocks, const std::array<double, 6>& scales, int64_t context_steps,
                             int64_t max_attempts, uint64_t seed, uint64_t step, const Array<int64_t>& samples, uint32_t size_stream,
-                            uint32_t origin_stream, bool shared_block_size, const std::optional<Array<double>>& motion_maps, double strength,
-                            double random_rate) {
+                            uint32_t origin_stream, bool shared_block_size, const std::optional<Array<double>>& motion_maps,
+                            double strength, double random_rate) {
   const Grid grid = checked_grid(sizes);
   const int64_t batch = samples.size();
   require(context_steps >= 1 && context_steps <= grid.t, "_host.sample_context: context_steps must lie in the grid.");
@@ -111,7 +113,8 @@ PackedIds checked_ids(const Array<int64_t>& ids, const Array<int32_t>& cumulativ
   const int64_t sequences = cumulative.size() - 1;
   require(sequences >= 1 && cumulative.data()[0] == 0 && cumulative.data()[sequences] == ids.size(),
           "_host.mask_lists: cumulative lengths must run from 0 to the number of ids.");
-  for (int64_t s = 0; s < sequences; ++s) require(cumulative.data()[s] <= cumulative.data()[s + 1], "_host.mask_lists: lengths must not be negative.");
+  for (int64_t s = 0; s < sequences; ++s)
+    require(cumulative.data()[s] <= cumulative.data()[s + 1], "_host.mask_lists: lengths must not be negative.");
   for (int64_t i = 0; i < ids.size(); ++i) {
     require(ids.data()[i] >= 0 && ids.data()[i] < grid.tokens(), "_host.mask_lists: ids must lie in the grid.");
   }
@@ -121,7 +124,8 @@ PackedIds checked_ids(const Array<int64_t>& ids, const Array<int32_t>& cumulativ
 py::tuple mask_lists_of(const Array<int64_t>& context, const Array<int32_t>& context_cu, const Array<int64_t>& target,
                         const Array<int32_t>& target_cu, const GridTuple& sizes, int64_t horizon) {
   const Grid grid = checked_grid(sizes);
-  require(horizon >= 1 && context_cu.size() == target_cu.size(), "_host.mask_lists: horizon must be positive, context and target of one length.");
+  require(horizon >= 1 && context_cu.size() == target_cu.size(),
+          "_host.mask_lists: horizon must be positive, context and target of one length.");
   const PackedIds seen = checked_ids(context, context_cu, grid), hidden = checked_ids(target, target_cu, grid);
   const int64_t sequences = context_cu.size() - 1;
   MaskLists lists;
@@ -183,12 +187,12 @@ PYBIND11_MODULE(_host, m) {
   m.def("area_motion", &area_motion_any, py::arg("clip"), py::arg("grid"), py::arg("box"), py::arg("flip"),
         "[T, H, W] area-averaged motion of one clip inside a box (top, left, height, width).");
   m.def("block_scores", &block_scores_of, py::arg("motion_map"), py::arg("block"), "Mean of the map in the block at every origin.");
-  m.def("sample_context", &sample_context_of, py::kw_only(), py::arg("grid"), py::arg("num_blocks"), py::arg("scales"), py::arg("context_steps"),
-        py::arg("max_attempts"), py::arg("seed"), py::arg("step"), py::arg("samples"), py::arg("size_stream"), py::arg("origin_stream"),
-        py::arg("shared_block_size"), py::arg("motion_maps"), py::arg("strength"), py::arg("random_rate"),
+  m.def("sample_context", &sample_context_of, py::kw_only(), py::arg("grid"), py::arg("num_blocks"), py::arg("scales"),
+        py::arg("context_steps"), py::arg("max_attempts"), py::arg("seed"), py::arg("step"), py::arg("samples"), py::arg("size_stream"),
+        py::arg("origin_stream"), py::arg("shared_block_size"), py::arg("motion_maps"), py::arg("strength"), py::arg("random_rate"),
         "([B, T, H, W] bool, block size that hid everything or None) of one mask set.");
-  m.def("mask_lists", &mask_lists_of, py::arg("context_ids"), py::arg("context_cu"), py::arg("target_ids"), py::arg("target_cu"), py::arg("grid"),
-        py::arg("horizon"), "(distance, pairs (rows, ids, sequence), columns (rows, ids, sequence)) of packed ids.");
+  m.def("mask_lists", &mask_lists_of, py::arg("context_ids"), py::arg("context_cu"), py::arg("target_ids"), py::arg("target_cu"),
+        py::arg("grid"), py::arg("horizon"), "(distance, pairs (rows, ids, sequence), columns (rows, ids, sequence)) of packed ids.");
   m.def("uniforms", &uniforms_of, py::arg("seed"), py::arg("step"), py::arg("sample"), py::arg("stream"), py::arg("count"),
         "The first `count` numbers of a counter-based stream.");
   m.def("build_info", &build_info, "Compiler and instruction set of this module.");

@@ -38,7 +38,8 @@ void nearest_in_row(int32_t* row, int64_t width) {
   }
 }
 
-void squared_distances(const int64_t* targets, int64_t count, const Grid& grid, std::vector<int32_t>& field, std::vector<int32_t>& scratch) {
+void squared_distances(const int64_t* targets, int64_t count, const Grid& grid, std::vector<int32_t>& field,
+                       std::vector<int32_t>& scratch) {
   field.assign(grid.tokens(), kFar);
   for (int64_t i = 0; i < count; ++i) field[targets[i]] = 0;
   const int64_t plane = grid.h * grid.w;

@@ -29,51 +29,62 @@ struct Axis {
   int64_t edges() const { return static_cast<int64_t>(whole.size()); }
 };
 
-// One row of |x_f - x_{f-1}| summed over channels. Integers add exactly in any order, so the compiler may vectorise this one freely.
-struct ByteClip {
-  using Value = int32_t;
-  using Sum = int64_t;
-  const uint8_t* data;
-  int64_t frames, height, width;
-
-  void changes(int64_t frame, int64_t y, int64_t first, int64_t count, Value* out) const {
-    const uint8_t* now = data + ((frame * height + y) * width + first) * 3;
-    const uint8_t* before = now - height * width * 3;
-    for (int64_t x = 0; x < count; ++x) {
-      out[x] = std::abs(now[3 * x] - before[3 * x]) + std::abs(now[3 * x + 1] - before[3 * x + 1]) + std::abs(now[3 * x + 2] - before[3 * x + 2]);
-    }
-  }
-};
-
-template <typename Real>
-struct RealClip {
-  using Value = double;
-  using Sum = double;
-  const Real* data;
-  int64_t frames, height, width;
-
-  void changes(int64_t frame, int64_t y, int64_t first, int64_t count, Value* out) const {
-    const int64_t channel = frames * height * width;
-    const Real* now = data + (frame * height + y) * width + first;
-    const Real* before = now - height * width;
-    const auto change = [&](int64_t i) { return std::fabs(static_cast<double>(now[i]) - static_cast<double>(before[i])); };
-    for (int64_t x = 0; x < count; ++x) out[x] = (change(x) + change(x + channel)) + change(x + 2 * channel);
-  }
-};
-
-// Integral up to each edge of a row, then cell by cell.
-template <typename Value, typename Sum>
-void cells_of_row(const Value* row, const Axis& axis, std::vector<double>& at_edge, double* out) {
+// Integral of one row of |x_f - x_{f-1}|, summed over channels, in each cell: the values up to each edge, then differences of them.
+template <typename Sum, typename Before, typename At>
+void cells_of_row(const Axis& axis, std::vector<double>& at_edge, double* out, const Before& sum_until, const At& value_at) {
   Sum running = 0;
   int64_t x = 0;
   for (int64_t i = 0; i < axis.edges(); ++i) {
-    for (; x < axis.whole[i]; ++x) running += row[x];
-    at_edge[i] = static_cast<double>(running) + axis.share[i] * static_cast<double>(row[axis.whole[i]]);
+    running = sum_until(running, x, axis.whole[i]);
+    x = axis.whole[i];
+    at_edge[i] = static_cast<double>(running) + axis.share[i] * static_cast<double>(value_at(x));
   }
   for (int64_t i = 0; i + 1 < axis.edges(); ++i) out[i] = at_edge[i + 1] - at_edge[i];
 }
 
-// The same over whole rows: values is [axis.size, stride], out is [cells, stride].
+// [F, H, W, 3] bytes. Integers add exactly in any order, so the compiler may vectorise the sums.
+struct ByteClip {
+  const uint8_t* data;
+  int64_t frames, height, width;
+  std::vector<uint8_t> change = {};
+
+  void cells(int64_t frame, int64_t y, const Axis& axis, std::vector<double>& at_edge, double* out) {
+    const uint8_t* now = data + ((frame * height + y) * width + axis.first) * 3;
+    const uint8_t* before = now - height * width * 3;
+    change.resize(3 * axis.size);
+    uint8_t* changed = change.data();
+    for (int64_t i = 0; i < 3 * axis.size; ++i) changed[i] = now[i] > before[i] ? now[i] - before[i] : before[i] - now[i];
+    const auto sum_until = [changed](int64_t running, int64_t x, int64_t end) {
+      uint32_t sum = 0;
+      for (int64_t i = 3 * x; i < 3 * end; ++i) sum += changed[i];
+      return running + sum;
+    };
+    const auto value_at = [changed](int64_t x) { return int{changed[3 * x]} + changed[3 * x + 1] + changed[3 * x + 2]; };
+    cells_of_row<int64_t>(axis, at_edge, out, sum_until, value_at);
+  }
+};
+
+// [3, F, H, W] floats. Sums run strictly from left to right, as a cumulative sum in NumPy does.
+template <typename Real>
+struct RealClip {
+  const Real* data;
+  int64_t frames, height, width;
+
+  void cells(int64_t frame, int64_t y, const Axis& axis, std::vector<double>& at_edge, double* out) {
+    const int64_t channel = frames * height * width;
+    const Real* now = data + (frame * height + y) * width + axis.first;
+    const Real* before = now - height * width;
+    const auto change = [&](int64_t i) { return std::fabs(static_cast<double>(now[i]) - static_cast<double>(before[i])); };
+    const auto value_at = [&](int64_t x) { return (change(x) + change(x + channel)) + change(x + 2 * channel); };
+    const auto sum_until = [&](double running, int64_t x, int64_t end) {
+      for (; x < end; ++x) running += value_at(x);
+      return running;
+    };
+    cells_of_row<double>(axis, at_edge, out, sum_until, value_at);
+  }
+};
+
+// The same down the rows or along time, for `stride` columns at once: values is [axis.size, stride], out is [cells, stride].
 void cells_of_rows(const double* values, const Axis& axis, int64_t stride, std::vector<double>& at_edge, double* out) {
   std::vector<double> running(stride, 0.0);
   at_edge.resize(axis.edges() * stride);
@@ -91,7 +102,7 @@ void cells_of_rows(const double* values, const Axis& axis, int64_t stride, std::
 }
 
 template <typename Clip>
-void motion_of(const Clip& clip, const Box& box, bool flip, const Grid& grid, double* out) {
+void motion_of(Clip clip, const Box& box, bool flip, const Grid& grid, double* out) {
   if (clip.frames < 2) {
     std::fill(out, out + grid.tokens(), 0.0);
     return;
@@ -99,12 +110,10 @@ void motion_of(const Clip& clip, const Box& box, bool flip, const Grid& grid, do
   const Axis across(box.left, box.width, grid.w, clip.width), down(box.top, box.height, grid.h, clip.height);
   const Axis along(0.0, static_cast<double>(clip.frames), grid.t, clip.frames);
   const int64_t plane = grid.h * grid.w;
-  std::vector<typename Clip::Value> row(across.size);
   std::vector<double> edge_row(across.edges()), edge_rows, rows(down.size * grid.w), planes(clip.frames * plane);
   for (int64_t f = 1; f < clip.frames; ++f) {
     for (int64_t y = 0; y < down.size; ++y) {
-      clip.changes(f, down.first + y, across.first, across.size, row.data());
-      cells_of_row<typename Clip::Value, typename Clip::Sum>(row.data(), across, edge_row, rows.data() + y * grid.w);
+      clip.cells(f, down.first + y, across, edge_row, rows.data() + y * grid.w);
     }
     cells_of_rows(rows.data(), down, grid.w, edge_rows, planes.data() + f * plane);
   }
@@ -120,15 +129,18 @@ void motion_of(const Clip& clip, const Box& box, bool flip, const Grid& grid, do
 
 }  // namespace
 
-void area_motion(const uint8_t* clip, int64_t frames, int64_t height, int64_t width, const Box& box, bool flip, const Grid& grid, double* out) {
+void area_motion(const uint8_t* clip, int64_t frames, int64_t height, int64_t width, const Box& box, bool flip, const Grid& grid,
+                 double* out) {
   motion_of(ByteClip{clip, frames, height, width}, box, flip, grid, out);
 }
 
-void area_motion(const float* clip, int64_t frames, int64_t height, int64_t width, const Box& box, bool flip, const Grid& grid, double* out) {
+void area_motion(const float* clip, int64_t frames, int64_t height, int64_t width, const Box& box, bool flip, const Grid& grid,
+                 double* out) {
   motion_of(RealClip<float>{clip, frames, height, width}, box, flip, grid, out);
 }
 
-void area_motion(const double* clip, int64_t frames, int64_t height, int64_t width, const Box& box, bool flip, const Grid& grid, double* out) {
+void area_motion(const double* clip, int64_t frames, int64_t height, int64_t width, const Box& box, bool flip, const Grid& grid,
+                 double* out) {
   motion_of(RealClip<double>{clip, frames, height, width}, box, flip, grid, out);
 }
 

@@ -18,9 +18,12 @@ struct Box {
 
 // Mean over the exact area of each cell of sum_c |x_f - x_{f-1}| / 3; frame 0 takes the change of frame 1; `out` is [T, H, W].
 // uint8 clips are [F, H, W, 3], float ones [3, F, H, W], both contiguous.
-void area_motion(const uint8_t* clip, int64_t frames, int64_t height, int64_t width, const Box& box, bool flip, const Grid& grid, double* out);
-void area_motion(const float* clip, int64_t frames, int64_t height, int64_t width, const Box& box, bool flip, const Grid& grid, double* out);
-void area_motion(const double* clip, int64_t frames, int64_t height, int64_t width, const Box& box, bool flip, const Grid& grid, double* out);
+void area_motion(const uint8_t* clip, int64_t frames, int64_t height, int64_t width, const Box& box, bool flip, const Grid& grid,
+                 double* out);
+void area_motion(const float* clip, int64_t frames, int64_t height, int64_t width, const Box& box, bool flip, const Grid& grid,
+                 double* out);
+void area_motion(const double* clip, int64_t frames, int64_t height, int64_t width, const Box& box, bool flip, const Grid& grid,
+                 double* out);
 
 // Summed-volume table of a [T, H, W] map, with a border of zeros: [T+1, H+1, W+1].
 std::vector<double> volume_table(const double* map, const Grid& grid);

@@ -34,8 +34,7 @@ struct Uniforms {
 
   // Numbers 2*block and 2*block + 1.
   void pair(uint32_t block, double* out) const {
-    const Words words =
-        philox4x32({block, sample, static_cast<uint32_t>(step), stream + (static_cast<uint32_t>(step >> 32) << 16)}, seed);
+    const Words words = philox4x32({block, sample, static_cast<uint32_t>(step), stream + (static_cast<uint32_t>(step >> 32) << 16)}, seed);
     out[0] = unit(words[0], words[1]);
     out[1] = unit(words[2], words[3]);
   }
