@@ -64,7 +64,9 @@ class ModelBundle(nn.Module):
         target, target_live = target_features(self, batch, cfg)
         context_tokens = context_features(self, batch, cfg)
         predicted, predicted_context = predictions(self, context_tokens, batch, cfg, predict_context=bool(weight.get("context")))
-        ctx = objective_context(self, batch, cfg, denominators or Denominators.of(masks), target, target_live, context_tokens, predicted, predicted_context)
+        ctx = objective_context(
+            self, batch, cfg, denominators or Denominators.of(masks), target, target_live, context_tokens, predicted, predicted_context
+        )
         return compute_all(ctx, cfg.variant.objectives, weight)
 
 

@@ -1,0 +1,104 @@
+"""Conformance with golden numbers of the published code: objectives, modules, and real training steps.
+
+Layout: ``objectives/``, ``modules/`` and ``steps/`` with one .npz file per case. Every array of every file is either compared or used as
+an input; one that is neither is a miss. Published quirks are switched on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import jepa_kernels
+from jepa.conformance import modules, objectives, steps
+from jepa.conformance.report import Golden, Report, Row, worst
+
+__all__ = ["Golden", "Report", "check_file", "check_folder", "print_report"]
+
+CHECKS: dict[str, Callable[[Golden, Report], None]] = {
+    "objectives": objectives.check,
+    "modules": modules.check,
+    "steps": steps.check,
+}
+IGNORED = ("README.md",)
+MISSES_SHOWN = 40
+
+
+def check_folder(folder: Path, backend: str = "auto") -> Report:
+    """Checks every file below a golden folder, or below one of its three parts.
+
+    Args:
+        folder: holds objectives/, modules/ and steps/, or is one of them.
+        backend: attention backend.
+
+    Returns:
+        The report; `failures` is empty when all agrees.
+
+    Raises:
+        FileNotFoundError: there is nothing to check.
+    """
+    parts = [folder] if folder.name in CHECKS else [folder / name for name in CHECKS]
+    present = [part for part in parts if part.is_dir()]
+    report = Report()
+    for part in present:
+        for path in sorted(part.iterdir()):
+            if path.name not in IGNORED:
+                check_file(path, report, backend)
+    if folder.name not in CHECKS and present:
+        known = {*CHECKS, *IGNORED}
+        for path in sorted(folder.iterdir()):
+            if path.name not in known:
+                report.file = path.name
+                report.miss("(file)", "not read: no check for files of this name")
+    if not report.rows:
+        raise FileNotFoundError(f"conformance: {folder} must hold {', '.join(CHECKS)} with .npz files, got none.")
+    return report
+
+
+def check_file(path: Path, report: Report, backend: str = "auto") -> None:
+    """Checks one file; its folder's name says what it is."""
+    report.file = f"{path.parent.name}/{path.stem}"
+    if path.suffix != ".npz":
+        report.miss("(file)", "not read: not an .npz file")
+        return
+    golden = Golden(path)
+    # One thread: the arrays are small, and sums then have one order.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with jepa_kernels.use_backend(backend):
+            CHECKS[path.parent.name](golden, report)
+    except (KeyError, ValueError, RuntimeError) as failure:
+        report.miss("(file)", f"{type(failure).__name__}: {failure}")
+    finally:
+        torch.set_num_threads(threads)
+    report.finish(golden)
+
+
+def print_report(report: Report, console: Console, verbose: bool = False) -> None:
+    """A table with the worst array of every file (or every array), the misses, and the counts."""
+    table = Table("file", "arrays", "worst array", "error", "allowed", "", "note")
+    table.columns[0].no_wrap = table.columns[2].no_wrap = True
+    for file, rows in report.by_file().items():
+        shown = rows if verbose else [worst(rows)]
+        for row in shown:
+            table.add_row(file, str(len(rows)), *_cells(row))
+    console.print(table)
+    for row in report.failures[:MISSES_SHOWN]:
+        console.print(f"MISS {row.file}: {row.array}: error {row.error:.2e} > {row.tolerance:.1e} {row.note}", style="red", markup=False)
+    if len(report.failures) > MISSES_SHOWN:
+        console.print(f"... and {len(report.failures) - MISSES_SHOWN} more", style="red")
+    loosened = sum(1 for row in report.rows if row.passed and row.note)
+    console.print(
+        f"{len(report.by_file())} files, {len(report.rows)} arrays compared, {len(report.failures)} misses; "
+        f"{loosened} arrays passed after setting aside what rounding decides (see --verbose)."
+    )
+
+
+def _cells(row: Row) -> tuple[str, str, str, str, str]:
+    return escape(row.array), f"{row.error:.2e}", f"{row.tolerance:.1e}", "ok" if row.passed else "MISS", row.note

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -231,7 +230,8 @@ def _check_ema(golden: Golden, report: Report) -> None:
     for tag, schedule in schedules.items():
         leaves = [key.rsplit("_", 1)[1] for key in golden.keys(f"{tag}_online_")]
         target, online = (
-            nn.ParameterDict({leaf: nn.Parameter(golden.tensor(f"{tag}_{kind}_{leaf}")) for leaf in leaves}) for kind in ("target0", "online")
+            nn.ParameterDict({leaf: nn.Parameter(golden.tensor(f"{tag}_{kind}_{leaf}")) for leaf in leaves})
+            for kind in ("target0", "online")
         )
         momenta = [schedule.ema_momentum(step) for step in (1, 2, 3)]
         report.compare(f"{tag}_m", np.array(momenta), golden[f"{tag}_m"])
@@ -325,7 +325,3 @@ _CHECKS: dict[str, Check] = {
     "ema": _check_ema,
     "adamw": _check_adamw,
 }
-
-
-def files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.npz"))

@@ -97,6 +97,10 @@ class Report:
         value[worst] = wanted[worst]
         self.rows.append(Row(self.file, array, relative_error(value, wanted), tolerance, f"{whole:.1e} with {kinks} sign flips"))
 
+    def add(self, array: str, error: float, tolerance: float, note: str = "") -> None:
+        """An error that was measured in another way."""
+        self.rows.append(Row(self.file, array, error, tolerance, note))
+
     def equal(self, array: str, actual: object, expected: object) -> None:
         """For what is not a number: flags, names, shapes, absent gradients."""
         same = actual == expected
