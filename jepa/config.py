@@ -24,9 +24,9 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and what it may be."""
 
 
-def parsed_by(parse: Parse, **field_options: Any) -> Any:
-    """A dataclass field whose value is built by `parse(value, path)` instead of by its annotation."""
-    return dataclasses.field(metadata={"parse": parse}, **field_options)
+def parsed_by(parse: Parse) -> Mapping[str, Parse]:
+    """Metadata of a dataclass field whose value is built by `parse(value, path)` instead of by its annotation."""
+    return {"parse": parse}
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from jepa.batch import Batch, MaskBatch
 from jepa.config import parsed_by
 from jepa.models.encoder import Encoder
+from jepa.models.patches import is_image
 from jepa.models.predictor import Predictor
 from jepa.models.sizes import SIZES, ModelConfig, parse_model
 from jepa.objectives import Denominators, FeatureDims, ObjectiveContext, build_heads, compute_all, weights
@@ -29,8 +30,8 @@ from jepa.variants import VariantConfig, parse_variant
 class StepConfig:
     """Everything a step depends on besides the weights and the batch."""
 
-    model: ModelConfig = parsed_by(parse_model, default_factory=lambda: SIZES["micro"])
-    variant: VariantConfig = parsed_by(parse_variant, default_factory=VariantConfig)
+    model: ModelConfig = field(default_factory=lambda: SIZES["micro"], metadata=parsed_by(parse_model))
+    variant: VariantConfig = field(default_factory=VariantConfig, metadata=parsed_by(parse_variant))
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     precision: Literal["fp32", "bf16"] = "fp32"
     loss_exponent: float = 1.0
@@ -107,7 +108,7 @@ def predictions(
     """The predictor at targets [Nt, D] and, if asked, at context tokens [Nc, D]."""
     masks = _masks(batch)
     with _precision(batch, cfg):
-        return bundle.predictor(context_tokens, masks, image=masks.grid[0] == 1, predict_context=predict_context)
+        return bundle.predictor(context_tokens, masks, image=is_image(batch.clips), predict_context=predict_context)
 
 
 def objective_context(

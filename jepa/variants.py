@@ -43,11 +43,13 @@ class TargetConfig:
 class VariantConfig:
     """What makes a variant; everything else is the same for all of them."""
 
-    objectives: Mapping[str, ObjectiveConfig] = parsed_by(parse_objectives, default_factory=lambda: parse_objectives(_ALWAYS, ""))
-    masks: MaskPolicy = parsed_by(parse_masks, default_factory=MaskPolicy)
+    objectives: Mapping[str, ObjectiveConfig] = field(
+        default_factory=lambda: parse_objectives(_ALWAYS, ""), metadata=parsed_by(parse_objectives)
+    )
+    masks: MaskPolicy = field(default_factory=MaskPolicy, metadata=parsed_by(parse_masks))
     target: TargetConfig = field(default_factory=TargetConfig)
     factorisation: Factorisation = field(default_factory=Factorisation)
-    quirks: Quirks = parsed_by(parse_quirks, default_factory=Quirks)
+    quirks: Quirks = field(default_factory=Quirks, metadata=parsed_by(parse_quirks))
 
     @property
     def mask_policy(self) -> MaskPolicy:

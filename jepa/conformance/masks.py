@@ -13,7 +13,7 @@ from jepa.conformance.report import Golden
 def read_masks(golden: Golden, grid: tuple[int, int, int], prefix: str = "") -> MaskBatch:
     """The MaskBatch of the arrays ``<prefix>mask_enc_j`` and ``<prefix>mask_pred_j``; without the latter it has no targets."""
     context, target = [], []
-    for j in range(len(golden.keys(f"{prefix}mask_enc_"))):
+    for j in range(len(golden.names(f"{prefix}mask_enc_"))):
         context.append(list(golden[f"{prefix}mask_enc_{j}"]))
         key = f"{prefix}mask_pred_{j}"
         target.append(list(golden[key]) if key in golden else [np.zeros(0, dtype=np.int64)] * len(context[j]))

@@ -89,7 +89,7 @@ def _rotated(x: Tensor, ids: Tensor, rope: Rope3D) -> Tensor:
 
 def _check_encoder_state(golden: Golden, report: Report) -> None:
     """Names and shapes of the public state dict, loaded and given back."""
-    state = {f"module.backbone.{key}": golden.tensor(key) for key in golden.keys()}
+    state = {f"module.backbone.{key}": golden.tensor(key) for key in golden.names()}
     encoder = Encoder(golden_model(golden["img_mod_embed"].shape[-1], 24, 8, 6))
     encoder.load_public(state)
     _compare_state(golden, report, encoder)
@@ -97,7 +97,7 @@ def _check_encoder_state(golden: Golden, report: Report) -> None:
 
 def _compare_state(golden: Golden, report: Report, module: nn.Module) -> None:
     own = module.state_dict()
-    report.equal("(names)", sorted(own), sorted(golden.keys()))
+    report.equal("(names)", sorted(own), sorted(golden.names()))
     for key, value in own.items():
         report.compare(key, value, golden[key])
 
@@ -105,7 +105,7 @@ def _compare_state(golden: Golden, report: Report, module: nn.Module) -> None:
 def _loaded_encoder(golden: Golden) -> Encoder:
     state = _beside(golden, "encoder_state")
     encoder = Encoder(golden_model(state["img_mod_embed"].shape[-1], 24, 8, 6))
-    encoder.load_public({key: state.tensor(key) for key in state.keys()})
+    encoder.load_public({key: state.tensor(key) for key in state.names()})
     return encoder
 
 
@@ -141,14 +141,14 @@ def _compare_gradients(golden: Golden, report: Report, module: nn.Module) -> Non
 def _loaded_predictor(golden: Golden) -> Predictor:
     state = _beside(golden, "predictor_state")
     predictor = _predictor_for(state)
-    predictor.load_public({key: state.tensor(key) for key in state.keys()})
+    predictor.load_public({key: state.tensor(key) for key in state.names()})
     return predictor
 
 
 def _predictor_for(state: Golden) -> Predictor:
     width, features = state["predictor_embed.0.weight"].shape
-    depth = 1 + max(int(key.split(".")[1]) for key in state.keys("predictor_blocks."))
-    model = golden_model(width, state["video_mod_embed"].shape[-1], depth, len(state.keys("mask_tokens.")))
+    depth = 1 + max(int(key.split(".")[1]) for key in state.names("predictor_blocks."))
+    model = golden_model(width, state["video_mod_embed"].shape[-1], depth, len(state.names("mask_tokens.")))
     if model.feature_width != features:
         raise ValueError(f"conformance: predictor_embed.0.weight must take {model.feature_width} features, got {features}.")
     return Predictor(model, shared_mask_token=True)
@@ -156,7 +156,7 @@ def _predictor_for(state: Golden) -> Predictor:
 
 def _check_predictor_state(golden: Golden, report: Report) -> None:
     predictor = _predictor_for(golden)
-    predictor.load_public({f"module.backbone.{key}": golden.tensor(key) for key in golden.keys()})
+    predictor.load_public({f"module.backbone.{key}": golden.tensor(key) for key in golden.names()})
     _compare_state(golden, report, predictor)
 
 
@@ -206,7 +206,7 @@ def _check_motion(golden: Golden, report: Report) -> None:
     }
     report.compare("motion_map_batch4", maps["batch"], golden["motion_map_batch4"])
     report.compare("motion_map_single", maps["single"], golden["motion_map_single"])
-    for key in golden.keys():
+    for key in golden.names():
         if not key.endswith("_block"):
             continue
         case = key.removesuffix("_block")
@@ -228,7 +228,7 @@ def _check_ema(golden: Golden, report: Report) -> None:
         "ramp": ScheduleConfig(total_steps=20, momentum=0.9, final_momentum=1.0),
     }
     for tag, schedule in schedules.items():
-        leaves = [key.rsplit("_", 1)[1] for key in golden.keys(f"{tag}_online_")]
+        leaves = [key.rsplit("_", 1)[1] for key in golden.names(f"{tag}_online_")]
         target, online = (
             nn.ParameterDict({leaf: nn.Parameter(golden.tensor(f"{tag}_{kind}_{leaf}")) for leaf in leaves})
             for kind in ("target0", "online")

@@ -185,7 +185,7 @@ def _compare_auxiliary(
     golden: Golden, report: Report, cfg: VariantConfig, ctx: ObjectiveContext, weight: Mapping[str, float], features: Mapping[str, Tensor]
 ) -> None:
     """Gradients of what is added to the base loss, where the file has them."""
-    wanted = [key for key in golden.keys("aux_grad_")]
+    wanted = [key for key in golden.names("aux_grad_")]
     if not wanted:
         return
     extra = {name: objective for name, objective in cfg.objectives.items() if name not in ("prediction", "context")}
@@ -213,7 +213,7 @@ def _read_heads(
     heads = build_heads(cfg.objectives, FeatureDims(width, levels, cfg.factorisation))
     parameters = {}
     for published, name in HEADS.items():
-        keys = golden.keys(f"param_{published}.")
+        keys = golden.names(f"param_{published}.")
         if not keys:
             continue
         state = {key.removeprefix(f"param_{published}."): golden.tensor(key) for key in keys}

@@ -35,7 +35,7 @@ class Golden:
         self._unread.discard(key)
         return self._arrays[key]
 
-    def keys(self, prefix: str = "") -> list[str]:
+    def names(self, prefix: str = "") -> list[str]:
         return [key for key in self._arrays if key.startswith(prefix)]
 
     def tensor(self, key: str, dtype: torch.dtype | None = None) -> Tensor:

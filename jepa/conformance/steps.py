@@ -62,17 +62,17 @@ def check(golden: Golden, report: Report) -> None:
 
 def _check_initial_state(golden: Golden, report: Report) -> None:
     """The weights every file starts from: our modules take all of them under their public names."""
-    model = golden_model(*_widths(golden), mask_tokens=len(golden.keys("predictor.mask_tokens.")))
+    model = golden_model(*_widths(golden), mask_tokens=len(golden.names("predictor.mask_tokens.")))
     bundle = phases.ModelBundle(model, variant("baseline"))
     for name, module in {"encoder": bundle.context_encoder, "predictor": bundle.predictor}.items():
-        module.load_public({key.removeprefix(f"{name}."): golden.tensor(key) for key in golden.keys(f"{name}.")})
+        module.load_public({key.removeprefix(f"{name}."): golden.tensor(key) for key in golden.names(f"{name}.")})
         for key, value in module.state_dict().items():
             report.compare(f"{name}.{key}", value, golden[f"{name}.{key}"])
 
 
 def _widths(initial: Golden) -> tuple[int, int, int]:
     """Encoder width, predictor width, predictor depth."""
-    depth = 1 + max(int(key.split(".")[2]) for key in initial.keys("predictor.predictor_blocks."))
+    depth = 1 + max(int(key.split(".")[2]) for key in initial.names("predictor.predictor_blocks."))
     return initial["encoder.img_mod_embed"].shape[-1], initial["predictor.img_mod_embed"].shape[-1], depth
 
 
@@ -95,14 +95,14 @@ def _initial_state(golden: Golden, report: Report) -> phases.TrainState:
         schedule=ScheduleConfig(total_steps=10**12, warmup_steps=2),
     )
     bundle = phases.ModelBundle(cfg.model, cfg.variant)
-    bundle.context_encoder.load_public({key.removeprefix("encoder."): initial.tensor(key) for key in initial.keys("encoder.")})
-    own = {key.removeprefix("predictor."): initial.tensor(key) for key in initial.keys("predictor.")}
+    bundle.context_encoder.load_public({key.removeprefix("encoder."): initial.tensor(key) for key in initial.names("encoder.")})
+    own = {key.removeprefix("predictor."): initial.tensor(key) for key in initial.names("predictor.")}
     for key, value in bundle.predictor.state_dict().items():
         own.setdefault(key, torch.zeros_like(value))
     bundle.predictor.load_public({key: own[key] for key in bundle.predictor.state_dict()})
     bundle.target_encoder.load_state_dict(bundle.context_encoder.state_dict())
     for published, name in HEADS.items():
-        keys = golden.keys(f"init_{published}.")
+        keys = golden.names(f"init_{published}.")
         report.equal(f"(has {published})", bool(keys), name in bundle.heads)
         if keys:
             bundle.heads[name].load_state_dict({key.removeprefix(f"init_{published}."): golden.tensor(key) for key in keys})
@@ -165,7 +165,7 @@ def _replay_gradients(golden: Golden, bundle: phases.ModelBundle, target: Tensor
     """
     for parameter in bundle.parameters():
         parameter.grad = None
-    sets = range(len(golden.keys("grad_z_enc_")))
+    sets = range(len(golden.names("grad_z_enc_")))
     wanted = {kind: pack([golden.tensor(f"grad_{kind}_{j}") for j in sets]) for kind in FEATURES}
     torch.autograd.backward(
         [packed["z_pred"], packed["z_context"]],

@@ -20,7 +20,7 @@ from jepa.models.blocks import (
     run_block,
     stripped,
 )
-from jepa.models.patches import clip_grid, gather_patches
+from jepa.models.patches import clip_grid, gather_patches, is_image
 from jepa.models.sizes import ModelConfig
 from jepa_kernels import Rope3D
 
@@ -94,9 +94,8 @@ class Encoder(nn.Module):
 
     def embed(self, clips: Tensor, rows: Tensor | None) -> Tensor:
         """Patch and modality embedding of the tokens `rows` (b*N + id), or of all: [R, E]."""
-        image = self.grid(clips)[0] == 1 and clips.shape[1 if clips.dtype == torch.uint8 else 2] == 1
         patches = gather_patches(clips, rows, self.config.tubelet_size, self.config.patch_size)
-        if image:
+        if is_image(clips):
             return self.patch_embed_img(patches) + self.img_mod_embed[0]
         return self.patch_embed(patches) + self.video_mod_embed[0]
 

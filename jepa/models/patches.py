@@ -30,6 +30,11 @@ def clip_grid(clips: Tensor, tubelet_size: int, patch_size: int) -> tuple[int, i
     return frames // depth, height // patch_size, width // patch_size
 
 
+def is_image(clips: Tensor) -> bool:
+    """Whether the clips have a single frame."""
+    return _extent(clips)[0] == 1
+
+
 def gather_patches(clips: Tensor, rows: Tensor | None, tubelet_size: int, patch_size: int) -> Tensor:
     """Pixels of the asked tubelets, normalised, in the order of a Conv3d weight: (channel, frame, row, column).
 

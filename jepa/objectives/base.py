@@ -142,9 +142,9 @@ class ObjectiveContext:
     masks: MaskBatch
     denominators: Denominators
     levels: int
-    factorisation: Factorisation = Factorisation()
+    factorisation: Factorisation = field(default_factory=Factorisation)
     heads: Mapping[str, nn.Module] = field(default_factory=dict)
-    quirks: Quirks = Quirks()
+    quirks: Quirks = field(default_factory=Quirks)
     clips: Tensor | None = None
     patch_size: int = 16
     tubelet_size: int = 2
