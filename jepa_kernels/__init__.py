@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 from .backend import BACKENDS, BackendUnsupportedError, explain, use_backend
+from .ops.adamw_ema import TeacherLists, adamw_ema_
+from .ops.ema_update import ema_update_
 from .ops.masked_attention import masked_attention
 from .rope3d import Rope3D
 
@@ -16,4 +18,15 @@ try:
 except PackageNotFoundError:
     __version__ = "0+unknown"
 
-__all__ = ["BACKENDS", "BackendUnsupportedError", "Rope3D", "__version__", "explain", "masked_attention", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "BackendUnsupportedError",
+    "Rope3D",
+    "TeacherLists",
+    "__version__",
+    "adamw_ema_",
+    "ema_update_",
+    "explain",
+    "masked_attention",
+    "use_backend",
+]

@@ -32,6 +32,8 @@ def _load() -> str | None:
 
 _reason: str | None = _load()
 _available = _reason is None
+# Looked up once: torch.compile traces the checks below and cannot trace a file system.
+_cuda_built = _cuda_library.exists()
 
 
 def available() -> bool:
@@ -47,7 +49,7 @@ def cuda_reason() -> str | None:
     """Why the CUDA library cannot be used, or None. Loads nothing."""
     if not _available:
         return _reason
-    if not _cuda_library.exists():
+    if not _cuda_built:
         return f"the CUDA library is not built: nvcc was not found (install CUDA 12.4 or later, then {_BUILD_HINT})"
     return None
 

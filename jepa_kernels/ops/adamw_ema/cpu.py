@@ -1,0 +1,26 @@
+"""C++ CPU backend: csrc/adamw_ema/cpu.cpp through the stable-ABI binding, one parallel region over the whole list."""
+
+from __future__ import annotations
+
+import torch
+
+from ... import native
+from ..ema_update.call import ROUNDINGS, dtype_reasons
+from .call import Call
+
+
+def unsupported_reasons(call: Call) -> list[str]:
+    reasons = []
+    if not native.available():
+        reasons.append(str(native.reason()))
+    if call.device_type != "cpu":
+        reasons.append(f"tensors must be on a CPU, got {call.device_type}")
+    return reasons + dtype_reasons(call.dtypes)
+
+
+def forward(lists, hyper, groups, momentum, streams, rounding, seed, grad_scale, found_inf) -> None:
+    with lists.flat(row_major=rounding == "stochastic") as flat:
+        torch.ops.jepa_kernels_native.adamw_ema_cpu_(
+            flat.params, flat.grads, flat.exp_avgs, flat.exp_avg_sqs, flat.steps, hyper, groups, flat.targets, momentum, flat.copies,
+            flat.compensations, streams, ROUNDINGS.index(rounding), seed, grad_scale, found_inf, native.isa(),
+        )  # fmt: skip

@@ -1,0 +1,79 @@
+"""Triton backend: NVIDIA GPUs from compute capability 8.0, and CPU tensors under TRITON_INTERPRET=1. The kernel is imported on first use.
+
+One launch for each combination of dtypes in the list. Nothing reads a device tensor's values on the host.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ... import triton_runtime
+from ..ema_update.call import ROUNDINGS, dtype_reasons
+from ..ema_update.triton import by_dtypes, dtype_of, on_device, on_the_device, weights
+from ..ema_update.triton_table import BLOCK, table
+from .call import Call
+
+
+def unsupported_reasons(call: Call) -> list[str]:
+    return triton_runtime.unavailable_reasons(call.device_type) + dtype_reasons(call.dtypes)
+
+
+def forward(lists, hyper, groups, momentum, streams, rounding, seed, grad_scale, found_inf) -> None:
+    from .triton_kernels import FUSION, adamw_ema_kernel
+
+    device = lists.params[0].device
+    with lists.flat(row_major=rounding == "stochastic") as flat, on_device(lists.params[0]):
+        pointer, keep, take = weights(momentum, device)
+        seed = None if seed is None else on_the_device(seed, device)
+        scalars = step_scalars(flat.steps, hyper, groups, grad_scale, device)
+        # Parameters without a teacher, and empty ones, complete the lists that belong to the first parameters.
+        missing = len(flat.params)
+        targets, copies, compensations = ([*values, *[None] * (missing - len(values))] for values in (flat.targets, flat.copies, flat.compensations))
+        streams = [*streams, *[0] * (missing - len(streams))]
+        for places in by_dtypes(flat.params, flat.grads, flat.exp_avgs, targets, copies):
+            places = [i for i in places if flat.params[i].numel()]
+            if not places:
+                continue
+            first = places[0]
+            arrays = (flat.params, flat.grads, flat.exp_avgs, flat.exp_avg_sqs, targets, copies, compensations)
+            rows = table([[values[i] for i in places] for values in arrays], [streams[i] for i in places])
+            chosen = scalars if len(places) == missing else scalars.index_select(0, index(tuple(places), device))
+            adamw_ema_kernel[(rows.chunks.shape[0],)](
+                rows.rows, rows.chunks, chosen, found_inf, pointer, keep, take, seed, PARAM=dtype_of(flat.params[first]),
+                GRAD=dtype_of(flat.grads[first]), STATE=dtype_of(flat.exp_avgs[first]), TARGET=dtype_of(targets[first]),
+                COPY=dtype_of(copies[first]), ROUNDING=ROUNDINGS.index(rounding), ALIGNED=rows.aligned, BLOCK=BLOCK, num_warps=4, **FUSION,
+            )  # fmt: skip
+
+
+def step_scalars(steps, hyper: torch.Tensor, groups: list[int], grad_scale: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """float32 [tensors, 8], the columns of the kernel's `scalars`; computed in float64 where the steps are, host or device."""
+    home = device if hyper.device.type != "cpu" or any(s.device.type != "cpu" for s in steps) else torch.device("cpu")
+    step = torch.stack([s.to(home, torch.float64) for s in steps])
+    lr, beta1, beta2, eps, weight_decay, maximize = hyper.to(home).index_select(0, index(tuple(groups), home)).unbind(1)
+    columns = (
+        1 - lr * weight_decay,
+        torch.where(maximize != 0, -1.0, 1.0).to(torch.float64),
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        lr / (1 - beta1**step),
+        (1 - beta2**step).rsqrt(),
+        eps,
+    )
+    scalars = torch.stack(columns, dim=1).to(torch.float32).to(device, non_blocking=True)
+    if grad_scale is not None:
+        scalars[:, 1] /= grad_scale.reshape(())
+    return scalars
+
+
+_indices: dict[tuple[tuple[int, ...], torch.device], torch.Tensor] = {}
+
+
+def index(places: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """`places` as an int64 tensor, kept: an optimizer asks for the same ones at every step."""
+    key = (places, device)
+    if key not in _indices:
+        if len(_indices) >= 256:
+            _indices.clear()
+        _indices[key] = torch.tensor(places, dtype=torch.int64, device=device)
+    return _indices[key]

@@ -1,0 +1,26 @@
+"""C++ CPU backend: csrc/ema_update/cpu.cpp through the stable-ABI binding, one parallel region over the whole list."""
+
+from __future__ import annotations
+
+import torch
+
+from ... import native
+from .call import ROUNDINGS, Call, dtype_reasons
+from .memory import Flat
+
+
+def unsupported_reasons(call: Call) -> list[str]:
+    reasons = []
+    if not native.available():
+        reasons.append(str(native.reason()))
+    if call.device_type != "cpu":
+        reasons.append(f"tensors must be on a CPU, got {call.device_type}")
+    return reasons + dtype_reasons(call.dtypes)
+
+
+def forward(targets, sources, momentum, copies, compensations, streams, rounding, seed) -> None:
+    flat = Flat(written=(targets, copies, compensations), read=(sources,), row_major=rounding == "stochastic")
+    with flat as (targets, copies, compensations, sources):
+        torch.ops.jepa_kernels_native.ema_update_cpu_(
+            targets, sources, momentum, copies, compensations, streams, ROUNDINGS.index(rounding), seed, native.isa()
+        )

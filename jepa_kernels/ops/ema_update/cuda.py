@@ -1,0 +1,27 @@
+"""CUDA C++ backend: csrc/ema_update/cuda.cu, opened lazily behind its C ABI by the stable-ABI binding."""
+
+from __future__ import annotations
+
+import torch
+
+from ... import native
+from .call import ROUNDINGS, Call, dtype_reasons
+from .memory import Flat
+
+
+def unsupported_reasons(call: Call) -> list[str]:
+    reasons = []
+    library = native.cuda_reason()
+    if library is not None:
+        reasons.append(library)
+    if call.device_type != "cuda":
+        reasons.append(f"tensors must be on a CUDA device, got {call.device_type}")
+    return reasons + dtype_reasons(call.dtypes)
+
+
+def forward(targets, sources, momentum, copies, compensations, streams, rounding, seed) -> None:
+    flat = Flat(written=(targets, copies, compensations), read=(sources,), row_major=rounding == "stochastic")
+    with flat as (targets, copies, compensations, sources):
+        torch.ops.jepa_kernels_native.ema_update_cuda_(
+            targets, sources, momentum, copies, compensations, streams, ROUNDINGS.index(rounding), seed
+        )

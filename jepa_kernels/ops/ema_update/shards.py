@@ -1,0 +1,47 @@
+"""The local shards of FSDP2 parameters (DTensor): an update of matching shards is the update of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ... import checks
+
+
+def is_sharded(tensor: object) -> bool:
+    # A DTensor can only exist where this module is loaded; importing it here would cost half a second.
+    import sys
+
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(op: str, named: dict[str, Sequence[torch.Tensor] | None]) -> dict[str, list[torch.Tensor] | None]:
+    """Every list with DTensors replaced by their local shards.
+
+    Raises:
+        ValueError: entry i is a DTensor in one list and not in another, or with another mesh or other placements.
+    """
+    present = {name: values for name, values in named.items() if values is not None}
+    if not any(is_sharded(t) for values in present.values() for t in values):
+        return {name: None if values is None else list(values) for name, values in named.items()}
+    first_name, first = next(iter(present.items()))
+    for i in range(len(first)):
+        for name, values in present.items():
+            if i < len(values) and layout(values[i]) != layout(first[i]):
+                requirement = f"be sharded like {first_name}[{i}] ({layout_text(first[i])})"
+                raise ValueError(checks.sentence(op, f"{name}[{i}]", requirement, layout_text(values[i])))
+    return {name: None if values is None else [shard(t) for t in values] for name, values in named.items()}
+
+
+def shard(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def layout(tensor: torch.Tensor) -> object:
+    return (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None
+
+
+def layout_text(tensor: torch.Tensor) -> str:
+    return f"placements {tensor.placements} on {tensor.device_mesh}" if is_sharded(tensor) else "a plain tensor"

@@ -1,0 +1,103 @@
+"""Triton kernels of ema_update, and the arithmetic that adamw_ema shares with them. Importing this imports triton.
+
+Products and sums are rounded one by one (FUSION below), so that results equal the other backends' bit for bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...triton_support import narrow
+
+NEAREST = tl.constexpr(0)
+KAHAN = tl.constexpr(1)
+STOCHASTIC = tl.constexpr(2)
+
+FUSION = {"enable_fp_fusion": False}
+
+
+@triton.jit
+def array(row, column: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer in a column of a table row."""
+    address = tl.load(row + column)
+    pointer = address.to(tl.pointer_type(dtype))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def average(target, source, keep, take):
+    """keep * target + take * source, keep + take = 1, exact where either weight is 0 and where both values are equal."""
+    difference = source - target
+    return tl.where(take < 0.5, target + take * difference, source - keep * difference)
+
+
+@triton.jit
+def mix32(x):
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    x ^= x >> 16
+    return x
+
+
+@triton.jit
+def random_bits(seed, stream, element):
+    """16 random bits for each element: ops/ema_update/stochastic.py."""
+    z = seed.to(tl.uint64, bitcast=True) + (stream + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    z ^= z >> 31
+    low, high = z.to(tl.uint32), (z >> 32).to(tl.uint32)
+    salt = high + (element >> 32).to(tl.uint32) * 0x9E3779B9
+    return mix32(mix32(element.to(tl.uint32) ^ low) + salt) >> 16
+
+
+@triton.jit
+def narrow_randomly(x, bits):
+    """float32 `x` as bfloat16, rounded away from zero with the probability of the discarded fraction."""
+    kept = (x.to(tl.uint32, bitcast=True) + bits) >> 16
+    kept = tl.where(x == x, kept, 0x7FC0)
+    return kept.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def move_target(row, offsets, mask, source, keep, take, seed_ptr, FIRST: tl.constexpr, STREAM: tl.constexpr, TARGET: tl.constexpr,
+                COPY: tl.constexpr, ROUNDING: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+    """Averages `source` into one chunk of the target in column FIRST; the copy and the compensation follow it in the table."""
+    target = array(row, FIRST, TARGET, ALIGNED) + offsets
+    value = tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    if ROUNDING == KAHAN and TARGET != tl.float32:
+        compensation = array(row, FIRST + 2, TARGET, ALIGNED) + offsets
+        value = value + tl.load(compensation, mask=mask, other=0.0).to(tl.float32)
+    value = average(value, source, keep, take)
+    if ROUNDING == STOCHASTIC and TARGET == tl.bfloat16:
+        stored = narrow_randomly(value, random_bits(tl.load(seed_ptr), tl.load(row + STREAM), offsets))
+    else:
+        stored = narrow(value, TARGET)
+    tl.store(target, stored, mask=mask)
+    if ROUNDING == KAHAN and TARGET != tl.float32:
+        tl.store(compensation, narrow(value - stored.to(tl.float32), TARGET), mask=mask)
+    if COPY is not None:
+        tl.store(array(row, FIRST + 1, COPY, ALIGNED) + offsets, narrow(stored.to(tl.float32), COPY), mask=mask)
+
+
+@triton.jit
+def ema_update_kernel(rows, chunks, weights_ptr, keep, take, seed_ptr, TARGET: tl.constexpr, SOURCE: tl.constexpr, COPY: tl.constexpr,
+                      ROUNDING: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """target <- momentum * target + (1 - momentum) * source.
+
+    A program owns one chunk of BLOCK elements of one target; it reads target, source (and compensation) and writes target (and copy).
+    Table columns: target, copy, compensation, source, elements, stream.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    row = rows + tl.load(chunks + 2 * program).to(tl.int64) * 6
+    offsets = tl.load(chunks + 2 * program + 1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < tl.load(row + 4)
+    if weights_ptr is not None:
+        keep, take = tl.load(weights_ptr), tl.load(weights_ptr + 1)
+    source = tl.load(array(row, 3, SOURCE, ALIGNED) + offsets, mask=mask, other=0.0).to(tl.float32)
+    move_target(row, offsets, mask, source, keep, take, seed_ptr, 0, 5, TARGET, COPY, ROUNDING, ALIGNED)

@@ -1,0 +1,58 @@
+"""Lists of tensors as device tables for Triton kernels: one row of addresses for each tensor, one entry for each chunk of elements.
+
+Parameters stay where they are between steps, so tables are kept, keyed by every address and size in them. Importing this needs torch alone.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+# A chunk is what one program instance owns: four 16-byte accesses of a float32 array for each of its 128 threads.
+BLOCK = 2048
+_KEPT_TABLES = 64
+
+
+@dataclass(frozen=True)
+class Table:
+    """`rows` int64 [tensors, arrays + 2]: addresses (0 = absent), number of elements, stream. Chunk i is chunk `chunks[i, 1]` of tensor `chunks[i, 0]`."""
+
+    rows: torch.Tensor
+    chunks: torch.Tensor
+    aligned: bool
+
+
+_tables: OrderedDict[tuple, Table] = OrderedDict()
+
+
+def table(arrays: Sequence[Sequence[torch.Tensor | None]], streams: Sequence[int]) -> Table:
+    """The table of `arrays` (one list for each column; None = absent), each entry contiguous and with the elements of its first column."""
+    device = arrays[0][0].device
+    rows = tuple(
+        (*(0 if t is None else t.data_ptr() for t in entry), entry[0].numel(), stream)
+        for *entry, stream in zip(*arrays, streams, strict=True)
+    )
+    key = (device, rows)
+    found = _tables.get(key)
+    if found is None:
+        found = _build(rows, device)
+        _tables[key] = found
+        if len(_tables) > _KEPT_TABLES:
+            _tables.popitem(last=False)
+    else:
+        _tables.move_to_end(key)
+    return found
+
+
+def _build(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Table:
+    counts = [-(-row[-2] // BLOCK) for row in rows]
+    tensors = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
+    places = torch.cat([torch.arange(count, dtype=torch.int32) for count in counts])
+    return Table(
+        torch.tensor(rows, dtype=torch.int64).to(device),
+        torch.stack((tensors, places), dim=1).contiguous().to(device),
+        all(address % 16 == 0 for row in rows for address in row[:-2]),
+    )

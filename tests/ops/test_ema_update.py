@@ -1,0 +1,413 @@
+"""ema_update_: every backend against the float64 reference, the published numbers, and the properties of a moving average."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jepa_kernels import BackendUnsupportedError, ema_update_, explain, native
+from jepa_kernels.ops.ema_update import stochastic
+from jepa_kernels.ops.ema_update.op import ROOM
+from jepa_kernels.testing import assert_within_budget
+from tests.ops.lists import BACKENDS, GPU, run_here, tensors
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = ((), (1,), (7,), (31, 33), (0, 4), (1024,), (1025,), (2, 3, 5, 7), (40_001,))
+MOMENTUM = 0.99925
+
+
+def case(target=torch.float32, source=torch.float32, sizes=SIZES, seed=0):
+    """Targets and sources that differ by a few percent, as a teacher and its student do."""
+    targets = tensors(sizes, target, seed)
+    sources = [
+        (t.double() * 1.03 + 0.01 * n.double()).to(source) for t, n in zip(targets, tensors(sizes, torch.float64, seed + 1), strict=True)
+    ]
+    return targets, sources
+
+
+def run(backend, targets, sources, momentum=MOMENTUM, **options):
+    """A copy of `targets` after one update."""
+    moved = run_here(backend, targets)
+    options = {k: run_here(backend, v) if isinstance(v, list) else v for k, v in options.items()}
+    ema_update_(moved, run_here(backend, sources), momentum, backend=backend, **options)
+    return [t.cpu() for t in moved], {k: [t.cpu() for t in v] for k, v in options.items() if isinstance(v, list)}
+
+
+def oracle(targets, sources, momentum=MOMENTUM):
+    return run("reference", [t.double() for t in targets], [s.double() for s in sources], momentum)[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("target", "source"), list(itertools.product(DTYPES, DTYPES)))
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.5, 0.9, MOMENTUM, 1.0])
+def test_matches_the_float64_reference(backend, target, source, momentum):
+    targets, sources = case(target, source)
+    expected = oracle(targets, sources, momentum)
+    peers = run("reference", targets, sources, momentum)[0]
+    actual, _ = run(backend, targets, sources, momentum)
+    for i, (a, e, p) in enumerate(zip(actual, expected, peers, strict=True)):
+        assert_within_budget(f"{backend} target {i}", a, e, p)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "torch"])
+@pytest.mark.parametrize("rounding", ["nearest", "kahan", "stochastic"])
+@pytest.mark.parametrize("copy", [None, *DTYPES])
+@pytest.mark.parametrize("momentum", [0.4, MOMENTUM])
+def test_kernels_equal_the_reference_bit_for_bit(backend, rounding, copy, momentum):
+    for target, source in itertools.product(DTYPES, DTYPES):
+        if rounding == "stochastic" and target == torch.float16:
+            continue
+        targets, sources = case(target, source)
+        options = {"rounding": rounding}
+        if copy is not None:
+            options["copies"] = [torch.full(t.shape, torch.nan, dtype=copy) for t in targets]
+        if rounding == "kahan":
+            options["compensations"] = [1e-3 * c for c in tensors(SIZES, target, 5)]
+        if rounding == "stochastic":
+            options["seed"] = 12345678901
+        clone = {k: [t.clone() for t in v] if isinstance(v, list) else v for k, v in options.items()}
+        expected, expected_lists = run("reference", targets, sources, momentum, **clone)
+        actual, actual_lists = run(backend, targets, sources, momentum, **options)
+        for name, values in {"targets": actual, **actual_lists}.items():
+            for i, (a, e) in enumerate(zip(values, {"targets": expected, **expected_lists}[name], strict=True)):
+                assert torch.equal(a, e), f"{name}[{i}] of {target} from {source}: {(a.double() - e.double()).abs().max()}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tag", ["const", "ramp"])
+def test_published_updates(backend, tag, shared_dir):
+    numbers = np.load(shared_dir / "golden" / "modules" / "ema.npz")
+    sources = [torch.from_numpy(numbers[f"{tag}_online_{n}"]) for n in "abc"]
+    targets = [torch.from_numpy(numbers[f"{tag}_target0_{n}"]) for n in "abc"]
+    for step, momentum in enumerate(numbers[f"{tag}_m"].tolist()):
+        targets, _ = run(backend, targets, sources, momentum)
+        for n, target in zip("abc", targets, strict=True):
+            np.testing.assert_allclose(target.numpy(), numbers[f"{tag}_target{step + 1}_{n}"], rtol=2e-7, atol=2e-7)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_limits_and_fixed_point_are_exact(backend, dtype):
+    targets, sources = case(dtype, dtype)
+    assert all(torch.equal(a, s) for a, s in zip(run(backend, targets, sources, 0.0)[0], sources, strict=True))
+    assert all(torch.equal(a, t) for a, t in zip(run(backend, targets, sources, 1.0)[0], targets, strict=True))
+    for momentum in (0.1, 0.7, MOMENTUM):
+        assert all(torch.equal(a, t) for a, t in zip(run(backend, targets, targets, momentum)[0], targets, strict=True))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    sizes=st.lists(st.integers(0, 70), min_size=1, max_size=6),
+    momentum=st.floats(0, 1),
+    steps=st.integers(1, 4),
+    backend=st.sampled_from(["reference", *BACKENDS]),
+)
+def test_repeated_updates_are_one_with_the_product_of_momenta(sizes, momentum, steps, backend):
+    targets, sources = case(torch.float64 if backend in ("reference", "torch") else torch.float32, torch.float32, [(s,) for s in sizes])
+    sources = [s.to(t.dtype) for s, t in zip(sources, targets, strict=True)]
+    moved = targets
+    for _ in range(steps):
+        moved, _ = run(backend, moved, sources, momentum)
+    for a, t, s in zip(moved, targets, sources, strict=True):
+        expected = s.double() + momentum**steps * (t.double() - s.double())
+        torch.testing.assert_close(a.double(), expected, rtol=1e-5, atol=1e-6)
+        low, high = torch.minimum(t, s).double(), torch.maximum(t, s).double()
+        assert bool(((a >= low - 1e-6) & (a <= high + 1e-6)).all()), "an average lies between its terms"
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_a_small_update_survives_1000_steps(backend):
+    """A relative step of 1e-4 is below half a unit in the last place of bfloat16: plain rounding loses it, the other two do not."""
+    start, momentum, steps = torch.linspace(0.5, 2.0, 257), 1 - 1e-3, 1000
+    source = start * 1.1
+    exact = source.double() + momentum**steps * (start.double() - source.double())
+    target = start.bfloat16()
+    moves = {}
+    for rounding in ("nearest", "kahan", "stochastic"):
+        targets, sources = run_here(backend, [target.clone()]), run_here(backend, [source])
+        options = {"rounding": rounding, "backend": backend}
+        if rounding == "kahan":
+            options["compensations"] = [torch.zeros_like(t) for t in targets]
+        for step in range(steps):
+            if rounding == "stochastic":
+                options["seed"] = step
+            ema_update_(targets, sources, momentum, **options)
+        moves[rounding] = (targets[0].cpu().double() - target.double()).mean() / (exact - start.double()).mean()
+    assert moves["nearest"] == 0.0, "plain bfloat16 was expected to lose every update"
+    assert abs(moves["kahan"] - 1) < 0.02 and abs(moves["stochastic"] - 1) < 0.02, moves
+
+
+def test_stochastic_rounding_is_unbiased_and_a_function_of_seed_stream_and_element():
+    values = torch.full((20_000,), 1.0 + 3 / 1024)  # 3/8 of the way from 1 to the next bfloat16
+    share = []
+    for seed in range(3):
+        bits = stochastic.random_bits(torch.tensor(seed), 0, values.numel(), values.device)
+        share.append(float((stochastic.round_bfloat16(values, bits) > 1).float().mean()))
+    assert len(set(share)) == 3 and all(abs(s - 0.375) < 0.015 for s in share)
+    bits = stochastic.random_bits(torch.tensor(9), 4, 1000, values.device)
+    assert torch.equal(bits[:500], stochastic.random_bits(torch.tensor(9), 4, 500, values.device))
+    others = [
+        stochastic.random_bits(torch.tensor(9), 5, 1000, values.device),
+        stochastic.random_bits(torch.tensor(10), 4, 1000, values.device),
+    ]
+    assert all(float((bits == other).float().mean()) < 0.01 for other in others)
+
+
+def _numpy_bits(seed: int, stream: int, element: int) -> int:
+    """The formula of csrc/ema_update/average.h once more, in Python integers."""
+
+    def mix(x: int) -> int:
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            x = ((x ^ (x >> shift)) * factor) % 2**32
+        return x ^ (x >> 16)
+
+    z = (seed + 0x9E3779B97F4A7C15 * (stream + 1)) % 2**64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = ((z ^ (z >> shift)) * factor) % 2**64
+    z ^= z >> 31
+    salt = (z // 2**32 + (element // 2**32) * 0x9E3779B9) % 2**32
+    return mix((mix((element % 2**32) ^ (z % 2**32)) + salt) % 2**32) >> 16
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**62 + 12345, -7])
+def test_random_bits_follow_the_formula(seed):
+    bits = stochastic.random_bits(torch.tensor(seed), 3, 50, torch.device("cpu"))
+    assert bits.tolist() == [_numpy_bits(seed, 3, i) for i in range(50)]
+    assert all(0 <= _numpy_bits(seed, 3, 2**32 + i) < 65536 for i in range(4))
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_special_values(backend):
+    """What is not finite stays not finite (an infinity may become NaN, as in torch.lerp), and nothing else becomes so."""
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 3.38e38, 1e-45, 65504.0])
+    for dtype in DTYPES:
+        target = special.to(dtype)
+        for rounding in ("nearest", "stochastic") if dtype == torch.bfloat16 else ("nearest",):
+            options = {"rounding": rounding, "seed": 3} if rounding == "stochastic" else {}
+            for momentum in (1.0, 0.9, 0.5):
+                moved, _ = run(backend, [target], [torch.ones_like(target)], momentum, **options)
+                assert torch.equal(moved[0].isfinite(), target.isfinite()), (dtype, momentum, moved[0])
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_tied_empty_and_strided_tensors(backend):
+    base = run_here(backend, tensors([(6, 8, 4)], torch.float32))[0]
+    sources = run_here(backend, tensors([(6, 8, 4)], torch.float32, 9))[0]
+    layouts = {
+        "transposed": (base.clone().transpose(0, 2), sources.clone().transpose(0, 2)),
+        "transposed target": (base.clone().transpose(0, 1), sources.clone().transpose(0, 1).contiguous()),
+        "sliced": (base.clone()[:, ::2], sources[:, ::2]),
+        "offset": (base.clone().flatten()[1:101], sources.flatten()[3:103]),
+        "channels last": (base.clone()[None].to(memory_format=torch.channels_last), sources[None].to(memory_format=torch.channels_last)),
+        "empty": (base[:0].clone(), sources[:0]),
+    }
+    expected = {name: t.detach().cpu().double() * 0.75 + 0.25 * s.cpu().double() for name, (t, s) in layouts.items()}
+    targets, matching = [t for t, _ in layouts.values()], [s for _, s in layouts.values()]
+    tied = targets[0].detach()  # another tensor object of the same memory, as state_dict() gives
+    ema_update_([*targets, tied, targets[2]], [*matching, matching[0], matching[2]], 0.75, backend=backend)
+    for name, (target, _) in layouts.items():
+        torch.testing.assert_close(target.cpu().double(), expected[name], rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_target_with_two_sources_is_refused():
+    target = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"targets\[1\] must have the source of targets\[0\]"):
+        ema_update_([target, target], [torch.ones(3), torch.ones(3)], 0.5)
+
+
+@pytest.mark.parametrize("rounding", ["kahan", "stochastic"])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_strided_bfloat16_targets_round_as_contiguous_ones(backend, rounding):
+    targets, sources = case(torch.bfloat16, torch.float32, [(12, 20)])
+    options = {"seed": 4} if rounding == "stochastic" else {"compensations": [torch.zeros(12, 20, dtype=torch.bfloat16)]}
+    plain, _ = run(backend, targets, sources, 0.99, rounding=rounding, **options)
+    if rounding == "kahan":
+        options = {"compensations": [torch.zeros(20, 12, dtype=torch.bfloat16).t()]}
+    turned, _ = run(backend, [targets[0].t().contiguous().t()], [sources[0].t().contiguous().t()], 0.99, rounding=rounding, **options)
+    assert torch.equal(plain[0], turned[0])
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_float64_targets(backend):
+    targets, sources = case(torch.float64, torch.float64)
+    for moved, target, source in zip(run(backend, targets, sources, 0.3)[0], targets, sources, strict=True):
+        torch.testing.assert_close(moved, 0.3 * target + 0.7 * source, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.skipif(not native.available(), reason=str(native.reason()))
+def test_every_instruction_set_and_thread_count_gives_the_same_bits():
+    best = native.ISAS.index(native.isa_name())
+    for target, rounding in ((torch.float32, 0), (torch.bfloat16, 0), (torch.float16, 1), (torch.bfloat16, 1), (torch.bfloat16, 2)):
+        targets, sources = case(target, torch.float16, sizes=[(70_003,), (5,), (33_000,)])
+        results = []
+        threads = torch.get_num_threads()
+        for isa, count in itertools.product(range(best + 1), (1, 2, 3)):
+            moved, lost = [t.clone() for t in targets], [torch.zeros_like(t) for t in targets]
+            torch.set_num_threads(count)
+            try:
+                torch.ops.jepa_kernels_native.ema_update_cpu_(
+                    moved, sources, torch.tensor(0.97, dtype=torch.float64), [], lost, [0, 1, 2], rounding, torch.tensor(3), isa
+                )
+            finally:
+                torch.set_num_threads(threads)
+            results.append([*moved, *lost])
+        assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_momentum_as_a_tensor_of_any_float_dtype(backend):
+    targets, sources = case()
+    expected, _ = run(backend, targets, sources, 0.75)
+    devices = ["cpu", "cuda"] if GPU and backend not in ("cpu",) else ["cpu"]
+    for dtype, device in itertools.product((torch.float32, torch.float64, torch.bfloat16), devices):
+        actual, _ = run(backend, targets, sources, torch.tensor(0.75, dtype=dtype, device=device))
+        assert all(torch.allclose(a, e, rtol=1e-6) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+def test_compiles_without_graph_breaks_or_recompiles(backend):
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+
+    def update(targets, sources, momentum, seed):
+        ema_update_(targets, sources, momentum, rounding="stochastic", seed=seed, backend=backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(update, fullgraph=True, backend=counter)
+    targets, sources = case(torch.bfloat16, torch.float32, [(3, 4), (5,)])
+    targets, sources = run_here(backend, targets), run_here(backend, sources)
+    eager = [t.clone() for t in targets]
+    for step in range(6):
+        compiled(targets, sources, torch.tensor(0.9 + step / 100), torch.tensor(step))
+        update(eager, sources, torch.tensor(0.9 + step / 100), torch.tensor(step))
+    assert counter.frame_count == 1
+    for step in range(6):
+        compiled(targets, sources, 0.9 + step / 100, step)
+        update(eager, sources, 0.9 + step / 100, step)
+    # A number is a constant at first, then an input: two more graphs for any number of values.
+    assert counter.frame_count <= 3
+    assert all(torch.equal(t, e) for t, e in zip(targets, eager, strict=True))
+
+
+def test_inductor_updates_in_place():
+    def update(targets, sources, copies, momentum):
+        ema_update_(targets, sources, momentum, copies=copies)
+        return targets[0].sum()
+
+    targets, sources = case(sizes=[(3, 4), (5,)])
+    copies = [torch.empty_like(t, dtype=torch.bfloat16) for t in targets]
+    expected = run("reference", targets, sources, 0.75)[0]
+    total = torch.compile(update, fullgraph=True)(targets, sources, copies, torch.tensor(0.75))
+    assert all(torch.equal(t, e) for t, e in zip(targets, expected, strict=True))
+    assert all(torch.equal(c, e.bfloat16()) for c, e in zip(copies, expected, strict=True))
+    torch.testing.assert_close(total, expected[0].sum())
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_opcheck(backend):
+    targets, sources = (run_here(backend, values) for values in case(torch.bfloat16, torch.float32, [(3, 4), (5,)]))
+    momentum = torch.tensor(0.9, dtype=torch.float64)
+    copies = [torch.empty_like(t) for t in targets]
+    lost = [torch.zeros_like(t) for t in targets]
+    for rounding, compensations, seed in (("nearest", [], None), ("kahan", lost, None), ("stochastic", [], torch.tensor(1))):
+        torch.library.opcheck(
+            torch.ops.jepa_kernels.ema_update_.default, (targets, sources, momentum, copies, compensations, seed, rounding, backend)
+        )
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_parameters_are_updated_in_place_without_a_graph(backend):
+    parameter = torch.nn.Parameter(run_here(backend, [torch.zeros(4)])[0])
+    source = torch.nn.Parameter(torch.ones_like(parameter))
+    version = parameter._version
+    address = parameter.data_ptr()
+    ema_update_([parameter], [source], 0.5, backend=backend)
+    assert parameter.data_ptr() == address and parameter.grad_fn is None and parameter.tolist() == [0.5] * 4
+    assert parameter._version > version, "autograd must see the write"
+
+
+def test_nothing_to_do():
+    ema_update_([], [], 0.5)
+    ema_update_([torch.empty(0)], [torch.empty(0)], 0.5)
+
+
+BAD_CALLS = {
+    "targets must be a list of tensors, got Tensor": lambda t, s: ema_update_(t[0], s, 0.5),
+    r"sources\[1\] must be a tensor, got int": lambda t, s: ema_update_(t, [s[0], 3], 0.5),
+    r"sources must have one tensor for each of targets \(2\), got 1": lambda t, s: ema_update_(t, s[:1], 0.5),
+    r"sources\[1\] must have shape \(3,\) like targets\[1\], got \(4,\)": lambda t, s: ema_update_(t, [s[0], torch.ones(4)], 0.5),
+    r"targets\[0\] must have dtype float32 or bfloat16 or float16 or float64, got int64": lambda t, s: ema_update_(
+        [t[0].long(), t[1]], s, 0.5
+    ),
+    "momentum must be from 0 to 1, got 1.5": lambda t, s: ema_update_(t, s, 1.5),
+    r"momentum must be from 0 to 1, got -0.25": lambda t, s: ema_update_(t, s, torch.tensor(-0.25)),
+    "momentum must be finite, got nan": lambda t, s: ema_update_(t, s, float("nan")),
+    "momentum must be a number, got str": lambda t, s: ema_update_(t, s, "0.5"),
+    r"momentum must be a number or a 0-d float tensor, got shape \(1,\)": lambda t, s: ema_update_(t, s, torch.tensor([0.5])),
+    "rounding must be one of nearest, kahan, stochastic, got 'up'": lambda t, s: ema_update_(t, s, 0.5, rounding="up"),
+    "seed must be given with rounding 'stochastic', got NoneType": lambda t, s: ema_update_(t, s, 0.5, rounding="stochastic"),
+    "seed must be None with rounding 'nearest', got int": lambda t, s: ema_update_(t, s, 0.5, seed=1),
+    "seed must be an int or a 0-d int64 tensor, got float": lambda t, s: ema_update_(t, s, 0.5, rounding="stochastic", seed=1.0),
+    "compensations must be given with rounding 'kahan', got NoneType": lambda t, s: ema_update_(t, s, 0.5, rounding="kahan"),
+    "copies must have one tensor for each": lambda t, s: ema_update_(t, s, 0.5, copies=[t[0]]),
+    r"targets\[0\] must be bfloat16 or float32 with stochastic rounding, got float16": lambda t, s: ema_update_(
+        [t[0].half(), t[1]], s, 0.5, rounding="stochastic", seed=1
+    ),
+    r"compensations\[0\] must have shape \(2,\) and dtype bfloat16": lambda t, s: ema_update_(
+        [t[0].bfloat16(), t[1]], s, 0.5, rounding="kahan", compensations=s
+    ),
+    "backend must be one of": lambda t, s: ema_update_(t, s, 0.5, backend="fast"),
+}
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+def test_bad_calls_say_what_is_wrong(message):
+    targets, sources = [torch.zeros(2), torch.zeros(3)], [torch.ones(2), torch.ones(3)]
+    with pytest.raises((TypeError, ValueError), match=message):
+        BAD_CALLS[message](targets, sources)
+    assert all(bool((t == 0).all()) for t in targets)
+
+
+def test_a_forced_backend_refuses_with_every_reason():
+    targets, sources = [torch.zeros(2, dtype=torch.float64)], [torch.ones(2)]
+    with pytest.raises(BackendUnsupportedError, match=r"(?s)'cuda'.*float64.*try +backend=\"torch\""):
+        ema_update_(targets, sources, 0.5, backend="cuda")
+    assert "runs on    torch" in explain("ema_update", targets, sources, 0.5)
+
+
+FAULTS = {
+    "swapped weights": lambda lists, momentum: (lists, 1 - momentum),
+    "wrong sign": lambda lists, momentum: ((lists[0], [-s for s in lists[1]]), momentum),
+    "stale source": lambda lists, momentum: ((lists[0], [s.roll(1) for s in lists[1]]), momentum),
+    "last tensor forgotten": lambda lists, momentum: ((lists[0][:-1], lists[1][:-1]), momentum),
+    "last element forgotten": lambda lists, momentum: (
+        ([t.flatten()[:-1] for t in lists[0]], [s.flatten()[:-1] for s in lists[1]]),
+        momentum,
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_noticed(backend, fault, monkeypatch):
+    targets, sources = case(sizes=[(40,), (9, 3)])
+    expected = [0.9 * t.double() + 0.1 * s.double() for t, s in zip(targets, sources, strict=True)]
+    for good, wanted in zip(run(backend, targets, sources, 0.9)[0], expected, strict=True):
+        assert_within_budget("target", good, wanted)
+    sound = ROOM.modules[backend].forward
+
+    def faulty(targets, sources, momentum, copies, compensations, streams, rounding, seed):
+        (targets, sources), momentum = FAULTS[fault]((targets, sources), momentum)
+        sound(targets, sources, momentum, copies, compensations, streams[: len(targets)], rounding, seed)
+
+    monkeypatch.setattr(ROOM.modules[backend], "forward", faulty)
+    actual, _ = run(backend, targets, sources, 0.9)
+    with pytest.raises(AssertionError):
+        for bad, wanted in zip(actual, expected, strict=True):
+            assert_within_budget("target", bad, wanted)
