@@ -28,7 +28,7 @@ struct BackwardShape : Shape<F> {
 struct BackwardScratch {
   int64_t channels, queries;  // queries, padded to whole vectors
   // Queries: lanes are [tile][unit of channels][lane], pairs are [unit of tokens][channels], grad_q is [tile][channels][lane].
-  float *q_lanes, *grad_lanes, *q_pairs, *grad_pairs, *lse, *delta, *grad_q;
+  float *q_lanes, *grad_lanes, *q_pairs, *grad_pairs, *lse, *lse_rest, *delta, *grad_q;
   // Keys of one block: rows [tokens][channels], panels [head_dim / kRows][tokens][kRows].
   float *k_rows, *v_rows, *k_panels, *grad_k, *grad_v;
   // P and dS of one block and group: [keys][queries], and dS once more for the sum over keys where the format needs it.
@@ -56,6 +56,7 @@ BackwardScratch backward_layout(float* base, int64_t head_dim, int64_t len_q) {
   s.q_pairs = take(s.queries / kUnit * s.channels);
   s.grad_pairs = take(s.queries / kUnit * s.channels);
   s.lse = take(lanes);
+  s.lse_rest = take(lanes);
   s.delta = take(lanes);
   s.grad_q = take(s.channels * lanes);
   s.k_rows = take(kBlock * s.channels / kUnit);
@@ -83,7 +84,7 @@ template <class F, class T>
 void pack_queries(const Head& head, const BackwardScratch& s, Range tiles) {
   using V = typename F::Simd;
   constexpr int64_t kLanes = V::kLanes, kTile = Shape<F>::kTile, kUnit = F::kPerUnit;
-  const Source query = {head.q, head.ids_q, head.rope, head.scale * (float)M_LOG2E}, grad = {head.grad_out, head.ids_q, nullptr, 1.f};
+  const Source query = {head.q, head.ids_q, head.rope, scales_of<F>(head.scale).query}, grad = {head.grad_out, head.ids_q, nullptr, 1.f};
   alignas(64) float rows[kLanes * kMaxHeadDim];
   const int64_t origin = tile_begin<F>(head.len_q, tiles.begin);
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
@@ -99,7 +100,10 @@ void pack_queries(const Head& head, const BackwardScratch& s, Range tiles) {
       put_pairs<F>(rows, s.channels, kLanes, s.grad_pairs + pairs);
       for (int64_t i = 0; i < kLanes; ++i) {
         const int64_t lane = slot * kTile + (n - first) + i;
-        s.lse[lane] = i < count ? head.lse[n + i] * (float)M_LOG2E : kNoQueryLse;
+        // In units of log2 and in two floats: rounding a large lse once more would double the error of P.
+        const double lse = i < count ? head.lse[n + i] * M_LOG2E : kNoQueryLse;
+        s.lse[lane] = (float)lse;
+        s.lse_rest[lane] = (float)(lse - s.lse[lane]);
         s.delta[lane] = i < count ? row_product<V, T>(head.grad_out, head.out, n + i, head.head_dim) : 0.f;
       }
     }
@@ -124,9 +128,10 @@ void pack_keys(const Head& head, const BackwardScratch& s, int64_t first, int64_
 
 // One query tile of a group against one block of keys: P and dS at lane `at` of the group's buffers, and dQ^T if wanted.
 struct BackwardTile {
-  const float *q_lanes, *grad_lanes, *lse, *delta;
+  const float *q_lanes, *grad_lanes, *lse, *lse_rest, *delta;
   float* grad_q;
   int64_t at, keys, head_dim;
+  float scale;
   bool want_q;
 };
 
@@ -140,8 +145,16 @@ __attribute__((noinline)) void differentiate(const BackwardScratch& s, const Bac
   const auto exponentiate = [&](int64_t key, int n) __attribute__((always_inline)) {
     const int64_t lane = n % NQ * kLanes, from = n * 2 * kLanes;
     const typename V::Vec lse = V::load(t.lse + lane), lowest = V::set1(kLowestPower);
-    const typename V::Vec p0 = simd::exp2<V, F::kExpDegree>(V::max(lowest, V::sub(V::load(scores + from), lse)));
-    const typename V::Vec p1 = simd::exp2<V, F::kExpDegree>(V::max(lowest, V::sub(V::load(scores + from + kLanes), lse)));
+    typename V::Vec x0 = V::load(scores + from), x1 = V::load(scores + from + kLanes);
+    if constexpr (F::kFoldScale) {
+      x0 = V::sub(x0, lse);
+      x1 = V::sub(x1, lse);
+    } else {
+      const typename V::Vec factor = V::set1(t.scale), rest = V::load(t.lse_rest + lane);
+      x0 = V::sub(V::fms(x0, factor, lse), rest);
+      x1 = V::sub(V::fms(x1, factor, lse), rest);
+    }
+    const typename V::Vec p0 = simd::exp2<V, F::kExpDegree>(V::max(lowest, x0)), p1 = simd::exp2<V, F::kExpDegree>(V::max(lowest, x1));
     V::store(probs + from, p0);
     V::store(probs + from + kLanes, p1);
     F::put_two_rows(s.probs, kSpan, key + n / NQ * 2, t.at + lane, p0, p1);
@@ -176,14 +189,14 @@ __attribute__((noinline)) void differentiate(const BackwardScratch& s, const Bac
   if (!t.want_q) return;
   for (int64_t d = 0; d < t.head_dim; d += MR) {
     Block<F, MR, NQ> acc;
-    load<F, MR, NQ>(acc, t.grad_q + d * kTile, kTile);
+    clear<F, MR, NQ>(acc);
     const float* panel = s.k_panels + d * (kBackwardBlock / kUnit);
     if constexpr (kUnit > 1) {
       dot<F, MR, NQ>(acc, panel, 1, MR, s.grads_pairs, kTile, padded / kUnit);
     } else {
       dot<F, MR, NQ>(acc, panel, 1, MR, s.grads + t.at, kSpan, padded);
     }
-    store<F, MR, NQ>(acc, t.grad_q + d * kTile, kTile);
+    add<F, MR, NQ>(acc, t.grad_q + d * kTile, kTile);
   }
 }
 
@@ -194,9 +207,9 @@ JK_INLINE void add_rows_part(const float* weights, const float* rows, float* sum
   constexpr int64_t kStride = BackwardShape<F>::kSpan / F::kPerUnit;
   for (int64_t n = 0; n < keys; n += MR) {
     Block<F, MR, NR> acc;
-    load<F, MR, NR>(acc, sums + n * channels, channels);
+    clear<F, MR, NR>(acc);
     dot<F, MR, NR>(acc, weights + n * kStride, kStride, 1, rows, channels, units);
-    store<F, MR, NR>(acc, sums + n * channels, channels);
+    add<F, MR, NR>(acc, sums + n * channels, channels);
   }
 }
 
@@ -229,11 +242,13 @@ void backward_block(const Head& head, const BackwardScratch& s, Range tiles, int
       const BackwardTile t = {s.q_lanes + slot * unit_lanes,
                               s.grad_lanes + slot * unit_lanes,
                               s.lse + slot * S::kTile,
+                              s.lse_rest + slot * S::kTile,
                               s.delta + slot * S::kTile,
                               s.grad_q + slot * s.channels * S::kTile,
                               first - group_first,
                               keys,
                               head.head_dim,
+                              scales_of<F>(head.scale).score,
                               want_q};
       if (vecs == S::kVecs) {
         differentiate<F, S::kVecs>(s, t);
@@ -287,8 +302,7 @@ void backward(const Head& head, float* scratch, Range tiles, Range blocks, bool 
     if (!want_kv) continue;
     for (int64_t i = 0; i < keys; ++i) {
       const Angle at = angle(head.rope, head.ids_k, first + i);
-      // Queries were packed in units of log2.
-      write_row<V, T>(head.grad_k, first + i, at, head.head_dim, (float)M_LN2, s.grad_k + i * s.channels);
+      write_row<V, T>(head.grad_k, first + i, at, head.head_dim, scales_of<F>(head.scale).grad_k, s.grad_k + i * s.channels);
       write_row<V, T>(head.grad_v, first + i, {nullptr, nullptr, nullptr, 0}, head.head_dim, 1.f, s.grad_v + i * s.channels);
     }
   }

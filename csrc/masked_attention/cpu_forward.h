@@ -70,38 +70,45 @@ void forward_keys(const Head& head, float* scratch) {
   *s.key_norm = sqrtf(largest);
 }
 
-// The running state of one query tile.
+// The running state of one query tile; `part` is the sum over the keys that out has not seen yet.
 template <class F>
 struct Softmax {
   alignas(64) float sum[Shape<F>::kTile];
+  alignas(64) float part[Shape<F>::kTile];
   alignas(64) float shift[Shape<F>::kTile];
 };
 
-// out^T[d][q] += sum over keys first .. last of V[key][d] P[key][q]
+// out^T[d][q] += sum over keys first .. last of V[key][d] P[key][q], and the same for the sum of P
 template <class F, int NQ>
-JK_INLINE void add_values(const PackedKeys& keys, const float* probs, float* out, int64_t first, int64_t last) {
+JK_INLINE void add_values(const PackedKeys& keys, const float* probs, Softmax<F>& state, float* out, int64_t first, int64_t last) {
+  using V = typename F::Simd;
   constexpr int MR = Shape<F>::kRows;
   constexpr int64_t kTile = Shape<F>::kTile;
+  for (int64_t i = 0; i < NQ * V::kLanes; i += V::kLanes) {
+    V::store(state.sum + i, V::add(V::load(state.sum + i), V::load(state.part + i)));
+    V::store(state.part + i, V::zero());
+  }
   for (int64_t d = 0; d < keys.head_dim; d += MR) {
     Block<F, MR, NQ> acc;
-    if (first == 0) {
-      clear<F, MR, NQ>(acc);
-    } else {
-      load<F, MR, NQ>(acc, out + d * kTile, kTile);
-    }
+    clear<F, MR, NQ>(acc);
     const float* panel = keys.panels + (d / MR * keys.panel_units + first / F::kPerUnit) * MR;
     dot<F, MR, NQ>(acc, panel, 1, MR, probs, kTile, (last - first) / F::kPerUnit);
-    store<F, MR, NQ>(acc, out + d * kTile, kTile);
+    if (first == 0) {
+      store<F, MR, NQ>(acc, out + d * kTile, kTile);
+    } else {
+      add<F, MR, NQ>(acc, out + d * kTile, kTile);
+    }
   }
 }
 
 template <class F, int NQ>
-JK_INLINE bool outgrown(const Block<F, Shape<F>::kRows, NQ>& acc, const float* shift) {
+JK_INLINE bool outgrown(const Block<F, Shape<F>::kRows, NQ>& acc, float scale, const float* shift) {
   using V = typename F::Simd;
   bool any = false;
   JK_UNROLL for (int j = 0; j < NQ; ++j) {
     typename V::Vec top = acc[0][j];
     JK_UNROLL for (int r = 1; r < Shape<F>::kRows; ++r) top = V::max(top, acc[r][j]);
+    if constexpr (!F::kFoldScale) top = V::mul(top, V::set1(scale));
     any |= V::any_greater(top, V::add(V::load(shift + j * V::kLanes), V::set1(kShiftMargin)));
   }
   return any;
@@ -109,13 +116,14 @@ JK_INLINE bool outgrown(const Block<F, Shape<F>::kRows, NQ>& acc, const float* s
 
 // Raises the shifts to the scores of this tile and brings the sums and outputs so far to the new scale, in place.
 template <class F, int NQ>
-__attribute__((noinline)) void raise_shift(const float* jobs, int64_t head_dim, bool have_out, Softmax<F>& state, float* out) {
+__attribute__((noinline)) void raise_shift(const float* jobs, float scale, int64_t head_dim, bool have_out, Softmax<F>& state, float* out) {
   using V = typename F::Simd;
   constexpr int64_t kLanes = V::kLanes, kTile = Shape<F>::kTile;
   for (int64_t j = 0; j < NQ; ++j) {
     typename V::Vec top = V::load(state.shift + j * kLanes);
     const typename V::Vec old = top;
-    for (int64_t r = 0; r < Shape<F>::kRows; ++r) top = V::max(V::load(jobs + ((r / 2 * NQ + j) * 2 + r % 2) * kLanes), top);
+    for (int64_t r = 0; r < Shape<F>::kRows; ++r)
+      top = V::max(V::mul(V::set1(scale), V::load(jobs + ((r / 2 * NQ + j) * 2 + r % 2) * kLanes)), top);
     const typename V::Vec factor = simd::exp2<V, 6>(V::max(V::set1(kLowestExponent), V::sub(old, top)));
     V::store(state.shift + j * kLanes, top);
     V::store(state.sum + j * kLanes, V::mul(factor, V::load(state.sum + j * kLanes)));
@@ -126,25 +134,30 @@ __attribute__((noinline)) void raise_shift(const float* jobs, int64_t head_dim, 
 
 // One query tile against all keys. P of a key tile is computed beside the dot products of the next one.
 template <class F, int NQ, bool kBounded>
-__attribute__((noinline)) void attend(const PackedKeys& keys, const float* lanes, float* probs, Softmax<F>& state, float* out) {
+__attribute__((noinline)) void attend(const PackedKeys& keys, const float* lanes, float scale, float* probs, Softmax<F>& state,
+                                      float* out) {
   using V = typename F::Simd;
   constexpr int MR = Shape<F>::kRows, kJobs = MR / 2 * NQ;
   constexpr int64_t kLanes = V::kLanes, kTile = Shape<F>::kTile;
   const int64_t row = keys.channels / F::kPerUnit, steps = keys.head_dim / F::kPerUnit;
   alignas(64) float jobs[MR * NQ * kLanes];
-  for (int64_t i = 0; i < kTile; ++i) state.sum[i] = 0, state.shift[i] = kBounded ? 0 : -INFINITY;
+  for (int64_t i = 0; i < kTile; ++i) state.sum[i] = state.part[i] = 0, state.shift[i] = kBounded ? 0 : -INFINITY;
+  const float masked = kBounded ? (kLowestExponent + 1) / scale : -INFINITY;
   float* pending = probs;
   const auto exponentiate = [&](int n) __attribute__((always_inline)) {
     const int j = n % NQ;
     typename V::Vec x0 = V::load(jobs + n * 2 * kLanes), x1 = V::load(jobs + (n * 2 + 1) * kLanes);
-    if constexpr (!kBounded) {
-      const typename V::Vec shift = V::load(state.shift + j * kLanes);
-      x0 = V::max(V::set1(kLowestExponent), V::sub(x0, shift));
-      x1 = V::max(V::set1(kLowestExponent), V::sub(x1, shift));
+    const typename V::Vec factor = V::set1(scale);
+    if constexpr (kBounded && !F::kFoldScale) {
+      x0 = V::mul(x0, factor);
+      x1 = V::mul(x1, factor);
+    } else if constexpr (!kBounded) {
+      const typename V::Vec shift = V::load(state.shift + j * kLanes), lowest = V::set1(kLowestExponent);
+      x0 = V::max(lowest, F::kFoldScale ? V::sub(x0, shift) : V::fms(x0, factor, shift));
+      x1 = V::max(lowest, F::kFoldScale ? V::sub(x1, shift) : V::fms(x1, factor, shift));
     }
-    const typename V::Vec p0 = simd::exp2<V, F::kExpDegree>(x0), p1 = simd::exp2<V, F::kExpDegree>(x1);
-    V::store(state.sum + j * kLanes, V::add(V::load(state.sum + j * kLanes), V::add(p0, p1)));
-    F::put_pair(pending + n / NQ * (2 / F::kPerUnit) * kTile + j * kLanes, kTile, p0, p1);
+    float* sum = state.part + j * kLanes;
+    V::store(sum, F::put_exp2(pending + n / NQ * (2 / F::kPerUnit) * kTile + j * kLanes, kTile, x0, x1, V::load(sum)));
   };
   int64_t done = 0;  // keys that out has seen
   for (int64_t n = 0; n < keys.count; n += MR) {
@@ -154,23 +167,23 @@ __attribute__((noinline)) void attend(const PackedKeys& keys, const float* lanes
     if (__builtin_expect(n + MR > keys.count, 0)) {
       JK_UNROLL for (int r = 1; r < MR; ++r) {
         if (n + r < keys.count) continue;
-        JK_UNROLL for (int j = 0; j < NQ; ++j) acc[r][j] = V::set1(kBounded ? kLowestExponent + 1 : -INFINITY);
+        JK_UNROLL for (int j = 0; j < NQ; ++j) acc[r][j] = V::set1(masked);
       }
     }
     store_jobs<F, MR, NQ>(acc, jobs);
     bool raise = false;
-    if constexpr (!kBounded) raise = outgrown<F, NQ>(acc, state.shift);
+    if constexpr (!kBounded) raise = outgrown<F, NQ>(acc, scale, state.shift);
     if (n - done == kForwardBlock || (raise && n > done)) {
-      add_values<F, NQ>(keys, probs, out, done, n);
+      add_values<F, NQ>(keys, probs, state, out, done, n);
       done = n;
     }
     if constexpr (!kBounded) {
-      if (__builtin_expect(raise, 0)) raise_shift<F, NQ>(jobs, keys.head_dim, n > 0, state, out);
+      if (__builtin_expect(raise, 0)) raise_shift<F, NQ>(jobs, scale, keys.head_dim, n > 0, state, out);
     }
     pending = probs + (n - done) / F::kPerUnit * kTile;
   }
   for (int n = 0; n < kJobs; ++n) exponentiate(n);
-  add_values<F, NQ>(keys, probs, out, done, round_up(keys.count, MR));
+  add_values<F, NQ>(keys, probs, state, out, done, round_up(keys.count, MR));
 }
 
 template <class F, class T, int NQ>
@@ -192,7 +205,7 @@ void write_out(const Head& head, const Softmax<F>& state, float* out, int64_t fi
       }
     }
     for (int64_t i = 0; i < count; ++i) {
-      head.lse[begin + i] = state.shift[j * kLanes + i] * (float)M_LN2 + logf(state.sum[j * kLanes + i]);
+      head.lse[begin + i] = (float)(state.shift[j * kLanes + i] * M_LN2 + logf(state.sum[j * kLanes + i]));
     }
   }
 }
@@ -202,7 +215,8 @@ void forward_tile(const Head& head, const ForwardScratch& s, int64_t first) {
   using V = typename F::Simd;
   constexpr int64_t kLanes = V::kLanes;
   const int64_t channels = s.keys.channels;
-  const Source query = {head.q, head.ids_q, head.rope, head.scale * (float)M_LOG2E};
+  const Scales scales = scales_of<F>(head.scale);
+  const Source query = {head.q, head.ids_q, head.rope, scales.query};
   alignas(64) float rows[kLanes * kMaxHeadDim];
   float largest = 0;
   for (int64_t j = 0; j < NQ; ++j) {
@@ -213,10 +227,10 @@ void forward_tile(const Head& head, const ForwardScratch& s, int64_t first) {
   }
   Softmax<F> state;
   // Two per cent for the rounding of the packed numbers.
-  if (sqrtf(largest) * *s.key_norm * 1.02f < kScoreBound) {
-    attend<F, NQ, true>(s.keys, s.lanes, s.probs, state, s.out);
+  if (sqrtf(largest) * *s.key_norm * scales.score * 1.02f < kScoreBound) {
+    attend<F, NQ, true>(s.keys, s.lanes, scales.score, s.probs, state, s.out);
   } else {
-    attend<F, NQ, false>(s.keys, s.lanes, s.probs, state, s.out);
+    attend<F, NQ, false>(s.keys, s.lanes, scales.score, s.probs, state, s.out);
   }
   write_out<F, T, NQ>(head, state, s.out, first);
 }

@@ -15,6 +15,7 @@ struct FloatFormat {
   using Vec = typename V::Vec;
   static constexpr int kPerUnit = 1;  // numbers along the summed axis in one unit
   static constexpr int kExpDegree = 6;
+  static constexpr bool kFoldScale = false;
   static constexpr int kChunk = 4;  // steps of a dot product between two side jobs
 
   static JK_INLINE Vec step(Vec acc, Vec a, Vec b) { return V::fma(a, b, acc); }
@@ -22,6 +23,12 @@ struct FloatFormat {
   static JK_INLINE void put_pair(float* units, int64_t stride, Vec x0, Vec x1) {
     V::store(units, x0);
     V::store(units + stride, x1);
+  }
+  // The same with 2^x0 and 2^x1; returns the sum with both added to it.
+  static JK_INLINE Vec put_exp2(float* units, int64_t stride, Vec x0, Vec x1, Vec sum) {
+    const Vec p0 = simd::exp2<V, kExpDegree>(x0), p1 = simd::exp2<V, kExpDegree>(x1);
+    put_pair(units, stride, p0, p1);
+    return V::add(sum, V::add(p0, p1));
   }
   // Elements `at` .. of rows n and n + 1 of a matrix whose rows of `row` numbers are summed along.
   static JK_INLINE void put_two_rows(float* units, int64_t row, int64_t n, int64_t at, Vec x0, Vec x1) {
@@ -84,16 +91,22 @@ JK_INLINE void clear(Block<F, MR, NR>& acc) {
 }
 
 template <class F, int MR, int NR>
-JK_INLINE void load(Block<F, MR, NR>& acc, const float* c, int64_t stride) {
-  JK_UNROLL for (int r = 0; r < MR; ++r) {
-    JK_UNROLL for (int j = 0; j < NR; ++j) acc[r][j] = F::Simd::load(c + r * stride + j * F::Simd::kLanes);
-  }
-}
-
-template <class F, int MR, int NR>
 JK_INLINE void store(const Block<F, MR, NR>& acc, float* c, int64_t stride) {
   JK_UNROLL for (int r = 0; r < MR; ++r) {
     JK_UNROLL for (int j = 0; j < NR; ++j) F::Simd::store(c + r * stride + j * F::Simd::kLanes, acc[r][j]);
+  }
+}
+
+// Sums of blocks are added to the total one block at a time: a single running sum over thousands of tokens would round
+// several times worse.
+template <class F, int MR, int NR>
+JK_INLINE void add(const Block<F, MR, NR>& acc, float* c, int64_t stride) {
+  using V = typename F::Simd;
+  JK_UNROLL for (int r = 0; r < MR; ++r) {
+    JK_UNROLL for (int j = 0; j < NR; ++j) {
+      float* p = c + r * stride + j * V::kLanes;
+      V::store(p, V::add(V::load(p), acc[r][j]));
+    }
   }
 }
 

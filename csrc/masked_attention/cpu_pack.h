@@ -1,6 +1,7 @@
 // Rotation, scaling and packing: from strided rows of the caller's dtype to what the micro-kernels read, and back.
 // Included by one translation unit per instruction set, hence the anonymous namespace.
 #pragma once
+#include <math.h>
 #include <string.h>
 
 #include "cpu_kernels.h"
@@ -59,6 +60,21 @@ struct Source {
   const RopeRows* rope;
   float scale;
 };
+
+// How scale * log2(e) is shared out: packed queries are multiplied by `query`, scores by `score`. In float the scores take it,
+// inside a fused multiply-add, because rounding every scaled query once more would show in large scores; a scale too small for
+// that goes to the queries all the same.
+struct Scales {
+  float query, score;
+  float grad_k;  // turns sums over packed queries into the gradient of K
+};
+
+template <class F>
+JK_INLINE Scales scales_of(float scale) {
+  const float c = scale * (float)M_LOG2E;
+  if (F::kFoldScale || !(fabsf(c) > 1e-20f)) return {c, 1.f, (float)M_LN2};
+  return {c < 0 ? -1.f : 1.f, fabsf(c), fabsf(scale)};
+}
 
 // Rows first .. first + count as floats, rotated and scaled, then zero rows up to `padded`. Returns the largest squared norm.
 template <class V, class T>

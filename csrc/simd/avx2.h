@@ -10,6 +10,7 @@ struct Avx2 {
   typedef __m256 Vec;
   static constexpr int kLanes = 8;
   static constexpr int kAccumulators = 12;  // of 16 registers: the rest hold one operand row and a broadcast
+  static constexpr bool kConstantsInMemory = false;
 
   static JK_INLINE Vec zero() { return _mm256_setzero_ps(); }
   static JK_INLINE Vec set1(float x) { return _mm256_set1_ps(x); }
@@ -43,6 +44,7 @@ struct Avx2 {
   static JK_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
   static JK_INLINE Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
   static JK_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static JK_INLINE Vec fms(Vec a, Vec b, Vec c) { return _mm256_fmsub_ps(a, b, c); }
   // The second operand if either is NaN.
   static JK_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
   static JK_INLINE bool any_greater(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }

@@ -16,6 +16,8 @@ struct Avx512 {
   typedef __m512 Vec;
   static constexpr int kLanes = 16;
   static constexpr int kAccumulators = 24;  // of 32 registers
+  // Accumulators and operands of a dot product leave no register to the constants of the jobs beside it.
+  static constexpr bool kConstantsInMemory = true;
 
   static JK_INLINE Vec zero() { return _mm512_setzero_ps(); }
   static JK_INLINE Vec set1(float x) { return _mm512_set1_ps(x); }
@@ -60,6 +62,7 @@ struct Avx512 {
   static JK_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   static JK_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
   static JK_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static JK_INLINE Vec fms(Vec a, Vec b, Vec c) { return _mm512_fmsub_ps(a, b, c); }
   // The second operand if either is NaN.
   static JK_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
   static JK_INLINE bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }

@@ -11,6 +11,7 @@ struct Portable {
   typedef int32_t Int __attribute__((vector_size(16), may_alias));
   static constexpr int kLanes = 4;
   static constexpr int kAccumulators = 8;
+  static constexpr bool kConstantsInMemory = false;
 
   static JK_INLINE Vec zero() { return Vec{}; }
   static JK_INLINE Vec set1(float x) { return Vec{x, x, x, x}; }
@@ -48,6 +49,7 @@ struct Portable {
   static JK_INLINE Vec mul(Vec a, Vec b) { return a * b; }
   static JK_INLINE Vec div(Vec a, Vec b) { return a / b; }
   static JK_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  static JK_INLINE Vec fms(Vec a, Vec b, Vec c) { return a * b - c; }
   // The second operand if either is NaN.
   static JK_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
   static JK_INLINE bool any_greater(Vec a, Vec b) {
