@@ -17,7 +17,7 @@ from jepa_kernels.testing import assert_within_budget
 from tests.ops.lists import BACKENDS, GPU, run_here, tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SIZES = ((), (1,), (7,), (31, 33), (0, 4), (1024,), (1025,), (2, 3, 5, 7), (40_001,))
+SIZES = ((), (1,), (7,), (31, 33), (0, 4), (1024,), (1025,), (2, 3, 5, 7), (5_001,))
 MOMENTUM = 0.99925
 
 

@@ -20,6 +20,17 @@ def forward(lists, hyper, groups, momentum, streams, rounding, seed, grad_scale,
         if bool(found_inf != 0):
             return
         found_inf = None
+    # torch's fused AdamW walks raw memory: it is wrong where strides of a parameter and its gradient differ.
+    with lists.flat(row_major=False) as flat:
+        _step(flat, hyper, groups, grad_scale, found_inf)
+    if lists.targets:
+        if found_inf is not None:
+            momentum = torch.where(found_inf != 0, 1.0, momentum.to(found_inf.device))
+        followed = lists.params[: len(lists.targets)]
+        ema_torch.forward(lists.targets, followed, momentum, lists.copies, lists.compensations, streams, rounding, seed)
+
+
+def _step(lists, hyper, groups, grad_scale, found_inf) -> None:
     grads = lists.grads if grad_scale is None else torch._foreach_div(lists.grads, grad_scale)
     plain = []
     for i, param in enumerate(lists.params):
@@ -29,11 +40,6 @@ def forward(lists, hyper, groups, momentum, streams, rounding, seed, grad_scale,
             _adamw(param, grads[i], lists.exp_avgs[i], lists.exp_avg_sqs[i], lists.steps[i], hyper[groups[i]], found_inf)
     for row in sorted({groups[i] for i in plain}):
         _fused(lists, grads, [i for i in plain if groups[i] == row], hyper[row].tolist(), found_inf)
-    if lists.targets:
-        if found_inf is not None:
-            momentum = torch.where(found_inf != 0, 1.0, momentum.to(found_inf.device))
-        followed = lists.params[: len(lists.targets)]
-        ema_torch.forward(lists.targets, followed, momentum, lists.copies, lists.compensations, streams, rounding, seed)
 
 
 def _fused(lists, grads, places: list[int], row: list[float], found_inf) -> None:
