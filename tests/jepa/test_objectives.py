@@ -1,0 +1,516 @@
+"""Objectives: a contract that every file must keep, and formulas against plain float64 loops on ragged masks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from jepa import objectives
+from jepa.batch import MaskBatch
+from jepa.config import ConfigError
+from jepa.objectives import Denominators, Factorisation, FeatureDims, build_heads, compute_all, get, parse_objectives
+from jepa.objectives.base import segment_softmax_weights
+from jepa.objectives.hamiltonian import gelu_slope
+from jepa.objectives.sigreg import characteristic_distance
+from jepa.quirks import Quirks
+from tests.jepa.training_cases import GRID, LEVELS, WIDTH, ragged_masks, random_context
+
+# Options other than the defaults that are worth the whole contract.
+CASES = [(name, {}) for name in objectives.names()] + [
+    ("latent_dynamics", {"hard_region": True}),
+    ("latent_dynamics", {"channels": "dynamics", "horizon": 2}),
+    ("action", {"channels": "dynamics"}),
+    ("kinematic", {"kind": "huber"}),
+    ("kinematic", {"kind": "acceleration", "channel_share": 0.5}),
+    ("sigreg", {"slices": 8, "points": 5}),
+    ("context", {"weight_by_distance": False}),
+]
+HIDDEN = {"latent_dynamics": 5, "action": 5, "hamiltonian": 5}
+
+
+def parsed(name: str, options: dict) -> dict:
+    options = {**({"hidden": HIDDEN[name]} if name in HIDDEN else {}), "schedule": {"kind": "constant"}, **options}
+    return parse_objectives({name: options}, "objectives")
+
+
+def context_for(name: str, options: dict, **changes):
+    cfg = parsed(name, options)
+    masks = changes.pop("masks", None) or ragged_masks(horizon=options.get("horizon", 1))
+    return random_context(cfg, masks, online=name == "kinematic", **changes), cfg
+
+
+def identify(case) -> str:
+    return "-".join([case[0], *(f"{k}={v}" for k, v in case[1].items())])
+
+
+def inputs_of(ctx) -> dict[str, torch.Tensor]:
+    named = {k: getattr(ctx, k) for k in ("context_tokens", "predicted_tokens", "predicted_context", "target")}
+    return {k: v for k, v in named.items() if v.requires_grad}
+
+
+def all_weights(cfg: dict, value: float = 1.0) -> dict[str, float]:
+    return dict.fromkeys(cfg, value)
+
+
+@pytest.mark.parametrize("case", CASES, ids=map(identify, CASES))
+def test_finite_and_differentiable(case):
+    ctx, cfg = context_for(*case)
+    loss, metrics = compute_all(ctx, cfg, all_weights(cfg))
+    assert loss.shape == ()
+    assert torch.isfinite(loss)
+    assert loss > 0
+    assert all(isinstance(value, torch.Tensor) and not value.requires_grad for value in metrics.values())
+    assert torch.equal(metrics[case[0]], loss.detach())
+    loss.backward()
+    gradients = [t.grad for t in (*inputs_of(ctx).values(), *ctx.heads.parameters()) if t.grad is not None]
+    assert gradients
+    assert all(torch.isfinite(g).all() for g in gradients)
+    assert any(g.abs().max() > 0 for g in gradients)
+
+
+@pytest.mark.parametrize("case", CASES, ids=map(identify, CASES))
+def test_gradients_match_differences(case):
+    ctx, cfg = context_for(*case, masks=ragged_masks((4, 2, 2), 2, horizon=case[1].get("horizon", 1)))
+    named = inputs_of(ctx)
+    heads = list(ctx.heads.parameters())
+    weights = {}
+    if case[0] == "hard_region" or case[1].get("hard_region"):
+        # The weights are constants by definition, and differences would move them.
+        pytest.skip("its weights are detached: compared with a loop instead")
+
+    def loss(*values):
+        own = dataclasses.replace(ctx, **dict(zip(named, values[: len(named)], strict=True)))
+        if "target" in named:
+            own = dataclasses.replace(own, target_live=own.target)
+        return compute_all(own, cfg, all_weights(cfg) | weights)[0]
+
+    assert gradcheck(loss, (*named.values(), *heads), eps=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", objectives.names())
+def test_weight_zero_is_absent(name, monkeypatch):
+    ctx, cfg = context_for(name, {})
+
+    def never(*_):
+        raise AssertionError("computed at weight 0")
+
+    monkeypatch.setattr(get(name), "compute", never)
+    loss, metrics = compute_all(ctx, cfg, all_weights(cfg, 0.0))
+    assert loss == 0
+    assert metrics == {}
+    assert len(build_heads(parse_objectives({name: {"weight": 0.0}}, ""), FeatureDims(WIDTH, LEVELS, Factorisation()))) == 0
+
+
+def test_shape_mismatch_raises():
+    ctx, _ = context_for("delta", {})
+    with pytest.raises(ValueError, match=r"ObjectiveContext: context_tokens must have shape"):
+        dataclasses.replace(ctx, context_tokens=ctx.context_tokens[1:])
+    with pytest.raises(ValueError, match="levels must divide"):
+        dataclasses.replace(ctx, levels=5)
+
+
+def test_a_misspelt_name_lists_the_nearest():
+    with pytest.raises(ConfigError, match="unknown objective 'latent_dynamic'; did you mean 'latent_dynamics'"):
+        parse_objectives({"latent_dynamic": {}}, "objectives")
+    with pytest.raises(ConfigError, match=r"unknown key 'objectives.delta.wieght'; did you mean 'weight'"):
+        parse_objectives({"delta": {"wieght": 1}}, "objectives")
+
+
+@pytest.mark.parametrize("case", CASES, ids=map(identify, CASES))
+def test_batch_order_does_not_matter(case):
+    masks = ragged_masks(horizon=case[1].get("horizon", 1))
+    ctx, cfg = context_for(*case, masks=masks)
+    other, _ = context_for(*case, masks=reordered_masks(masks, [2, 0, 1]))
+    rows = torch.cat([torch.arange(masks.num_tokens) + b * masks.num_tokens for b in (2, 0, 1)])
+    context_rows, target_rows = (reordered_rows(cu, 2, [2, 0, 1]) for cu in (masks.context_cu, masks.target_cu))
+    target = ctx.target.detach()[rows]
+    other = dataclasses.replace(
+        other,
+        context_tokens=ctx.context_tokens[context_rows],
+        predicted_context=ctx.predicted_context[context_rows],
+        predicted_tokens=ctx.predicted_tokens[target_rows],
+        target=target,
+        target_live=target,
+        clips=ctx.clips[[2, 0, 1]],
+    )
+    torch.testing.assert_close(compute_all(other, cfg, all_weights(cfg))[0], compute_all(ctx, cfg, all_weights(cfg))[0])
+
+
+def sequences(ids, cu) -> list[np.ndarray]:
+    return [part.numpy() for part in ids.tensor_split(cu[1:-1].long())]
+
+
+def reordered_masks(masks: MaskBatch, order: list[int]) -> MaskBatch:
+    size = masks.batch_size
+    context, target = sequences(masks.context_ids, masks.context_cu), sequences(masks.target_ids, masks.target_cu)
+    pick = [[j * size + b for b in order] for j in range(masks.num_sets)]
+    return MaskBatch.from_ids(
+        [[context[s] for s in row] for row in pick], [[target[s] for s in row] for row in pick], masks.grid, masks.horizon
+    )
+
+
+def reordered_rows(cu, num_sets: int, order: list[int]) -> torch.Tensor:
+    rows = torch.arange(int(cu[-1])).tensor_split(cu[1:-1].long())
+    return torch.cat([rows[j * len(order) + b] for j in range(num_sets) for b in order])
+
+
+PARTED = [case for case in CASES if case[0] not in ("orthogonality", "sigreg")]
+
+
+@pytest.mark.parametrize("case", PARTED, ids=map(identify, PARTED))
+def test_parts_add_up_to_the_whole(case):
+    """Ragged halves of a batch, each a share of the global mean: the sum of losses and gradients is that of the whole."""
+    masks = ragged_masks(batch_size=4, horizon=case[1].get("horizon", 1))
+    ctx, cfg = context_for(*case, masks=masks)
+    whole, _ = compute_all(ctx, cfg, all_weights(cfg))
+    leaves = [*inputs_of(ctx).values(), *ctx.heads.parameters()]
+    expected = torch.autograd.grad(whole, leaves, allow_unused=True)
+    total = torch.zeros((), dtype=torch.float64)
+    for part in ([0], [1, 2, 3]):
+        own = reordered_masks(masks, part)
+        rows = torch.cat([torch.arange(masks.num_tokens) + b * masks.num_tokens for b in part])
+        context_rows, target_rows = (part_rows(cu, masks, part) for cu in (masks.context_cu, masks.target_cu))
+        half = dataclasses.replace(
+            ctx,
+            masks=own,
+            denominators=dataclasses.replace(Denominators.of(masks), parts=2),
+            context_tokens=ctx.context_tokens[context_rows],
+            predicted_context=ctx.predicted_context[context_rows],
+            predicted_tokens=ctx.predicted_tokens[target_rows],
+            target=ctx.target[rows],
+            target_live=ctx.target_live[rows],
+            clips=ctx.clips[part],
+        )
+        total = total + compute_all(half, cfg, all_weights(cfg))[0]
+    torch.testing.assert_close(total, whole)
+    for got, wanted in zip(torch.autograd.grad(total, leaves, allow_unused=True), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def part_rows(cu, masks: MaskBatch, part: list[int]) -> torch.Tensor:
+    rows = torch.arange(int(cu[-1])).tensor_split(cu[1:-1].long())
+    return torch.cat([rows[j * masks.batch_size + b] for j in range(masks.num_sets) for b in part])
+
+
+def test_images_skip_what_needs_time():
+    cfg = parse_objectives({name: {"schedule": {"kind": "constant"}} for name in objectives.names()}, "")
+    ctx = random_context(cfg, ragged_masks((1, 4, 5)), online=True)
+    loss, metrics = compute_all(ctx, cfg, all_weights(cfg))
+    assert torch.isfinite(loss)
+    temporal = {name for name in objectives.names() if hasattr(get(name), "minimum_frames")}
+    assert temporal == {"delta", "static", "latent_dynamics", "spectral", "ltc", "action", "kinematic", "velgate", "hamiltonian"}
+    for name in temporal:
+        assert metrics[f"{name}/skipped"] == 1
+        assert name not in metrics
+    for name in set(objectives.names()) - temporal:
+        assert metrics[name] > 0
+
+
+def loop_mean(values: dict[int, list[float]]) -> float:
+    """Pool the rows of a set, then average over the sets that have any."""
+    means = [float(np.mean(rows)) for rows in values.values() if rows]
+    return float(np.mean(means)) if means else 0.0
+
+
+class Loop:
+    """The context of a test as plain nested lists: features by (set, sample, token)."""
+
+    def __init__(self, ctx) -> None:
+        masks, self.ctx = ctx.masks, ctx
+        self.sets, self.batch, self.tokens = masks.num_sets, masks.batch_size, masks.num_tokens
+        self.sites = masks.grid[1] * masks.grid[2]
+        self.target = ctx.target.detach().view(self.batch, self.tokens, -1).numpy()
+        self.z, self.c = ({} for _ in range(2))
+        self.p = {}
+        for j in range(self.sets):
+            for b in range(self.batch):
+                s = j * self.batch + b
+                for where, ids, cu, features in (
+                    (self.z, masks.context_ids, masks.context_cu, ctx.context_tokens),
+                    (self.c, masks.context_ids, masks.context_cu, ctx.predicted_context),
+                    (self.p, masks.target_ids, masks.target_cu, ctx.predicted_tokens),
+                ):
+                    for row in range(int(cu[s]), int(cu[s + 1])):
+                        where[j, b, int(ids[row])] = features[row].detach().numpy()
+
+    def of_set(self, where: dict, j: int, b: int | None = None) -> list[tuple[int, int, int]]:
+        return [key for key in where if key[0] == j and (b is None or key[1] == b)]
+
+    def pairs(self, j: int, b: int | None = None) -> list[tuple[tuple, tuple]]:
+        found = []
+        for key in self.of_set(self.z, j, b):
+            later = (key[0], key[1], key[2] + self.sites)
+            if later in self.z:
+                found.append((key, later))
+        return found
+
+    def mean_over_pairs(self, value) -> float:
+        return loop_mean({j: [value(first, second) for first, second in self.pairs(j)] for j in range(self.sets)})
+
+    def h(self, key: tuple) -> np.ndarray:
+        return self.target[key[1], key[2]]
+
+
+def value_of(name: str, options: dict, **changes) -> tuple[float, Loop]:
+    ctx, cfg = context_for(name, options, **changes)
+    return float(compute_all(ctx, cfg, all_weights(cfg))[0].detach()), Loop(ctx)
+
+
+def test_prediction_and_context_loops():
+    value, loop = value_of("prediction", {})
+    rows = {j: [np.abs(loop.p[k] - loop.h(k)).mean() for k in loop.of_set(loop.p, j)] for j in range(loop.sets)}
+    assert value == pytest.approx(loop_mean(rows), rel=1e-12)
+    value, loop = value_of("context", {})
+    _, height, width = GRID
+
+    def distance(key: tuple) -> float:
+        place = np.array(np.unravel_index(key[2], GRID))
+        others = [np.array(np.unravel_index(k[2], GRID)) for k in loop.of_set(loop.p, key[0], key[1])]
+        return math.sqrt(min(np.linalg.norm(place - other) for other in others))
+
+    rows = {j: [np.abs(loop.c[k] - loop.h(k)).mean() / distance(k) for k in loop.of_set(loop.c, j)] for j in range(loop.sets)}
+    assert value == pytest.approx(loop_mean(rows), rel=1e-6)  # the distances are float32
+
+
+def softmax_weights(errors: list[float], temperature: float = 1.0) -> np.ndarray:
+    exponent = np.exp(np.array(errors) / temperature)
+    return len(errors) * exponent / exponent.sum()
+
+
+def test_hard_region_loop():
+    value, loop = value_of("hard_region", {"temperature": 0.3})
+    rows: dict[int, list[float]] = {j: [] for j in range(loop.sets)}
+    for j in range(loop.sets):
+        for b in range(loop.batch):
+            errors = [np.abs(loop.p[k] - loop.h(k)).mean() for k in loop.of_set(loop.p, j, b)]
+            rows[j] += list(softmax_weights(errors, 0.3) * errors)
+    assert value == pytest.approx(loop_mean(rows), rel=1e-12)
+
+
+def test_pair_losses_loop():
+    value, loop = value_of("delta", {})
+    expected = loop.mean_over_pairs(lambda a, b: np.abs((loop.z[b] - loop.z[a]) - (loop.h(b) - loop.h(a))).mean())
+    assert value == pytest.approx(expected, rel=1e-12)
+    value, loop = value_of("static", {})
+    assert value == pytest.approx(loop.mean_over_pairs(lambda a, b: np.abs(loop.z[b] - loop.z[a])[: WIDTH // 2].mean()), rel=1e-12)
+    value, loop = value_of("ltc", {"margin": 0.7})
+
+    def cosine(x, y):
+        return x @ y / np.linalg.norm(x) / np.linalg.norm(y)
+
+    expected = loop.mean_over_pairs(lambda a, b: max(0.0, 0.7 - cosine(loop.z[a], loop.h(a)) + cosine(loop.z[a], loop.h(b))))
+    assert value == pytest.approx(expected, rel=1e-10)
+
+
+def test_velocity_gate_loop():
+    value, loop = value_of("velgate", {"percentile": 0.3})
+    speed = np.linalg.norm(np.diff(loop.target.reshape(loop.batch, GRID[0], loop.sites, -1), axis=1), axis=-1)
+    threshold = np.quantile(speed, 0.3, axis=-1)
+
+    def row(first: tuple, second: tuple) -> float:
+        step, site = divmod(first[2], loop.sites)
+        kept = speed[first[1], step, site] <= threshold[first[1], step]
+        return float(kept) * np.abs(loop.z[second] - loop.z[first]).mean()
+
+    assert value == pytest.approx(loop.mean_over_pairs(row), rel=1e-12)
+
+
+def test_spectral_loop():
+    masks = ragged_masks(share=0.9)
+    assert masks.columns.shape[0] > 4
+    value, loop = value_of("spectral", {}, masks=masks)
+    gain = np.linspace(0.1, 1, GRID[0] // 2 + 1)[:, None]
+    rows: dict[int, list[float]] = {j: [] for j in range(loop.sets)}
+    for j in range(loop.sets):
+        for b in range(loop.batch):
+            for site in range(loop.sites):
+                keys = [(j, b, t * loop.sites + site) for t in range(GRID[0])]
+                if all(key in loop.z for key in keys):
+                    z, h = (np.fft.rfft(np.stack([f(key) for key in keys]), axis=0) for f in (loop.z.get, loop.h))
+                    rows[j].append((gain * np.abs(z - h)).mean())
+    assert value == pytest.approx(loop_mean(rows), rel=1e-12)
+
+
+@pytest.mark.parametrize("split", ["levels", "channels"])
+def test_orthogonality_loop(split):
+    value, loop = value_of("orthogonality", {}, factorisation=Factorisation(split, 0.5))
+    per_level = WIDTH // LEVELS
+    chosen = np.arange(WIDTH) < WIDTH // 2 if split == "levels" else np.arange(WIDTH) % per_level < per_level // 2
+    total = []
+    for j in range(loop.sets):
+        x = np.stack([loop.z[k] for k in loop.of_set(loop.z, j)])
+        x = x - x.mean(0)
+        total.append(((x[:, chosen].T @ x[:, ~chosen] / (len(x) - 1)) ** 2).mean())
+    assert value == pytest.approx(np.mean(total), rel=1e-10)
+
+
+def test_action_loop():
+    ctx, cfg = context_for("action", {})
+    loop = Loop(ctx)
+    colour = ctx.clips.view(3, 3, 4, 3, 2, 5, 2).mean((4, 6)).flatten(2).transpose(1, 2).numpy()
+    head = ctx.heads["action"]
+
+    def row(first: tuple, second: tuple) -> float:
+        moved = head(torch.from_numpy(loop.z[first])).detach().numpy()
+        return np.abs(moved - (colour[second[1], second[2]] - colour[first[1], first[2]])).mean()
+
+    assert float(compute_all(ctx, cfg, all_weights(cfg))[0]) == pytest.approx(loop.mean_over_pairs(row), rel=1e-12)
+
+
+@pytest.mark.parametrize("channels", ["all", "dynamics"])
+@pytest.mark.parametrize("split", ["levels", "channels"])
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_latent_dynamics_rolls_out_in_state_space(channels, split, horizon):
+    """The hidden-space recurrence against z' = z + f(z), one step at a time."""
+    factorisation = Factorisation(split, 0.5)
+    masks = ragged_masks(share=0.85, horizon=horizon)
+    ctx, cfg = context_for("latent_dynamics", {"channels": channels, "horizon": horizon}, masks=masks, factorisation=factorisation)
+    head, total = ctx.heads["latent_dynamics"], []
+    start = state = ctx.context_tokens[masks.pairs[:, 0]]
+    for k in range(1, horizon + 1):
+        state = state + head(factorisation.dynamics(state, LEVELS) if channels == "dynamics" else state)
+        change = ctx.target[masks.pair_rows[:, k]] - ctx.target[masks.pair_rows[:, 0]]
+        total.append(((state - start) - change).abs().mean(-1))
+    rows = torch.stack(total).mean(0)
+    expected = torch.stack([rows[masks.pair_set == j].mean() for j in range(masks.num_sets)]).mean()
+    loss, _ = compute_all(ctx, cfg, all_weights(cfg))
+    torch.testing.assert_close(loss, expected)
+    for got, wanted in zip(*(torch.autograd.grad(v, list(head.parameters())) for v in (loss, expected)), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_latent_dynamics_needs_pairs_that_reach_as_far():
+    ctx, cfg = context_for("latent_dynamics", {"horizon": 2}, masks=ragged_masks(horizon=1))
+    with pytest.raises(ValueError, match="horizon must be at most that of the mask pairs"):
+        compute_all(ctx, cfg, all_weights(cfg))
+
+
+def test_hard_dynamics_per_sample_and_its_quirks():
+    value, loop = value_of("latent_dynamics", {"hard_region": True})
+    ctx, cfg = context_for("latent_dynamics", {"hard_region": True})
+    head = ctx.heads["latent_dynamics"]
+
+    def errors(found):
+        return [np.abs(head(torch.from_numpy(loop.z[a])).detach().numpy() - (loop.h(b) - loop.h(a))).mean() for a, b in found]
+
+    by_sample, pooled = {}, {}
+    for j in range(loop.sets):
+        by_sample[j] = []
+        for b in range(loop.batch):
+            own = errors(loop.pairs(j, b))
+            by_sample[j] += list(softmax_weights(own) * own) if own else []
+        every = errors(loop.pairs(j))
+        pooled[j] = list(softmax_weights(every) * every)
+    assert value == pytest.approx(loop_mean(by_sample), rel=1e-10)
+    compute_all(ctx, cfg, all_weights(cfg))[0].backward()
+    assert all(p.grad.abs().max() > 0 for p in head.parameters())
+
+    published, _ = value_of("latent_dynamics", {"hard_region": True}, quirks=Quirks(dynamics_hard_pooled=True))
+    assert published == pytest.approx(loop_mean(pooled), rel=1e-10)
+    assert published != pytest.approx(value, rel=1e-6)
+    ctx, cfg = context_for("latent_dynamics", {"hard_region": True}, quirks=Quirks(dynamics_hard_no_gradient=True))
+    assert not compute_all(ctx, cfg, all_weights(cfg))[0].requires_grad
+
+
+def test_hamiltonian_against_double_backward():
+    ctx, cfg = context_for("hamiltonian", {})
+    energy, masks = ctx.heads["hamiltonian"], ctx.masks
+    tokens = ctx.context_tokens[masks.pairs[:, 0]]
+    q, p = tokens.chunk(2, -1)
+
+    def slope(q, p, wanted):
+        state = torch.cat([q, p], -1)
+        return torch.autograd.grad(energy(state).sum(), (q, p)[wanted], create_graph=True)[0]
+
+    q2 = q + 0.1 * slope(q, p, 1)
+    p2 = p - 0.1 * slope(q2, p, 0)
+    after = ctx.target[masks.pair_rows[:, 1]]
+    rows = (q2 - after[:, : WIDTH // 2]).abs().mean(-1) + (p2 - after[:, WIDTH // 2 :]).abs().mean(-1)
+    expected = torch.stack([rows[masks.pair_set == j].mean() for j in range(masks.num_sets)]).mean()
+    loss, _ = compute_all(ctx, cfg, all_weights(cfg))
+    torch.testing.assert_close(loss, expected)
+    leaves = [ctx.context_tokens, *list(energy.parameters())[:-1]]
+    for got, wanted in zip(*(torch.autograd.grad(v, leaves) for v in (loss, expected)), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_gelu_slope_is_the_derivative():
+    x = torch.linspace(-6, 6, 101, dtype=torch.float64, requires_grad=True)
+    wanted = torch.autograd.grad(torch.nn.functional.gelu(x).sum(), x)[0]
+    torch.testing.assert_close(gelu_slope(x), wanted)
+
+
+def test_sigreg_against_the_plain_formula():
+    u = torch.randn(37, 6, dtype=torch.float64, requires_grad=True)
+    t = torch.linspace(0, 3, 17, dtype=torch.float64)
+    phi = torch.exp(-t * t / 2)
+    weight = phi * 2 * 3 / 16
+    weight[[0, -1]] *= 0.5
+    angle = u[..., None] * t
+    statistic = 37 * (weight * ((angle.cos().mean(0) - phi) ** 2 + angle.sin().mean(0) ** 2)).sum(-1)
+    expected, actual = statistic.mean(), characteristic_distance(u, 17, 3.0)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(v, u)[0] for v in (actual, expected)))
+    normal = characteristic_distance(torch.randn(20_000, 4, dtype=torch.float64), 17, 3.0)
+    assert normal < 0.1 * characteristic_distance(torch.rand(20_000, 4, dtype=torch.float64), 17, 3.0)
+
+
+def test_sets_without_pairs_are_left_out():
+    """One set has no site at two consecutive steps: the mean is that of the other set, not half of it."""
+    sites = GRID[1] * GRID[2]
+    dense = [np.arange(40)] * 2
+    sparse = [np.arange(sites)] * 2
+    rest = [np.arange(40, 60)] * 2
+    both = MaskBatch.from_ids([dense, sparse], [rest, rest], GRID)
+    assert both.pair_count.tolist() == [50.0, 0.0]
+    ctx, cfg = context_for("delta", {}, masks=both)
+    one = MaskBatch.from_ids([dense], [rest], GRID)
+    alone = dataclasses.replace(
+        ctx,
+        masks=one,
+        denominators=Denominators.of(one),
+        context_tokens=ctx.context_tokens[:80],
+        predicted_context=None,
+        predicted_tokens=ctx.predicted_tokens[:40],
+    )
+    torch.testing.assert_close(compute_all(ctx, cfg, all_weights(cfg))[0], compute_all(alone, cfg, all_weights(cfg))[0])
+    none = MaskBatch.from_ids([sparse], [rest], GRID)
+    ctx, cfg = context_for("delta", {}, masks=none)
+    assert compute_all(ctx, cfg, all_weights(cfg))[0] == 0
+
+
+def test_zero_at_equality():
+    ctx, _ = context_for("delta", {})
+    z = ctx.target_context.detach()
+    equal = dataclasses.replace(ctx, context_tokens=z, predicted_context=z, predicted_tokens=ctx.target_tokens.detach())
+    for name in ("prediction", "context", "hard_region", "delta", "spectral"):
+        cfg = parsed(name, {})
+        assert compute_all(equal, cfg, all_weights(cfg))[0] == 0
+
+
+def test_segment_softmax_handles_empty_segments():
+    values = torch.tensor([1.0, 2.0, 3.0, -1.0], dtype=torch.float64)
+    offsets = torch.tensor([0, 0, 2, 2, 3, 4, 4], dtype=torch.int32)
+    expected = torch.cat([2 * torch.softmax(values[:2] / 0.5, 0), torch.ones(2, dtype=torch.float64)])
+    torch.testing.assert_close(segment_softmax_weights(values, offsets, 0.5), expected)
+    assert segment_softmax_weights(values[:0], torch.zeros(3, dtype=torch.int32), 1.0).shape == (0,)
+    big = segment_softmax_weights(torch.tensor([1e4, -1e4]), torch.tensor([0, 2]), 1.0)
+    assert big.tolist() == [2.0, 0.0]
+
+
+def test_the_contract_would_notice_a_wrong_sign(monkeypatch):
+    """The loop comparisons must bite."""
+    value, _ = value_of("delta", {})
+    module = get("delta")
+
+    def wrong(ctx, cfg):
+        before, after = ctx.pair_tokens
+        return objectives.Objective(ctx.pair_mean(((after - before) + ctx.pair_target_change).abs().mean(-1)))
+
+    monkeypatch.setattr(module, "compute", wrong)
+    assert value_of("delta", {})[0] != pytest.approx(value, rel=1e-3)
