@@ -38,6 +38,12 @@ inline int64_t dtype_code(const char* op, const Tensor& t) {
   return -1;
 }
 
+// An isa argument narrowed to what kernels take: JK_ISA_AUTO or one of jk_isa.
+inline int checked_isa(const char* op, int64_t isa) {
+  STD_TORCH_CHECK(isa >= JK_ISA_AUTO && isa <= JK_ISA_AVX512_BF16, op, ": isa must be from -1 to 3, got ", isa, ".");
+  return static_cast<int>(isa);
+}
+
 inline void check_sentence(const char* sentence) { STD_TORCH_CHECK(sentence == nullptr, sentence); }
 
 // A function of the CUDA kernel library, which is opened at its first use. Throws a sentence when it is missing.

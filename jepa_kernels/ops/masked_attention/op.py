@@ -156,7 +156,15 @@ def _bwd(
     )
 
 
+def _one_device(*tensors: torch.Tensor | None) -> None:
+    """A call that mixes a meta tensor with real ones reaches only the fake, which must not answer it with unwritten memory."""
+    for tensor in tensors[1:]:
+        if tensor is not None:
+            checks.same_device(_NAME, "every tensor", tensor, tensors[0].device)
+
+
 def _fwd_fake(query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope_table, grid, scale, backend) -> Tensors:
+    _one_device(query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope_table)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     return out, query.new_empty(lse_shape(query, cu_seqlens_q is not None), dtype=torch.float32)
 
@@ -164,6 +172,7 @@ def _fwd_fake(query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k,
 def _bwd_fake(
     grad_out, query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope_table, out, lse, grid, scale, backend
 ) -> Tensors:
+    _one_device(query, grad_out, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope_table, out, lse)
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
 
 
