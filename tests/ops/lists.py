@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from jepa_kernels import native
+from jepa_kernels import native, triton_runtime
 
 GPU = torch.cuda.is_available()
 BACKENDS = ("torch", *(("cpu",) if native.available() else ()), *(("triton", "cuda") if GPU else ()))
@@ -19,5 +19,5 @@ def tensors(sizes: Sequence[Sequence[int]], dtype: torch.dtype, seed: int = 0) -
 
 def run_here(backend: str | None, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copies of `values`, strides kept, on the device that `backend` needs."""
-    device = "cuda" if backend in ("triton", "cuda") else "cpu"
+    device = "cuda" if backend in ("triton", "cuda") and not triton_runtime.interpreting() else "cpu"
     return [v.detach().clone().to(device) for v in values]

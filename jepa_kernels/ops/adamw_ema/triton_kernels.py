@@ -25,10 +25,11 @@ def adamw_ema_kernel(rows, chunks, scalars, found_inf, weights_ptr, keep, take, 
     tensor = tl.load(chunks + 2 * program).to(tl.int64)
     row = rows + tensor * 9
     offsets = tl.load(chunks + 2 * program + 1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < tl.load(row + 7)
+    count = tl.load(row + 7)
     if found_inf is not None:
         # A step whose gradients overflowed changes nothing, the teacher included.
-        mask = mask & (tl.load(found_inf) == 0.0)
+        count = tl.where(tl.load(found_inf) == 0.0, count, 0)
+    mask = offsets < count
     s = scalars + tensor * 8
     decay, factor, take1, beta2 = tl.load(s), tl.load(s + 1), tl.load(s + 2), tl.load(s + 3)
     take2, size, inverse_sqrt2, eps = tl.load(s + 4), tl.load(s + 5), tl.load(s + 6), tl.load(s + 7)
