@@ -147,7 +147,10 @@ JK_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
 JK_DEVICE void cp_async_16(void* to, const void* from, bool valid = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
-// The same for 4 bytes.
+// The same for 8 and 4 bytes.
+JK_DEVICE void cp_async_8(void* to, const void* from, bool valid = true) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 8 : 0) : "memory");
+}
 JK_DEVICE void cp_async_4(void* to, const void* from, bool valid = true) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 4 : 0) : "memory");
 }
@@ -211,6 +214,9 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, SIMT_HERE) {
 }
 inline void cp_async_16(void* to, const void* from, bool valid = true, SIMT_HERE) {
   simt::async_copy(to, from, 16, valid ? 16 : 0, {"cp_async_16", file, line});
+}
+inline void cp_async_8(void* to, const void* from, bool valid = true, SIMT_HERE) {
+  simt::async_copy(to, from, 8, valid ? 8 : 0, {"cp_async_8", file, line});
 }
 inline void cp_async_4(void* to, const void* from, bool valid = true, SIMT_HERE) {
   simt::async_copy(to, from, 4, valid ? 4 : 0, {"cp_async_4", file, line});

@@ -53,7 +53,7 @@ const Stream kStreams[] = {
     {&P::grad_out, &P::cu_q, &P::ids_q, &P::len_q, false, true},
 };
 
-// How the scratch space is laid out: copies of the streams that need one, then delta.
+// How the scratch space is laid out: copies of the streams that need one, then the row statistics.
 struct Plan {
   Args args{};
   Copies copies{};
@@ -88,8 +88,8 @@ Plan make_plan(const jk_masked_attention_params& p, bool backward) {
     plan.bytes += round_up(p.heads * rows * p.head_dim * element_bytes(p));
   }
   if (backward) {
-    a.delta = reinterpret_cast<float*>(scratch + plan.bytes);
-    plan.bytes += round_up(p.heads * a.rows_q * int64_t(sizeof(float)));
+    a.stats = reinterpret_cast<float2*>(scratch + plan.bytes);
+    plan.bytes += round_up(p.heads * a.rows_q * int64_t(sizeof(float2)));
   }
   return plan;
 }
@@ -193,7 +193,7 @@ const char* run(const jk_masked_attention_params& p, bool is_backward, void* str
   if (!is_backward) return forward<T>(a, stream);
   if (a.rows_q > 0) {
     constexpr int kRowsPerBlock = kThreads / kLanesPerRow;
-    if (const char* error = launch(masked_attention_delta_kernel<T>, 0, (a.rows_q + kRowsPerBlock - 1) / kRowsPerBlock, a, stream))
+    if (const char* error = launch(masked_attention_stats_kernel<T>, 0, (a.rows_q + kRowsPerBlock - 1) / kRowsPerBlock, a, stream))
       return error;
   }
   return backward<T>(a, stream);

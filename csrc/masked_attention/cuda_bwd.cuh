@@ -16,21 +16,23 @@ struct BackwardTile {
   static constexpr bool kKeep = kKeep_;
   template <class T>
   static constexpr size_t bytes(bool keys) {
-    return size_t(2 * kOwn + 4 * kStep) * kStride<T, kDim> * sizeof(T) + (keys ? 4 * kStep * sizeof(float) : 0);
+    return size_t(2 * kOwn + 4 * kStep) * kStride<T, kDim> * sizeof(T) + (keys ? 2 * kStep * sizeof(float2) : 0);
   }
 };
+
+// The stats of a lane's two columns in a column group of an accumulator: lse, delta, lse, delta.
+JK_DEVICE float4 read_pair(const float2* group) { return *reinterpret_cast<const float4*>(group + lane_id() % 4 * 2); }
 
 // One block owns kOwn keys of one head and reads the queries and output gradients of their sequence; grid: (tiles, heads).
 // Everything is transposed (rows are keys), so that P and dS are left operands where they stand.
 template <class T, class Tile>
-__global__ void __launch_bounds__(kThreads) masked_attention_bwd_keys_kernel(const Args a) {
+__global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_keys_kernel(const Args a) {
   constexpr int kDim = Tile::kDim, kBands = Tile::kBands, kStep = Tile::kStep, kLd = kStride<T, kDim>;
   JK_DYNAMIC_SHARED(T, keys);
   T* values = keys + Tile::kOwn * kLd;
   T* queries = values + Tile::kOwn * kLd;  // two stages, as all that follow
   T* grads = queries + 2 * kStep * kLd;
-  float* lses = reinterpret_cast<float*>(grads + 2 * kStep * kLd);
-  float* deltas = lses + 2 * kStep;
+  float2* stats = reinterpret_cast<float2*>(grads + 2 * kStep * kLd);
   Sequence s;
   if (!find_sequence<Tile::kOwn>(a, a.p.cu_k, a.p.cu_q, a.p.len_k, a.p.len_q, s)) return;
   const int64_t head = blockIdx.y, own = s.begin + s.first;
@@ -45,15 +47,13 @@ __global__ void __launch_bounds__(kThreads) masked_attention_bwd_keys_kernel(con
 
   const T* query = row_pointer<const T>(a.p.q, a.p.cu_q, s.seq, s.partner, head);
   const T* grad = row_pointer<const T>(a.p.grad_out, a.p.cu_q, s.seq, s.partner, head);
-  const float* lse = lse_pointer(a, s, head) + s.partner;
-  const float* delta = delta_pointer(a, s.seq, head) + s.partner;
+  const float2* stat = stats_pointer(a, s.seq, head) + s.partner;
   auto stage = [&](int step) {
     const int64_t first = int64_t(step) * kStep;
     const int valid = s.other - static_cast<int>(first), slot = step % 2 * kStep;
     stage_rows<T, kDim, kStep>(queries + slot * kLd, query + first * a.p.q.stride_token, a.p.q.stride_token, valid, head_dim);
     stage_rows<T, kDim, kStep>(grads + slot * kLd, grad + first * a.p.grad_out.stride_token, a.p.grad_out.stride_token, valid, head_dim);
-    stage_floats<kStep>(lses + slot, lse + first, valid);
-    stage_floats<kStep>(deltas + slot, delta + first, valid);
+    stage_stats<kStep>(stats + slot, stat + first, valid);
     cp_async_commit();
   };
   stage_rows<T, kDim, Tile::kOwn>(keys, row_pointer<const T>(a.p.k, a.p.cu_k, s.seq, own, head), a.p.k.stride_token, rows, head_dim);
@@ -75,34 +75,29 @@ __global__ void __launch_bounds__(kThreads) masked_attention_bwd_keys_kernel(con
     }
     if (step + 1 < steps) stage(step + 1);
     const int slot = step % 2 * kStep;
-    // Queries from `valid` on are zero rows with lse = delta = 0, so P is 1 and dS is 0 there: they add nothing.
-    float p[kBands][kStep / 8][4];
+    // Queries from `valid` on are zero rows with zero stats, so P is 1 and dS is 0 there: they add nothing.
+    float p[kBands][kStep / 8][4], ds[kBands][kStep / 8][4];
     clear(p);
     multiply_rows<T, kDim, kBands, kStep>(p, left_key, queries + slot * kLd);
 #pragma unroll
-    for (int n = 0; n < kStep / 8; n++)
+    for (int n = 0; n < kStep / 8; n++) {
+      const float4 stat_pair = read_pair(stats + slot + n * 8);
 #pragma unroll
-      for (int e = 0; e < 2; e++) {
-        const float shift = lses[slot + n * 8 + lane_id() % 4 * 2 + e] * kLog2e;
+      for (int band = 0; band < kBands; band++)
 #pragma unroll
-        for (int band = 0; band < kBands; band++)
-#pragma unroll
-          for (int half = 0; half < 2; half++) p[band][n][2 * half + e] = exp2_fast(p[band][n][2 * half + e] * scale - shift);
-      }
+        for (int e = 0; e < 4; e++) p[band][n][e] = exp2_fast(p[band][n][e] * scale - (e % 2 ? stat_pair.z : stat_pair.x));
+    }
     multiply_weights<T, kDim, kBands, kStep>(grad_value, p, grads + slot * kLd);
-    float ds[kBands][kStep / 8][4];
     clear(ds);
     multiply_rows<T, kDim, kBands, kStep>(ds, left_value, grads + slot * kLd);
 #pragma unroll
-    for (int n = 0; n < kStep / 8; n++)
+    for (int n = 0; n < kStep / 8; n++) {
+      const float4 stat_pair = read_pair(stats + slot + n * 8);
 #pragma unroll
-      for (int e = 0; e < 2; e++) {
-        const float mean = deltas[slot + n * 8 + lane_id() % 4 * 2 + e];
+      for (int band = 0; band < kBands; band++)
 #pragma unroll
-        for (int band = 0; band < kBands; band++)
-#pragma unroll
-          for (int half = 0; half < 2; half++) ds[band][n][2 * half + e] = p[band][n][2 * half + e] * (ds[band][n][2 * half + e] - mean);
-      }
+        for (int e = 0; e < 4; e++) ds[band][n][e] = p[band][n][e] * (ds[band][n][e] - (e % 2 ? stat_pair.w : stat_pair.y));
+    }
     multiply_weights<T, kDim, kBands, kStep>(grad_key, ds, queries + slot * kLd);
   }
 
@@ -120,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) masked_attention_bwd_keys_kernel(con
 
 // One block owns kOwn queries of one head and reads the keys and values of their sequence; grid: (tiles, heads).
 template <class T, class Tile>
-__global__ void __launch_bounds__(kThreads) masked_attention_bwd_queries_kernel(const Args a) {
+__global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_queries_kernel(const Args a) {
   constexpr int kDim = Tile::kDim, kBands = Tile::kBands, kStep = Tile::kStep, kLd = kStride<T, kDim>;
   JK_DYNAMIC_SHARED(T, queries);
   T* grads = queries + Tile::kOwn * kLd;
@@ -150,16 +145,15 @@ __global__ void __launch_bounds__(kThreads) masked_attention_bwd_queries_kernel(
 
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16 * kBands;
   const float scale = a.p.scale * kLog2e;
-  const float* lse = lse_pointer(a, s, head) + own;
-  const float* delta = delta_pointer(a, s.seq, head) + own;
+  const float2* stat = stats_pointer(a, s.seq, head) + own;
   float shift[kBands][2], mean[kBands][2], scales[kBands][2];
 #pragma unroll
   for (int band = 0; band < kBands; band++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int row = warp_row + band * 16 + half * 8 + lane_id() / 4;
-      shift[band][half] = row < rows ? lse[row] * kLog2e : 0.f;
-      mean[band][half] = row < rows ? delta[row] : 0.f;
+      shift[band][half] = row < rows ? stat[row].x : 0.f;
+      mean[band][half] = row < rows ? stat[row].y : 0.f;
       scales[band][half] = a.p.scale;
     }
   Left<T, kDim, kBands, Tile::kKeep> left_query, left_grad;

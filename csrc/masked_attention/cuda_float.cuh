@@ -122,7 +122,7 @@ JK_DEVICE void float_write(const Args& a, const Sequence& s, const jk_ints& ids,
 
 // As masked_attention_fwd_kernel. Loads are not double buffered: shared memory goes into larger tiles instead.
 template <class Tile>
-__global__ void __launch_bounds__(kThreads) masked_attention_fwd_float_kernel(const Args a) {
+__global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_float_kernel(const Args a) {
   constexpr int kDim = Tile::kDim, kR = Tile::kR, kStep = Tile::kStep, kLd = Tile::kLd;
   JK_DYNAMIC_SHARED(float, queries);
   float* keys = queries + Tile::kRows * kLd;
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kThreads) masked_attention_fwd_float_kernel(co
     __syncthreads();
   }
   float factor[kR];
-  float* lse = lse_pointer(a, s, head) + s.begin + s.first;
+  float* lse = lse_pointer(a, s.seq, head) + s.begin + s.first;
 #pragma unroll
   for (int r = 0; r < kR; r++) {
     const float sum = warp_sum<8>(total[r]);
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads) masked_attention_fwd_float_kernel(co
 
 // As masked_attention_bwd_keys_kernel (kKeysOwned) and masked_attention_bwd_queries_kernel: the block owns one side's rows.
 template <class Tile, bool kKeysOwned>
-__global__ void __launch_bounds__(kThreads) masked_attention_bwd_float_kernel(const Args a) {
+__global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_float_kernel(const Args a) {
   constexpr int kDim = Tile::kDim, kR = Tile::kR, kStep = Tile::kStep, kLd = Tile::kLd, kRows = Tile::kRows;
   JK_DYNAMIC_SHARED(float, own_first);            // keys or queries
   float* own_second = own_first + kRows * kLd;    // values or output gradients
@@ -205,8 +205,7 @@ __global__ void __launch_bounds__(kThreads) masked_attention_bwd_float_kernel(co
   float* other_second = other_first + kStep * kLd;
   float* weights_p = other_second + kStep * kLd;
   float* weights_ds = weights_p + kRows * Tile::kWeightLd;
-  float* lses = weights_ds + kRows * Tile::kWeightLd;
-  float* deltas = lses + kStep;
+  float2* stats = reinterpret_cast<float2*>(weights_ds + kRows * Tile::kWeightLd);
   const jk_ints &cu_own = kKeysOwned ? a.p.cu_k : a.p.cu_q, &cu_other = kKeysOwned ? a.p.cu_q : a.p.cu_k;
   Sequence s;
   if (!find_sequence<kRows>(a, cu_own, cu_other, kKeysOwned ? a.p.len_k : a.p.len_q, kKeysOwned ? a.p.len_q : a.p.len_k, s)) return;
@@ -230,12 +229,12 @@ __global__ void __launch_bounds__(kThreads) masked_attention_bwd_float_kernel(co
                                  head_dim);
   const float* first_row = row_pointer<const float>(rows_other_1, cu_other, s.seq, s.partner, head);
   const float* second_row = row_pointer<const float>(rows_other_2, cu_other, s.seq, s.partner, head);
-  // lse and delta belong to queries: per column of a step where keys are owned, else per owned row.
-  const float* lse = lse_pointer(a, s, head) + (kKeysOwned ? s.partner : own);
-  const float* delta = delta_pointer(a, s.seq, head) + (kKeysOwned ? s.partner : own);
+  // Stats belong to queries: per column of a step where keys are owned, else per owned row.
+  const float2* stat = stats_pointer(a, s.seq, head) + (kKeysOwned ? s.partner : own);
   const float scale = a.p.scale * kLog2e;
 
-  float grad[kR][Tile::kGroups][4], grad_value[kR][Tile::kGroups][4], factor[kR], ones[kR], row_lse[kR], row_delta[kR];
+  float grad[kR][Tile::kGroups][4], grad_value[kR][Tile::kGroups][4], factor[kR], ones[kR];
+  float2 row_stat[kR];
   float_clear<Tile>(grad);
   float_clear<Tile>(grad_value);
 #pragma unroll
@@ -243,18 +242,14 @@ __global__ void __launch_bounds__(kThreads) masked_attention_bwd_float_kernel(co
     factor[r] = a.p.scale;
     ones[r] = 1.f;
     const bool inside = !kKeysOwned && y * kR + r < rows;
-    row_lse[r] = inside ? lse[y * kR + r] * kLog2e : 0.f;
-    row_delta[r] = inside ? delta[y * kR + r] : 0.f;
+    row_stat[r] = inside ? stat[y * kR + r] : make_float2(0.f, 0.f);
   }
   for (int first = 0; first < s.other; first += kStep) {
     const int valid = s.other - first;
     stage_rows<float, kDim, kStep>(other_first, first_row + first * rows_other_1.stride_token, rows_other_1.stride_token, valid, head_dim);
     stage_rows<float, kDim, kStep>(other_second, second_row + first * rows_other_2.stride_token, rows_other_2.stride_token, valid,
                                    head_dim);
-    if (kKeysOwned) {
-      stage_floats<kStep>(lses, lse + first, valid);
-      stage_floats<kStep>(deltas, delta + first, valid);
-    }
+    if (kKeysOwned) stage_stats<kStep>(stats, stat + first, valid);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
@@ -266,10 +261,10 @@ __global__ void __launch_bounds__(kThreads) masked_attention_bwd_float_kernel(co
       const int column = x + 8 * c;
 #pragma unroll
       for (int r = 0; r < kR; r++) {
-        const float shift = kKeysOwned ? lses[column] * kLog2e : row_lse[r], mean = kKeysOwned ? deltas[column] : row_delta[r];
+        const float2 both = kKeysOwned ? stats[column] : row_stat[r];
         // A key beyond the end has logit 0, whose weight overflows where lse is very negative.
-        p[r][c] = column < valid ? exp2_fast(p[r][c] * scale - shift) : 0.f;
-        ds[r][c] = p[r][c] * (ds[r][c] - mean);
+        p[r][c] = column < valid ? exp2_fast(p[r][c] * scale - both.x) : 0.f;
+        ds[r][c] = p[r][c] * (ds[r][c] - both.y);
       }
     }
     if (kKeysOwned) share_weights<Tile>(weights_p, p);

@@ -72,7 +72,7 @@ struct Softmax {
 // One block owns kQueries queries of one head and reads all keys and values of their sequence; grid: (tiles, heads).
 // m_i = max_j s_ij,  out_i = sum_j exp(s_ij - m_i) v_j / sum_j exp(s_ij - m_i),  s = scale R(q) R(k)^T; keys come rotated.
 template <class T, class Tile>
-__global__ void __launch_bounds__(kThreads) masked_attention_fwd_kernel(const Args a) {
+__global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_kernel(const Args a) {
   constexpr int kDim = Tile::kDim, kBands = Tile::kBands, kKeys = Tile::kKeys, kLd = kStride<T, kDim>;
   JK_DYNAMIC_SHARED(T, queries);
   T* keys = queries + Tile::kQueries * kLd;  // two stages
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads) masked_attention_fwd_kernel(const Ar
   }
 
   float factor[kBands][2];
-  float* lse = lse_pointer(a, s, head) + s.begin + s.first;
+  float* lse = lse_pointer(a, s.seq, head) + s.begin + s.first;
 #pragma unroll
   for (int band = 0; band < kBands; band++)
 #pragma unroll

@@ -1,4 +1,4 @@
-// What runs before the attention kernels: aligned and rotated copies of rows, and delta for the backward pass.
+// What runs before the attention kernels: aligned and rotated copies of rows, and row statistics for the backward pass.
 #pragma once
 #include "cuda_rows.cuh"
 
@@ -42,24 +42,24 @@ __global__ void __launch_bounds__(kThreads) masked_attention_copy_kernel(const A
 
 constexpr int kLanesPerRow = 16;
 
-// Sixteen lanes own one query row of one head: delta = sum over channels of grad_out * out.
+// Sixteen lanes own one query row of one head: delta = sum over channels of grad_out * out, stored beside lse / ln 2.
 template <class T>
-__global__ void __launch_bounds__(kThreads) masked_attention_delta_kernel(const Args a) {
+__global__ void __launch_bounds__(kThreads) masked_attention_stats_kernel(const Args a) {
   constexpr int kRowsPerBlock = kThreads / kLanesPerRow;
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.x / kLanesPerRow, head = blockIdx.y;
   const int channel = threadIdx.x % kLanesPerRow * 8;
   const bool packed = a.p.cu_q.data != nullptr;
   const int64_t seq = packed ? 0 : row / a.p.len_q, token = packed ? row : row % a.p.len_q;
-  float sum = 0.f;
+  float delta = 0.f;
   if (row < a.rows_q && channel < a.p.head_dim) {
     float x[8], y[8];
     load8(x, row_pointer<const T>(a.p.out, a.p.cu_q, seq, token, head) + channel, a.vector_out);
     load8(y, row_pointer<const T>(a.p.grad_out, a.p.cu_q, seq, token, head) + channel, true);
 #pragma unroll
-    for (int i = 0; i < 8; i++) sum += x[i] * y[i];
+    for (int i = 0; i < 8; i++) delta += x[i] * y[i];
   }
-  sum = warp_sum<kLanesPerRow>(sum);
-  if (row < a.rows_q && channel == 0) a.delta[head * a.rows_q + row] = sum;
+  delta = warp_sum<kLanesPerRow>(delta);
+  if (row < a.rows_q && channel == 0) a.stats[head * a.rows_q + row] = make_float2(lse_pointer(a, seq, head)[token] * kLog2e, delta);
 }
 
 }  // namespace masked_attention

@@ -15,7 +15,7 @@ constexpr float kLn2 = 0.6931471805599453f;
 // aligned copies in the scratch space where the caller's tensors are unaligned or must be rotated first.
 struct Args {
   jk_masked_attention_params p;
-  float* delta;            // [heads, rows_q]: sum over channels of grad_out * out
+  float2* stats;           // [heads, rows_q]: lse / ln 2, and delta = sum over channels of grad_out * out (backward only)
   int64_t rows_q, rows_k;  // rows of all sequences together
   int64_t tiles;           // dense: tiles of one sequence in this launch
   // Whether rows can be accessed 16 bytes at a time.
@@ -90,11 +90,11 @@ JK_DEVICE T* row_pointer(const jk_rows& rows, const jk_ints& cu, int64_t seq, in
   return static_cast<T*>(rows.data) + (cu.data ? 0 : seq * rows.stride_seq) + row * rows.stride_token + head * rows.stride_head;
 }
 
-JK_DEVICE float* lse_pointer(const Args& a, const Sequence& s, int64_t head) {
-  return a.p.lse + s.seq * (a.p.cu_q.data ? 0 : a.p.lse_stride_seq) + head * a.p.lse_stride_head;
+JK_DEVICE float* lse_pointer(const Args& a, int64_t seq, int64_t head) {
+  return a.p.lse + (a.p.cu_q.data ? 0 : seq * a.p.lse_stride_seq) + head * a.p.lse_stride_head;
 }
 
-JK_DEVICE float* delta_pointer(const Args& a, int64_t seq, int64_t head) { return a.delta + head * a.rows_q + seq * a.p.len_q; }
+JK_DEVICE float2* stats_pointer(const Args& a, int64_t seq, int64_t head) { return a.stats + head * a.rows_q + seq * a.p.len_q; }
 
 // Eight channels as floats, by vector access where `vector` allows it.
 template <class T>
@@ -182,20 +182,30 @@ JK_DEVICE void rotate8(const Angles& a, int c, float (&x)[8]) {
 }
 
 // Starts copying kRows rows of one head into a shared tile; rows from `valid` on and channels from head_dim on become zero.
+// Every thread keeps to one chunk of the channels, so that going to its next row is one addition.
 template <class T, int kDim, int kRows>
 JK_DEVICE void stage_rows(T* tile, const T* source, int64_t stride, int valid, int head_dim) {
-  constexpr int kPerRow = kDim / kChunk<T>;
-  for (int i = threadIdx.x; i < kRows * kPerRow; i += kThreads) {
-    const int row = i / kPerRow, c = i % kPerRow * kChunk<T>;
-    const bool inside = row < valid && c < head_dim;
-    cp_async_16(tile + row * kStride<T, kDim> + c, inside ? source + row * stride + c : source, inside);
+  constexpr int kPerRow = kDim / kChunk<T>, kRowsAtOnce = kThreads / kPerRow, kPasses = (kRows + kRowsAtOnce - 1) / kRowsAtOnce;
+  const int first = static_cast<int>(threadIdx.x) / kPerRow, channel = static_cast<int>(threadIdx.x) % kPerRow * kChunk<T>;
+  const int last = channel < head_dim ? valid : 0;
+  const T* from = source + first * stride + channel;
+  T* to = tile + first * kStride<T, kDim> + channel;
+  if (kThreads % kPerRow != 0 && first >= kRowsAtOnce) return;
+#pragma unroll
+  for (int pass = 0; pass < kPasses; pass++) {
+    const int row = first + pass * kRowsAtOnce;
+    if (kRows % kRowsAtOnce != 0 && row >= kRows) break;
+    cp_async_16(to + pass * kRowsAtOnce * kStride<T, kDim>, from, row < last);
+    from += kRowsAtOnce * stride;
   }
 }
 
-// Starts copying kRows floats; zeros from `valid` on.
+// Starts copying the stats of kRows query rows; zeros from `valid` on.
 template <int kRows>
-JK_DEVICE void stage_floats(float* tile, const float* source, int valid) {
-  for (int i = threadIdx.x; i < kRows; i += kThreads) cp_async_4(tile + i, i < valid ? source + i : source, i < valid);
+JK_DEVICE void stage_stats(float2* tile, const float2* source, int valid) {
+  static_assert(kRows <= kThreads, "one row per thread");
+  const int row = static_cast<int>(threadIdx.x);
+  if (row < kRows) cp_async_8(tile + row, source + row, row < valid);
 }
 
 // Writes zeros to `rows` rows of one head.
@@ -231,7 +241,7 @@ JK_DEVICE void write_no_keys(const Args& a, const Sequence& s, int64_t head) {
   const int rows = s.length - s.first < kRows ? s.length - s.first : kRows;
   zero_rows(row_pointer<T>(a.p.out, a.p.cu_q, s.seq, s.begin + s.first, head), a.p.out.stride_token, rows, static_cast<int>(a.p.head_dim),
             a.vector_out);
-  float* lse = lse_pointer(a, s, head) + s.begin + s.first;
+  float* lse = lse_pointer(a, s.seq, head) + s.begin + s.first;
   for (int i = threadIdx.x; i < rows; i += kThreads) lse[i] = -INFINITY;
 }
 
