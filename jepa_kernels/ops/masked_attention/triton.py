@@ -7,6 +7,7 @@ device and can be captured in a CUDA graph.
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import torch
@@ -14,10 +15,9 @@ import torch
 from ... import triton_runtime
 from ...rope3d import rope_dim
 from .call import Call, dtype_reasons, head_dim_reasons
-from .triton_table import Tile, channels, tile
+from .triton_table import ROTATE_HEADS, ROTATE_TILE, Tile, channels, tile
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ROTATE_ROWS = 32
 _SEARCH_FANOUT = 128  # of triton_tiles.find_sequence
 
 
@@ -29,13 +29,13 @@ def forward(query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, r
     from .triton_kernels import masked_attention_fwd_kernel
 
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    case = _Case(query, key, cu_seqlens_q, cu_seqlens_k, rope_table, grid, scale)
+    case = _Case(query, key, cu_seqlens_q, cu_seqlens_k, rope_table, grid)
     lse = case.lse()
     with case.device():
         key = case.turned(key, key_ids) if rope_table is not None else key
         case.launch(
             masked_attention_fwd_kernel, "fwd", query, (query, key, value, out, lse, query_ids, rope_table, cu_seqlens_q, cu_seqlens_k),
-            {"q": query, "k": key, "v": value, "o": out}, query_ids,
+            {"q": query, "k": key, "v": value, "o": out}, query_ids, log2_scale=_log2_scale(scale), NEGATIVE=scale < 0,
         )  # fmt: skip
     return out, lse
 
@@ -44,22 +44,20 @@ def backward(grad_out, query, key, value, query_ids, key_ids, cu_seqlens_q, cu_s
     from .triton_kernels_bwd import masked_attention_bwd_kv_kernel, masked_attention_bwd_q_kernel
 
     grad_query, grad_key, grad_value = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
-    case = _Case(query, key, cu_seqlens_q, cu_seqlens_k, rope_table, grid, scale)
-    delta = torch.empty_like(lse)
-    turned_query = query
+    case = _Case(query, key, cu_seqlens_q, cu_seqlens_k, rope_table, grid)
+    delta, log2_lse = torch.empty_like(lse), torch.empty_like(lse)
     with case.device():
         if rope_table is not None:
-            key = case.turned(key, key_ids)
-            turned_query = case.scratch(query)
+            query, key = case.turned(query, query_ids), case.turned(key, key_ids)
         case.launch(
             masked_attention_bwd_q_kernel, "bwd_q", query,
-            (grad_out, query, key, value, out, lse, delta, turned_query, grad_query, query_ids, rope_table, cu_seqlens_q, cu_seqlens_k),
-            {"q": query, "k": key, "v": value, "g": grad_out, "o": out}, query_ids,
+            (grad_out, query, key, value, out, lse, log2_lse, delta, grad_query, query_ids, rope_table, cu_seqlens_q, cu_seqlens_k),
+            {"q": query, "k": key, "v": value, "g": grad_out, "o": out}, query_ids, scale=float(scale),
         )  # fmt: skip
         case.launch(
             masked_attention_bwd_kv_kernel, "bwd_kv", key,
-            (grad_out, turned_query, key, value, lse, delta, grad_key, grad_value, key_ids, rope_table, cu_seqlens_q, cu_seqlens_k),
-            {"q": turned_query, "k": key, "v": value, "g": grad_out, "o": grad_key}, key_ids,
+            (grad_out, query, key, value, log2_lse, delta, grad_key, grad_value, key_ids, rope_table, cu_seqlens_q, cu_seqlens_k),
+            {"q": query, "k": key, "v": value, "g": grad_out, "o": grad_key}, key_ids, scale=float(scale),
         )  # fmt: skip
     return grad_query, grad_key, grad_value
 
@@ -72,8 +70,8 @@ def _strides(x: torch.Tensor) -> tuple[int, int, int]:
 class _Case:
     """One call's sizes, and the launches that share them."""
 
-    def __init__(self, query, key, cu_seqlens_q, cu_seqlens_k, rope_table, grid, scale) -> None:
-        self.query, self.rope_table, self.scale = query, rope_table, scale
+    def __init__(self, query, key, cu_seqlens_q, cu_seqlens_k, rope_table, grid) -> None:
+        self.query, self.rope_table = query, rope_table
         self.packed = cu_seqlens_q is not None
         self.batch = 1 if self.packed else query.shape[0]
         self.rows = {"q": query.shape[-3], "k": key.shape[-3]}
@@ -98,42 +96,39 @@ class _Case:
 
     def turned(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """R(x, ids), computed once because the attention kernels read every row many times."""
-        from ...triton_support import FP_FUSION
         from .triton_kernels import rotate_rows_kernel
 
         turned = self.scratch(x)
         if x.numel() == 0:
             return turned
         rows = x.shape[-3]
-        tiles = -(-rows // _ROTATE_ROWS)
-        # Four heads a program reuse one gather of the angles; fewer programs than that would leave a GPU idle.
-        heads_each = min(4, self.heads)
+        tiles = -(-rows // ROTATE_TILE.block_q)
+        heads_each = min(ROTATE_HEADS, self.heads)
         align = _alignment(x)
         main, tail = channels(self.head_dim)
         rotate_rows_kernel[(tiles * self.batch, -(-self.heads // heads_each))](
             x, turned, ids, self.rope_table, rows, self.heads, tiles, *(s // align for s in _strides(x)), *_id_strides(ids), *self.grid,
-            HEAD_DIM=self.head_dim, MAIN=main, TAIL=tail, ROPE_DIM=rope_dim(self.head_dim), ALIGN=align, BLOCK=_ROTATE_ROWS,
-            HEADS_EACH=heads_each, num_warps=4, num_stages=1, **FP_FUSION,
+            HEAD_DIM=self.head_dim, MAIN=main, TAIL=tail, ROPE_DIM=rope_dim(self.head_dim), ALIGN=align, BLOCK=ROTATE_TILE.block_q,
+            HEADS_EACH=heads_each, **launch_options(ROTATE_TILE),
         )  # fmt: skip
         return turned
 
-    def launch(self, kernel, name: str, owned: torch.Tensor, pointers: tuple, panels: dict[str, torch.Tensor], ids) -> None:
+    def launch(self, kernel, name: str, owned: torch.Tensor, pointers: tuple, panels: dict[str, torch.Tensor], ids, **extra: Any) -> None:
         """Runs `kernel` with one program per tile of `owned` and head."""
-        from ...triton_support import FP_FUSION
-
         if owned.numel() == 0:
             return
         shape = tile(name, self.architecture, self.query.dtype, self.head_dim)
         tiles = self._tiles(owned.shape[-3], shape.block_k if name == "bwd_kv" else shape.block_q)
         align = _alignment(*panels.values())
-        strides = {f"{p}_{axis}": s // align for p, x in panels.items() for axis, s in zip(("batch", "row", "head"), _strides(x), strict=True)}
+        strides = {
+            f"{p}_{axis}": s // align for p, x in panels.items() for axis, s in zip(("batch", "row", "head"), _strides(x), strict=True)
+        }
         id_batch, id_row = (0, 0) if self.rope_table is None else _id_strides(ids)
         grid_t, grid_h, grid_w = self.grid
+        fixed = constants(self.query.dtype, self.head_dim, self.rope_table is not None, self.packed, align, self._search_steps(), shape)
         kernel[(tiles * self.batch * self.heads,)](
-            *pointers, scale=float(self.scale), rows_q=self.rows["q"], rows_k=self.rows["k"], num_seqs=self.num_seqs, heads=self.heads,
-            tiles=tiles, grid_t=grid_t, grid_h=grid_h, grid_w=grid_w, **strides, id_batch=id_batch, id_row=id_row,
-            **constants(self.head_dim, self.rope_table is not None, self.packed, align, self._search_steps(), shape), **launch_options(shape),
-            **FP_FUSION,
+            *pointers, **extra, rows_q=self.rows["q"], rows_k=self.rows["k"], num_seqs=self.num_seqs, heads=self.heads, tiles=tiles,
+            grid_t=grid_t, grid_h=grid_h, grid_w=grid_w, **strides, id_batch=id_batch, id_row=id_row, **fixed, **launch_options(shape),
         )  # fmt: skip
 
     def _tiles(self, rows: int, block: int) -> int:
@@ -147,17 +142,27 @@ class _Case:
         return steps
 
 
-def constants(head_dim: int, rope: bool, packed: bool, align: int, search_steps: int, shape: Tile) -> dict[str, Any]:
+def constants(dtype: torch.dtype, head_dim: int, rope: bool, packed: bool, align: int, search_steps: int, shape: Tile) -> dict[str, Any]:
     """The compile-time arguments that the three attention kernels share; the compile gate builds the same ones."""
     main, tail = channels(head_dim)
     return {
-        "HEAD_DIM": head_dim, "MAIN": main, "TAIL": tail, "ROPE_DIM": rope_dim(head_dim) if rope else 0, "ALIGN": align,
+        "HEAD_DIM": head_dim, "MAIN": main, "TAIL": tail, "ROPE_DIM": rope_dim(head_dim) if rope else 0,
+        "CHUNKED": dtype == torch.float32, "ALIGN": align,
         "PACKED": packed, "SEARCH_STEPS": search_steps, "BLOCK_Q": shape.block_q, "BLOCK_K": shape.block_k,
     }  # fmt: skip
 
 
-def launch_options(shape: Tile) -> dict[str, int]:
-    return {"num_warps": shape.warps, "num_stages": shape.stages}
+def launch_options(shape: Tile) -> dict[str, Any]:
+    """What Triton is told besides the arguments."""
+    from ...triton_support import FP_FUSION
+
+    return {"num_warps": shape.warps, "num_stages": shape.stages, "maxnreg": shape.registers, **FP_FUSION}
+
+
+def _log2_scale(scale: float) -> float:
+    """scale * log2(e). The floor keeps a scale of 0 from making 0 * inf of a masked key; the products it scales then vanish anyway."""
+    magnitude = max(abs(scale), 1e-30)
+    return math.copysign(magnitude * math.log2(math.e), scale)
 
 
 def _alignment(*panels: torch.Tensor) -> int:

@@ -2,7 +2,7 @@
 
 With P = exp(scale * S - lse), S = q k^T, q and k turned, and delta = sum over channels of grad_out * out (FlashAttention-2, arXiv
 2307.08691, algorithm 2):  grad_v = P^T grad_out,  dS = P * (grad_out v^T - delta),  grad_q = scale * R^T dS k,
-grad_k = scale * R^T dS^T q. The pass over queries runs first: it leaves delta and the turned queries behind for the pass over keys.
+grad_k = scale * R^T dS^T q. The pass over queries runs first: it leaves delta behind for the pass over keys.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ...triton_support import matmul, narrow
-from .triton_tiles import cos_sin, load_panel, owned_tile, panel_start, rotate, rotate_transposed, store_panel, token_places
+from .triton_tiles import chunked_product, load_panel, owned_tile, panel_start, rotate_transposed, store_panel, token_places
 
 _SIZES = [
     "scale", "rows_q", "rows_k", "num_seqs", "heads", "tiles", "grid_t", "grid_h", "grid_w",
@@ -22,21 +22,27 @@ _SIZES = [
 
 @triton.jit
 def _grad_q_step(
-    q, q_tail, g, g_tail, k_tile, v_tile, k_row, v_row, keys_left, log2_scale, lse2, delta, grad, grad_tail,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ALIGN: tl.constexpr,
+    q, q_tail, g, g_tail, q_tile, g_tile, q_row, g_row, queries_left, k_tile, v_tile, k_row, v_row, keys_left,
+    log2_scale, lse2, delta, grad, grad_tail,
+    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, CHUNKED: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """grad += dS k for BLOCK_K keys."""
     k = load_panel(k_tile, k_row, keys_left, 0, MAIN, BLOCK_K, HEAD_DIM, ALIGN, MASKED)
-    v = load_panel(v_tile, v_row, keys_left, 0, MAIN, BLOCK_K, HEAD_DIM, ALIGN, MASKED)
-    k_tail, v_tail = k, v
-    scores = matmul(q, tl.trans(k), tl.zeros([BLOCK_Q, BLOCK_K], tl.float32))
-    grad_weights = matmul(g, tl.trans(v), tl.zeros([BLOCK_Q, BLOCK_K], tl.float32))
+    k_tail = k
     if TAIL > 0:
         k_tail = load_panel(k_tile, k_row, keys_left, MAIN, TAIL, BLOCK_K, HEAD_DIM, ALIGN, MASKED)
-        v_tail = load_panel(v_tile, v_row, keys_left, MAIN, TAIL, BLOCK_K, HEAD_DIM, ALIGN, MASKED)
-        scores = matmul(q_tail, tl.trans(k_tail), scores)
-        grad_weights = matmul(g_tail, tl.trans(v_tail), grad_weights)
+    if CHUNKED:
+        scores = chunked_product(q_tile, q_row, queries_left, k_tile, k_row, keys_left, BLOCK_Q, BLOCK_K, HEAD_DIM, ALIGN)
+        grad_weights = chunked_product(g_tile, g_row, queries_left, v_tile, v_row, keys_left, BLOCK_Q, BLOCK_K, HEAD_DIM, ALIGN)
+    else:
+        v = load_panel(v_tile, v_row, keys_left, 0, MAIN, BLOCK_K, HEAD_DIM, ALIGN, MASKED)
+        scores = matmul(q, tl.trans(k), tl.zeros([BLOCK_Q, BLOCK_K], tl.float32))
+        grad_weights = matmul(g, tl.trans(v), tl.zeros([BLOCK_Q, BLOCK_K], tl.float32))
+        if TAIL > 0:
+            v_tail = load_panel(v_tile, v_row, keys_left, MAIN, TAIL, BLOCK_K, HEAD_DIM, ALIGN, MASKED)
+            scores = matmul(q_tail, tl.trans(k_tail), scores)
+            grad_weights = matmul(g_tail, tl.trans(v_tail), grad_weights)
     weights = tl.exp2(scores * log2_scale - lse2[:, None])
     if MASKED:
         weights = tl.where((tl.arange(0, BLOCK_K) < keys_left)[None, :], weights, 0.0)
@@ -49,16 +55,16 @@ def _grad_q_step(
 
 @triton.jit(do_not_specialize=_SIZES)
 def masked_attention_bwd_q_kernel(
-    grad_out, query, key, value, out, lse, delta, turned_query, grad_query, query_ids, table, cu_q, cu_k,
+    grad_out, query, key, value, out, lse, log2_lse, delta, grad_query, query_ids, table, cu_q, cu_k,
     scale, rows_q, rows_k, num_seqs, heads, tiles, grid_t, grid_h, grid_w,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, g_batch, g_row, g_head, o_batch, o_row, o_head, id_batch, id_row,
     HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROPE_DIM: tl.constexpr, ALIGN: tl.constexpr,
-    PACKED: tl.constexpr, SEARCH_STEPS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    CHUNKED: tl.constexpr, PACKED: tl.constexpr, SEARCH_STEPS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """grad_query, delta and (with positions) turned_query for BLOCK_Q queries of one head.
+    """grad_query for BLOCK_Q queries of one head, and what the second pass needs of each row: delta and log2(e) * lse, laid out like lse.
 
-    Reads every key (already turned) and value row of its sequence. `out` and `grad_query` share the strides o_*; turned_query is
-    [batch, heads, rows, HEAD_DIM], delta is laid out like lse.
+    `query` and `key` are turned already or have no positions. Reads every key and value row of its sequence. `out` and `grad_query`
+    share the strides o_*.
     """
     batch, head, first_row, start_q, length_q, start_k, length_k = owned_tile(
         cu_q, cu_k, num_seqs, rows_q, rows_k, tiles, heads, BLOCK_Q, PACKED, SEARCH_STEPS
@@ -86,21 +92,10 @@ def masked_attention_bwd_q_kernel(
     q_tail = q
     if TAIL > 0:
         q_tail = load_panel(q_tile, q_row, rows_left, MAIN, TAIL, BLOCK_Q, HEAD_DIM, ALIGN, True)
-    table_rows = grid_t + grid_h + grid_w
-    if ROPE_DIM > 0:
-        first_id = query_ids + batch.to(tl.int64) * id_batch + row * id_row
-        turned_tile = turned_query + panel * HEAD_DIM
-        row_t, row_y, row_x, turns = token_places(first_id, id_row, rows_left, grid_t, grid_h, grid_w, BLOCK_Q)
-        cos, sin = cos_sin(table, table_rows, row_t, row_y, row_x, turns, 0, MAIN, ROPE_DIM)
-        q = narrow(rotate(q.to(tl.float32), cos, sin, BLOCK_Q, MAIN), dtype)
-        store_panel(turned_tile, HEAD_DIM // 8, rows_left, q, 0, MAIN, BLOCK_Q, HEAD_DIM, 8)
-        if TAIL > 0:
-            cos, sin = cos_sin(table, table_rows, row_t, row_y, row_x, turns, MAIN, TAIL, ROPE_DIM)
-            q_tail = narrow(rotate(q_tail.to(tl.float32), cos, sin, BLOCK_Q, TAIL), dtype)
-            store_panel(turned_tile, HEAD_DIM // 8, rows_left, q_tail, MAIN, TAIL, BLOCK_Q, HEAD_DIM, 8)
 
     log2_scale = scale * 1.4426950408889634
     lse2 = tl.load(lse + panel + rows, mask=rows < rows_left, other=0.0) * 1.4426950408889634
+    tl.store(log2_lse + panel + rows, lse2, mask=rows < rows_left)
     grad = tl.zeros([BLOCK_Q, MAIN], tl.float32)
     grad_tail = tl.zeros([BLOCK_Q, TAIL if TAIL > 0 else 1], tl.float32)
     k_tile = panel_start(key, batch, start_k, head, k_batch, k_row, k_head, ALIGN)
@@ -110,28 +105,27 @@ def masked_attention_bwd_q_kernel(
     full = length_k // BLOCK_K
     for _ in range(0, full):
         grad, grad_tail = _grad_q_step(
-            q, q_tail, g, g_tail, k_tile, v_tile, k_row, v_row, BLOCK_K, log2_scale, lse2, delta_row, grad, grad_tail,
-            HEAD_DIM, MAIN, TAIL, ALIGN, BLOCK_Q, BLOCK_K, False,
+            q, q_tail, g, g_tail, q_tile, g_tile, q_row, g_row, rows_left, k_tile, v_tile, k_row, v_row, BLOCK_K,
+            log2_scale, lse2, delta_row, grad, grad_tail, HEAD_DIM, MAIN, TAIL, CHUNKED, ALIGN, BLOCK_Q, BLOCK_K, False,
         )  # fmt: skip
         k_tile += k_step
         v_tile += v_step
     if full * BLOCK_K < length_k:
         grad, grad_tail = _grad_q_step(
-            q, q_tail, g, g_tail, k_tile, v_tile, k_row, v_row, length_k - full * BLOCK_K, log2_scale, lse2, delta_row, grad, grad_tail,
-            HEAD_DIM, MAIN, TAIL, ALIGN, BLOCK_Q, BLOCK_K, True,
+            q, q_tail, g, g_tail, q_tile, g_tile, q_row, g_row, rows_left, k_tile, v_tile, k_row, v_row, length_k - full * BLOCK_K,
+            log2_scale, lse2, delta_row, grad, grad_tail, HEAD_DIM, MAIN, TAIL, CHUNKED, ALIGN, BLOCK_Q, BLOCK_K, True,
         )  # fmt: skip
 
     grad_tile = panel_start(grad_query, batch, row, head, o_batch, o_row, o_head, ALIGN)
     grad *= scale
     grad_tail *= scale
     if ROPE_DIM > 0:
-        # Read again rather than held through the loop: the ids and the table are a few KB, registers are scarce.
+        first_id = query_ids + batch.to(tl.int64) * id_batch + row * id_row
+        sines = table + (grid_t + grid_h + grid_w) * ROPE_DIM
         row_t, row_y, row_x, turns = token_places(first_id, id_row, rows_left, grid_t, grid_h, grid_w, BLOCK_Q)
-        cos, sin = cos_sin(table, table_rows, row_t, row_y, row_x, turns, 0, MAIN, ROPE_DIM)
-        grad = rotate_transposed(grad, cos, sin, BLOCK_Q, MAIN)
+        grad = rotate_transposed(grad, table, sines, row_t, row_y, row_x, turns, BLOCK_Q, 0, MAIN, ROPE_DIM)
         if TAIL > 0:
-            cos, sin = cos_sin(table, table_rows, row_t, row_y, row_x, turns, MAIN, TAIL, ROPE_DIM)
-            grad_tail = rotate_transposed(grad_tail, cos, sin, BLOCK_Q, TAIL)
+            grad_tail = rotate_transposed(grad_tail, table, sines, row_t, row_y, row_x, turns, BLOCK_Q, MAIN, TAIL, ROPE_DIM)
     store_panel(grad_tile, o_row, rows_left, narrow(grad, dtype), 0, MAIN, BLOCK_Q, HEAD_DIM, ALIGN)
     if TAIL > 0:
         store_panel(grad_tile, o_row, rows_left, narrow(grad_tail, dtype), MAIN, TAIL, BLOCK_Q, HEAD_DIM, ALIGN)
@@ -139,9 +133,9 @@ def masked_attention_bwd_q_kernel(
 
 @triton.jit
 def _grad_kv_step(
-    k, k_tail, v, v_tail, q_tile, g_tile, lse_row, delta_row, q_row, g_row, queries_left, log2_scale,
-    grad_k, grad_k_tail, grad_v, grad_v_tail,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ALIGN: tl.constexpr,
+    k, k_tail, v, v_tail, k_tile, v_tile, k_row, v_row, keys_left, q_tile, g_tile, lse_row, delta_row, q_row, g_row, queries_left,
+    log2_scale, grad_k, grad_k_tail, grad_v, grad_v_tail,
+    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, CHUNKED: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """grad_v += P^T grad_out and grad_k += dS^T q for BLOCK_Q queries; scores are held keys by queries."""
@@ -151,18 +145,23 @@ def _grad_kv_step(
     q_tail, g_tail = q, g
     if MASKED:
         # An lse of +inf makes the weights of absent queries 0.
-        lse2 = tl.load(lse_row + rows, mask=rows < queries_left, other=float("inf")) * 1.4426950408889634
+        lse2 = tl.load(lse_row + rows, mask=rows < queries_left, other=float("inf"))
         delta = tl.load(delta_row + rows, mask=rows < queries_left, other=0.0)
     else:
-        lse2 = tl.load(lse_row + rows) * 1.4426950408889634
+        lse2 = tl.load(lse_row + rows)
         delta = tl.load(delta_row + rows)
-    scores = matmul(k, tl.trans(q), tl.zeros([BLOCK_K, BLOCK_Q], tl.float32))
-    grad_weights = matmul(v, tl.trans(g), tl.zeros([BLOCK_K, BLOCK_Q], tl.float32))
     if TAIL > 0:
         q_tail = load_panel(q_tile, q_row, queries_left, MAIN, TAIL, BLOCK_Q, HEAD_DIM, ALIGN, MASKED)
         g_tail = load_panel(g_tile, g_row, queries_left, MAIN, TAIL, BLOCK_Q, HEAD_DIM, ALIGN, MASKED)
-        scores = matmul(k_tail, tl.trans(q_tail), scores)
-        grad_weights = matmul(v_tail, tl.trans(g_tail), grad_weights)
+    if CHUNKED:
+        scores = chunked_product(k_tile, k_row, keys_left, q_tile, q_row, queries_left, BLOCK_K, BLOCK_Q, HEAD_DIM, ALIGN)
+        grad_weights = chunked_product(v_tile, v_row, keys_left, g_tile, g_row, queries_left, BLOCK_K, BLOCK_Q, HEAD_DIM, ALIGN)
+    else:
+        scores = matmul(k, tl.trans(q), tl.zeros([BLOCK_K, BLOCK_Q], tl.float32))
+        grad_weights = matmul(v, tl.trans(g), tl.zeros([BLOCK_K, BLOCK_Q], tl.float32))
+        if TAIL > 0:
+            scores = matmul(k_tail, tl.trans(q_tail), scores)
+            grad_weights = matmul(v_tail, tl.trans(g_tail), grad_weights)
     weights = tl.exp2(scores * log2_scale - lse2[None, :])
     narrow_weights = narrow(weights, q_tile.dtype.element_ty)
     grad_v = matmul(narrow_weights, g, grad_v)
@@ -176,15 +175,16 @@ def _grad_kv_step(
 
 @triton.jit(do_not_specialize=_SIZES)
 def masked_attention_bwd_kv_kernel(
-    grad_out, query, key, value, lse, delta, grad_key, grad_value, key_ids, table, cu_q, cu_k,
+    grad_out, query, key, value, log2_lse, delta, grad_key, grad_value, key_ids, table, cu_q, cu_k,
     scale, rows_q, rows_k, num_seqs, heads, tiles, grid_t, grid_h, grid_w,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, g_batch, g_row, g_head, o_batch, o_row, o_head, id_batch, id_row,
     HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROPE_DIM: tl.constexpr, ALIGN: tl.constexpr,
-    PACKED: tl.constexpr, SEARCH_STEPS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    CHUNKED: tl.constexpr, PACKED: tl.constexpr, SEARCH_STEPS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """grad_key and grad_value (both with the strides o_*) for BLOCK_K keys of one head.
 
-    `query` and `key` are turned already or have no positions. Reads every query and grad_out row of its sequence, and their lse and delta.
+    `query` and `key` are turned already or have no positions. Reads every query and grad_out row of its sequence, and what the first
+    pass left of them.
     """
     batch, head, first_row, start_k, length_k, start_q, length_q = owned_tile(
         cu_k, cu_q, num_seqs, rows_k, rows_q, tiles, heads, BLOCK_K, PACKED, SEARCH_STEPS
@@ -210,15 +210,15 @@ def masked_attention_bwd_kv_kernel(
     q_tile = panel_start(query, batch, start_q, head, q_batch, q_row, q_head, ALIGN)
     g_tile = panel_start(grad_out, batch, start_q, head, g_batch, g_row, g_head, ALIGN)
     panel = (batch.to(tl.int64) * heads + head) * rows_q + start_q
-    lse_row = lse + panel
+    lse_row = log2_lse + panel
     delta_row = delta + panel
     q_step = tl.full([], BLOCK_Q * ALIGN, tl.int64) * q_row
     g_step = tl.full([], BLOCK_Q * ALIGN, tl.int64) * g_row
     full = length_q // BLOCK_Q
     for _ in range(0, full):
         grad_k, grad_k_tail, grad_v, grad_v_tail = _grad_kv_step(
-            k, k_tail, v, v_tail, q_tile, g_tile, lse_row, delta_row, q_row, g_row, BLOCK_Q, log2_scale,
-            grad_k, grad_k_tail, grad_v, grad_v_tail, HEAD_DIM, MAIN, TAIL, ALIGN, BLOCK_Q, BLOCK_K, False,
+            k, k_tail, v, v_tail, k_tile, v_tile, k_row, v_row, rows_left, q_tile, g_tile, lse_row, delta_row, q_row, g_row, BLOCK_Q,
+            log2_scale, grad_k, grad_k_tail, grad_v, grad_v_tail, HEAD_DIM, MAIN, TAIL, CHUNKED, ALIGN, BLOCK_Q, BLOCK_K, False,
         )  # fmt: skip
         q_tile += q_step
         g_tile += g_step
@@ -226,8 +226,9 @@ def masked_attention_bwd_kv_kernel(
         delta_row += BLOCK_Q
     if full * BLOCK_Q < length_q:
         grad_k, grad_k_tail, grad_v, grad_v_tail = _grad_kv_step(
-            k, k_tail, v, v_tail, q_tile, g_tile, lse_row, delta_row, q_row, g_row, length_q - full * BLOCK_Q, log2_scale,
-            grad_k, grad_k_tail, grad_v, grad_v_tail, HEAD_DIM, MAIN, TAIL, ALIGN, BLOCK_Q, BLOCK_K, True,
+            k, k_tail, v, v_tail, k_tile, v_tile, k_row, v_row, rows_left, q_tile, g_tile, lse_row, delta_row, q_row, g_row,
+            length_q - full * BLOCK_Q, log2_scale, grad_k, grad_k_tail, grad_v, grad_v_tail,
+            HEAD_DIM, MAIN, TAIL, CHUNKED, ALIGN, BLOCK_Q, BLOCK_K, True,
         )  # fmt: skip
 
     grad_v_tile = panel_start(grad_value, batch, row, head, o_batch, o_row, o_head, ALIGN)
@@ -240,12 +241,10 @@ def masked_attention_bwd_kv_kernel(
     if ROPE_DIM > 0:
         first_id = key_ids + batch.to(tl.int64) * id_batch + row * id_row
         row_t, row_y, row_x, turns = token_places(first_id, id_row, rows_left, grid_t, grid_h, grid_w, BLOCK_K)
-        table_rows = grid_t + grid_h + grid_w
-        cos, sin = cos_sin(table, table_rows, row_t, row_y, row_x, turns, 0, MAIN, ROPE_DIM)
-        grad_k = rotate_transposed(grad_k, cos, sin, BLOCK_K, MAIN)
+        sines = table + (grid_t + grid_h + grid_w) * ROPE_DIM
+        grad_k = rotate_transposed(grad_k, table, sines, row_t, row_y, row_x, turns, BLOCK_K, 0, MAIN, ROPE_DIM)
         if TAIL > 0:
-            cos, sin = cos_sin(table, table_rows, row_t, row_y, row_x, turns, MAIN, TAIL, ROPE_DIM)
-            grad_k_tail = rotate_transposed(grad_k_tail, cos, sin, BLOCK_K, TAIL)
+            grad_k_tail = rotate_transposed(grad_k_tail, table, sines, row_t, row_y, row_x, turns, BLOCK_K, MAIN, TAIL, ROPE_DIM)
     store_panel(grad_k_tile, o_row, rows_left, narrow(grad_k, dtype), 0, MAIN, BLOCK_K, HEAD_DIM, ALIGN)
     if TAIL > 0:
         store_panel(grad_k_tile, o_row, rows_left, narrow(grad_k_tail, dtype), MAIN, TAIL, BLOCK_K, HEAD_DIM, ALIGN)

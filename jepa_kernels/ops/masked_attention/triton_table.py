@@ -11,12 +11,13 @@ import torch
 
 
 class Tile(NamedTuple):
-    """Queries and keys per tile, warps, and depth of the load pipeline."""
+    """Queries and keys per tile, warps, depth of the load pipeline, and the most registers a thread may take (None: what it likes)."""
 
     block_q: int
     block_k: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 class Channels(NamedTuple):
@@ -41,5 +42,9 @@ def tile(kernel: str, architecture: int, dtype: torch.dtype, head_dim: int) -> T
     """The tile of `kernel` ("fwd", "bwd_q" or "bwd_kv") on a GPU architecture (80, 90, 100, 120; 0 for the interpreter)."""
     if architecture == 0:
         return Tile(32, 32, 4, 1)
-    width = sum(channels(head_dim))
     return Tile(64, 64, 4, 2)
+
+
+# The rotation prologue: rows a program turns, and heads that reuse one gather of the angles. More of either would leave a GPU idle.
+ROTATE_TILE = Tile(32, 1, 4, 1)
+ROTATE_HEADS = 4

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...triton_support import matmul
+
 # Fan-out of the search for a tile's sequence: one load finds the sequence among this many.
 SEARCH_FANOUT = tl.constexpr(128)
 
@@ -107,6 +109,27 @@ def load_panel(
 
 
 @triton.jit
+def chunked_product(
+    a_start, a_row, a_left, b_start, b_row, b_left,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_A, BLOCK_B] products of the rows of two panels, 16 channels at a time, for float32.
+
+    Without tensor cores a thread holds its rows of both operands over all channels that it sums, which spills for a whole head; panels
+    come back from L1 instead.
+    """
+    acc = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
+    for c in range(0, HEAD_DIM, 16):
+        in_head = (c + tl.arange(0, 16) < HEAD_DIM)[None, :]
+        a_mask = (tl.arange(0, BLOCK_A) < a_left)[:, None] & in_head
+        b_mask = (tl.arange(0, BLOCK_B) < b_left)[:, None] & in_head
+        a = tl.load(a_start + c + panel_offsets(a_row, 0, 16, BLOCK_A, ALIGN), mask=a_mask, other=0.0)
+        b = tl.load(b_start + c + panel_offsets(b_row, 0, 16, BLOCK_B, ALIGN), mask=b_mask, other=0.0)
+        acc = matmul(a, tl.trans(b), acc)
+    return acc
+
+
+@triton.jit
 def store_panel(
     start, stride_row, rows_left, values,
     C0: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr,
@@ -130,18 +153,15 @@ def token_places(ids, stride_id, rows_left, grid_t, grid_h, grid_w, BLOCK: tl.co
 
 
 @triton.jit
-def cos_sin(
-    table, table_rows, row_t, row_y, row_x, turns, C0: tl.constexpr, WIDTH: tl.constexpr, ROPE_DIM: tl.constexpr
+def angle_part(
+    table, row_t, row_y, row_x, turns, unturned, C0: tl.constexpr, WIDTH: tl.constexpr, ROPE_DIM: tl.constexpr
 ):  # fmt: skip
-    """[BLOCK, WIDTH] cosines and sines of channels C0 ..., 1 and 0 where nothing turns. A few KB of table: these loads hit L1."""
+    """[BLOCK, WIDTH] cosines (or sines) of channels C0 ..., `unturned` where nothing turns. A few KB of table: these loads hit L1."""
     channel = C0 + tl.arange(0, WIDTH)
     axis = (channel // ROPE_DIM)[None, :]
     row = tl.where(axis == 0, row_t[:, None], tl.where(axis == 1, row_y[:, None], row_x[:, None]))
     where = row * ROPE_DIM + (channel % ROPE_DIM)[None, :]
-    mask = turns[:, None] & (axis < 3)
-    cos = tl.load(table + where, mask=mask, other=1.0)
-    sin = tl.load(table + table_rows * ROPE_DIM + where, mask=mask, other=0.0)
-    return cos, sin
+    return tl.load(table + where, mask=turns[:, None] & (axis < 3), other=unturned)
 
 
 @triton.jit
@@ -152,12 +172,18 @@ def quarter_turn(x, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def rotate(x, cos, sin, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """R x, in float32."""
-    return x * cos + quarter_turn(x, BLOCK, WIDTH) * sin
+def rotate(
+    x, table, sines, row_t, row_y, row_x, turns, BLOCK: tl.constexpr, C0: tl.constexpr, WIDTH: tl.constexpr, ROPE_DIM: tl.constexpr
+):  # fmt: skip
+    """R x in float32, for channels C0 ... `sines` is the second half of the table. Cosines are loaded last: registers are scarce."""
+    turned = quarter_turn(x, BLOCK, WIDTH) * angle_part(sines, row_t, row_y, row_x, turns, 0.0, C0, WIDTH, ROPE_DIM)
+    return turned + x * angle_part(table, row_t, row_y, row_x, turns, 1.0, C0, WIDTH, ROPE_DIM)
 
 
 @triton.jit
-def rotate_transposed(g, cos, sin, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+def rotate_transposed(
+    g, table, sines, row_t, row_y, row_x, turns, BLOCK: tl.constexpr, C0: tl.constexpr, WIDTH: tl.constexpr, ROPE_DIM: tl.constexpr
+):  # fmt: skip
     """R^T g, the gradient of `rotate`: not its inverse, because the tiled layout is no rotation."""
-    return g * cos - quarter_turn(g * sin, BLOCK, WIDTH)
+    turned = quarter_turn(g * angle_part(sines, row_t, row_y, row_x, turns, 0.0, C0, WIDTH, ROPE_DIM), BLOCK, WIDTH)
+    return g * angle_part(table, row_t, row_y, row_x, turns, 1.0, C0, WIDTH, ROPE_DIM) - turned
