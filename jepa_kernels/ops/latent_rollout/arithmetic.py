@@ -1,4 +1,4 @@
-"""Matrix products with float32 accumulation: on 16-bit operands where the processor multiplies those fast, else on float32."""
+"""What the backends compute alike: products with float32 accumulation, rows of a table, powers of residuals."""
 
 from __future__ import annotations
 
@@ -20,3 +20,21 @@ def add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, operand: t
         total.addmm_(a.to(operand), b.to(operand))
     else:
         total += matmul(a, b, operand)
+
+
+def take(table: torch.Tensor, rows: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
+    """Channels start to stop of a table, of the given rows or of all."""
+    table = table[:, start:stop]
+    return table if rows is None else table.index_select(0, rows)
+
+
+def power_mean(residual: torch.Tensor, exponent: float) -> torch.Tensor:
+    """mean over the last dimension of ``|residual| ** exponent / exponent``."""
+    magnitude = residual.abs()
+    return (magnitude if exponent == 1.0 else magnitude.pow(exponent) / exponent).mean(-1)
+
+
+def power_mean_gradient(residual: torch.Tensor, grad: torch.Tensor, exponent: float) -> torch.Tensor:
+    """The gradient of `power_mean` to its residual, 0 where the residual is 0."""
+    gradient = residual.sign() * (grad / residual.shape[-1])[..., None]
+    return gradient if exponent == 1.0 else gradient * residual.abs().pow(exponent - 1)

@@ -105,7 +105,7 @@ def parts(problem: Problem) -> list[Part]:
     width = problem.channels
     if problem.cell == "residual_mlp":
         _, _, weight_out, bias_out = problem.parameters
-        return [Part(0, width, weight_out.mT, bias_out)]
+        return [Part(0, width, weight_out.mT, bias_out.contiguous())]
     half, dt = width // 2, problem.scalar
     weight = problem.parameters[0]
     return [Part(0, half, weight[:, half:] * dt, None), Part(half, width, weight[:, :half] * -dt, None)]
@@ -121,7 +121,7 @@ def coupling_of(problem: Problem, kernels: Kernels) -> Coupling:
 
 
 def forward(problem: Problem, kernels: Kernels) -> Tensors:
-    """The output, then what backward needs: hidden states, sums and residual signs (empty where not kept)."""
+    """The output, then what backward needs: residual signs, hidden states and sums (empty where not kept)."""
     operand, total = problem.states.dtype, problem.accumulate_dtype
     keep_all = problem.output != "last"
     weight_in, bias_in = problem.parameters[:2]
@@ -153,7 +153,7 @@ def forward(problem: Problem, kernels: Kernels) -> Tensors:
         for i, part in enumerate(ranges):
             kernels.readout(problem, part, sums[i], out[..., part.start : part.stop])
         out = out if keep_all else out[0]
-    return out, hidden, sums if problem.save else nothing, signs
+    return out, signs, hidden, sums if problem.save else nothing
 
 
 def _drift(problem: Problem) -> torch.Tensor | None:
@@ -176,7 +176,7 @@ class Gradients(NamedTuple):
 
 def backward(problem: Problem, kernels: Kernels, grad_out: torch.Tensor, saved: Tensors, needs_targets: bool) -> Gradients:
     """Gradients of every input, per row: scattering gathered rows back is left to the op."""
-    hidden, sums, signs = saved
+    signs, hidden, sums = saved
     operand, total = problem.states.dtype, problem.accumulate_dtype
     grad_base = torch.zeros((problem.num_rows, problem.channels), dtype=total, device=hidden.device)
     grad_targets = None

@@ -16,7 +16,7 @@ from .cells import KINDS, Cell, Hamiltonian, ResidualMLP, channel_ranges
 from .preferences import PREFERENCES
 from .problem import Problem, saved_shapes
 
-PRIORITY = ("torch", "reference")
+PRIORITY = ("cpu", "torch", "reference")
 
 _NAME = "latent_rollout"
 _library = torch.library.Library("jepa_kernels", "FRAGMENT")
@@ -152,6 +152,11 @@ def _check_direct_call(problem: Problem, backend: str) -> None:
     _check_values(problem.states, problem.rows, problem.anchor, problem.anchor_rows, problem.targets, problem.target_rows)
 
 
+def _exact(tensor: torch.Tensor) -> torch.autocast:
+    """Autocast off: the public function has cast what it should, and sums in here stay in float32."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def _problem(inputs) -> tuple[Problem, str]:
     *fields, backend = inputs
     problem = Problem(*fields)
@@ -161,7 +166,8 @@ def _problem(inputs) -> tuple[Problem, str]:
 def _fwd(*inputs) -> Tensors:
     problem, backend = _problem(inputs)
     _check_direct_call(problem, backend)
-    return tuple(t.contiguous() for t in ROOM.modules[backend].forward(problem))
+    with _exact(problem.states):
+        return tuple(t.contiguous() for t in ROOM.modules[backend].forward(problem))
 
 
 def _out_shape(problem: Problem) -> list[int]:
@@ -177,13 +183,13 @@ def _out_dtype(problem: Problem) -> torch.dtype:
 
 def _fwd_fake(*inputs) -> Tensors:
     problem, backend = _problem(inputs)
-    hidden, sums, signs = saved_shapes(problem, ROOM.modules[backend].SAVES_SIGNS)
+    signs, hidden, sums = saved_shapes(problem, ROOM.modules[backend].SAVES_SIGNS)
     new = problem.states.new_empty
     return (
         new(_out_shape(problem), dtype=_out_dtype(problem)),
+        new(signs, dtype=torch.uint8),
         new(hidden, dtype=problem.accumulate_dtype),
         new(sums, dtype=problem.accumulate_dtype),
-        new(signs, dtype=torch.uint8),
     )
 
 
@@ -200,7 +206,8 @@ def _bwd(grad_out, saved, needs, *inputs) -> list[torch.Tensor]:
     shapes = saved_shapes(problem, ROOM.modules[backend].SAVES_SIGNS)
     if not problem.save or [list(t.shape) for t in saved] != list(shapes):
         raise ValueError(checks.sentence(_NAME, "saved", f"be what forward returned with save, shapes {shapes}", [tuple(t.shape) for t in saved]))
-    states, parameters, actions, anchor, targets = ROOM.modules[backend].backward(problem, grad_out, tuple(saved), needs[-1])
+    with _exact(problem.states):
+        states, parameters, actions, anchor, targets = ROOM.modules[backend].backward(problem, grad_out, tuple(saved), needs[-1])
     per_row = [states, *parameters, actions, anchor, targets]
     tables = {0: problem.rows, len(per_row) - 2: problem.anchor_rows, len(per_row) - 1: problem.target_rows}
     results = []

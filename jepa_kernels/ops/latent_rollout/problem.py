@@ -75,7 +75,7 @@ class Problem:
 
 
 def saved_shapes(problem: Problem, signs: bool) -> tuple[list[int], list[int], list[int]]:
-    """Shapes of the three tensors that forward keeps for backward: inputs of each half-step, sums (GRU: states), residual signs.
+    """Shapes of the three tensors that forward keeps for backward: residual signs, inputs of each half-step (GRU: gates), sums (states).
 
     `signs` tells whether the backend keeps the sign of each residual (two bit planes) instead of computing it again.
     """
@@ -83,9 +83,9 @@ def saved_shapes(problem: Problem, signs: bool) -> tuple[list[int], list[int], l
         return [0], [0], [0]
     rows, steps, kept = problem.num_rows, problem.horizon, problem.kept_steps
     if problem.cell == "gru":
-        return [steps, rows, 4 * problem.channels], [steps, rows, problem.channels], [0]
+        return [0], [steps, rows, 4 * problem.channels], [steps, rows, problem.channels]
     width = problem.parameters[0].shape[0]
     parts = 2 if problem.cell == "hamiltonian" else 1
     plane = (problem.channels // parts + 7) // 8
     sign_shape = [parts, steps, rows, 2 * plane] if signs and problem.output == "errors" and problem.exponent == 1.0 else [0]
-    return [parts * steps, rows, width], [parts, kept, rows, width], sign_shape
+    return sign_shape, [parts * steps, rows, width], [parts, kept, rows, width]

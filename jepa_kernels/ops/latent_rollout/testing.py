@@ -47,6 +47,7 @@ def rollout_case(
     strided: bool = False,
     time_step: float = 0.1,
     magnitude: float = 1.0,
+    gain: float = 1.0,
     index_dtype: torch.dtype = torch.int64,
     seed: int = 0,
 ) -> RolloutCase:
@@ -56,12 +57,12 @@ def rollout_case(
         cell: one of CELLS; `hidden` is its width (a Hamiltonian has a second layer two units wider; a GRU takes 5 action channels).
         gathered: take initial states, anchor and targets from tables by (repeating) row indices.
         anchored: give an anchor (never for a GRU). split: a residual MLP that reads two ranges of channels. strided: rows with gaps.
-        magnitude: standard deviation of the states and factor of the weights.
+        magnitude: standard deviation of states, anchor and targets. gain: factor of the weights (large ones make the dynamics chaotic).
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def values(*shape: int, spread: float = 1.0) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * spread).to(dtype).double()
+    def values(*shape: int, spread: float = 1.0, mean: float = 0.0) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * spread + mean).to(dtype).double()
 
     def table() -> tuple[torch.Tensor, torch.Tensor | None]:
         if not gathered:
@@ -85,12 +86,12 @@ def rollout_case(
         else:
             numbers["targets"] = values(horizon, rows, channels, spread=magnitude)
     shape = {"states": (horizon, rows, channels), "last": (rows, channels)}.get(output, (horizon, rows))
-    parameters = _cell(cell, values, channels, hidden, split, time_step, magnitude)
+    parameters = _cell(cell, values, channels, hidden, split, time_step, gain)
     return RolloutCase(states, parameters, horizon, output, dtype, values(*shape), **numbers)
 
 
-def _cell(cell: str, values, channels: int, hidden: int, split: bool, time_step: float, magnitude: float) -> Cell:
-    fan = magnitude / channels**0.5, magnitude / hidden**0.5
+def _cell(cell: str, values, channels: int, hidden: int, split: bool, time_step: float, gain: float) -> Cell:
+    fan = gain / channels**0.5, gain / hidden**0.5
     if cell == "residual_mlp":
         ranges = ((1, channels // 3), (channels // 2, channels)) if split else None
         width = channels // 3 - 1 + channels - channels // 2 if split else channels
@@ -102,7 +103,7 @@ def _cell(cell: str, values, channels: int, hidden: int, split: bool, time_step:
         return Hamiltonian(*first, *second, time_step)
     gates = 3 * channels
     weights = values(gates, 5, spread=0.4), values(gates, channels, spread=fan[0])
-    return GRU(*weights, values(gates, spread=0.2), values(gates, spread=0.2), values(channels) * 0.25 + 1, values(channels, spread=0.5))
+    return GRU(*weights, values(gates, spread=0.2), values(gates, spread=0.2), values(channels, spread=0.25, mean=1.0), values(channels, spread=0.5))
 
 
 def run_rollout(case: RolloutCase, backend: str, dtype: torch.dtype | None = None, device: str = "cpu") -> dict[str, torch.Tensor]:

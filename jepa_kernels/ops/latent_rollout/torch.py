@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from . import hidden_space, state_space
-from .arithmetic import add_matmul, matmul
+from .arithmetic import add_matmul, matmul, power_mean, power_mean_gradient, take
 from .call import Call
 from .cost import hidden_is_cheaper
 from .problem import LOW_PRECISION, Problem
@@ -34,24 +34,9 @@ def backward(problem: Problem, grad_out: torch.Tensor, saved: tuple[torch.Tensor
     return composition.backward(_native(problem), Eager(), grad_out, saved, needs_targets)
 
 
-def _power_mean(residual: torch.Tensor, exponent: float) -> torch.Tensor:
-    magnitude = residual.abs()
-    return (magnitude if exponent == 1.0 else magnitude.pow(exponent) / exponent).mean(-1)
-
-
-def _power_mean_gradient(residual: torch.Tensor, grad: torch.Tensor, exponent: float) -> torch.Tensor:
-    gradient = residual.sign() * (grad / residual.shape[-1])[..., None]
-    return gradient if exponent == 1.0 else gradient * residual.abs().pow(exponent - 1)
-
-
 def _native(problem: Problem) -> Problem:
     """CPUs get float32: torch's 16-bit products there are slow or round every partial sum."""
     return problem.upcast() if problem.states.dtype in LOW_PRECISION and problem.states.device.type == "cpu" else problem
-
-
-def _take(table: torch.Tensor, rows: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
-    table = table[:, start:stop]
-    return table if rows is None else table.index_select(0, rows)
 
 
 def _cumulative_density(x: torch.Tensor) -> torch.Tensor:
@@ -151,7 +136,7 @@ class Eager:
 
     def readout(self, problem, part, sums, out):
         base, rows = problem.base()
-        base = _take(base, rows, part.start, part.stop)
+        base = take(base, rows, part.start, part.stop)
         for k in range(sums.shape[0]):
             out[k] = self._prediction(problem, part, base, sums[k], k + 1 if problem.output != "last" else problem.horizon)
 
@@ -162,17 +147,17 @@ class Eager:
         return shifted + matmul(sums, part.weight, problem.states.dtype)
 
     def errors(self, problem, part, sums):
-        base = _take(*problem.base(), part.start, part.stop)
+        base = take(*problem.base(), part.start, part.stop)
         values = []
         for k in range(sums.shape[0]):
-            residual = self._prediction(problem, part, base, sums[k], k + 1) - _take(*problem.target(k), part.start, part.stop)
-            values.append(_power_mean(residual, problem.exponent))
+            residual = self._prediction(problem, part, base, sums[k], k + 1) - take(*problem.target(k), part.start, part.stop)
+            values.append(power_mean(residual, problem.exponent))
         return torch.stack(values), None
 
     def residual_gradient(self, problem, part, k, sums, signs, grad_errors, grad_base):
-        base = _take(*problem.base(), part.start, part.stop)
-        residual = self._prediction(problem, part, base, sums, k + 1) - _take(*problem.target(k), part.start, part.stop)
-        gradient = _power_mean_gradient(residual, grad_errors, problem.exponent)
+        base = take(*problem.base(), part.start, part.stop)
+        residual = self._prediction(problem, part, base, sums, k + 1) - take(*problem.target(k), part.start, part.stop)
+        gradient = power_mean_gradient(residual, grad_errors, problem.exponent)
         grad_base += gradient
         return gradient
 
@@ -194,11 +179,11 @@ class Eager:
                 gates.append(torch.cat((reset, update, candidate, from_state[2]), dim=-1))
         return torch.stack(states if keep_all else [state]), torch.stack(gates) if save else start.new_empty(0)
 
-    def gru_recurrence_backward(self, start, states, gates, weights, epsilon, grad_states, every_step):
+    def gru_recurrence_backward(self, start, actions, states, gates, weights, epsilon, grad_states, every_step):
         _, weight_state, _, _, norm_weight, _ = weights
         width, operand = start.shape[1], weight_state.dtype
         grad_gates = torch.empty_like(gates)
-        grad_norm_weight, grad_norm_bias = start.new_zeros(2, width)
+        grad_norm_weight, grad_norm_bias = start.new_zeros(width), start.new_zeros(width)
         horizon = gates.shape[0]
         carried = torch.zeros_like(start) if every_step else grad_states
         for k in reversed(range(horizon)):
@@ -222,14 +207,3 @@ class Eager:
             carried = carried + matmul(grad_gates[k][:, : 2 * width], weight_state[: 2 * width], operand)
             carried = carried + matmul(into_state, weight_state[2 * width :], operand)
         return grad_gates, carried, grad_norm_weight, grad_norm_bias
-
-    def state_errors(self, problem, states):
-        width = problem.channels
-        return torch.stack([_power_mean(state - _take(*problem.target(k), 0, width), problem.exponent) for k, state in enumerate(states)])
-
-    def state_errors_backward(self, problem, states, grad_errors):
-        gradient = torch.empty_like(states)
-        for k, state in enumerate(states):
-            residual = state - _take(*problem.target(k), 0, problem.channels)
-            gradient[k] = _power_mean_gradient(residual, grad_errors[k], problem.exponent)
-        return gradient

@@ -1,0 +1,9 @@
+#ifdef __x86_64__
+#include "../simd/avx512.h"
+
+#include "cpu_table.h"
+
+namespace jk::rollout {
+const Kernels kAvx512 = kernels<simd::Avx512>();
+}  // namespace jk::rollout
+#endif

@@ -1,0 +1,95 @@
+// Register-blocked products of a tile of rows with a packed matrix; what happens to a finished block is the caller's (fused) business.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#include "../simd/bf16.h"
+
+namespace jk::rollout {
+namespace {
+
+template <class V>
+struct Block {
+  static constexpr int kRows = V::kAccumulators / 2;
+  static constexpr int kColumns = 2 * V::kLanes;
+  static constexpr int64_t padded(int64_t columns) { return (columns + kColumns - 1) / kColumns * kColumns; }
+};
+
+// A matrix B [depth, columns] given by strides, packed as panels of kColumns columns, each [depth][kColumns], zeros beyond the edge.
+struct Strided {
+  const float* data;
+  int64_t row_stride, column_stride;
+};
+
+template <class V>
+void pack_panel(const Strided& b, int64_t depth, int64_t columns, int64_t panel, float* packed) {
+  constexpr int kColumns = Block<V>::kColumns;
+  float* to = packed + panel * depth * kColumns;
+  const int64_t first = panel * kColumns, width = columns - first < kColumns ? columns - first : kColumns;
+  const float* from = b.data + first * b.column_stride;
+  if (b.column_stride == 1) {
+    for (int64_t k = 0; k < depth; ++k) {
+      memcpy(to + k * kColumns, from + k * b.row_stride, sizeof(float) * width);
+      memset(to + k * kColumns + width, 0, sizeof(float) * (kColumns - width));
+    }
+    return;
+  }
+  // Columns are rows of memory: read 16 numbers of one at a time, so that whole cache lines are used.
+  for (int64_t k0 = 0; k0 < depth; k0 += 16) {
+    const int64_t k1 = k0 + 16 < depth ? k0 + 16 : depth;
+    for (int64_t c = 0; c < width; ++c)
+      for (int64_t k = k0; k < k1; ++k) to[k * kColumns + c] = from[k * b.row_stride + c * b.column_stride];
+    for (int64_t k = k0; k < k1; ++k) memset(to + k * kColumns + width, 0, sizeof(float) * (kColumns - width));
+  }
+}
+
+template <class V>
+void pack(const Strided& b, int64_t depth, int64_t columns, float* packed) {
+  for (int64_t panel = 0; panel * Block<V>::kColumns < columns; ++panel) pack_panel<V>(b, depth, columns, panel, packed);
+}
+
+// c[r] = rows r of a (lda apart) times one panel.
+template <class V>
+JK_INLINE void multiply_block(const float* a, int64_t lda, int64_t depth, const float* panel, typename V::Vec (&c)[Block<V>::kRows][2]) {
+  constexpr int kRows = Block<V>::kRows, kColumns = Block<V>::kColumns;
+  JK_UNROLL for (int r = 0; r < kRows; ++r) c[r][0] = c[r][1] = V::zero();
+  for (int64_t k = 0; k < depth; ++k) {
+    const typename V::Vec b0 = V::load(panel), b1 = V::load(panel + V::kLanes);
+    JK_UNROLL for (int r = 0; r < kRows; ++r) {
+      const typename V::Vec x = V::broadcast(a + r * lda + k);
+      c[r][0] = V::fma(x, b0, c[r][0]);
+      c[r][1] = V::fma(x, b1, c[r][1]);
+    }
+    panel += kColumns;
+  }
+}
+
+// store(row, column, left, right) for every row and block of kColumns columns of a [rows, depth] times one packed panel.
+// `spare` holds kRows * depth floats for a last group with fewer rows.
+template <class V, class Store>
+JK_INLINE void multiply_panel(const float* a, int64_t lda, int64_t rows, int64_t depth, const float* panel, int64_t column, float* spare,
+                              const Store& store) {
+  constexpr int kRows = Block<V>::kRows;
+  typename V::Vec c[kRows][2];
+  int64_t row = 0;
+  for (; row + kRows <= rows; row += kRows) {
+    multiply_block<V>(a + row * lda, lda, depth, panel, c);
+    JK_UNROLL for (int r = 0; r < kRows; ++r) store(row + r, column, c[r][0], c[r][1]);
+  }
+  if (row == rows) return;
+  memset(spare, 0, sizeof(float) * kRows * depth);
+  for (int64_t r = row; r < rows; ++r) memcpy(spare + (r - row) * depth, a + r * lda, sizeof(float) * depth);
+  multiply_block<V>(spare, depth, depth, panel, c);
+  for (int r = 0; r < rows - row; ++r) store(row + r, column, c[r][0], c[r][1]);
+}
+
+template <class V, class Store>
+JK_INLINE void multiply(const float* a, int64_t lda, int64_t rows, int64_t depth, const float* packed, int64_t columns, float* spare,
+                        const Store& store) {
+  constexpr int kColumns = Block<V>::kColumns;
+  for (int64_t column = 0; column < columns; column += kColumns)
+    multiply_panel<V>(a, lda, rows, depth, packed + column * depth, column, spare, store);
+}
+
+}  // namespace
+}  // namespace jk::rollout
