@@ -71,40 +71,48 @@ BackwardScratch backward_layout(float* base, int64_t head_dim, int64_t len_q) {
   return s;
 }
 
+// The product of a packed row with row i of a tensor.
 template <class V, class T>
-JK_INLINE float row_product(const Rows& a, const Rows& b, int64_t i, int64_t head_dim) {
-  const T *x = (const T*)a.data + i * a.stride, *y = (const T*)b.data + i * b.stride;
+JK_INLINE float row_product(const float* row, const Rows& other, int64_t i, int64_t head_dim) {
+  const T* x = (const T*)other.data + i * other.stride;
   typename V::Vec sum = V::zero();
-  for (int64_t d = 0; d < head_dim; d += V::kLanes) sum = V::fma(V::load_head(x + d, head_dim - d), V::load_head(y + d, head_dim - d), sum);
+  for (int64_t d = 0; d < head_dim; d += V::kLanes) sum = V::fma(V::load(row + d), V::load_head(x + d, head_dim - d), sum);
   return V::sum(sum);
 }
 
-// Packs the queries of a tile and their output gradients; `at` counts vectors of queries from the first tile of the range.
+// Reads kLanes rows and packs them as lanes and as pairs of tokens; returns them as floats, which pairs of floats are already.
+template <class F, class T>
+JK_INLINE const float* pack_rows(const Source& from, int64_t head_dim, int64_t channels, int64_t first, int64_t count, float* buffer,
+                                 float* lanes, float* pairs) {
+  constexpr int64_t kLanes = F::Simd::kLanes;
+  float* rows = F::kPerUnit == 1 ? pairs : buffer;
+  read_rows<typename F::Simd, T, false>(from, head_dim, first, count, kLanes, rows, channels);
+  put_lanes<F>(rows, channels, lanes);
+  if constexpr (F::kPerUnit > 1) put_pairs<F>(rows, channels, kLanes, pairs);
+  return rows;
+}
+
 template <class F, class T>
 void pack_queries(const Head& head, const BackwardScratch& s, Range tiles) {
   using V = typename F::Simd;
   constexpr int64_t kLanes = V::kLanes, kTile = Shape<F>::kTile, kUnit = F::kPerUnit;
   const Source query = {head.q, head.ids_q, head.rope, scales_of<F>(head.scale).query}, grad = {head.grad_out, head.ids_q, nullptr, 1.f};
-  alignas(64) float rows[kLanes * kMaxHeadDim];
+  alignas(64) float buffer[kLanes * kMaxHeadDim];
   const int64_t origin = tile_begin<F>(head.len_q, tiles.begin);
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
     const int64_t first = tile_begin<F>(head.len_q, tile), last = tile_begin<F>(head.len_q, tile + 1);
-    const int64_t slot = tile - tiles.begin, lanes = slot * (s.channels / kUnit) * kTile;
+    const int64_t slot = tile - tiles.begin;
     for (int64_t n = first; n < last; n += kLanes) {
-      const int64_t count = least(head.len_q - n, kLanes), pairs = (n - origin) / kUnit * s.channels;
-      read_rows<V, T>(query, head.head_dim, n, count, kLanes, rows, s.channels);
-      put_lanes<F>(rows, s.channels, s.q_lanes + lanes + (n - first));
-      put_pairs<F>(rows, s.channels, kLanes, s.q_pairs + pairs);
-      read_rows<V, T>(grad, head.head_dim, n, count, kLanes, rows, s.channels);
-      put_lanes<F>(rows, s.channels, s.grad_lanes + lanes + (n - first));
-      put_pairs<F>(rows, s.channels, kLanes, s.grad_pairs + pairs);
+      const int64_t count = least(head.len_q - n, kLanes), lane = slot * kTile + n - first;
+      const int64_t lanes = slot * (s.channels / kUnit) * kTile + n - first, pairs = (n - origin) / kUnit * s.channels;
+      pack_rows<F, T>(query, head.head_dim, s.channels, n, count, buffer, s.q_lanes + lanes, s.q_pairs + pairs);
+      const float* rows = pack_rows<F, T>(grad, head.head_dim, s.channels, n, count, buffer, s.grad_lanes + lanes, s.grad_pairs + pairs);
       for (int64_t i = 0; i < kLanes; ++i) {
-        const int64_t lane = slot * kTile + (n - first) + i;
         // In units of log2 and in two floats: rounding a large lse once more would double the error of P.
         const double lse = i < count ? head.lse[n + i] * M_LOG2E : kNoQueryLse;
-        s.lse[lane] = (float)lse;
-        s.lse_rest[lane] = (float)(lse - s.lse[lane]);
-        s.delta[lane] = i < count ? row_product<V, T>(head.grad_out, head.out, n + i, head.head_dim) : 0.f;
+        s.lse[lane + i] = (float)lse;
+        s.lse_rest[lane + i] = (float)(lse - s.lse[lane + i]);
+        s.delta[lane + i] = i < count ? row_product<V, T>(rows + i * s.channels, head.out, n + i, head.head_dim) : 0.f;
       }
     }
   }
@@ -113,16 +121,19 @@ void pack_queries(const Head& head, const BackwardScratch& s, Range tiles) {
 
 template <class F, class T>
 void pack_keys(const Head& head, const BackwardScratch& s, int64_t first, int64_t count) {
-  constexpr int64_t kLanes = F::Simd::kLanes, kUnit = F::kPerUnit;
+  using V = typename F::Simd;
+  constexpr int64_t kLanes = V::kLanes, kUnit = F::kPerUnit;
   const Source key = {head.k, head.ids_k, head.rope, 1.f}, value = {head.v, head.ids_k, nullptr, 1.f};
-  alignas(64) float rows[kLanes * kMaxHeadDim];
+  alignas(64) float buffer[kLanes * kMaxHeadDim];
   for (int64_t n = 0; n < count; n += kLanes) {
     const int64_t valid = least(count - n, kLanes), offset = n * s.channels / kUnit;
-    read_rows<typename F::Simd, T>(key, head.head_dim, first + n, valid, kLanes, rows, s.channels);
-    put_rows<F>(rows, s.channels, kLanes, s.k_rows + offset);
+    float* rows = kUnit == 1 ? s.k_rows + offset : buffer;
+    read_rows<V, T, false>(key, head.head_dim, first + n, valid, kLanes, rows, s.channels);
+    if constexpr (kUnit > 1) put_rows<F>(rows, s.channels, kLanes, s.k_rows + offset);
     put_panels<F>(rows, s.channels, head.head_dim, kLanes, s.k_panels, n / kUnit, kBackwardBlock / kUnit);
-    read_rows<typename F::Simd, T>(value, head.head_dim, first + n, valid, kLanes, rows, s.channels);
-    put_rows<F>(rows, s.channels, kLanes, s.v_rows + offset);
+    rows = kUnit == 1 ? s.v_rows + offset : buffer;
+    read_rows<V, T, false>(value, head.head_dim, first + n, valid, kLanes, rows, s.channels);
+    if constexpr (kUnit > 1) put_rows<F>(rows, s.channels, kLanes, s.v_rows + offset);
   }
 }
 
@@ -170,7 +181,7 @@ __attribute__((noinline)) void differentiate(const BackwardScratch& s, const Bac
   for (int64_t n = 0; n < t.keys; n += MR) {
     Block<F, MR, NQ> acc;
     clear<F, MR, NQ>(acc);
-    dot_beside<F, MR, NQ>(acc, s.k_rows + n * row, row, t.q_lanes, kTile, steps, n == 0 ? 0 : kJobs,
+    dot_beside<F, MR, NQ>(acc, s.k_rows + n * row, row, t.q_lanes, kTile, steps, n > 0,
                           [&](int job) __attribute__((always_inline)) { multiply(n - MR, job); });
     if (__builtin_expect(n + MR > t.keys, 0)) {
       JK_UNROLL for (int r = 1; r < MR; ++r) {
@@ -180,7 +191,7 @@ __attribute__((noinline)) void differentiate(const BackwardScratch& s, const Bac
     }
     store_jobs<F, MR, NQ>(acc, scores);
     clear<F, MR, NQ>(acc);
-    dot_beside<F, MR, NQ>(acc, s.v_rows + n * row, row, t.grad_lanes, kTile, steps, kJobs,
+    dot_beside<F, MR, NQ>(acc, s.v_rows + n * row, row, t.grad_lanes, kTile, steps, true,
                           [&](int job) __attribute__((always_inline)) { exponentiate(n, job); });
     store_jobs<F, MR, NQ>(acc, products);
   }

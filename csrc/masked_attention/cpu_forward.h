@@ -56,16 +56,17 @@ void forward_keys(const Head& head, float* scratch) {
   constexpr int64_t kLanes = F::Simd::kLanes;
   const ForwardScratch s = forward_layout<F>(scratch, head.head_dim, head.len_k);
   const int64_t channels = s.keys.channels, tokens = round_up(head.len_k, kTokenPad);
-  alignas(64) float rows[kLanes * kMaxHeadDim];
+  alignas(64) float buffer[kLanes * kMaxHeadDim];
   const Source key = {head.k, head.ids_k, head.rope, 1.f}, value = {head.v, head.ids_k, nullptr, 1.f};
   float largest = 0;
   for (int64_t n = 0; n < tokens; n += kLanes) {
     const int64_t count = n < head.len_k ? least(head.len_k - n, kLanes) : 0;
-    const float norm = read_rows<typename F::Simd, T>(key, head.head_dim, n, count, kLanes, rows, channels);
-    largest = largest_of(largest, norm);
-    put_rows<F>(rows, channels, kLanes, s.keys.rows + n * channels / F::kPerUnit);
-    read_rows<typename F::Simd, T>(value, head.head_dim, n, count, kLanes, rows, channels);
-    put_panels<F>(rows, channels, head.head_dim, kLanes, s.keys.panels, n / F::kPerUnit, s.keys.panel_units);
+    float* packed = s.keys.rows + n * channels / F::kPerUnit;
+    float* rows = F::kPerUnit == 1 ? packed : buffer;
+    largest = largest_of(largest, read_rows<typename F::Simd, T, true>(key, head.head_dim, n, count, kLanes, rows, channels));
+    if constexpr (F::kPerUnit > 1) put_rows<F>(rows, channels, kLanes, packed);
+    read_rows<typename F::Simd, T, false>(value, head.head_dim, n, count, kLanes, buffer, channels);
+    put_panels<F>(buffer, channels, head.head_dim, kLanes, s.keys.panels, n / F::kPerUnit, s.keys.panel_units);
   }
   *s.key_norm = sqrtf(largest);
 }
@@ -163,7 +164,7 @@ __attribute__((noinline)) void attend(const PackedKeys& keys, const float* lanes
   for (int64_t n = 0; n < keys.count; n += MR) {
     Block<F, MR, NQ> acc;
     clear<F, MR, NQ>(acc);
-    dot_beside<F, MR, NQ>(acc, keys.rows + n * row, row, lanes, kTile, steps, n == 0 ? 0 : kJobs, exponentiate);
+    dot_beside<F, MR, NQ>(acc, keys.rows + n * row, row, lanes, kTile, steps, n > 0, exponentiate);
     if (__builtin_expect(n + MR > keys.count, 0)) {
       JK_UNROLL for (int r = 1; r < MR; ++r) {
         if (n + r < keys.count) continue;
@@ -187,12 +188,16 @@ __attribute__((noinline)) void attend(const PackedKeys& keys, const float* lanes
 }
 
 template <class F, class T, int NQ>
-void write_out(const Head& head, const Softmax<F>& state, float* out, int64_t first) {
+void write_out(const Head& head, const Softmax<F>& state, float* out, float key_poison, int64_t first) {
   using V = typename F::Simd;
   constexpr int64_t kLanes = V::kLanes, kTile = Shape<F>::kTile;
   for (int64_t j = 0; j < NQ; ++j) {
     const int64_t begin = first + j * kLanes, count = least(head.len_q - begin, kLanes);
-    const typename V::Vec inverse = V::div(V::set1(1.f), V::load(state.sum + j * kLanes));
+    // A lane whose shift is not finite met a NaN or an infinity, which P need not show.
+    const typename V::Vec poison = V::fma(V::load(state.shift + j * kLanes), V::zero(), V::set1(key_poison));
+    const typename V::Vec inverse = V::add(V::div(V::set1(1.f), V::load(state.sum + j * kLanes)), poison);
+    alignas(64) float poisons[kLanes];
+    V::store(poisons, poison);
     for (int64_t d = 0; d < head.head_dim; d += kLanes) {
       typename V::Vec r[kLanes];
       JK_UNROLL for (int i = 0; i < kLanes; ++i) r[i] = V::mul(inverse, V::load(out + (d + i) * kTile + j * kLanes));
@@ -205,7 +210,7 @@ void write_out(const Head& head, const Softmax<F>& state, float* out, int64_t fi
       }
     }
     for (int64_t i = 0; i < count; ++i) {
-      head.lse[begin + i] = (float)(state.shift[j * kLanes + i] * M_LN2 + logf(state.sum[j * kLanes + i]));
+      head.lse[begin + i] = (float)(state.shift[j * kLanes + i] * M_LN2 + logf(state.sum[j * kLanes + i])) + poisons[i];
     }
   }
 }
@@ -221,8 +226,7 @@ void forward_tile(const Head& head, const ForwardScratch& s, int64_t first) {
   float largest = 0;
   for (int64_t j = 0; j < NQ; ++j) {
     const int64_t begin = first + j * kLanes, count = least(head.len_q - begin, kLanes);
-    const float norm = read_rows<V, T>(query, head.head_dim, begin, count, kLanes, rows, channels);
-    largest = largest_of(largest, norm);
+    largest = largest_of(largest, read_rows<V, T, true>(query, head.head_dim, begin, count, kLanes, rows, channels));
     put_lanes<F>(rows, channels, s.lanes + j * kLanes);
   }
   Softmax<F> state;
@@ -232,7 +236,8 @@ void forward_tile(const Head& head, const ForwardScratch& s, int64_t first) {
   } else {
     attend<F, NQ, false>(s.keys, s.lanes, scales.score, s.probs, state, s.out);
   }
-  write_out<F, T, NQ>(head, state, s.out, first);
+  // A key that is not a number makes every score of its head one.
+  write_out<F, T, NQ>(head, state, s.out, *s.key_norm == *s.key_norm ? 0.f : NAN, first);
 }
 
 template <class F, class T>

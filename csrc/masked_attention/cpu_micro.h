@@ -69,19 +69,22 @@ JK_INLINE void dot(Block<F, MR, NR>& acc, const float* a, int64_t a_row, int64_t
 // The same with side jobs. Where registers are plenty they are spread over the steps, and their instructions fill the gaps
 // that the dot products leave; sixteen registers hold no more than the accumulators, so there the jobs go first.
 template <class F, int MR, int NR, class Job>
-JK_INLINE void dot_beside(Block<F, MR, NR>& acc, const float* a, int64_t a_row, const float* b, int64_t b_step, int64_t steps, int jobs,
+JK_INLINE void dot_beside(Block<F, MR, NR>& acc, const float* a, int64_t a_row, const float* b, int64_t b_step, int64_t steps, bool active,
                           Job job) {
+  constexpr int kJobs = MR / 2 * NR;
   if constexpr (F::Simd::kAccumulators < 16) {
-    for (int i = 0; i < jobs; ++i) job(i);
+    if (active) {
+      JK_UNROLL for (int i = 0; i < kJobs; ++i) job(i);
+    }
     dot<F, MR, NR>(acc, a, a_row, 1, b, b_step, steps);
-    return;
-  }
-  const int64_t chunks = steps / F::kChunk;
-  const int each = (int)((jobs + chunks - 1) / chunks);
-  int next = 0;
-  for (int64_t c = 0; c < chunks; ++c, a += F::kChunk, b += F::kChunk * b_step) {
-    dot<F, MR, NR>(acc, a, a_row, 1, b, b_step, F::kChunk);
-    for (int i = 0; i < each && next < jobs; ++i) job(next++);
+  } else {
+    const int64_t chunks = steps / F::kChunk;
+    const int jobs = active ? kJobs : 0, each = (int)((jobs + chunks - 1) / chunks);
+    int next = 0;
+    for (int64_t c = 0; c < chunks; ++c, a += F::kChunk, b += F::kChunk * b_step) {
+      dot<F, MR, NR>(acc, a, a_row, 1, b, b_step, F::kChunk);
+      for (int i = 0; i < each && next < jobs; ++i) job(next++);
+    }
   }
 }
 

@@ -16,8 +16,18 @@ constexpr int64_t kTokenPad = 16;  // packed token counts are padded to this: a 
 constexpr JK_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 constexpr JK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The larger one; a NaN on either side stays.
-JK_INLINE float largest_of(float a, float b) { return b > a || b != b ? b : a; }
+// Rows of a head lie a whole token apart, too far for the hardware to fetch them ahead.
+constexpr int64_t kPrefetchRows = 12;
+
+// The larger of two squared norms, a NaN being the largest: the order of their bits.
+JK_INLINE float largest_of(float a, float b) {
+  uint32_t x, y;
+  memcpy(&x, &a, sizeof x);
+  memcpy(&y, &b, sizeof y);
+  x = x > y ? x : y;
+  memcpy(&a, &x, sizeof a);
+  return a;
+}
 
 // Channels of a packed row: whole vectors of units.
 template <class F>
@@ -76,28 +86,37 @@ JK_INLINE Scales scales_of(float scale) {
   return {c < 0 ? -1.f : 1.f, fabsf(c), fabsf(scale)};
 }
 
-// Rows first .. first + count as floats, rotated and scaled, then zero rows up to `padded`. Returns the largest squared norm.
-template <class V, class T>
+template <class V>
+JK_INLINE typename V::Vec rotated(typename V::Vec x, const Angle& at, int64_t d) {
+  typename V::Vec c, s;
+  cos_sin<V>(at, d, c, s);
+  return V::fma(x, c, V::mul(V::swap_pairs(x), s));
+}
+
+// Rows first .. first + count as floats, rotated and scaled, then zero rows up to `padded`. Returns the largest squared norm
+// where it is asked for.
+template <class V, class T, bool kNorm>
 float read_rows(const Source& from, int64_t head_dim, int64_t first, int64_t count, int64_t padded, float* rows, int64_t stride) {
   const typename V::Vec scale = V::set1(from.scale);
   float largest = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const T* src = (const T*)from.rows.data + (first + i) * from.rows.stride;
+  const T* src = (const T*)from.rows.data + first * from.rows.stride;
+  const T* ahead = src + kPrefetchRows * from.rows.stride;
+  for (int64_t i = 0; i < count; ++i, src += from.rows.stride, ahead += from.rows.stride) {
     const Angle at = angle(from.rope, from.ids, first + i);
+    float* row = rows + i * stride;
     typename V::Vec squares = V::zero();
-    for (int64_t d = 0; d < head_dim; d += V::kLanes) {
-      typename V::Vec x = V::load_head(src + d, head_dim - d);
-      if (at.t != nullptr) {
-        typename V::Vec c, s;
-        cos_sin<V>(at, d, c, s);
-        x = V::fma(x, c, V::mul(V::swap_pairs(x), s));
-      }
+    const auto put = [&](int64_t d, typename V::Vec x) __attribute__((always_inline)) {
       x = V::mul(x, scale);
-      squares = V::fma(x, x, squares);
-      V::store(rows + i * stride + d, x);
+      if constexpr (kNorm) squares = V::fma(x, x, squares);
+      V::store(row + d, x);
+      __builtin_prefetch(ahead + d);
+    };
+    if (at.t == nullptr) {
+      for (int64_t d = 0; d < head_dim; d += V::kLanes) put(d, V::load_head(src + d, head_dim - d));
+    } else {
+      for (int64_t d = 0; d < head_dim; d += V::kLanes) put(d, rotated<V>(V::load_head(src + d, head_dim - d), at, d));
     }
-    const float norm = V::sum(squares);
-    largest = largest_of(largest, norm);
+    if constexpr (kNorm) largest = largest_of(largest, V::sum(squares));
   }
   if (padded > count) memset(rows + count * stride, 0, (size_t)((padded - count) * stride) * sizeof(float));
   return largest;
