@@ -73,21 +73,21 @@ def test_finite_and_differentiable(case):
     assert any(g.abs().max() > 0 for g in gradients)
 
 
-@pytest.mark.parametrize("case", CASES, ids=map(identify, CASES))
+# Hard-region weights are constants by definition, and differences would move them; 1024 slices of SIGReg would take a minute.
+DIFFERENTIABLE = [case for case in CASES if case[0] != "hard_region" and "hard_region" not in case[1] and case != ("sigreg", {})]
+
+
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=map(identify, DIFFERENTIABLE))
 def test_gradients_match_differences(case):
-    ctx, cfg = context_for(*case, masks=ragged_masks((4, 2, 2), 2, horizon=case[1].get("horizon", 1)))
+    ctx, cfg = context_for(*case, masks=ragged_masks((4, 1, 2), 2, horizon=case[1].get("horizon", 1), share=0.7))
     named = inputs_of(ctx)
     heads = list(ctx.heads.parameters())
-    weights = {}
-    if case[0] == "hard_region" or case[1].get("hard_region"):
-        # The weights are constants by definition, and differences would move them.
-        pytest.skip("its weights are detached: compared with a loop instead")
 
     def loss(*values):
         own = dataclasses.replace(ctx, **dict(zip(named, values[: len(named)], strict=True)))
         if "target" in named:
             own = dataclasses.replace(own, target_live=own.target)
-        return compute_all(own, cfg, all_weights(cfg) | weights)[0]
+        return compute_all(own, cfg, all_weights(cfg))[0]
 
     assert gradcheck(loss, (*named.values(), *heads), eps=1e-6, atol=1e-6)
 
@@ -359,7 +359,7 @@ def test_action_loop():
         moved = head(torch.from_numpy(loop.z[first])).detach().numpy()
         return np.abs(moved - (colour[second[1], second[2]] - colour[first[1], first[2]])).mean()
 
-    assert float(compute_all(ctx, cfg, all_weights(cfg))[0]) == pytest.approx(loop.mean_over_pairs(row), rel=1e-12)
+    assert float(compute_all(ctx, cfg, all_weights(cfg))[0].detach()) == pytest.approx(loop.mean_over_pairs(row), rel=1e-12)
 
 
 @pytest.mark.parametrize("channels", ["all", "dynamics"])

@@ -178,7 +178,7 @@ def test_overrides_and_files_lie_over_each_other(tmp_path):
     assert cfg.variant == variant("fwm_ld")
     assert parse_overrides(["a.b=1", "a.c=[1, 2]", "d=x"]) == {"a": {"b": 1, "c": [1, 2]}, "d": "x"}
     assert merged({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}}) == {"a": {"b": 1, "c": 3}}
-    with pytest.raises(ConfigError, match="override must look like a.b.c=value, got 'rate'"):
+    with pytest.raises(ConfigError, match=r"override must look like a.b.c=value, got 'rate'"):
         parse_overrides(["rate"])
     with pytest.raises(ConfigError, match=r"unknown key 'schedule.rat'; did you mean 'rate'"):
         load(StepConfig, path, ["schedule.rat=1"])
