@@ -11,6 +11,7 @@ from .backend import BACKENDS, BackendUnsupportedError, explain, use_backend
 from .ops.adamw_ema import TeacherLists, adamw_ema_
 from .ops.ema_update import ema_update_
 from .ops.masked_attention import masked_attention
+from .profile import profile
 from .rope3d import Rope3D
 
 try:
@@ -28,5 +29,6 @@ __all__ = [
     "ema_update_",
     "explain",
     "masked_attention",
+    "profile",
     "use_backend",
 ]
