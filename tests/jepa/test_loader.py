@@ -16,6 +16,7 @@ from jepa.data.files import FileClips
 from jepa.data.loader import Loader, LoaderConfig, TooManyBadFilesError
 from jepa.data.mixture import Epochs, InOrder, Mixture
 from jepa.data.moving_shapes import MovingShapes
+from jepa.data.pathlist import pathlist
 from jepa.data.transforms import IMAGENET_MEAN, IMAGENET_STD, ViewSpec, centre_views, cut_views, model_input, random_views, whole_views
 from jepa.data.ucf101 import ucf101
 from jepa.masks import mask_policy, motion_maps
@@ -142,6 +143,16 @@ def test_too_many_bad_files_stop_the_run():
         list(Loader(picker, changed(SHAPES, judge_after=30, masks=None), 0, 50))
     with pytest.raises(TooManyBadFilesError, match="21 samples in a row could not be read at step 0"):
         list(Loader(Epochs(Noise(4, bad=range(4))), changed(SHAPES, workers=1), 0, 1))
+
+
+def test_a_corrupt_video_is_replaced(shared_dir, tmp_path):
+    folder = shared_dir / "clips" / "decode"
+    (tmp_path / "list.txt").write_text("decord_corrupted.mp4 1\nh265_video.mp4 0\n")
+    config = LoaderConfig(batch_size=2, clip=ClipSpec(4, 2, None, 32, 32), views=None, masks=None, max_bad_share=0.9)
+    fetched = next(iter(Loader(Epochs(pathlist(tmp_path / "list.txt", folder)), config, 0, 1)))
+    assert fetched.batch.labels.tolist() == [0, 0]
+    assert fetched.bad_total >= 1
+    assert all("decord_corrupted.mp4" in reason for reason in fetched.bad_files)
 
 
 def test_stills_have_one_step_in_time_or_are_repeated():
