@@ -1,0 +1,183 @@
+"""Conformance: the published numbers agree, and the check itself misses nothing: wrong numbers, unread arrays, unknown files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jepa.conformance import Golden, Report, check_file, check_folder
+from jepa.conformance.__main__ import main
+from jepa.conformance.report import relative_error
+
+PUBLISHED = Path(__file__).resolve().parents[1] / "golden" / "published"
+
+
+def explained(report: Report) -> str:
+    return "\n".join(f"{row.file} {row.array}: {row.error:.2e} > {row.tolerance:.1e} {row.note}" for row in report.failures[:20])
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_published_copy_agrees(backend):
+    report = check_folder(PUBLISHED, backend)
+    assert not report.failures, explained(report)
+    assert len(report.by_file()) == 10
+    assert len(report.rows) > 2500
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_every_golden_file_agrees(shared_dir, backend):
+    report = check_folder(shared_dir / "golden", backend)
+    assert not report.failures, explained(report)
+    assert len(report.by_file()) == 85
+    assert len(report.rows) > 60_000
+
+
+def test_the_command_prints_a_table_and_returns_zero(tmp_path):
+    for part in ("modules", "objectives"):
+        (tmp_path / part).mkdir()
+    shutil.copy(PUBLISHED / "modules" / "ema.npz", tmp_path / "modules")
+    shutil.copy(PUBLISHED / "objectives" / "baseline.npz", tmp_path / "objectives")
+    command = [sys.executable, "-m", "jepa.conformance", str(tmp_path), "--backend", "reference"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "published quirks switched on: dynamics_hard_no_gradient" in done.stdout
+    assert "modules/ema" in done.stdout
+    assert "2 files, 68 arrays compared, 0 misses" in done.stdout
+
+
+def changed(source: Path, folder: Path, **arrays) -> Path:
+    """A copy of a golden file with arrays added or replaced."""
+    (folder / source.parent.name).mkdir(exist_ok=True)
+    with np.load(source) as archive:
+        data = {key: archive[key] for key in archive.files}
+    path = folder / source.parent.name / source.name
+    np.savez(path, **{**data, **{key: value(data) if callable(value) else value for key, value in arrays.items()}})
+    return path
+
+
+def shifted(key: str, amount: float = 1e-3):
+    return lambda data: data[key] * (1 + amount)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "key"),
+    [
+        ("objectives", "fwm_hw_ld", "term_fwm_orth_loss"),
+        ("objectives", "fwm_hw_ld", "loss"),
+        ("objectives", "fwm_hw_ld", "grad_z_enc_1"),
+        ("objectives", "fwm_hw_ld", "aux_grad_z_pred_0"),
+        ("objectives", "kinematic_accel", "cfg_kinematic_coeff"),
+        ("objectives", "kinematic_accel", "grad_h_raw"),
+        ("modules", "ema", "ramp_target3_c"),
+        ("modules", "adamw", "decay_p3_encoder.tok"),
+        ("modules", "adamw", "config_lr"),
+        ("modules", "mask_distance", "g14_dist_0"),
+    ],
+)
+def test_a_wrong_number_is_a_miss(tmp_path, part, name, key):
+    report = Report()
+    check_file(changed(PUBLISHED / part / f"{name}.npz", tmp_path, **{key: shifted(key)}), report)
+    assert key in {row.array for row in report.failures}
+
+
+@pytest.mark.parametrize("key", ["step1_term_loss_pred", "step2_loss", "grad_z_pred_1", "h"])
+def test_a_wrong_number_of_a_step_is_a_miss(tmp_path, key):
+    path = changed(PUBLISHED / "steps" / "baseline.npz", tmp_path, **{key: shifted(key)})
+    shutil.copy(PUBLISHED / "steps" / "init_state.npz", path.parent)
+    report = Report()
+    check_file(path, report)
+    assert [row.array for row in report.failures] == [key]
+
+
+def test_a_wrong_weight_after_a_step_is_a_miss(tmp_path):
+    def moved(data):
+        sums = data["param_sum_after_step2"].copy()
+        sums[3] += 1e-2
+        return sums
+
+    path = changed(PUBLISHED / "steps" / "baseline.npz", tmp_path, param_sum_after_step2=moved)
+    shutil.copy(PUBLISHED / "steps" / "init_state.npz", path.parent)
+    report = Report()
+    check_file(path, report)
+    assert len(report.failures) == 1
+    assert report.failures[0].array.startswith("param_sum_after_step2[")
+
+
+def test_flags_are_compared(tmp_path):
+    report = Report()
+    changes = {"grad_is_none_z_enc_0": np.array(False), "term_has_grad_loss_pred": np.array(False)}
+    check_file(changed(PUBLISHED / "objectives" / "baseline.npz", tmp_path, **changes), report)
+    assert {row.array for row in report.failures} == set(changes)
+
+
+def test_an_unknown_key_and_an_unknown_file_are_misses(tmp_path):
+    changed(PUBLISHED / "objectives" / "baseline.npz", tmp_path, surprise=np.zeros(2))
+    shutil.copy(PUBLISHED / "objectives" / "kinematic_accel.npz", tmp_path / "objectives" / "no_such_variant.npz")
+    (tmp_path / "objectives" / "notes.txt").write_text("not a golden file")
+    (tmp_path / "extra").mkdir()
+    report = check_folder(tmp_path)
+    notes = {(row.file, row.array): row.note for row in report.failures}
+    assert notes["objectives/baseline", "surprise"] == "not read: unknown key"
+    assert "no variant is named 'no_such_variant'" in notes["objectives/no_such_variant", "(file)"]
+    assert ("objectives/notes", "(file)") in notes
+    assert ("extra", "(file)") in notes
+    assert main([str(tmp_path)]) == 1
+
+
+def test_a_missing_key_is_a_miss(tmp_path):
+    (tmp_path / "objectives").mkdir()
+    with np.load(PUBLISHED / "objectives" / "baseline.npz") as archive:
+        data = {key: archive[key] for key in archive.files if key != "h_raw"}
+    path = tmp_path / "objectives" / "baseline.npz"
+    np.savez(path, **data)
+    report = Report()
+    check_file(path, report)
+    assert any("h_raw" in row.note for row in report.failures)
+
+
+def test_nothing_to_check_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"must hold objectives, modules, steps with .npz files, got none"):
+        check_folder(tmp_path)
+    assert main([str(tmp_path)]) == 2
+
+
+def test_a_planted_fault_in_the_code_is_seen(monkeypatch):
+    """The teacher's features standardised with the wrong epsilon: too small to see, and seen."""
+    monkeypatch.setattr("jepa.target.STANDARDISE_EPS", 1e-3)
+    report = Report()
+    check_file(PUBLISHED / "objectives" / "baseline.npz", report)
+    assert {"h", "loss"} <= {row.array for row in report.failures}
+
+
+def test_relative_error():
+    b = np.array([3.0, 4.0])
+    assert relative_error(b * 1.01, b) == pytest.approx(0.01)
+    assert relative_error(b[:1], b) == np.inf
+    assert relative_error(np.array([np.nan, 4.0]), b) == np.inf
+    assert relative_error(np.array([5e-8]), np.array([0.0])) <= 1e-5 < relative_error(np.array([2e-7]), np.array([0.0]))
+
+
+def test_sign_flips_are_set_aside_but_not_more():
+    report, wanted = Report(), np.linspace(1, 2, 100)
+    flipped = wanted.copy()
+    flipped[[3, 50, 70]] *= -1
+    report.compare_up_to_kinks("three", flipped, wanted, 1e-4, 3, 1.0)
+    flipped[9] *= -1
+    report.compare_up_to_kinks("four", flipped, wanted, 1e-4, 3, 1.0)
+    report.compare_up_to_kinks("loose", np.where(np.arange(100) < 3, -wanted, wanted), wanted, 1e-4, 3, 1e-2)
+    assert [row.passed for row in report.rows] == [True, False, False]
+
+
+def test_golden_files_know_what_was_read():
+    golden = Golden(PUBLISHED / "modules" / "mask_distance.npz")
+    unread = set(golden.unread())
+    assert unread == set(golden.names())
+    golden.tensor("g4_dist_0")
+    assert unread - set(golden.unread()) == {"g4_dist_0"}
