@@ -1,0 +1,295 @@
+"""Pre-training: the loop around `jepa.step.train_step`. Counts are optimiser steps and samples, never epochs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jepa import distributed
+from jepa.batch import Batch
+from jepa.checkpoint import Checkpoints, load_optimizer_tensors, optimizer_tensors, warn_of_differences, write_json
+from jepa.config import ConfigError, load, to_dict, to_yaml
+from jepa.data.build import DataConfig, build_picker
+from jepa.data.clip import ClipSpec
+from jepa.data.loader import Fetched, Loader, LoaderConfig
+from jepa.data.transforms import ViewSpec, model_input
+from jepa.logs import RunLog
+from jepa.monitor import MonitorConfig, collapse_metrics, warnings
+from jepa.schedules import ScheduleConfig
+from jepa.step import StepConfig, TrainState, build_optimizer, new_state, train_step
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PretrainConfig(StepConfig):
+    """A whole run. The defaults are the embedded one: the micro model on moving_shapes, a few minutes on two cores.
+
+    Args:
+        schedule: steps and rates; `schedule.total_steps` is the length of the run.
+        data: what to train on. output: folder of checkpoints, logs and the resolved configuration.
+        batch_size: clips per process and micro-batch. accumulate: micro-batches per optimiser step.
+        frames, stride, fps: of a clip. height, width: pixels that the model sees.
+        crop_scale, crop_aspect: of the random resized crop. flip: its probability of mirroring.
+        seed: of weights, data order, crops and masks. workers: loader processes.
+        device: ``auto``, ``cpu`` or ``cuda``. distributed: ``auto`` (DDP when torchrun starts several), ``ddp`` or ``fsdp2``.
+        threads: CPU threads, None for torch's choice. compile: torch.compile of the step's model.
+        log_every, checkpoint_every: in steps. keep_last: checkpoints kept besides the best.
+        max_skipped: updates skipped for a gradient that is not finite before the run stops.
+        resume: go on from the newest checkpoint in `output` when there is one.
+    """
+
+    schedule: ScheduleConfig = field(
+        default_factory=lambda: ScheduleConfig(total_steps=300, warmup_steps=30, momentum=0.99, final_momentum=0.999)
+    )
+    data: DataConfig = field(default_factory=DataConfig)
+    output: Path = Path("runs/pretrain")
+    batch_size: int = 8
+    accumulate: int = 1
+    frames: int = 16
+    stride: int = 2
+    fps: float | None = None
+    height: int = 64
+    width: int = 64
+    crop_scale: tuple[float, float] = (0.3, 1.0)
+    crop_aspect: tuple[float, float] = (0.75, 1.35)
+    flip: float = 0.5
+    seed: int = 0
+    workers: int = 0
+    device: str = "auto"
+    distributed: distributed.Wrapper = "auto"
+    threads: int | None = None
+    compile: bool = False
+    log_every: int = 10
+    checkpoint_every: int = 100
+    keep_last: int = 2
+    max_skipped: int = 10
+    resume: bool = True
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "frames", "height", "width", "log_every", "checkpoint_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"config: {name} must be at least 1, got {getattr(self, name)}.")
+
+    @property
+    def views(self) -> ViewSpec:
+        return ViewSpec(self.height, self.width, scale=self.crop_scale, aspect_ratio=self.crop_aspect, flip=self.flip)
+
+    def loader(self, world: distributed.World) -> LoaderConfig:
+        height, width = (self.height, self.width) if self.data.kind == "moving_shapes" else self.views.canvas()
+        return LoaderConfig(
+            batch_size=self.batch_size,
+            clip=ClipSpec(self.frames, self.stride, self.fps, height, width),
+            views=self.views,
+            masks=self.variant.mask_policy,
+            patch_size=self.model.patch_size,
+            tubelet_size=self.model.tubelet_size,
+            horizon=self.variant.pair_horizon,
+            seed=self.seed,
+            rank=world.rank,
+            world=world.size,
+            workers=self.workers,
+            pin_memory=world.device.type == "cuda",
+        )
+
+
+class NotFiniteError(RuntimeError):
+    """Too many updates were skipped because a gradient was not finite; `replay.json` in the run's folder says which batches."""
+
+
+@dataclass
+class _Interval:
+    """What happened since the last log line: tensors on the device, read back together."""
+
+    metrics: list[dict[str, Tensor]] = field(default_factory=list)
+    samples: list[tuple[int, list[int]]] = field(default_factory=list)
+    wait_s: float = 0.0
+    clips: int = 0
+    began: float = field(default_factory=time.perf_counter)
+
+    def add(self, metrics: dict[str, Tensor], step: int, parts: list[Fetched]) -> None:
+        self.metrics.append(metrics)
+        self.samples.append((step, [i for part in parts for i in part.batch.sample_ids.tolist()]))
+        self.wait_s += sum(part.wait_s for part in parts)
+        self.clips += sum(len(part.batch.clips) for part in parts)
+
+    def read(self, world: distributed.World) -> tuple[dict[str, float], list[int]]:
+        """Means over the interval and the steps that were skipped: the one read of the interval."""
+        names = sorted({name for metrics in self.metrics for name in metrics})
+        missing = self.metrics[0]["loss"].new_full((), torch.nan)
+        table = torch.stack([torch.stack([m.get(name, missing).detach().float() for name in names]) for m in self.metrics])
+        if world.reduce is not None:
+            shares = [i for i, name in enumerate(names) if name not in ("gradient_norm", "skipped")]
+            table[:, shares] = world.reduce(table[:, shares].contiguous())
+        rows = table.cpu()
+        values = {name: float(column[~column.isnan()].mean()) for name, column in zip(names, rows.T) if not column.isnan().all()}
+        skipped = [step for (step, _), row in zip(self.samples, rows) if row[names.index("skipped")] > 0]
+        return values, skipped
+
+
+def run(cfg: PretrainConfig) -> TrainState:
+    """Trains to `schedule.total_steps`, or goes on from the newest checkpoint.
+
+    Returns:
+        The state after the last step.
+
+    Raises:
+        ConfigError, MissingDataError: before anything is written. NotFiniteError, TooManyBadFilesError: during the run.
+    """
+    picker = build_picker(cfg.data)
+    world = distributed.start(cfg.device)
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)
+    try:
+        return _run(cfg, picker, world)
+    finally:
+        distributed.stop()
+
+
+def _run(cfg: PretrainConfig, picker: Any, world: distributed.World) -> TrainState:
+    state = new_state(cfg, world.device)
+    checkpoints = Checkpoints(cfg.output / "checkpoints", cfg.keep_last)
+    if cfg.resume and checkpoints.steps():
+        _restore(state, checkpoints, cfg)
+    state.reduce, state.ranks = world.reduce, world.size
+    state.wrapped = distributed.wrap(state.bundle, world, cfg.distributed)
+    if cfg.distributed == "fsdp2" and world.size > 1:
+        # The optimiser must hold the shards; its moments, if any were restored, are sharded alike.
+        state.optimizer = build_optimizer(state.bundle, cfg)
+    if cfg.compile:
+        state.wrapped = torch.compile(state.module)
+    cfg.output.mkdir(parents=True, exist_ok=True)
+    log = RunLog(cfg.output, state.step, active=world.leads)
+    if world.leads:
+        (cfg.output / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
+        log.headline(_summary(cfg, state, world))
+    with log:
+        _loop(cfg, state, picker, world, checkpoints, log)
+    return state
+
+
+def _loop(cfg: PretrainConfig, state: TrainState, picker: Any, world: distributed.World, checkpoints: Checkpoints, log: RunLog) -> None:
+    total = cfg.schedule.total_steps
+    loader = Loader(picker, cfg.loader(world), min(state.step, total) * cfg.accumulate, total * cfg.accumulate)
+    interval, skipped_total, losses = _Interval(), 0, []
+    for parts in _grouped(iter(loader), cfg.accumulate):
+        batches = [prepared(part.batch, cfg, world.device, state.step) for part in parts]
+        _, metrics = train_step(state, batches)
+        interval.add(metrics, state.step, parts)
+        if state.step % cfg.log_every == 0 or state.step == total:
+            values, skipped = interval.read(world)
+            losses.append(values["loss"])
+            skipped_total += len(skipped)
+            _report(cfg, state, interval, values, batches[0], parts[-1], log)
+            if skipped:
+                _replay(cfg, interval, skipped, skipped_total)
+            interval = _Interval()
+        if state.step % cfg.checkpoint_every == 0 or state.step == total:
+            score = sum(losses) / len(losses) if losses else None
+            losses = []
+            save(state, checkpoints, cfg, world, score)
+
+
+def prepared(batch: Batch, cfg: PretrainConfig, device: torch.device, step: int) -> Batch:
+    """A loader's batch on the device: views cut out and normalised there, and numbered by the optimiser step."""
+    batch = batch.to(device, non_blocking=True)
+    return replace(batch, clips=model_input(batch, cfg.views), views=None, step=step)
+
+
+def _grouped(fetched: Iterator[Fetched], size: int) -> Iterator[list[Fetched]]:
+    group: list[Fetched] = []
+    for one in fetched:
+        group.append(one)
+        if len(group) == size:
+            yield group
+            group = []
+
+
+def _report(
+    cfg: PretrainConfig, state: TrainState, interval: _Interval, values: dict[str, float], batch: Batch, last: Fetched, log: RunLog
+) -> None:
+    seconds = time.perf_counter() - interval.began
+    watched = {name: float(value) for name, value in collapse_metrics(state.bundle, batch, cfg, cfg.monitor).items()}
+    for sentence in warnings(watched, cfg.monitor):
+        _log.warning("step %d: %s", state.step, sentence)
+    line = {
+        "step": state.step,
+        "samples": state.step * cfg.batch_size * cfg.accumulate * state.ranks,
+        **values,
+        **watched,
+        "learning_rate": cfg.schedule.learning_rate(state.step),
+        "clips_per_s": interval.clips * state.ranks / seconds,
+        "data_wait_share": interval.wait_s / seconds,
+        "bad_files": last.bad_total,
+    }
+    log.write(line, cfg.schedule.total_steps)
+
+
+def _replay(cfg: PretrainConfig, interval: _Interval, skipped: list[int], total: int) -> None:
+    """Names the batches whose gradient was not finite; stops the run past the limit."""
+    found = [{"seed": cfg.seed, "step": step, "sample_ids": ids} for step, ids in interval.samples if step in skipped]
+    path = cfg.output / "replay.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    write_json(path, earlier + found)
+    _log.warning("skipped the update of steps %s: a gradient was not finite (batches in %s)", skipped, path.name)
+    if total > cfg.max_skipped:
+        raise NotFiniteError(
+            f"pretrain: at most {cfg.max_skipped} updates may be skipped for a gradient that is not finite, got {total}; "
+            f"{path} names the batches."
+        )
+
+
+def save(state: TrainState, checkpoints: Checkpoints, cfg: PretrainConfig, world: distributed.World, score: float | None = None) -> None:
+    """Writes a checkpoint from the first process."""
+    model = {name: _whole(value) for name, value in state.bundle.state_dict().items()}
+    moments = {name: _whole(value) for name, value in optimizer_tensors(state.bundle, state.optimizer).items()}
+    moments["rng/cpu"] = torch.get_rng_state()
+    if world.leads:
+        checkpoints.save(state.step, model, moments, {"config": json.loads(json.dumps(to_dict(cfg), default=str))}, score)
+    world.barrier()
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def _restore(state: TrainState, checkpoints: Checkpoints, cfg: PretrainConfig) -> None:
+    model, moments, saved = checkpoints.load()
+    state.bundle.load_state_dict(model)
+    torch.set_rng_state(moments.pop("rng/cpu"))
+    load_optimizer_tensors(state.bundle, state.optimizer, moments)
+    state.step = saved["step"]
+    warn_of_differences(saved["environment"])
+    _log.info("resumed from step %d of %s", state.step, checkpoints.folder)
+
+
+def _summary(cfg: PretrainConfig, state: TrainState, world: distributed.World) -> dict[str, Any]:
+    schedule = cfg.schedule
+    clips = cfg.batch_size * cfg.accumulate * world.size
+    return {
+        "objectives": ", ".join(f"{name} x {c.weight:g}" for name, c in cfg.variant.objectives.items() if c.weight),
+        "target": cfg.variant.target.kind,
+        "data": f"{cfg.data.kind}, {cfg.frames} frames of {cfg.height} x {cfg.width}",
+        "model": f"{sum(p.numel() for p in state.bundle.context_encoder.parameters()) / 1e6:.2f} M encoder parameters",
+        "steps": f"{schedule.total_steps} of {clips} clips ({schedule.total_steps * clips} samples), from step {state.step}",
+        "rate": f"{schedule.initial_rate:g} -> {schedule.rate:g} over {schedule.warmup_steps} steps -> {schedule.final_rate:g}",
+        "ema": f"{schedule.momentum:g} -> {schedule.final_momentum:g}",
+        "precision": cfg.precision,
+        "device": f"{world.device} x {world.size}",
+        "output": str(cfg.output),
+    }
+
+
+def load_config(folder: str | Path) -> PretrainConfig:
+    """The configuration a run was started with."""
+    return load(PretrainConfig, Path(folder) / "config.yaml")
