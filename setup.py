@@ -150,7 +150,8 @@ def plan(ninja: Ninja, nvcc: str | None) -> dict[str, Path]:
     python_includes = " ".join(
         f"-isystem {ninja.escape(p)}" for p in (sysconfig.get_path("include"), pybind11.get_include(), numpy.get_include())
     )
-    ninja.rule("host", f"{cxx} {python_includes} {common}", depfile=True)
+    # Masks must be the same bits as those of the NumPy fallback: no fused multiply-add, which aarch64 would use.
+    ninja.rule("host", f"{cxx} -ffp-contract=off {python_includes} {common}", depfile=True)
     ninja.rule("link", f"{cxx} -shared $in -o $out $flags", depfile=False)
 
     libraries = {}
