@@ -230,7 +230,7 @@ def backward(loss: Tensor, ranks: int = 1) -> None:
 def update(state: TrainState) -> dict[str, Tensor]:
     """Clips, steps the optimiser and then the EMA, clears the gradients, and counts the step.
 
-    A gradient that is not finite skips the optimiser step on the device: weights and moments stay as they are.
+    A gradient that is not finite skips the update on the device: weights, moments and targets stay as they are.
     """
     schedule, step = state.cfg.schedule, state.step + 1
     set_rates(state.optimizer.param_groups, schedule.learning_rate(step), schedule.decay(step))
@@ -240,7 +240,8 @@ def update(state: TrainState) -> dict[str, Tensor]:
     state.optimizer.grad_scale = None
     state.optimizer.step()
     if state.cfg.variant.target.kind == "ema":
-        update_ema(state.bundle.target_encoder, state.bundle.context_encoder, schedule.ema_momentum(step))
+        momentum = torch.where(skipped > 0, torch.ones_like(skipped), schedule.ema_momentum(step))
+        update_ema(state.bundle.target_encoder, state.bundle.context_encoder, momentum)
     state.optimizer.zero_grad(set_to_none=True)
     state.step = step
     return {"gradient_norm": norm, "skipped": skipped}

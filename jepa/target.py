@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import jepa_kernels
+
 M = TypeVar("M", bound=nn.Module)
 
 STANDARDISE_EPS = 1e-5
@@ -34,10 +36,10 @@ def frozen_copy(encoder: M) -> M:
     return copy.deepcopy(encoder).requires_grad_(False)
 
 
-@torch.no_grad()
-def update_ema(target: nn.Module, online: nn.Module, momentum: float) -> None:
-    """target <- momentum * target + (1 - momentum) * online, parameter by parameter, in the target's dtype."""
-    targets = list(target.parameters())
-    sources = [source.detach().to(goal.dtype) for goal, source in zip(targets, online.parameters(), strict=True)]
-    torch._foreach_mul_(targets, momentum)
-    torch._foreach_add_(targets, sources, alpha=1.0 - momentum)
+def update_ema(target: nn.Module, online: nn.Module, momentum: float | Tensor) -> None:
+    """target <- momentum * target + (1 - momentum) * online for every parameter, in one pass and in the target's dtype.
+
+    A momentum on the device is never read back.
+    """
+    targets, sources = list(target.parameters()), [source.detach() for source in online.parameters()]
+    jepa_kernels.ema_update_(targets, sources, momentum)

@@ -236,19 +236,21 @@ def test_a_gradient_that_is_not_finite_skips_the_update():
     cfg = step_config("baseline")
     state, batch = new_state(cfg), make_batch((4, 3, 3), 2, dtype=torch.float32)
     train_step(state, batch)
-    before = copy.deepcopy(state.bundle.context_encoder.state_dict())
+    before = copy.deepcopy(state.bundle.state_dict())
     moments = copy.deepcopy(state.optimizer.state_dict()["state"])
     broken = dataclasses.replace(batch, clips=torch.full_like(batch.clips, torch.nan), step=1)
     _, metrics = train_step(state, broken)
     assert metrics["skipped"] == 1
     assert not torch.isfinite(metrics["loss"])
-    assert all(torch.equal(before[key], value) for key, value in state.bundle.context_encoder.state_dict().items())
+    assert all(torch.equal(before[key], value) for key, value in state.bundle.state_dict().items())
     for key, entry in state.optimizer.state_dict()["state"].items():
         assert all(torch.equal(entry[name], moments[key][name]) for name in entry)
     _, metrics = train_step(state, dataclasses.replace(batch, step=2))
     assert metrics["skipped"] == 0
     assert torch.isfinite(metrics["loss"])
-    assert any(not torch.equal(before[key], value) for key, value in state.bundle.context_encoder.state_dict().items())
+    after = state.bundle.state_dict()
+    assert any(not torch.equal(before[key], after[key]) for key in after if key.startswith("context_encoder"))
+    assert any(not torch.equal(before[key], after[key]) for key in after if key.startswith("target_encoder"))
 
 
 def test_gradients_are_clipped():
