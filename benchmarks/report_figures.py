@@ -102,16 +102,19 @@ def exponent(record: Row, mode: str, variant: str, backend: str) -> float | None
 
 
 def highlighted(record: Row, backend: str, count: int = 6) -> list[str]:
-    """The variants a crowded figure names: the baseline, the fastest, and those that differ most from the baseline at the largest size."""
+    """The variants a crowded figure names: the baseline, the fastest, and the slowest ones, skipping any that would lie on a named line."""
     size = record["sizes"][-1]["resolution"]
-    last = {c["variant"]: c for c in record["cells"]
-            if c["status"] == "ok" and (c["mode"], c["backend"], c["resolution"]) == ("pretrain", backend, size)}  # fmt: skip
+    wanted = ("pretrain", backend, size)
+    last = {c["variant"]: c for c in record["cells"] if c["status"] == "ok" and (c["mode"], c["backend"], c["resolution"]) == wanted}
     if not last:
         return record["settings"]["variants"][:count]
     slowest = sorted(last, key=lambda name: -last[name]["step_ms"])
     chosen = [name for name in ("baseline",) if name in last]
-    chosen += [name for name in [slowest[-1], *slowest] if name not in chosen]
-    return chosen[:count]
+    for name in [*slowest[: count - 2], slowest[-1], *slowest]:
+        gaps = [abs(last[name]["step_ms"] / last[other]["step_ms"] - 1) for other in chosen]
+        if len(chosen) < count and min(gaps, default=1.0) > 0.02:
+            chosen.append(name)
+    return chosen
 
 
 def throughput(record: Row, narrow: bool = False) -> Figure:
@@ -126,7 +129,7 @@ def throughput(record: Row, narrow: bool = False) -> Figure:
         rows = series(record, "pretrain", name, backend)
         label = None
         if number == 0:
-            spread = f" ({min(exponents):.2f} to {max(exponents):.2f})" if exponents else ""
+            spread = f" (exponents {min(exponents):.2f} to {max(exponents):.2f})" if exponents else ""
             label = f"{len(quiet)} other variants{spread}"
         axes.plot([side(r) for r in rows], [r["clips_per_s"] for r in rows], color=MUTED, linewidth=0.8, alpha=0.7, label=label)
     for number, name in enumerate(chosen):
@@ -230,7 +233,7 @@ def phases(record: Row, narrow: bool = False) -> Figure:
             cell = next((c for c in series(record, "pretrain", first, backend) if c["resolution"] == row["resolution"]), None)
             if cell is None:
                 continue
-            parts = {"data": cell["data_ms"]} | {name: cell["phases_ms"][name] for name in PRETRAIN_PHASES if name in cell["phases_ms"]}
+            parts = {name: cell["phases_ms"][name] for name in PRETRAIN_PHASES if name in cell["phases_ms"]} | {"data": cell["data_ms"]}
             whole = cell["step_ms"]
             bottom = 0.0
             for name, spent in parts.items():
@@ -259,6 +262,7 @@ def phases(record: Row, narrow: bool = False) -> Figure:
         place += 0.5
     axes.set_xticks(places, labels, fontsize=7)
     axes.grid(False, axis="x")
+    axes.axhline(100.0, color=INK, linewidth=0.9)
     axes.set_ylim(0, max(heights, default=100) * 1.08)
     axes.set_ylabel("% of the step (data: prepared beside it)", fontsize=9)
     options = {"fontsize": 7.5, "frameon": False, "ncols": 4 if narrow else 8, "columnspacing": 1.0, "handlelength": 1.2}

@@ -84,8 +84,8 @@ CAPTIONS = {
     "but sends only the visible tokens through the trained encoder.",
     "speedup": "Paired in one process, round by round; above the line our kernels are faster than the eager composition of the same step. "
     "Losses are shown like gains.",
-    "phases": "Each bar is one backend at one resolution. Data (hatched) is the time one process needs to prepare a batch; with loader "
-    "workers it runs beside the step, so the bar passes 100 % by that much. The backward of the baseline's own losses is in backward; "
+    "phases": "Each bar is one backend at one resolution; the step ends at the line. Data (hatched, above it) is the time one process "
+    "needs to prepare a batch; with loader workers it runs beside the step. The backward of the baseline's own losses is in backward; "
     "what an auxiliary objective adds is in objective, its backward included.",
     "overhead": "Each set of objectives is timed alone, forward and backward down to the features, paired with the baseline's on the same "
     "features. Bars are 95 % intervals of the median difference.",
@@ -191,6 +191,24 @@ def _models(record: Row) -> str:
     return table("models", header, rows)
 
 
+def _ops(record: Row) -> str:
+    """The op table of `--main-job`; empty without one."""
+    if not record.get("ops"):
+        return ""
+    rows = []
+    for row in record["ops"]:
+        lead: list[Cell] = [(str(row[name]), row[name]) for name in ("op", "case", "dtype", "pass", "backend", "baseline")]
+        if row["status"] != "ok":
+            rows.append([*lead, (row["status"], None), ("–", None), ("–", None), ("–", None)])
+            continue
+        share = percent(row["floor_share"])
+        rows.append([*lead, number(row["ratio"], "{:.2f}"), span(row["interval"]), number(row["candidate"]["median_ms"], "{:.3f}"), share])
+    header = [("op", "text"), ("case", "text"), ("dtype", "text"), ("pass", "text"), ("backend", "text"), ("baseline", "text"),
+              ("ratio", "number"), ("interval", "number"), ("our ms", "number"), ("floor / ours", "number")]  # fmt: skip
+    note = "Small cases, few rounds: baseline time over our time, so below 1 is a loss. Committed records have more."
+    return f"<section><h2>Ops against their baselines</h2><p>{note}</p>{table('ops', header, rows)}</section>"
+
+
 def _box(record: Row) -> str:
     machine, settings = record["machine"], record["settings"]
     commit = machine.get("git_commit")
@@ -237,6 +255,7 @@ def render(record: Row, links: dict[str, str], files: Sequence[str]) -> str:
 {_cells(record)}</section>
 <section><h2>Cost models</h2><p>step = constant + per token + per pair of tokens of a clip. By FLOP alone, attention equals the linear
 layers of an encoder block at {crossover:,.0f} tokens per clip.</p>{_models(record)}</section>
+{_ops(record)}
 {f"<section><h2>Left out</h2><ul>{left}</ul></section>" if left else ""}
 <section><h2>Machine and versions</h2>{_box(record)}</section>
 <section><h2>Reproduce</h2><pre><code>{escape(record["command"])}</code></pre><ul class="links">{items}</ul>

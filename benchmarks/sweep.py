@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import flop, machine, sweep_plan, sweep_record, sweep_tables
+from benchmarks import flop, machine, optable, sweep_plan, sweep_record, sweep_tables
 from benchmarks.objective_cost import is_baseline, signature
 from benchmarks.resolutions import Resolution, parse_frames, parse_resolution
 from benchmarks.sweep_measure import Bench, failure, objective_rows, side_row, time_sides
@@ -67,6 +67,8 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="record (default runs/bench/sweep.json); its page lies beside it")
     how.add_argument("--fresh", action="store_true", help="measure everything again instead of keeping finished resolutions")
     how.add_argument("--plan", action="store_true", help="print what would run and what would be left out, then stop")
+    how.add_argument("--main-job", action="store_true", help="also time every op and print its table (what `make bench` runs)")
+    how.add_argument("--op-budget", type=float, default=60.0, help="seconds for the op table of --main-job (default 60), out of --budget")
     how.add_argument("--no-report", action="store_true", help="record and tables only, no page")
     ask = made.add_argument_group("asking a finished sweep")
     ask.add_argument("--predict", metavar="HxWxFRAMES", help="expected step time and memory of a size that was not measured")
@@ -149,6 +151,7 @@ def fresh_record(arguments: argparse.Namespace, configs: dict[str, VariantConfig
         "spent_s": {},
         "cells": [],
         "fits": [],
+        "ops": [],
     }
 
 
@@ -257,6 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.predict is not None:
             print(predict(arguments))
             return 0
+        if arguments.main_job:
+            arguments.budget = max(30.0, arguments.budget - arguments.op_budget)
         record = run(arguments)
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -264,6 +269,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.plan:
         return 0
     print(sweep_tables.summary(record))
+    if arguments.main_job:
+        record["ops"], unfinished = optable.run(arguments.op_budget, arguments.device)
+        sweep_record.save(arguments.output, record)
+        print(optable.text(record["ops"], unfinished) + "\n")
     if not arguments.no_report and record["sizes"]:
         from benchmarks import report
 

@@ -1,0 +1,161 @@
+"""A whole training step against the published one, beside it in one process: our step with the published quirks, and the eager twin.
+
+The twin (`eager_twin.py`) is held to the golden steps of the published code. Both sides start from the same weights, see the same clips
+and the same masks (truncated to the batch minimum), and must give the same loss. `untruncated` compares our own default, no truncation
+and one packed call for all mask sets, per token of encoder and predictor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from benchmarks import eager_twin, flop, harness
+from benchmarks.resolutions import Resolution, parse_resolution
+from jepa import step as training
+from jepa.batch import Batch, MaskBatch
+from jepa.masks import MaskPolicy, sample_masks
+from jepa.models.sizes import SIZES
+from jepa.schedules import ScheduleConfig
+from jepa.variants import variant
+from jepa_kernels import use_backend
+
+OP = "step"
+FRAMES, BATCH = 16, 2
+# Past the published context ramp, so that the context loss has its full weight on both sides.
+STEP = 40_000
+LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+@dataclass
+class Inputs:
+    clip: torch.Tensor
+    masks: MaskBatch
+    context_ids: list[torch.Tensor]
+    target_ids: list[torch.Tensor]
+
+
+def inputs(resolution: Resolution, options: harness.Options, *, truncate: str) -> Inputs:
+    torch.manual_seed(options.seed)
+    clip = torch.randn(BATCH, 3, FRAMES, resolution.height, resolution.width)
+    policy = MaskPolicy(truncate=truncate, shared_block_size=True)
+    masks = sample_masks(policy, resolution.grid(FRAMES), seed=options.seed, step=0, samples=range(BATCH))
+    lists = []
+    for ids, offsets in ((masks.context_ids, masks.context_cu), (masks.target_ids, masks.target_cu)):
+        rows = ids.split(offsets.diff().tolist())
+        equal = [rows[j * BATCH : (j + 1) * BATCH] for j in range(masks.num_sets)]
+        lists.append([torch.stack(part).to(options.device) for part in equal] if truncate == "batch_min" else [])
+    return Inputs(clip.to(options.device), masks.to(options.device), *lists)
+
+
+def our_state(size: str, precision: str, checkpointing: bool, device: str) -> training.TrainState:
+    model = replace(SIZES[size], checkpoint_activations=checkpointing)
+    chosen = variant("baseline", quirks="published_quirks")
+    cfg = training.StepConfig(model, chosen, ScheduleConfig(rate=1e-5, initial_rate=1e-5, final_rate=1e-5), precision=precision)
+    torch.manual_seed(0)
+    return training.new_state(cfg, device)
+
+
+def their_twin(state: training.TrainState, size: str, dtype: str, checkpointing: bool, device: str) -> eager_twin.EagerTwin:
+    """The twin with our weights."""
+    autocast = torch.bfloat16 if dtype == "bfloat16" else None
+    recipe = eager_twin.RECIPES["baseline"]
+    twin = eager_twin.EagerTwin(eager_twin.SIZES[size], recipe, checkpointing=checkpointing, autocast=autocast, device=device)
+    twin.encoder.load_state_dict(state.bundle.context_encoder.state_dict())
+    ours = state.bundle.predictor.state_dict()
+    missing = twin.predictor.load_state_dict(ours, strict=False)
+    if missing.unexpected_keys or any("mask_tokens" not in name for name in missing.missing_keys):
+        raise ValueError(f"bench_step: weights must have the twin's names, got {missing}.")
+    twin.reset_training_state()
+    return twin
+
+
+def our_call(state: training.TrainState, batch: Batch, backend: str) -> Callable[[], object]:
+    def call() -> object:
+        with use_backend(backend):
+            return training.train_step(state, batch)
+
+    return call
+
+
+def gate(state: training.TrainState, twin: eager_twin.EagerTwin, batch: Batch, given: Inputs, dtype: str, backend: str) -> None:
+    """The same loss from the same weights, before either side trains."""
+    with torch.no_grad(), use_backend(backend):
+        ours, _ = training.loss_step(state.bundle, batch, state.cfg)
+        theirs = twin.forward(given.clip, given.context_ids, given.target_ids).loss
+    harness.require_close("loss", ours, theirs, rtol=LOSS_TOLERANCE[dtype])
+
+
+def step_flop(size: str, masks: MaskBatch) -> float:
+    lengths = (masks.context_cu.diff().tolist(), masks.target_cu.diff().tolist())
+    return sum(part.total for part in flop.pretrain_step(SIZES[size], masks.num_tokens, BATCH, *lengths).values())
+
+
+def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
+    size = "micro" if options.quick else "tiny"
+    sizes = ("64",) if options.quick else ("112", "224")
+    for dtype in options.dtypes or ("float32",):
+        for name in sizes:
+            for checkpointing in (False,) if options.quick else (False, True):
+                yield from _case(options, size, dtype, parse_resolution(name), checkpointing)
+
+
+def _case(options: harness.Options, size: str, dtype: str, resolution: Resolution, checkpointing: bool) -> Iterator[harness.Comparison]:
+    precision = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
+    given = inputs(resolution, options, truncate="batch_min")
+    batch = Batch(given.clip, None, torch.arange(BATCH), given.masks, STEP)
+    for backend in options.backends or ("auto",):
+        # Ours never needs checkpointing to match: the published configuration has it on, so `checkpointed` is their choice, not ours.
+        state = our_state(size, precision, False, options.device)
+        twin = their_twin(state, size, dtype, checkpointing, options.device)
+
+        def theirs(twin: eager_twin.EagerTwin = twin) -> object:
+            return twin.train_step(given.clip, given.context_ids, given.target_ids)
+
+        label = "published, checkpointing" if checkpointing else "published"
+        yield harness.Comparison(
+            case=f"{size}/{resolution.name}px/{FRAMES}f",
+            dtype=dtype,
+            pass_name="step",
+            backend=backend,
+            baseline=label,
+            candidate=our_call(state, batch, backend),
+            reference=theirs,
+            gate=lambda state=state, twin=twin, backend=backend: gate(state, twin, batch, given, dtype, backend),
+            flop=step_flop(size, given.masks),
+            details={"resolution": resolution.name, "tokens": resolution.tokens(FRAMES), "batch": BATCH, "size": size},
+        )
+        if checkpointing:
+            continue
+        free = inputs(resolution, options, truncate="none")
+        free_batch = Batch(free.clip, None, torch.arange(BATCH), free.masks, STEP)
+        per_token = _tokens(free.masks) / _tokens(given.masks)
+        yield harness.Comparison(
+            case=f"{size}/{resolution.name}px/{FRAMES}f/untruncated",
+            dtype=dtype,
+            pass_name="step",
+            backend=backend,
+            baseline="published",
+            candidate=our_call(state, free_batch, backend),
+            reference=theirs,
+            gate=lambda: None,
+            flop=step_flop(size, free.masks),
+            details={
+                "resolution": resolution.name,
+                "tokens": resolution.tokens(FRAMES),
+                "batch": BATCH,
+                "size": size,
+                "tokens_over_published": per_token,
+            },
+        )
+
+
+def _tokens(masks: MaskBatch) -> int:
+    """Tokens that blocks run on: all of the clip in the target encoder, the context, and context and targets in the predictor."""
+    return BATCH * masks.num_tokens + 2 * masks.context_ids.numel() + masks.target_ids.numel()
+
+
+if __name__ == "__main__":
+    raise SystemExit(harness.main(OP, comparisons, __doc__))

@@ -1,0 +1,222 @@
+"""The sweep end to end on a tiny workload: measures, resumes, leaves out, assembles, predicts; and its record's arithmetic."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import objective_cost, sweep, sweep_measure, sweep_plan, sweep_record, sweep_tables, workload
+from benchmarks.resolutions import parse_resolution
+from jepa.models.sizes import SIZES
+from jepa.variants import VARIANTS, variant
+from jepa_kernels import BackendUnsupportedError
+
+QUICK = ["--variants", "baseline,ld,kinematic", "--resolutions", "32,48,64", "--frames", "8", "--rounds", "1", "--threads", "1",
+         "--budget", "60", "--no-report"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """One sweep, measured once for this file and the report's tests."""
+    before = torch.get_num_threads()
+    path = tmp_path_factory.mktemp("sweep") / "sweep.json"
+    assert sweep.main([*QUICK, "--output", str(path)]) == 0
+    torch.set_num_threads(before)
+    return path, sweep_record.load(path)
+
+
+def test_every_cell_is_there(finished: tuple[Path, dict]) -> None:
+    _, record = finished
+    cells = record["cells"]
+    assert len(cells) == 3 * 2 * (3 + 3 + 1 + 1)  # resolutions x backends x (pretrain + finetune with objective per variant, two of any)
+    assert {cell["status"] for cell in cells} == {"ok"}
+    for cell in cells:
+        assert cell["clips_per_s"] == pytest.approx(1e3 * cell["batch"] / cell["step_ms"])
+        assert cell["tokens_per_s"] == pytest.approx(cell["clips_per_s"] * cell["tokens"])
+        assert cell["interval_ms"][0] <= cell["step_ms"] + 1e-9 and cell["flop"] > 0
+        assert cell["peak_bytes"] is None or cell["peak_bytes"] > 50 * 2**20
+        if cell["backend"] == "auto":
+            assert cell["speedup"] > 0 and len(cell["speedup_interval"]) == 2
+        if cell["variant"] == "ld":
+            assert math.isclose(cell["overhead"], cell["objective_added_ms"] / (cell["step_ms"] - cell["objective_added_ms"]))
+
+
+def test_phases_add_up_to_the_step(finished: tuple[Path, dict]) -> None:
+    for cell in finished[1]["cells"]:
+        total = sum(cell["phases_ms"].values())
+        assert total == pytest.approx(cell["step_ms"], rel=0.02), cell  # one round: medians of phases and of the step coincide
+
+
+def test_fits_have_a_held_out_check(finished: tuple[Path, dict]) -> None:
+    fits = finished[1]["fits"]
+    assert len(fits) == 2 * 8
+    for made in fits:
+        assert made["holdout"]["tokens"] == 64
+        assert len(made["exponents"]) == len(made["slopes"]) == 3
+        assert set(made["phases"]) and made["step"]["points"] == 3
+
+
+def test_a_finished_sweep_is_kept(finished: tuple[Path, dict], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, record = finished
+    monkeypatch.setattr(sweep, "measure_resolution", lambda *_: pytest.fail("measured again"))
+    assert sweep.main([*QUICK, "--output", str(path)]) == 0
+    assert "kept from" in capsys.readouterr().out
+    assert sweep_record.load(path)["measured"] == record["measured"]
+
+
+def test_a_sweep_goes_on_where_it_stopped(finished: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interruption after the second resolution keeps two; the same command measures the third only."""
+    _, record = finished
+    partial = copy.deepcopy(record)
+    partial["sizes"] = partial["sizes"][:2]
+    for name in ("measured", "objectives"):
+        partial[name] = [row for row in partial[name] if row["resolution"] != "64"]
+    path = tmp_path / "sweep.json"
+    sweep_record.save(path, partial)
+    asked: list[str] = []
+    real = sweep.measure_resolution
+
+    def counting(record: dict, work: workload.Workload, *rest: object) -> None:
+        asked.append(work.resolution.name)
+        real(record, work, *rest)
+
+    monkeypatch.setattr(sweep, "measure_resolution", counting)
+    assert sweep.main([*QUICK, "--output", str(path)]) == 0
+    assert asked == ["64"]
+    assert [row["resolution"] for row in sweep_record.load(path)["sizes"]] == ["32", "48", "64"]
+
+
+def test_what_does_not_fit_the_budget_is_named(finished: tuple[Path, dict], tmp_path: Path) -> None:
+    path = tmp_path / "sweep.json"
+    partial = copy.deepcopy(finished[1])
+    partial["settings"]["variants"] = ["baseline"]
+    arguments = sweep.parser().parse_args(["--variants", "baseline", "--budget", "1", "--output", str(path)])
+    plan = sweep_plan.Plan(partial, {"baseline": variant("baseline")}, arguments)
+    far = workload.Workload(parse_resolution("512"), SIZES["small"], batch=2)
+    assert "of the budget are left" in plan.refusal(far)
+    huge = workload.Workload(parse_resolution("512"), SIZES["giant"], batch=4096)
+    assert "GB of memory" in plan.refusal(huge)
+    assert "left out unless" in plan.describe([far])
+
+
+def test_failures_become_reasons_and_others_propagate() -> None:
+    def boom(error: BaseException) -> sweep_measure.Side:
+        def run(_: int) -> dict[str, float]:
+            raise error
+
+        return sweep_measure.Side("pretrain", "blocks/ema", "auto", run, {}, 0.0)
+
+    good = sweep_measure.Side("pretrain", "blocks/ema", "torch", lambda _: {"target": 0.001}, {}, 0.0)
+    memory, refused = boom(MemoryError("no room")), boom(BackendUnsupportedError("cannot run on backend 'cuda'"))
+    sweep_measure.time_sides([memory, good, refused], 2, 1, 5.0)
+    assert memory.problem == ("out of memory", "no room") and refused.problem[0] == "unsupported"
+    assert len(good.rounds) == 2 and not memory.rounds
+    work = workload.Workload(parse_resolution("32"), SIZES["micro"])
+    row = sweep_measure.side_row(memory, work)
+    assert row["status"] == "out of memory" and row["reason"] == "no room" and "rounds_s" not in row
+    with pytest.raises(RuntimeError, match="a bug"):
+        sweep_measure.time_sides([boom(RuntimeError("a bug"))], 1, 1, 1.0)
+
+
+def test_a_failed_cell_keeps_its_reason_and_the_others_stand(finished: tuple[Path, dict]) -> None:
+    record = copy.deepcopy(finished[1])
+    for row in record["measured"]:
+        if row["kind"] == "pretrain" and row["resolution"] == "64" and row["backend"] == "auto" and row["group"] == "blocks/ema":
+            row |= {"status": "out of memory", "reason": "no room"}
+            del row["rounds_s"]
+    cells = sweep_record.assemble(record)
+    lost = sweep_record.find(cells, mode="pretrain", variant="baseline", resolution="64", backend="auto")
+    assert (lost["status"], lost["reason"]) == ("out of memory", "no room")
+    assert sweep_record.find(cells, mode="pretrain", variant="kinematic", resolution="64", backend="auto")["status"] == "ok"
+    assert sweep_record.find(cells, mode="pretrain", variant="baseline", resolution="48", backend="auto")["status"] == "ok"
+    assert len(sweep_record.fits(cells)) == 16
+
+
+def test_groups_and_signatures_share_work() -> None:
+    groups = {name: workload.Group.of(variant(name), "none").name for name in VARIANTS}
+    assert len(set(groups.values())) == 6
+    assert groups["baseline"] == groups["ld"] == "blocks/ema" and groups["kinematic"] == "blocks/online"
+    same = [objective_cost.signature(variant(name)) for name in ("kinematic", "kinematic_0_1")]
+    assert same[0] == same[1] != objective_cost.signature(variant("kinematic_huber"))
+    assert objective_cost.is_baseline(variant("motion_guided")) and not objective_cost.is_baseline(variant("hw"))
+
+
+def test_prediction_of_an_unmeasured_size(finished: tuple[Path, dict], capsys: pytest.CaptureFixture[str]) -> None:
+    path, record = finished
+    assert sweep.main(["--predict", "512x512x32", "--batch", "8", "--record", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "16384 tokens per clip" in text and "held-out check" in text
+    made = sweep_record.find(record["fits"], mode="pretrain", variant="baseline", backend="auto")
+    line = next(line for line in text.splitlines() if line.startswith("pretrain") and "baseline" in line)
+    expected = made["step"]["constant"] + made["step"]["per_token"] * 8 * 16384 + made["step"]["per_pair"] * 8 * 16384**2
+    assert f"{expected:.3f} s" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--variants", "nosuch"], "variants must be of"),
+        (["--backends", "gpu"], "backends must be of"),
+        (["--modes", "probe"], "modes must be of"),
+        (["--batch", "0"], "batch must be at least 1"),
+        (["--resolutions", "100"], "multiple of 16"),
+        (["--predict", "512"], "HEIGHTxWIDTHxFRAMES"),
+        (["--predict", "64x64x8", "--record", "/nonexistent.json"], "does not exist"),
+    ],
+)
+def test_bad_questions_get_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+
+
+def test_plan_alone_measures_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "none.json"
+    assert sweep.main(["--plan", "--output", str(path)]) == 0
+    assert "28 variants in 6 groups" in capsys.readouterr().out and not path.exists()
+
+
+def test_own_encoder_and_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    own = ["--variants", "baseline", "--resolutions", "32", "--frames", "4", "--rounds", "1", "--modes", "pretrain", "--backends", "torch"]
+    given = [*own, "--data", "tensors", "--encoder", "jepa.models.encoder:Encoder", "--no-report", "--output", str(path)]
+    assert sweep.main(given) == 0
+    cell = sweep_record.load(path)["cells"][0]
+    assert cell["status"] == "ok" and "speedup" not in cell
+    with pytest.raises(ValueError, match=r"package\.module:factory"):
+        workload.load_encoder("nonsense", SIZES["micro"])
+    with pytest.raises(ValueError, match="UCF-101 folder"):
+        workload.clip_source(workload.Workload(parse_resolution("32"), SIZES["micro"], data="/nonexistent"))
+
+
+def test_objective_cost_sees_work_that_is_there() -> None:
+    """SIGReg does hundreds of times the arithmetic of a delta, and the paired difference must show it."""
+    work = workload.Workload(parse_resolution("64"), SIZES["micro"], frames=8)
+    group = workload.Group.of(variant("baseline"), "none")
+    pretraining = workload.Pretraining(work)
+    batch = workload.make_batch(work, group.policy, workload.TensorClips(work), 0)
+    features = pretraining.features(group, batch)
+    costs = {
+        name: objective_cost.measure(pretraining, group, variant(name), batch, features, backend="torch", rounds=3, budget_s=2.0)
+        for name in ("delta", "sigreg")
+    }
+    assert costs["sigreg"].added_s > 2 * max(0.0, costs["delta"].added_s)
+    assert costs["sigreg"].interval_s[0] <= costs["sigreg"].added_s <= costs["sigreg"].interval_s[1]
+
+
+def test_records_of_another_kind_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({"schema": 1, "records": []}))
+    with pytest.raises(ValueError, match="must be a sweep"):
+        sweep_record.load(path)
+
+
+def test_tables_of_an_empty_record_say_why() -> None:
+    record = {"sizes": [], "left_out": [{"resolution": "64", "reason": "no time"}], "settings": SimpleNamespace()}
+    assert "64 px: no time" in sweep_tables.summary(record)
