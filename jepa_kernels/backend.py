@@ -28,7 +28,11 @@ class BackendUnsupportedError(NotImplementedError):
 class Call(Protocol):
     """What backends may look at to decide: shapes, dtypes, devices and flags, never values."""
 
-    device_type: str
+    @property
+    def device_type(self) -> str: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def describe(self) -> str:
         """The call on one line, for refusals and `explain`."""
