@@ -87,7 +87,10 @@ def masked_attention(
         cu_seqlens_k = cu_seqlens_q
     scale = call.head_dim**-0.5 if scale is None else float(scale)
     out, lse = _op.run(name, query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope, scale, return_lse)
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    assert lse is not None  # every backend returns it when asked
+    return out, lse
 
 
 def _autocast(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -131,7 +134,7 @@ def prepare(
     if not packed and cu_seqlens_k is not None:
         raise ValueError(checks.sentence(_NAME, "cu_seqlens_k", "be None without cu_seqlens_q", "a tensor"))
     _check_rows(query, key, value, packed)
-    if packed:
+    if cu_seqlens_q is not None:
         _check_offsets("cu_seqlens_q", cu_seqlens_q, query)
         if cu_seqlens_k is not None:
             _check_offsets("cu_seqlens_k", cu_seqlens_k, query)
