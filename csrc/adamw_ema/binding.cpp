@@ -15,8 +15,8 @@ struct Lists {
 };
 
 void check_lists(const Lists& l, const Tensor& hyper, int64_t rounding) {
-  for (const auto& [list, name] : {std::pair{&l.grads, "grads"}, std::pair{&l.exp_avgs, "exp_avgs"}, std::pair{&l.exp_avg_sqs, "exp_avg_sqs"},
-                                   std::pair{&l.steps, "steps"}}) {
+  for (const auto& [list, name] : {std::pair{&l.grads, "grads"}, std::pair{&l.exp_avgs, "exp_avgs"},
+                                   std::pair{&l.exp_avg_sqs, "exp_avg_sqs"}, std::pair{&l.steps, "steps"}}) {
     STD_TORCH_CHECK(list->size() == l.params.size(), kOp, ": ", name, " must have one entry for each parameter.");
   }
   STD_TORCH_CHECK(l.groups.size() == l.params.size(), kOp, ": groups must have one entry for each parameter.");
@@ -24,8 +24,9 @@ void check_lists(const Lists& l, const Tensor& hyper, int64_t rounding) {
   check_length(kOp, "copies", l.copies.size(), l.targets.size(), true);
   check_length(kOp, "compensations", l.compensations.size(), l.targets.size(), rounding != JK_ROUND_KAHAN);
   check_length(kOp, "streams", l.streams.size(), l.targets.size(), false);
-  STD_TORCH_CHECK(hyper.dim() == 2 && hyper.size(1) == JK_ADAMW_COLUMNS && hyper.scalar_type() == ScalarType::Double && hyper.is_contiguous(),
-                  kOp, ": hyper must be contiguous float64 of shape [groups, 6].");
+  STD_TORCH_CHECK(
+      hyper.dim() == 2 && hyper.size(1) == JK_ADAMW_COLUMNS && hyper.scalar_type() == ScalarType::Double && hyper.is_contiguous(), kOp,
+      ": hyper must be contiguous float64 of shape [groups, 6].");
   for (const int64_t group : l.groups) STD_TORCH_CHECK(group >= 0 && group < hyper.size(0), kOp, ": groups must hold rows of hyper.");
 }
 
@@ -90,12 +91,13 @@ jk_adamw_ema_params describe(const Lists& l, const std::vector<jk_adamw_tensor>&
   return p;
 }
 
-void step_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps, const Tensor& hyper, std::vector<int64_t> groups,
-              Tensors targets, const Tensor& momentum, Tensors copies, Tensors compensations, std::vector<int64_t> streams, int64_t rounding,
-              const std::optional<Tensor>& seed, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf, int64_t isa) {
+void step_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps, const Tensor& hyper,
+              std::vector<int64_t> groups, Tensors targets, const Tensor& momentum, Tensors copies, Tensors compensations,
+              std::vector<int64_t> streams, int64_t rounding, const std::optional<Tensor>& seed, const std::optional<Tensor>& grad_scale,
+              const std::optional<Tensor>& found_inf, int64_t isa) {
   if (params.empty()) return;
-  const Lists l{std::move(params), std::move(grads), std::move(exp_avgs), std::move(exp_avg_sqs), std::move(steps), std::move(targets),
-                std::move(copies), std::move(compensations), std::move(groups), std::move(streams)};
+  const Lists l{std::move(params),  std::move(grads),  std::move(exp_avgs),      std::move(exp_avg_sqs), std::move(steps),
+                std::move(targets), std::move(copies), std::move(compensations), std::move(groups),      std::move(streams)};
   check_lists(l, hyper, rounding);
   STD_TORCH_CHECK(hyper.device().is_cpu(), kOp, ": hyper must be on the CPU with parameters on the CPU.");
   const auto list = entries(l, rounding);
@@ -103,12 +105,13 @@ void step_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
   check_sentence(jk_adamw_ema_cpu_fwd(&p, static_cast<int>(isa), parallel_for));
 }
 
-void step_cuda(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps, const Tensor& hyper, std::vector<int64_t> groups,
-               Tensors targets, const Tensor& momentum, Tensors copies, Tensors compensations, std::vector<int64_t> streams, int64_t rounding,
-               const std::optional<Tensor>& seed, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
+void step_cuda(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps, const Tensor& hyper,
+               std::vector<int64_t> groups, Tensors targets, const Tensor& momentum, Tensors copies, Tensors compensations,
+               std::vector<int64_t> streams, int64_t rounding, const std::optional<Tensor>& seed, const std::optional<Tensor>& grad_scale,
+               const std::optional<Tensor>& found_inf) {
   if (params.empty()) return;
-  const Lists l{std::move(params), std::move(grads), std::move(exp_avgs), std::move(exp_avg_sqs), std::move(steps), std::move(targets),
-                std::move(copies), std::move(compensations), std::move(groups), std::move(streams)};
+  const Lists l{std::move(params),  std::move(grads),  std::move(exp_avgs),      std::move(exp_avg_sqs), std::move(steps),
+                std::move(targets), std::move(copies), std::move(compensations), std::move(groups),      std::move(streams)};
   check_lists(l, hyper, rounding);
   const auto list = entries(l, rounding);
   const auto p = describe(l, list, hyper, momentum, rounding, seed, grad_scale, found_inf);

@@ -64,8 +64,8 @@ inline void adamw_elements(T& param, T grad, T& exp_avg, T& exp_avg_sq, const Ad
 }
 
 inline void adamw(const AdamwBlock& block, int64_t n, const jk_adamw_step& s) {
-  const AdamwCoefficients<Lanes> c{every(s.decay), every(s.grad_factor), every(s.take1), every(s.beta2),
-                                   every(s.take2), every(s.size), every(s.inverse_sqrt2), every(s.eps)};
+  const AdamwCoefficients<Lanes> c{every(s.decay), every(s.grad_factor), every(s.take1),         every(s.beta2),
+                                   every(s.take2), every(s.size),        every(s.inverse_sqrt2), every(s.eps)};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     Lanes param = load(block.param + i), exp_avg = load(block.exp_avg + i), exp_avg_sq = load(block.exp_avg_sq + i);
@@ -106,9 +106,8 @@ void adamw_ema_body(int64_t begin, int64_t end, void* context) {
   const jk_adamw_ema_job& job = *(const jk_adamw_ema_job*)context;
   const jk_adamw_ema_params& p = *job.params;
   const EmaWeights w = ema_weights(p.momentum);
-  for_each_block(job.ends, p.num_tensors, begin, end, kBlock, [&](int64_t tensor, int64_t first, int64_t n) {
-    adamw_ema_block(p.tensors[tensor], job.steps[tensor], first, n, p, w);
-  });
+  for_each_block(job.ends, p.num_tensors, begin, end, kBlock,
+                 [&](int64_t tensor, int64_t first, int64_t n) { adamw_ema_block(p.tensors[tensor], job.steps[tensor], first, n, p, w); });
 }
 
 }  // namespace

@@ -19,12 +19,12 @@ struct Entry {
   int64_t numel;
   const float* step_device;
   union {
-    jk_adamw_step known;               // kHost
-    double hyper[JK_ADAMW_COLUMNS];    // kDeviceStep
+    jk_adamw_step known;             // kHost
+    double hyper[JK_ADAMW_COLUMNS];  // kDeviceStep
     struct {
       const double* row;
-      double step;                     // where step_device is NULL
-    } device;                          // kDeviceHyper
+      double step;  // where step_device is NULL
+    } device;       // kDeviceHyper
   } scalars;
   int32_t index;
   uint8_t param_dtype, grad_dtype, state_dtype, target_dtype, copy_dtype;

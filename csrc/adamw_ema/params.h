@@ -8,11 +8,11 @@ typedef struct {
   const void* grad;
   void *exp_avg, *exp_avg_sq;
   int64_t numel;
-  jk_ema_tensor ema;        // target NULL where no teacher follows this parameter; source, source_dtype and numel are not read
+  jk_ema_tensor ema;  // target NULL where no teacher follows this parameter; source, source_dtype and numel are not read
   int32_t param_dtype, grad_dtype, state_dtype;  // jk_dtype; exp_avg and exp_avg_sq are of state_dtype
-  int32_t group;            // row of the hyperparameter table
-  double step;              // number of this step from 1, read where step_device is NULL
-  const float* step_device;  // CUDA only
+  int32_t group;                                 // row of the hyperparameter table
+  double step;                                   // number of this step from 1, read where step_device is NULL
+  const float* step_device;                      // CUDA only
 } jk_adamw_tensor;
 
 // Columns of a row of the hyperparameter table.
@@ -27,7 +27,7 @@ typedef struct {
   const float* found_inf;      // not 0: nothing is changed; NULL = 0. Memory as for grad_scale
   double momentum;             // of the average, as in jk_ema_update_params
   const double* momentum_device;
-  int64_t rounding;            // jk_rounding
+  int64_t rounding;  // jk_rounding
   int64_t seed;
   const int64_t* seed_device;
 } jk_adamw_ema_params;

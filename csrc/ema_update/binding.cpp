@@ -26,7 +26,8 @@ std::vector<jk_ema_tensor> entries(const Tensors& targets, const Tensors& source
   return list;
 }
 
-jk_ema_update_params describe(const std::vector<jk_ema_tensor>& list, const Tensor& momentum, int64_t rounding, const std::optional<Tensor>& seed) {
+jk_ema_update_params describe(const std::vector<jk_ema_tensor>& list, const Tensor& momentum, int64_t rounding,
+                              const std::optional<Tensor>& seed) {
   jk_ema_update_params p{};
   p.tensors = list.data();
   p.num_tensors = static_cast<int64_t>(list.size());
@@ -34,15 +35,15 @@ jk_ema_update_params describe(const std::vector<jk_ema_tensor>& list, const Tens
   return p;
 }
 
-void update_cpu(Tensors targets, Tensors sources, const Tensor& momentum, Tensors copies, Tensors compensations, std::vector<int64_t> streams,
-                int64_t rounding, const std::optional<Tensor>& seed, int64_t isa) {
+void update_cpu(Tensors targets, Tensors sources, const Tensor& momentum, Tensors copies, Tensors compensations,
+                std::vector<int64_t> streams, int64_t rounding, const std::optional<Tensor>& seed, int64_t isa) {
   const auto list = entries(targets, sources, copies, compensations, streams, rounding);
   const auto p = describe(list, momentum, rounding, seed);
   check_sentence(jk_ema_update_cpu_fwd(&p, static_cast<int>(isa), parallel_for));
 }
 
-void update_cuda(Tensors targets, Tensors sources, const Tensor& momentum, Tensors copies, Tensors compensations, std::vector<int64_t> streams,
-                 int64_t rounding, const std::optional<Tensor>& seed) {
+void update_cuda(Tensors targets, Tensors sources, const Tensor& momentum, Tensors copies, Tensors compensations,
+                 std::vector<int64_t> streams, int64_t rounding, const std::optional<Tensor>& seed) {
   if (targets.empty()) return;
   const auto list = entries(targets, sources, copies, compensations, streams, rounding);
   const auto p = describe(list, momentum, rounding, seed);

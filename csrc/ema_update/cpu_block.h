@@ -92,7 +92,8 @@ inline void narrow(void* data, int32_t dtype, int64_t first, int64_t n, const fl
   }
   int64_t i = 0;
 #ifdef __F16C__
-  for (; i + 8 <= n; i += 8) _mm_storeu_si128((__m128i*)(half + i), _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT));
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128((__m128i*)(half + i), _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
   for (; i < n; i++) half[i] = narrow_float16(values[i]);
 }
@@ -132,7 +133,8 @@ inline void narrow_stochastic(uint16_t* target, const float* value, int64_t firs
 }
 
 // target <- average(target, source) for elements [first, first + n) of `t`, n <= kBlock, and the copy of the result.
-inline void average_block(const jk_ema_tensor& t, int64_t first, int64_t n, const float* source, EmaWeights w, int64_t rounding, RandomKey key) {
+inline void average_block(const jk_ema_tensor& t, int64_t first, int64_t n, const float* source, EmaWeights w, int64_t rounding,
+                          RandomKey key) {
   alignas(64) float value[kBlock], scratch[kBlock];
   const float* result = value;
   if (t.target_dtype == JK_FLOAT32) {

@@ -111,7 +111,8 @@ JK_DEVICE float average(float target, float source, EmaWeights w) {
 }
 
 // Averages `source` into elements [first, first + n) of the target of `t` and writes compensation and copy.
-JK_DEVICE void average_lanes(const jk_ema_tensor& t, const Lanes& source, int64_t first, int n, bool wide, EmaWeights w, int rounding, RandomKey key) {
+JK_DEVICE void average_lanes(const jk_ema_tensor& t, const Lanes& source, int64_t first, int n, bool wide, EmaWeights w, int rounding,
+                             RandomKey key) {
   Lanes value, lost;
   load_lanes(value, t.target, t.target_dtype, first, n, wide);
   const bool kahan = rounding == JK_ROUND_KAHAN && t.target_dtype != JK_FLOAT32;

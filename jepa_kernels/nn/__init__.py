@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from .attention import CrossAttention, RoPEAttention
+from .ema import EMATeacher
+from .momentum import CosineMomentum, LinearMomentum
 
-__all__ = ["CrossAttention", "RoPEAttention"]
+__all__ = ["CosineMomentum", "CrossAttention", "EMATeacher", "LinearMomentum", "RoPEAttention"]

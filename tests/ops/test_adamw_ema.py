@@ -33,7 +33,19 @@ def case(param=torch.float32, grad=None, state=None, target=torch.float32, sizes
     return values
 
 
-def run(backend, values, *, steps=3.0, momentum=0.9, copies=None, compensations=None, rounding="nearest", seed=None, device_steps=False, **options):
+def run(
+    backend,
+    values,
+    *,
+    steps=3.0,
+    momentum=0.9,
+    copies=None,
+    compensations=None,
+    rounding="nearest",
+    seed=None,
+    device_steps=False,
+    **options,
+):
     """Copies of every list after one step, by name."""
     local = {name: run_here(backend, values[name]) for name in LISTS}
     extra = {name: None if v is None else run_here(backend, v) for name, v in (("copies", copies), ("compensations", compensations))}
@@ -158,7 +170,20 @@ def _arguments(backend, dtype=torch.float32):
     copies = [torch.empty_like(t, dtype=torch.bfloat16) for t in values["targets"]]
     flags = (torch.ones((), device=device), torch.zeros((), device=device))
     hyper = torch.tensor(HYPER, dtype=torch.float64)
-    return (*(values[n] for n in LISTS[:4]), steps, hyper, [0, 1, 1], values["targets"], momentum, copies, [], None, "nearest", *flags, backend)
+    return (
+        *(values[n] for n in LISTS[:4]),
+        steps,
+        hyper,
+        [0, 1, 1],
+        values["targets"],
+        momentum,
+        copies,
+        [],
+        None,
+        "nearest",
+        *flags,
+        backend,
+    )
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
@@ -234,7 +259,9 @@ def test_a_forced_backend_refuses_with_every_reason():
     with pytest.raises(BackendUnsupportedError, match=r"(?s)'triton'.*CUDA device.*try"):
         _bad(backend="triton")()
     values = case(torch.float64)
-    call = explain("adamw_ema", *(values[n] for n in LISTS[:4]), [torch.tensor(1.0)] * len(SIZES), hyper=torch.tensor(HYPER[:1], dtype=torch.float64))
+    call = explain(
+        "adamw_ema", *(values[n] for n in LISTS[:4]), [torch.tensor(1.0)] * len(SIZES), hyper=torch.tensor(HYPER[:1], dtype=torch.float64)
+    )
     assert "runs on    torch" in call
 
 

@@ -75,7 +75,9 @@ def open_library(path: str | Path) -> ctypes.CDLL:
     return library
 
 
-def ema_update(library, tensors: Sequence[EmaTensor], momentum: float, *, momentum_device=None, rounding=NEAREST, seed=0, seed_device=None) -> bytes | None:
+def ema_update(
+    library, tensors: Sequence[EmaTensor], momentum: float, *, momentum_device=None, rounding=NEAREST, seed=0, seed_device=None
+) -> bytes | None:
     """Runs the kernel; returns its sentence when something is wrong."""
     array = (EmaTensor * len(tensors))(*tensors)
     params = EmaParams(array, len(tensors), momentum, address(momentum_device), rounding, seed, address(seed_device))

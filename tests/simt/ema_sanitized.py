@@ -16,7 +16,9 @@ def ema(library) -> bytes | None:
     entries, kept = [], []
     for i, size in enumerate(SIZES):
         for target_type in (np.float32, np.uint16):
-            arrays = [rng.integers(0, 2**14, size).astype(np.uint16) if target_type is np.uint16 else rng.standard_normal(size).astype(np.float32)]
+            arrays = [
+                rng.integers(0, 2**14, size).astype(np.uint16) if target_type is np.uint16 else rng.standard_normal(size).astype(np.float32)
+            ]
             arrays += [rng.standard_normal(size).astype(np.float16), np.zeros(size, np.uint16), np.zeros(size, target_type)]
             kept.append(arrays)
             entries.append(ema_abi.ema_tensor(*arrays, index=i))

@@ -131,7 +131,9 @@ def test_adamw_equals_the_cpu_kernel_bit_for_bit(adamw_library, order, param, st
         adamw_library, adamw_entries(lists, targets, copies, lost), hyper.numpy(), 0.99, rounding=ROUNDINGS.index(rounding), seed=seed or 0
     )
     assert error is None, error
-    for name, actual, wanted in zip(("param", "grad", "exp_avg", "exp_avg_sq", "target", "copy"), (*lists, targets, copies), expected, strict=True):
+    for name, actual, wanted in zip(
+        ("param", "grad", "exp_avg", "exp_avg_sq", "target", "copy"), (*lists, targets, copies), expected, strict=True
+    ):
         assert all(torch.equal(a, e) for a, e in zip(actual, wanted, strict=True)), name
     configure(adamw_library)
 
@@ -156,7 +158,11 @@ def test_scalars_on_the_device_and_a_skipped_step(adamw_library):
         assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in zip(results[0], other, strict=True))
     lists, targets = adamw_lists(torch.float32, torch.float32, torch.float32, (30, 5, 9))
     adamw_ema_(
-        *lists, [torch.tensor(4.0)] * 3, hyper=torch.tensor(HYPER, dtype=torch.float64), groups=[0, 1, 0], teacher=TeacherLists(targets, 0.9)
+        *lists,
+        [torch.tensor(4.0)] * 3,
+        hyper=torch.tensor(HYPER, dtype=torch.float64),
+        groups=[0, 1, 0],
+        teacher=TeacherLists(targets, 0.9),
     )
     wanted = [t for v in (lists[0], lists[2], lists[3], targets) for t in v]
     assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in zip(results[0], wanted, strict=True))

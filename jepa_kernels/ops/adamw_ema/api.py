@@ -12,7 +12,7 @@ from ..ema_update import api as ema_api
 from ..ema_update import shards
 from . import op as _op
 from .call import Call
-from .lists import NAMES, Lists
+from .lists import SHARDED, Lists
 from .teacher import TeacherLists
 
 _NAME = "adamw_ema_"
@@ -74,14 +74,12 @@ def adamw_ema_(
     """
     teacher = _NO_TEACHER if teacher is None else teacher
     _check_kinds(params, grads, exp_avgs, exp_avg_sqs, steps, teacher)
-    given = (params, grads, exp_avgs, exp_avg_sqs, steps, teacher.targets, teacher.copies, teacher.compensations)
-    named = dict(zip(NAMES, given, strict=True))
+    given = (params, grads, exp_avgs, exp_avg_sqs, teacher.targets, teacher.copies, teacher.compensations)
     with torch.no_grad():
-        steps = named.pop("steps")
-        local = shards.local(_NAME, named)
-        lists = Lists(steps=list(steps), **{name: values or [] for name, values in local.items()})
+        local = shards.local(_NAME, dict(zip(SHARDED, given, strict=True)))
+        lists = Lists(steps=list(steps), **local)
         local_teacher = TeacherLists(
-            lists.targets, teacher.momentum, local["copies"], teacher.rounding, local["compensations"], teacher.seed
+            lists.targets, teacher.momentum, local.get("copies"), teacher.rounding, local.get("compensations"), teacher.seed
         )
         call = prepare(
             lists.params,
@@ -187,7 +185,9 @@ def _check_hyper(hyper: torch.Tensor, groups: Sequence[int] | None, params: Tens
 
 def _check_teacher(teacher: TeacherLists, params: Tensors, device: torch.device) -> None:
     if len(teacher.targets) > len(params):
-        raise ValueError(checks.sentence(_NAME, "targets", f"have at most one tensor for each of params ({len(params)})", len(teacher.targets)))
+        raise ValueError(
+            checks.sentence(_NAME, "targets", f"have at most one tensor for each of params ({len(params)})", len(teacher.targets))
+        )
     followed = params[: len(teacher.targets)]
     ema_api.check_entries(_NAME, "targets", teacher.targets, "params", followed, device)
     if teacher.copies is not None:

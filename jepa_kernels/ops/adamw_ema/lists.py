@@ -23,8 +23,8 @@ class Lists:
     exp_avg_sqs: Tensors
     steps: Tensors
     targets: Tensors
-    copies: Tensors
-    compensations: Tensors
+    copies: Tensors = ()
+    compensations: Tensors = ()
 
     def written(self) -> list[torch.Tensor]:
         return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *self.targets, *self.copies, *self.compensations]
@@ -38,4 +38,5 @@ class Lists:
             yield Lists(steps=self.steps, **dict(zip((*written, "grads"), values, strict=True)))
 
 
-NAMES = tuple(f.name for f in fields(Lists))
+# Everything but the step numbers, which are whole on every rank.
+SHARDED = tuple(f.name for f in fields(Lists) if f.name != "steps")

@@ -5,10 +5,13 @@ There is nothing to differentiate: the op runs under no_grad and writes in place
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from ... import checks
 from ...backend import BackendUnsupportedError, Room
+from ..ema_update.checked import are_arguments_checked, arguments_checked
 from ..ema_update.op import check_momentum
 from .call import Call
 from .lists import Lists
@@ -29,16 +32,19 @@ _library.define(
 
 def run(backend: str, lists: Lists, hyper, groups, momentum, seed, rounding: str, grad_scale, found_inf) -> None:
     """Runs a checked call on `backend`."""
-    torch.ops.jepa_kernels.adamw_ema_(
-        lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, lists.steps, hyper, groups, lists.targets, momentum, lists.copies,
-        lists.compensations, seed, rounding, grad_scale, found_inf, backend,
-    )  # fmt: skip
+    # Not while compiling: a graph must not depend on a state of this process.
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else arguments_checked():
+        torch.ops.jepa_kernels.adamw_ema_(
+            lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, lists.steps, hyper, groups, lists.targets, momentum, lists.copies,
+            lists.compensations, seed, rounding, grad_scale, found_inf, backend,
+        )  # fmt: skip
 
 
-def _update(
+def _check_direct_call(
     params, grads, exp_avgs, exp_avg_sqs, steps, hyper, groups, targets, momentum, copies, compensations, seed, rounding, grad_scale,
     found_inf, backend,
 ) -> None:  # fmt: skip
+    """What the public function guarantees and a direct caller of torch.ops could get wrong."""
     from .api import prepare
 
     if backend not in ROOM.modules:
@@ -50,6 +56,17 @@ def _update(
     reasons = ROOM.reasons(backend, call)
     if reasons:
         raise BackendUnsupportedError(f"{_NAME} cannot run on backend '{backend}': {'; '.join(reasons)}")
+
+
+def _update(
+    params, grads, exp_avgs, exp_avg_sqs, steps, hyper, groups, targets, momentum, copies, compensations, seed, rounding, grad_scale,
+    found_inf, backend,
+) -> None:  # fmt: skip
+    if not are_arguments_checked():
+        _check_direct_call(
+            params, grads, exp_avgs, exp_avg_sqs, steps, hyper, groups, targets, momentum, copies, compensations, seed, rounding, grad_scale,
+            found_inf, backend,
+        )  # fmt: skip
     _check_values(params, steps, targets, momentum, found_inf)
     lists = Lists(params, grads, exp_avgs, exp_avg_sqs, steps, targets, copies, compensations)
     if params:

@@ -28,7 +28,9 @@ def forward(lists, hyper, groups, momentum, streams, rounding, seed, grad_scale,
         scalars = step_scalars(flat.steps, hyper, groups, grad_scale, device)
         # Parameters without a teacher, and empty ones, complete the lists that belong to the first parameters.
         missing = len(flat.params)
-        targets, copies, compensations = ([*values, *[None] * (missing - len(values))] for values in (flat.targets, flat.copies, flat.compensations))
+        targets, copies, compensations = (
+            [*values, *[None] * (missing - len(values))] for values in (flat.targets, flat.copies, flat.compensations)
+        )
         streams = [*streams, *[0] * (missing - len(streams))]
         for places in by_dtypes(flat.params, flat.grads, flat.exp_avgs, targets, copies):
             places = [i for i in places if flat.params[i].numel()]

@@ -76,9 +76,9 @@ def ema_update_(
             lists["targets"],
             lists["sources"],
             momentum,
-            copies=lists["copies"],
+            copies=lists.get("copies"),
             rounding=rounding,
-            compensations=lists["compensations"],
+            compensations=lists.get("compensations"),
             seed=seed,
         )
         if not lists["targets"]:
@@ -89,8 +89,8 @@ def ema_update_(
             lists["targets"],
             lists["sources"],
             momentum_tensor(momentum),
-            lists["copies"] or [],
-            lists["compensations"] or [],
+            lists.get("copies", []),
+            lists.get("compensations", []),
             seed_tensor(seed),
             rounding,
         )
@@ -173,7 +173,9 @@ def check_entries(
         if tensor.device != device:
             checks.same_device(op, f"{argument}[{i}]", tensor, device)
         if tensor.shape != other.shape:
-            raise ValueError(checks.sentence(op, f"{argument}[{i}]", f"have shape {tuple(other.shape)} like {like}[{i}]", tuple(tensor.shape)))
+            raise ValueError(
+                checks.sentence(op, f"{argument}[{i}]", f"have shape {tuple(other.shape)} like {like}[{i}]", tuple(tensor.shape))
+            )
 
 
 def check_momentum(op: str, momentum: float | torch.Tensor, device: torch.device) -> None:
@@ -224,7 +226,9 @@ def _check_compensations(op: str, targets: Sequence[torch.Tensor], compensations
         checks.same_device(op, f"compensations[{i}]", tensor, device)
         if tensor.shape != target.shape or tensor.dtype != target.dtype:
             requirement = f"have shape {tuple(target.shape)} and dtype {checks.dtype_name(target.dtype)} like targets[{i}]"
-            raise ValueError(checks.sentence(op, f"compensations[{i}]", requirement, f"{tuple(tensor.shape)} {checks.dtype_name(tensor.dtype)}"))
+            raise ValueError(
+                checks.sentence(op, f"compensations[{i}]", requirement, f"{tuple(tensor.shape)} {checks.dtype_name(tensor.dtype)}")
+            )
 
 
 def _check_seed(op: str, seed: int | torch.Tensor, device: torch.device) -> None:

@@ -30,7 +30,9 @@ def unique(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> 
         if first == i:
             kept.append(i)
         elif sources[i].data_ptr() != sources[first].data_ptr():
-            raise ValueError(sentence("ema_update_", f"targets[{i}]", f"have the source of targets[{first}], which is the same tensor", "another one"))
+            raise ValueError(
+                sentence("ema_update_", f"targets[{i}]", f"have the source of targets[{first}], which is the same tensor", "another one")
+            )
     return kept
 
 

@@ -5,6 +5,7 @@ There is nothing to differentiate: the op runs under no_grad and writes in place
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,7 @@ from ... import checks
 from ...backend import BackendUnsupportedError, Room
 from . import memory
 from .call import Call
+from .checked import are_arguments_checked, arguments_checked
 from .preferences import PREFERENCES
 
 PRIORITY = ("cuda", "triton", "cpu", "torch", "reference")
@@ -38,7 +40,9 @@ def run(
     rounding: str,
 ) -> None:
     """Runs a checked call on `backend`."""
-    torch.ops.jepa_kernels.ema_update_(targets, sources, momentum, copies, compensations, seed, rounding, backend)
+    # Not while compiling: a graph must not depend on a state of this process.
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else arguments_checked():
+        torch.ops.jepa_kernels.ema_update_(targets, sources, momentum, copies, compensations, seed, rounding, backend)
 
 
 def check_momentum(op: str, momentum: torch.Tensor) -> None:
@@ -49,17 +53,21 @@ def check_momentum(op: str, momentum: torch.Tensor) -> None:
             raise ValueError(checks.sentence(op, "momentum", "be from 0 to 1", value))
 
 
-def _update(targets, sources, momentum, copies, compensations, seed, rounding, backend) -> None:
+def _check_direct_call(targets, sources, momentum, copies, compensations, seed, rounding, backend) -> None:
+    """What the public function guarantees and a direct caller of torch.ops could get wrong."""
     from .api import prepare
 
     if backend not in ROOM.modules:
         raise ValueError(checks.sentence(_NAME, "backend", f"be one of {', '.join(PRIORITY)}", repr(backend)))
-    call = prepare(
-        targets, sources, momentum, copies=copies or None, rounding=rounding, compensations=compensations or None, seed=seed
-    )
+    call = prepare(targets, sources, momentum, copies=copies or None, rounding=rounding, compensations=compensations or None, seed=seed)
     reasons = ROOM.reasons(backend, call)
     if reasons:
         raise BackendUnsupportedError(f"{_NAME} cannot run on backend '{backend}': {'; '.join(reasons)}")
+
+
+def _update(targets, sources, momentum, copies, compensations, seed, rounding, backend) -> None:
+    if not are_arguments_checked():
+        _check_direct_call(targets, sources, momentum, copies, compensations, seed, rounding, backend)
     check_momentum(_NAME, momentum)
     written = [*targets, *copies, *compensations]
     streams: Sequence[int] = range(len(targets))

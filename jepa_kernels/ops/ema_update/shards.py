@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from ... import checks
 
 
-def is_sharded(tensor: object) -> bool:
+def _module() -> Any:
     # A DTensor can only exist where this module is loaded; importing it here would cost half a second.
-    import sys
+    return sys.modules.get("torch.distributed.tensor")
 
-    module = sys.modules.get("torch.distributed.tensor")
+
+def is_sharded(tensor: object) -> bool:
+    module = _module()
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def local(op: str, named: dict[str, Sequence[torch.Tensor] | None]) -> dict[str, list[torch.Tensor] | None]:
-    """Every list with DTensors replaced by their local shards.
+def local(op: str, named: dict[str, Sequence[torch.Tensor] | None]) -> dict[str, list[torch.Tensor]]:
+    """Every list that is not None, with DTensors replaced by their local shards.
 
     Raises:
         ValueError: entry i is a DTensor in one list and not in another, or with another mesh or other placements.
     """
     present = {name: values for name, values in named.items() if values is not None}
-    if not any(is_sharded(t) for values in present.values() for t in values):
-        return {name: None if values is None else list(values) for name, values in named.items()}
+    module = _module()
+    if module is None or not any(isinstance(t, module.DTensor) for values in present.values() for t in values):
+        return {name: list(values) for name, values in present.items()}
     first_name, first = next(iter(present.items()))
     for i in range(len(first)):
         for name, values in present.items():
             if i < len(values) and layout(values[i]) != layout(first[i]):
                 requirement = f"be sharded like {first_name}[{i}] ({layout_text(first[i])})"
                 raise ValueError(checks.sentence(op, f"{name}[{i}]", requirement, layout_text(values[i])))
-    return {name: None if values is None else [shard(t) for t in values] for name, values in named.items()}
+    return {name: [shard(t) for t in values] for name, values in present.items()}
 
 
 def shard(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,10 @@ def unsupported_reasons(call: Call) -> list[str]:
 
 
 def forward(targets, sources, momentum, copies, compensations, streams, rounding, seed) -> None:
-    plain = [t.dtype == s.dtype and (rounding == "nearest" or t.dtype in (torch.float32, torch.float64)) for t, s in zip(targets, sources, strict=True)]
+    plain = [
+        t.dtype == s.dtype and (rounding == "nearest" or t.dtype in (torch.float32, torch.float64))
+        for t, s in zip(targets, sources, strict=True)
+    ]
     matching = [(t, s) for t, s, same in zip(targets, sources, plain, strict=True) if same]
     if matching:
         _lerp(*map(list, zip(*matching, strict=True)), momentum)

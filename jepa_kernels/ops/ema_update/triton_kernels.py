@@ -70,16 +70,16 @@ def move_target(row, offsets, mask, source, keep, take, seed_ptr, FIRST: tl.cons
     """Averages `source` into one chunk of the target in column FIRST; the copy and the compensation follow it in the table."""
     target = array(row, FIRST, TARGET, ALIGNED) + offsets
     value = tl.load(target, mask=mask, other=0.0).to(tl.float32)
-    if ROUNDING == KAHAN and TARGET != tl.float32:
+    if ROUNDING == KAHAN and tl.float32 != TARGET:
         compensation = array(row, FIRST + 2, TARGET, ALIGNED) + offsets
         value = value + tl.load(compensation, mask=mask, other=0.0).to(tl.float32)
     value = average(value, source, keep, take)
-    if ROUNDING == STOCHASTIC and TARGET == tl.bfloat16:
+    if ROUNDING == STOCHASTIC and tl.bfloat16 == TARGET:
         stored = narrow_randomly(value, random_bits(tl.load(seed_ptr), tl.load(row + STREAM), offsets))
     else:
         stored = narrow(value, TARGET)
     tl.store(target, stored, mask=mask)
-    if ROUNDING == KAHAN and TARGET != tl.float32:
+    if ROUNDING == KAHAN and tl.float32 != TARGET:
         tl.store(compensation, narrow(value - stored.to(tl.float32), TARGET), mask=mask)
     if COPY is not None:
         tl.store(array(row, FIRST + 1, COPY, ALIGNED) + offsets, narrow(stored.to(tl.float32), COPY), mask=mask)

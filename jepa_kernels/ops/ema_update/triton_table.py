@@ -18,7 +18,10 @@ _KEPT_TABLES = 64
 
 @dataclass(frozen=True)
 class Table:
-    """`rows` int64 [tensors, arrays + 2]: addresses (0 = absent), number of elements, stream. Chunk i is chunk `chunks[i, 1]` of tensor `chunks[i, 0]`."""
+    """`rows` int64 [tensors, arrays + 2]: addresses (0 = absent), number of elements, stream.
+
+    `chunks` int32 [chunks, 2]: a tensor and the number of a chunk within it.
+    """
 
     rows: torch.Tensor
     chunks: torch.Tensor

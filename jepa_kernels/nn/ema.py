@@ -1,0 +1,284 @@
+"""The teacher: a frozen copy of a module that follows it as a moving average."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import checks
+from ..ops.ema_update import ema_update_
+from ..ops.ema_update.call import ROUNDINGS
+from ..ops.ema_update.shards import is_sharded
+
+_NAME = "EMATeacher"
+_HALF = (torch.bfloat16, torch.float16)
+_FORWARD = "forward_copy."
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One tensor of the teacher and what it follows; `is_float` is False for what is copied, such as an integer buffer."""
+
+    name: str
+    target: torch.Tensor
+    source: torch.Tensor
+    copy: torch.Tensor | None
+    compensation: torch.Tensor | None
+    is_float: bool
+
+
+class EMATeacher(nn.Module):
+    """A frozen copy of `student` whose parameters follow it: target <- momentum * target + (1 - momentum) * student.
+
+    Args:
+        student: the module to follow. Not held as a submodule. Copy before sharding: build the teacher first, then call ``fully_shard`` on
+            the student and on ``teacher.module`` in the same way.
+        momentum: a number, a function of the number of updates so far (`LinearMomentum`, `CosineMomentum`), or a 0-d tensor, which may live on
+            the device and be changed in place (for CUDA graphs).
+        master_dtype: dtype in which 16-bit parameters and buffers are kept; None keeps the student's. bfloat16 loses every update at the
+            usual momenta, hence float32.
+        forward_dtype: dtype of the copy that `forward` uses; None is the student's. A second module is kept, and written in the same pass,
+            only where it differs from the master.
+        rounding: ``"nearest"``, ``"kahan"`` or ``"stochastic"`` for masters kept in 16 bits (``master_dtype=None``); see `ema_update_`.
+        average_buffers: float buffers (batch-norm statistics) are averaged like parameters; False copies them. Other buffers are copied.
+        warmup: momentum is at most ``(1 + n) / (10 + n)`` at update n, so that a short run does not lag.
+        debias: weigh the student's history alone, as if the average had started at zero and were divided by ``1 - prod(momentum)``; the first
+            update then copies the student.
+        seed: of stochastic rounding.
+        backend: a backend name, ``"auto"``, or None (see `jepa_kernels.backend`).
+
+    Notes:
+        Always in eval mode and without gradients. ``state_dict`` holds the masters under ``module.``, Kahan compensations under
+        ``compensation.`` and the update count as ``_extra_state``; the forward copy is rebuilt on loading. ``teacher.module.state_dict()`` has
+        the student's own keys. Optimizers that update the teacher themselves (`jepa_kernels.optim.AdamWEMA`) replace calls of `update`.
+
+    Example:
+        >>> import torch
+        >>> from jepa_kernels.nn import EMATeacher
+        >>> student = torch.nn.Linear(2, 2)
+        >>> teacher = EMATeacher(student, momentum=0.5)
+        >>> with torch.no_grad():
+        ...     _ = student.weight.add_(1.0)
+        >>> teacher.update()
+        >>> torch.allclose(student.weight - teacher.module.weight, torch.full((2, 2), 0.5))
+        True
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        momentum: float | Callable[[int], float] | torch.Tensor = 0.99925,
+        *,
+        master_dtype: torch.dtype | None = torch.float32,
+        forward_dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
+        average_buffers: bool = True,
+        warmup: bool = False,
+        debias: bool = False,
+        seed: int = 0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        _check(student, momentum, rounding, warmup or debias)
+        self._student = (student,)  # in a tuple: not a submodule
+        self.momentum, self.rounding, self.average_buffers = momentum, rounding, average_buffers
+        self.warmup, self.debias, self.seed, self.backend = warmup, debias, seed, backend
+        self.num_updates = 0
+        self.history_weight = 0.0
+        self.module = copy.deepcopy(student).requires_grad_(False)
+        if master_dtype is not None:
+            _cast(self.module, lambda dtype: master_dtype if dtype in _HALF else dtype)
+        self.forward_copy = self._make_forward_copy(student, forward_dtype)
+        self.compensation = copy.deepcopy(self.module) if rounding == "kahan" else None
+        if self.compensation is not None:
+            for tensor in (*self.compensation.parameters(), *self.compensation.buffers()):
+                tensor.zero_()
+        self.register_state_dict_post_hook(_drop_forward_copy)
+        self.register_load_state_dict_pre_hook(_add_forward_copy)
+        super().train(False)
+
+    @property
+    def student(self) -> nn.Module:
+        return self._student[0]
+
+    def _make_forward_copy(self, student: nn.Module, forward_dtype: torch.dtype | None) -> nn.Module | None:
+        wanted = copy.deepcopy(student).requires_grad_(False)
+        if forward_dtype is not None:
+            _cast(wanted, lambda dtype: forward_dtype if dtype.is_floating_point else dtype)
+        masters = (*self.module.parameters(), *self.module.buffers())
+        same = all(a.dtype == b.dtype for a, b in zip(masters, (*wanted.parameters(), *wanted.buffers()), strict=True))
+        return None if same else wanted
+
+    def train(self, mode: bool = True) -> EMATeacher:
+        """Stays in eval mode: a teacher's targets have no dropout."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.module if self.forward_copy is None else self.forward_copy)(*args, **kwargs)
+
+    def pairs(self) -> list[Pair]:
+        """Every tensor of the teacher once, with the student's. Read anew at each call, since sharding replaces parameters."""
+        modules = [self.student, self.module, self.forward_copy, self.compensation]
+        trees = [[] if m is None else list(m.modules()) for m in modules]
+        if len(trees[0]) != len(trees[1]):
+            raise ValueError(checks.sentence(_NAME, "student", f"keep its {len(trees[1])} submodules", len(trees[0])))
+        # FSDP2 leaves a root's own parameters gathered after a forward without gradients.
+        for module in _sharded_modules([m for tree in trees for m in tree]):
+            module.reshard()
+        found: dict[int, Pair] = {}
+        absent: list[None] = [None] * len(trees[1])
+        for student, master, low, lost in zip(trees[0], trees[1], trees[2] or absent, trees[3] or absent, strict=True):
+            for kind, averaged in (("_parameters", True), ("_buffers", self.average_buffers)):
+                for name, target in master.__dict__[kind].items():
+                    if target is not None and id(target) not in found:
+                        source = student.__dict__[kind][name]
+                        others = (None if m is None else m.__dict__[kind][name] for m in (low, lost))
+                        found[id(target)] = Pair(name, target, source, *others, averaged and target.is_floating_point())
+        return list(found.values())
+
+    def next_momentum(self) -> float | torch.Tensor:
+        """The momentum of the coming update, warm-up and debiasing included."""
+        if isinstance(self.momentum, torch.Tensor):
+            return self.momentum
+        momentum = float(self.momentum(self.num_updates)) if callable(self.momentum) else float(self.momentum)
+        if self.warmup:
+            momentum = min(momentum, (1 + self.num_updates) / (10 + self.num_updates))
+        if not self.debias:
+            return momentum
+        kept = momentum * self.history_weight
+        return kept / (kept + 1 - momentum) if kept else 0.0
+
+    def next_seed(self, part: int = 0) -> int | None:
+        """The seed of stochastic rounding for the coming update; `part` tells apart two calls of one update."""
+        return (self.seed << 32) + 2 * self.num_updates + part if self.rounding == "stochastic" else None
+
+    def count_update(self) -> None:
+        """Advances schedule, warm-up and debiasing. `update` calls it; so does an optimizer that updates the teacher itself."""
+        if self.debias and not isinstance(self.momentum, torch.Tensor):
+            momentum = float(self.momentum(self.num_updates)) if callable(self.momentum) else float(self.momentum)
+            if self.warmup:
+                momentum = min(momentum, (1 + self.num_updates) / (10 + self.num_updates))
+            self.history_weight = momentum * self.history_weight + (1 - momentum)
+        self.num_updates += 1
+
+    def update(self) -> None:
+        """One update of every parameter and buffer, in one pass over the list. Call it after the optimizer's step."""
+        self.update_pairs(self.pairs(), self.next_momentum())
+        self.count_update()
+
+    @torch.no_grad()
+    def update_pairs(self, pairs: list[Pair], momentum: float | torch.Tensor, part: int = 0) -> None:
+        """Moves the targets of `pairs` by `momentum` and copies those that are not averaged, without counting an update."""
+        moved = [p for p in pairs if p.is_float]
+        by_device: dict[tuple[torch.device, bool], list[Pair]] = {}
+        for pair in moved:
+            by_device.setdefault((pair.target.device, pair.copy is not None), []).append(pair)
+        for (_, copies), group in by_device.items():
+            ema_update_(
+                [p.target for p in group],
+                [p.source for p in group],
+                momentum,
+                copies=[p.copy for p in group] if copies else None,
+                rounding=self.rounding,
+                compensations=[p.compensation for p in group] if self.rounding == "kahan" else None,
+                seed=self.next_seed(part),
+                backend=self.backend,
+            )
+        for pair in pairs:
+            if not pair.is_float:
+                skip = isinstance(momentum, torch.Tensor) and momentum.device == pair.target.device
+                # A momentum of exactly 1 on the device may mean a skipped step, which copies nothing either.
+                source = torch.where(momentum == 1, pair.target, pair.source.to(pair.target.dtype)) if skip else pair.source
+                for place in (pair.target, pair.copy):
+                    if place is not None:
+                        place.copy_(source)
+
+    @torch.no_grad()
+    def lag(self) -> torch.Tensor:
+        """Distance to the student, ||teacher - student|| / ||student|| over all parameters: a 0-d float64 tensor, without a synchronisation.
+
+        Near 0 the teacher only copies the student; a value that keeps growing says that the momentum is too high for the length of the run.
+        With FSDP2 this is a collective call: the sums of every rank are added.
+        """
+        parameters = {id(p) for p in self.module.parameters()}
+        pairs = [p for p in self.pairs() if id(p.target) in parameters and p.is_float]
+        if not pairs:
+            raise ValueError(checks.sentence(_NAME, "module", "have a float parameter to measure a lag", "none"))
+        sums = [_squares(p) for p in pairs]
+        device = sums[0].device
+        difference, size = torch.stack([s.to(device) for s in sums]).sum(0).unbind()
+        return (difference / size).sqrt()
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.tensor([self.num_updates, self.history_weight], dtype=torch.float64)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.num_updates, self.history_weight = int(state[0]), float(state[1])
+
+
+def _check(student: nn.Module, momentum: object, rounding: str, uses_count: bool) -> None:
+    if not isinstance(student, nn.Module):
+        raise TypeError(checks.sentence(_NAME, "student", "be a module", checks.type_name(student)))
+    if rounding not in ROUNDINGS:
+        raise ValueError(checks.sentence(_NAME, "rounding", f"be one of {', '.join(ROUNDINGS)}", repr(rounding)))
+    for name, parameter in student.named_parameters():
+        if is_sharded(parameter):
+            hint = "Build the teacher first, then call fully_shard on student and teacher.module."
+            raise ValueError(checks.sentence(_NAME, "student", "be copied before it is sharded", f"the sharded parameter {name}", hint))
+    if isinstance(momentum, torch.Tensor):
+        if uses_count:
+            raise ValueError(checks.sentence(_NAME, "momentum", "be a number or a function with warmup or debias", "a tensor"))
+    elif not callable(momentum):
+        checks.is_finite_number(_NAME, "momentum", momentum)
+        if not 0.0 <= momentum <= 1.0:  # type: ignore[operator]
+            raise ValueError(checks.sentence(_NAME, "momentum", "be from 0 to 1", momentum))
+
+
+def _cast(module: nn.Module, rule: Callable[[torch.dtype], torch.dtype]) -> None:
+    """Changes dtypes tensor by tensor; ties stay tied because the tensors stay the same objects."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.to(rule(tensor.dtype))
+
+
+def _sharded_modules(modules: list[nn.Module]) -> list[Any]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [m for m in modules if isinstance(m, fsdp.FSDPModule)]
+
+
+def _squares(pair: Pair) -> torch.Tensor:
+    """float64 [2]: the sums of squares of target - source and of source, over all ranks for a sharded parameter."""
+    target, source = pair.target, pair.source
+    if is_sharded(target):
+        mesh, placements = target.device_mesh, target.placements
+        sums = _local_squares(target.to_local(), source.to_local())
+        for dim, placement in enumerate(placements):
+            if placement.is_shard():
+                torch.distributed.all_reduce(sums, group=mesh.get_group(dim))
+        return sums
+    return _local_squares(target, source)
+
+
+def _local_squares(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    wide = torch.promote_types(target.dtype, torch.float32)
+    target, source = target.to(wide), source.to(wide)
+    return torch.stack([(target - source).square().sum(dtype=torch.float64), source.square().sum(dtype=torch.float64)])
+
+
+def _drop_forward_copy(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+    for key in [k for k in state if k.startswith(prefix + _FORWARD)]:
+        del state[key]
+
+
+def _add_forward_copy(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    if module.forward_copy is None:
+        return
+    masters = prefix + "module."
+    for key in [k for k in state if k.startswith(masters)]:
+        state[prefix + _FORWARD + key.removeprefix(masters)] = state[key]

@@ -1,0 +1,227 @@
+"""AdamW that moves the teacher in the same pass over memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .. import checks
+from ..nn.ema import EMATeacher, Pair
+from ..ops.adamw_ema import TeacherLists, adamw_ema_
+from ..ops.adamw_ema.op import COLUMNS
+
+_NAME = "AdamWEMA"
+
+
+class AdamWEMA(torch.optim.AdamW):
+    """torch.optim.AdamW whose step also updates an `EMATeacher`: parameters, gradients, moments and targets are read and written once.
+
+    Args:
+        params, lr, betas, eps, weight_decay, maximize, capturable: as in torch.optim.AdamW; parameter groups and schedulers work as there.
+        amsgrad: must be False.
+        teacher: the `EMATeacher` to update; None leaves a plain AdamW. Do not call ``teacher.update()`` as well. Parameters of the teacher's
+            student that have no gradient (or belong to no group) and buffers move the teacher too; parameters of other modules have no teacher.
+        backend: a backend name, ``"auto"``, or None (see `jepa_kernels.backend`).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or value.
+        BackendUnsupportedError: at `step`, when the chosen backend cannot run it.
+
+    Notes:
+        ``state_dict`` is that of torch.optim.AdamW (step, exp_avg, exp_avg_sq), and either loads the other's; the teacher saves itself.
+        A step that a GradScaler skips moves neither parameters, moments, step counts nor the teacher. Where the flag is on a device, it is not
+        read back, so ``teacher.num_updates`` counts that step. With ``capturable=True`` step counts live on the device and lr may be a tensor
+        there; give the teacher a device tensor as momentum, since numbers are fixed when a CUDA graph is captured.
+
+    Example:
+        >>> import torch
+        >>> from jepa_kernels.nn import EMATeacher
+        >>> from jepa_kernels.optim import AdamWEMA
+        >>> encoder = torch.nn.Linear(4, 4)
+        >>> teacher = EMATeacher(encoder, momentum=0.99)
+        >>> optimizer = AdamWEMA(encoder.parameters(), lr=1e-3, teacher=teacher)
+        >>> encoder(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> teacher.num_updates
+        1
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        teacher: EMATeacher | None = None,
+        backend: str | None = None,
+    ) -> None:
+        if teacher is not None and not isinstance(teacher, EMATeacher):
+            raise TypeError(checks.sentence(_NAME, "teacher", "be an EMATeacher or None", checks.type_name(teacher)))
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable)
+        self.teacher = teacher
+        self.backend = backend
+        for group in self.param_groups:
+            _check_group(group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            _check_group(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        _check_group(self.param_groups[-1])
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # True lets a GradScaler hand over its scale and its flag unread. Step counts must then be where the flag is.
+        return all(_step_is_on_device(group) or p.device.type == "cpu" for group in self.param_groups for p in group["params"])
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """Set by torch's constructor and when a checkpoint of its fused AdamW is loaded; what counts is where the step counts are."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter with a gradient, and one update of the teacher.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; None if gradients are there.
+
+        Returns:
+            What `closure` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf != 0):
+            return loss
+        pairs = [] if self.teacher is None else self.teacher.pairs()
+        momentum = 1.0 if self.teacher is None else self.teacher.next_momentum()
+        follower = {id(pair.source): pair for pair in pairs if pair.is_float}
+        works = self._collect(follower)
+        for device, work in works.items():
+            scale, flag = (None if t is None else t.to(device, torch.float32, non_blocking=True) for t in (grad_scale, found_inf))
+            torch._foreach_add_(work.steps, 1)
+            if flag is not None and device.type != "cpu":
+                torch._foreach_sub_(work.steps, (flag != 0).to(torch.float32).reshape(()))
+            self._update(work, device, momentum, scale, flag)
+        if self.teacher is not None:
+            done = {id(pair) for work in works.values() for pair in work.pairs}
+            rest = [pair for pair in pairs if id(pair) not in done]
+            if found_inf is not None and found_inf.device.type != "cpu":
+                momentum = torch.where(
+                    found_inf.reshape(()) != 0, 1.0, torch.as_tensor(momentum, dtype=torch.float64, device=found_inf.device)
+                )
+            self.teacher.update_pairs(rest, momentum, part=1)
+            self.teacher.count_update()
+        return loss
+
+    def _collect(self, follower: dict[int, Pair]) -> dict[torch.device, _Work]:
+        """The parameters with gradients of all groups by device, those with a teacher first."""
+        found: dict[torch.device, tuple[_Work, _Work]] = {}
+        for row, group in enumerate(self.param_groups):
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self._state_of(parameter, group)
+                followed, alone = found.setdefault(parameter.device, (_Work(), _Work()))
+                pair = follower.get(id(parameter))
+                (alone if pair is None else followed).add(parameter, state, row, pair)
+        return {device: followed.join(alone) for device, (followed, alone) in found.items()}
+
+    def _state_of(self, parameter: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
+        if parameter.grad.layout != torch.strided:
+            raise ValueError(checks.sentence(_NAME, "gradients", "be dense", f"layout {parameter.grad.layout}"))
+        state = self.state[parameter]
+        if not state:
+            device = parameter.device if _step_is_on_device(group) else torch.device("cpu")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return state
+
+    def _update(self, work: _Work, device: torch.device, momentum: float | torch.Tensor, grad_scale, found_inf) -> None:
+        teacher = None
+        if work.pairs:
+            copies = [pair.copy for pair in work.pairs]
+            teacher = TeacherLists(
+                targets=[pair.target for pair in work.pairs],
+                momentum=momentum,
+                copies=None if copies[0] is None else copies,
+                rounding=self.teacher.rounding,
+                compensations=[pair.compensation for pair in work.pairs] if self.teacher.rounding == "kahan" else None,
+                seed=self.teacher.next_seed(),
+            )
+        adamw_ema_(
+            work.params,
+            [p.grad for p in work.params],
+            work.exp_avgs,
+            work.exp_avg_sqs,
+            work.steps,
+            hyper=_hyper(self.param_groups, device),
+            groups=work.groups,
+            teacher=teacher,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            backend=self.backend,
+        )
+
+
+@dataclass
+class _Work:
+    """The lists of one adamw_ema_ call in the making."""
+
+    params: list[torch.Tensor] = field(default_factory=list)
+    exp_avgs: list[torch.Tensor] = field(default_factory=list)
+    exp_avg_sqs: list[torch.Tensor] = field(default_factory=list)
+    steps: list[torch.Tensor] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+
+    def add(self, parameter: torch.Tensor, state: dict[str, torch.Tensor], row: int, pair: Pair | None) -> None:
+        self.params.append(parameter)
+        self.exp_avgs.append(state["exp_avg"])
+        self.exp_avg_sqs.append(state["exp_avg_sq"])
+        self.steps.append(state["step"])
+        self.groups.append(row)
+        if pair is not None:
+            self.pairs.append(pair)
+
+    def join(self, other: _Work) -> _Work:
+        return _Work(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    for name in ("amsgrad", "differentiable"):
+        if group.get(name):
+            raise ValueError(checks.sentence(_NAME, name, "be False", group[name]))
+
+
+def _step_is_on_device(group: dict[str, Any]) -> bool:
+    return bool(group["capturable"] or group.get("fused"))
+
+
+def _hyper(groups: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
+    """float64 [groups, 6] on the host; on `device` where a value is a tensor there, which is not read back."""
+    rows = [[g["lr"], *g["betas"], g["eps"], g["weight_decay"], float(g["maximize"])] for g in groups]
+    tensors = [v for row in rows for v in row if isinstance(v, torch.Tensor) and v.device.type != "cpu"]
+    if not tensors:
+        return torch.tensor([[float(v) for v in row] for row in rows], dtype=torch.float64)
+    # Numbers become fills, not copies from the host, so that a CUDA graph can record them.
+    values = [
+        v.to(device, torch.float64).reshape(()) if isinstance(v, torch.Tensor) else torch.full((), v, dtype=torch.float64, device=device)
+        for row in rows
+        for v in row
+    ]
+    return torch.stack(values).reshape(len(rows), len(COLUMNS))
