@@ -82,13 +82,9 @@ def log_values(axes: Any, unit: str = "") -> None:
 def legend(axes: Any, narrow: bool, **options: Any) -> None:
     """Inside the axes where there is room, below them on a narrow figure."""
     if narrow:
-        options = {
-            "loc": "upper center",
-            "bbox_to_anchor": (0.45, -0.24),
-            "ncols": 1 if len(axes.get_legend_handles_labels()[0]) < 4 else 2,
-        }
-        options |= {"columnspacing": 1.0, "handlelength": 1.5}
-    axes.legend(fontsize=7 if narrow else 7.5, frameon=False, labelcolor=INK, **options)
+        longest = max((len(label) for label in axes.get_legend_handles_labels()[1]), default=0)
+        options = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.2), "ncols": 1 if longest > 18 else 2, "columnspacing": 1.0}
+    axes.legend(fontsize=7.5, frameon=False, labelcolor=INK, **options)
 
 
 def series(record: Row, mode: str, variant: str, backend: str) -> list[Row]:
@@ -120,7 +116,7 @@ def highlighted(record: Row, backend: str, count: int = 6) -> list[str]:
 def throughput(record: Row, narrow: bool = False) -> Figure:
     """Clips per second of every variant against resolution; the outstanding ones named, the others grey."""
     backend = sweep_tables.ours(record)
-    figure, axes = canvas(narrow, 5.2 if narrow else 4.6)
+    figure, axes = canvas(narrow, 5.6 if narrow else 4.6)
     names = record["settings"]["variants"]
     chosen = highlighted(record, backend)
     quiet = [name for name in names if name not in chosen]
