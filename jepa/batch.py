@@ -55,6 +55,7 @@ class MaskBatch:
     target_count: Tensor  # float32 [J]
     pair_count: Tensor  # float32 [J]
     column_count: Tensor  # float32 [J]
+    context_sizes: tuple[int, ...]  # Nc of each set, known on the host: set j is a slice of the packed context
 
     @property
     def horizon(self) -> int:
@@ -151,6 +152,7 @@ class MaskBatch:
             target_count=counts(target_seq),
             pair_count=counts(pair_seq),
             column_count=counts(column_seq),
+            context_sizes=tuple(int(n) for n in np.bincount(context_seq // batch_size, minlength=num_sets)),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:

@@ -20,22 +20,19 @@ def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:
 
     Statistics are those of this part of the batch (rank, micro-batch); the parts are averaged.
     """
-    appearance = ctx.factorisation.appearance(ctx.context_tokens, ctx.levels)
-    dynamics = ctx.factorisation.dynamics(ctx.context_tokens, ctx.levels)
-    total = ctx.context_tokens.new_zeros(())
-    sets = ctx.context_tokens.new_zeros(())
-    for j in range(ctx.masks.num_sets):
-        member = (ctx.masks.context_set == j).to(total.dtype)[:, None]
-        rows = member.sum()
-        covariance = _covariance(appearance, dynamics, member, rows)
-        total = total + covariance.square().mean()
-        sets = sets + (rows > 1).to(total.dtype)
-    return Objective(total / sets.clamp(min=1.0) / ctx.denominators.parts)
+    squares = []
+    for rows in ctx.context_tokens.split(ctx.masks.context_sizes):
+        # Fewer than two rows have no covariance: such a set is left out.
+        if rows.shape[0] > 1:
+            squares.append(_covariance(rows, ctx).square().mean())
+    if not squares:
+        return Objective(ctx.context_tokens.sum() * 0.0)
+    return Objective(torch.stack(squares).mean() / ctx.denominators.parts)
 
 
-def _covariance(first: Tensor, second: Tensor, member: Tensor, rows: Tensor) -> Tensor:
-    """Cross-covariance of the member rows; zero for fewer than two of them."""
-    count = rows.clamp(min=1.0)
-    centred = member * (first - (member * first).sum(0) / count)
-    other = second - (member * second).sum(0) / count
-    return torch.mm(centred.t(), other) / (rows - 1.0).clamp(min=1.0)
+def _covariance(rows: Tensor, ctx: ObjectiveContext) -> Tensor:
+    appearance = ctx.factorisation.appearance(rows, ctx.levels)
+    dynamics = ctx.factorisation.dynamics(rows, ctx.levels)
+    # One centred factor is enough: the other's mean multiplies a sum that is zero.
+    centred = appearance - appearance.mean(0)
+    return torch.mm(centred.t(), dynamics) / (rows.shape[0] - 1)
