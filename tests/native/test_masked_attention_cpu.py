@@ -151,8 +151,9 @@ def test_cross_and_packed(kernels, head_dim, dtype):
 
 @pytest.mark.parametrize("n", (1, 2, 7, 8, 9, 25, 48, 64, 97))
 def test_lengths_around_tiles(kernels, n):
-    assert_close(kernels, *dense_call(n, 32, torch.float32))
-    assert_close(kernels, *cross_call(3, n, 8, torch.bfloat16))
+    # With one key the gradients of q and k are exactly 0, and what is left is all rounding.
+    assert_close(kernels, *dense_call(n, 32, torch.float32), budget=1e-5 if n < 3 else None)
+    assert_close(kernels, *cross_call(3, n, 8, torch.bfloat16), budget=3e-2 if n < 3 else None)
 
 
 def test_lengths_over_blocks(kernels):
