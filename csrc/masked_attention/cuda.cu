@@ -125,60 +125,84 @@ const char* launch_copies(const Plan& plan, void* stream) {
   return launch_error();
 }
 
+// JK_ONLY_CLASS=64, say, builds one head_dim class only: for sanitizer builds and quick experiments.
+#ifndef JK_ONLY_CLASS
+#define JK_ONLY_CLASS 0
+#endif
+template <class Tile>
+constexpr bool kBuilt = JK_ONLY_CLASS == 0 || JK_ONLY_CLASS == Tile::kDim;
+constexpr const char* kNotBuilt = "masked_attention: head_dim must belong to the class that this library was built for.";
+
 template <class T, class Tile>
 const char* forward_tile(const Args& a, void* stream) {
-  return launch_tiles<Tile::kQueries>(masked_attention_fwd_kernel<T, Tile>, Tile::template bytes<T>(), a, a.p.cu_q, a.p.len_q, stream);
+  if constexpr (kBuilt<Tile>)
+    return launch_tiles<Tile::kQueries>(masked_attention_fwd_kernel<T, Tile>, Tile::template bytes<T>(), a, a.p.cu_q, a.p.len_q, stream);
+  else
+    return kNotBuilt;
 }
 
-template <class T, class KeysTile, class QueriesTile>
+template <class T, class Keys, class Queries>
 const char* backward_tiles(const Args& a, void* stream) {
-  const char* error = launch_tiles<KeysTile::kOwn>(masked_attention_bwd_keys_kernel<T, KeysTile>, KeysTile::template bytes<T>(true), a,
-                                                   a.p.cu_k, a.p.len_k, stream);
-  if (error) return error;
-  return launch_tiles<QueriesTile::kOwn>(masked_attention_bwd_queries_kernel<T, QueriesTile>, QueriesTile::template bytes<T>(false), a,
-                                         a.p.cu_q, a.p.len_q, stream);
+  if constexpr (kBuilt<Keys>) {
+    const char* error =
+        launch_tiles<Keys::kOwn>(masked_attention_bwd_keys_kernel<T, Keys>, Keys::template bytes<T>(true), a, a.p.cu_k, a.p.len_k, stream);
+    if (error) return error;
+    return launch_tiles<Queries::kOwn>(masked_attention_bwd_queries_kernel<T, Queries>, Queries::template bytes<T>(false), a, a.p.cu_q,
+                                       a.p.len_q, stream);
+  } else {
+    return kNotBuilt;
+  }
 }
 
 template <class Tile>
 const char* forward_float(const Args& a, void* stream) {
-  return launch_tiles<Tile::kRows>(masked_attention_fwd_float_kernel<Tile>, Tile::kForwardBytes, a, a.p.cu_q, a.p.len_q, stream);
+  if constexpr (kBuilt<Tile>)
+    return launch_tiles<Tile::kRows>(masked_attention_fwd_float_kernel<Tile>, Tile::kForwardBytes, a, a.p.cu_q, a.p.len_q, stream);
+  else
+    return kNotBuilt;
 }
 
 template <class Tile>
 const char* backward_float(const Args& a, void* stream) {
-  const char* error =
-      launch_tiles<Tile::kRows>(masked_attention_bwd_float_kernel<Tile, true>, Tile::kBackwardBytes, a, a.p.cu_k, a.p.len_k, stream);
-  if (error) return error;
-  return launch_tiles<Tile::kRows>(masked_attention_bwd_float_kernel<Tile, false>, Tile::kBackwardBytes, a, a.p.cu_q, a.p.len_q, stream);
+  if constexpr (kBuilt<Tile>) {
+    const char* error =
+        launch_tiles<Tile::kRows>(masked_attention_bwd_float_kernel<Tile, true>, Tile::kBackwardBytes, a, a.p.cu_k, a.p.len_k, stream);
+    if (error) return error;
+    return launch_tiles<Tile::kRows>(masked_attention_bwd_float_kernel<Tile, false>, Tile::kBackwardBytes, a, a.p.cu_q, a.p.len_q, stream);
+  } else {
+    return kNotBuilt;
+  }
 }
 
 // The table of tile shapes, by head_dim class: 16-row bands per warp, rows of the other side per step, left operands in registers.
 template <class T>
 const char* forward(const Args& a, void* stream) {
+  const int64_t d = a.p.head_dim;
   if constexpr (sizeof(T) == 4) {
-    if (a.p.head_dim <= 32) return forward_float<FloatTile<32, 4>>(a, stream);
-    if (a.p.head_dim <= 64) return forward_float<FloatTile<64, 4>>(a, stream);
+    if (d <= 32) return forward_float<FloatTile<32, 4>>(a, stream);
+    if (d <= 64) return forward_float<FloatTile<64, 4>>(a, stream);
     return forward_float<FloatTile<128, 4>>(a, stream);
   } else {
-    if (a.p.head_dim <= 16) return forward_tile<T, ForwardTile<16, 2, 64, true>>(a, stream);
-    if (a.p.head_dim <= 32) return forward_tile<T, ForwardTile<32, 2, 64, true>>(a, stream);
-    if (a.p.head_dim <= 64) return forward_tile<T, ForwardTile<64, 2, 64, true>>(a, stream);
-    if (a.p.head_dim <= 96) return forward_tile<T, ForwardTile<96, 2, 64, false>>(a, stream);
+    if (d <= 16) return forward_tile<T, ForwardTile<16, 2, 64, true>>(a, stream);
+    if (d <= 32) return forward_tile<T, ForwardTile<32, 2, 64, true>>(a, stream);
+    if (d <= 64) return forward_tile<T, ForwardTile<64, 2, 64, true>>(a, stream);
+    if (d <= 96) return forward_tile<T, ForwardTile<96, 2, 64, false>>(a, stream);
     return forward_tile<T, ForwardTile<128, 2, 32, false>>(a, stream);
   }
 }
 
 template <class T>
 const char* backward(const Args& a, void* stream) {
+  const int64_t d = a.p.head_dim;
   if constexpr (sizeof(T) == 4) {
-    if (a.p.head_dim <= 32) return backward_float<FloatTile<32, 4>>(a, stream);
-    if (a.p.head_dim <= 64) return backward_float<FloatTile<64, 4>>(a, stream);
+    if (d <= 32) return backward_float<FloatTile<32, 4>>(a, stream);
+    if (d <= 64) return backward_float<FloatTile<64, 4>>(a, stream);
     return backward_float<FloatTile<128, 2>>(a, stream);
   } else {
-    if (a.p.head_dim <= 16) return backward_tiles<T, BackwardTile<16, 1, 64, true>, BackwardTile<16, 1, 64, true>>(a, stream);
-    if (a.p.head_dim <= 32) return backward_tiles<T, BackwardTile<32, 1, 64, true>, BackwardTile<32, 1, 64, true>>(a, stream);
-    if (a.p.head_dim <= 64) return backward_tiles<T, BackwardTile<64, 1, 64, true>, BackwardTile<64, 2, 32, true>>(a, stream);
-    if (a.p.head_dim <= 96) return backward_tiles<T, BackwardTile<96, 1, 32, false>, BackwardTile<96, 1, 64, false>>(a, stream);
+    if (d <= 16) return backward_tiles<T, BackwardTile<16, 1, 64, true>, BackwardTile<16, 1, 64, true>>(a, stream);
+    if (d <= 32) return backward_tiles<T, BackwardTile<32, 1, 64, true>, BackwardTile<32, 1, 64, true>>(a, stream);
+    if (d <= 64) return backward_tiles<T, BackwardTile<64, 1, 64, true>, BackwardTile<64, 2, 32, true>>(a, stream);
+    if (d <= 96) return backward_tiles<T, BackwardTile<96, 1, 32, false>, BackwardTile<96, 1, 64, false>>(a, stream);
     return backward_tiles<T, BackwardTile<128, 1, 32, false>, BackwardTile<128, 1, 32, false>>(a, stream);
   }
 }

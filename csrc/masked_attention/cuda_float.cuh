@@ -135,8 +135,8 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_float_kernel
   const float* key = row_pointer<const float>(a.p.k, a.p.cu_k, s.seq, s.partner, head);
   const float* value = row_pointer<const float>(a.p.v, a.p.cu_k, s.seq, s.partner, head);
   const int head_dim = static_cast<int>(a.p.head_dim), y = static_cast<int>(threadIdx.x) / 8, x = static_cast<int>(threadIdx.x) % 8;
-  const float scale = a.p.scale * kLog2e;
-  load_queries<float, kDim, Tile::kRows>(a, s, head, queries, 1.f);
+  const float scale = positive_scale(a);
+  load_queries<float, kDim, Tile::kRows>(a, s, head, queries);
 
   float out[kR][Tile::kGroups][4], top[kR], total[kR];
   float_clear<Tile>(out);
@@ -159,16 +159,16 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_float_kernel
       float best = top[r];
 #pragma unroll
       for (int c = 0; c < 4; c++) {
-        p[r][c] = x + 8 * c < valid ? p[r][c] * scale : -INFINITY;
+        if (x + 8 * c >= valid) p[r][c] = -INFINITY;
         best = fmaxf(best, p[r][c]);
       }
       best = warp_max<8>(best);
-      const float shrink = exp2_fast(top[r] - best);
+      const float shrink = exp2_fast((top[r] - best) * scale), shift = best * scale;
       top[r] = best;
       float sum = 0.f;
 #pragma unroll
       for (int c = 0; c < 4; c++) {
-        p[r][c] = exp2_fast(p[r][c] - best);
+        p[r][c] = exp2_fast(fmaf(p[r][c], scale, -shift));
         sum += p[r][c];
       }
       total[r] = total[r] * shrink + sum;
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_float_kernel
     const float sum = warp_sum<8>(total[r]);
     factor[r] = 1.f / sum;
     const int row = y * kR + r;
-    if (x == 0 && s.first + row < s.length) lse[row] = (top[r] + log2f(sum)) * kLn2;
+    if (x == 0 && s.first + row < s.length) lse[row] = (top[r] * scale + log2f(sum)) * kLn2;
   }
   float_write<Tile, false>(a, s, a.p.ids_q, out, factor, row_pointer<float>(a.p.out, a.p.cu_q, s.seq, s.begin + s.first, head),
                            a.p.out.stride_token, a.vector_out);

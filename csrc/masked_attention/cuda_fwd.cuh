@@ -93,9 +93,8 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_kernel(const
     cp_async_commit();
   };
   stage(0);
-  load_queries<T, kDim, Tile::kQueries>(a, s, head, queries, a.p.scale < 0.f ? -1.f : 1.f);
-  // A scale of 0 becomes the smallest normal number, so that masked logits stay -inf.
-  const float scale = fmaxf(fabsf(a.p.scale) * kLog2e, 1.2e-38f);
+  load_queries<T, kDim, Tile::kQueries>(a, s, head, queries);
+  const float scale = positive_scale(a);
 
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16 * kBands;
   Left<T, kDim, kBands, Tile::kKeep> left;

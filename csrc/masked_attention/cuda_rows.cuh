@@ -216,11 +216,16 @@ JK_DEVICE void zero_rows(T* target, int64_t stride, int rows, int head_dim, bool
   for (int i = threadIdx.x; i < rows * per_row; i += kThreads) store8(target + i / per_row * stride + i % per_row * 8, zero, vector);
 }
 
-// Rotates the tile's queries into shared memory; `sign` is folded in here so that the logits' scale can be positive.
+// Logits are scaled in the exponent, by a factor that must be positive for the largest logit to have the largest weight: its
+// sign goes into the queries. A scale of 0 becomes the smallest normal number, so that masked logits stay -inf.
+JK_DEVICE float positive_scale(const Args& a) { return fmaxf(fabsf(a.p.scale) * kLog2e, 1.2e-38f); }
+
+// Rotates the tile's queries into shared memory, with the sign of the scale.
 template <class T, int kDim, int kRows>
-JK_DEVICE void load_queries(const Args& a, const Sequence& s, int64_t head, T* tile, float sign) {
+JK_DEVICE void load_queries(const Args& a, const Sequence& s, int64_t head, T* tile) {
   constexpr int kPerRow = kDim / 8;
   const int head_dim = static_cast<int>(a.p.head_dim);
+  const float sign = a.p.scale < 0.f ? -1.f : 1.f;
   for (int i = threadIdx.x; i < kRows * kPerRow; i += kThreads) {
     const int row = i / kPerRow, channel = i % kPerRow * 8;
     float x[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};

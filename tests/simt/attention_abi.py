@@ -59,6 +59,13 @@ def open_attention(path: str | Path) -> ctypes.CDLL:
     return library
 
 
+def values(array: np.ndarray, dtype: str) -> np.ndarray:
+    """The numbers that an array of `dtype` holds; float32 arrays (lse, too) are their own."""
+    if array.dtype != np.uint16:
+        return array
+    return array.view(np.float16) if dtype == "float16" else (array.astype(np.uint32) << 16).view(np.float32)
+
+
 def rows(array: np.ndarray) -> Rows:
     """[tokens, heads, head_dim] (packed) or [B, tokens, heads, head_dim]."""
     strides = [s // array.itemsize for s in array.strides]

@@ -52,7 +52,9 @@ struct Site {
   const char* what;
   const char* file;
   int line;
-  bool operator==(const Site& o) const { return line == o.line && !std::strcmp(file, o.file) && !std::strcmp(what, o.what); }
+  bool operator==(const Site& o) const { return line == o.line && same(file, o.file) && same(what, o.what); }
+  // Equal literals usually share their address.
+  static bool same(const char* a, const char* b) { return a == b || !std::strcmp(a, b); }
   std::string text() const {
     const char* base = std::strrchr(file, '/');
     return std::string(what) + " (" + (base ? base + 1 : file) + ":" + std::to_string(line) + ")";

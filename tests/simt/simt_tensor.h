@@ -22,18 +22,19 @@ inline void mma_16x8(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
         for (unsigned l = 0; l < 32; l++) {
           const Payload p = peek<Payload>(c, l);
           const unsigned g = l >> 2, k0 = (l & 3) * kPerRegister;
-          for (int which = 0; which < kPerRegister; which++)
-            for (int half = 0; half < 2; half++) {
+          for (int half = 0; half < 2; half++)
+            for (int which = 0; which < kPerRegister; which++) {
               left[g][k0 + which + half * kHalf] = value(p.a[2 * half], which);
               left[g + 8][k0 + which + half * kHalf] = value(p.a[2 * half + 1], which);
               right[k0 + which + half * kHalf][g] = value(p.b[half], which);
             }
         }
+        // Vectors of GCC: eight columns at once whatever the optimizer thinks of the loop.
+        typedef float Columns __attribute__((vector_size(32), aligned(4)));
         for (int r = 0; r < 16; r++) {
-          float sum[8] = {};
-          for (int k = 0; k < kDepth; k++)
-            for (int n = 0; n < 8; n++) sum[n] += left[r][k] * right[k][n];
-          std::memcpy(c.out[r], sum, sizeof sum);
+          Columns sum = {};
+          for (int k = 0; k < kDepth; k++) sum += left[r][k] * *reinterpret_cast<const Columns*>(right[k]);
+          *reinterpret_cast<Columns*>(c.out[r]) = sum;
         }
       },
       [&](Collective& c) {
