@@ -134,9 +134,14 @@ def clip_source(workload: Workload) -> Callable[[int], np.ndarray]:
     folder = Path(workload.data)
     if not folder.is_dir():
         raise ValueError(f"sweep: data must be moving_shapes, tensors or an existing UCF-101 folder, got {workload.data!r}.")
-    from jepa.data.ucf101 import UCF101
+    from jepa.data.files import FileClips
 
-    videos = UCF101(folder)
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.avi"))
+    if not files:
+        raise ValueError(f"sweep: data must be a folder with .avi files in class folders, got {folder}, which has none.")
+    # Labels only feed a loss whose value nobody reads; the class folders number them.
+    classes = sorted({Path(name).parent.name for name in files})
+    videos = FileClips("ucf101", folder, files, [classes.index(Path(name).parent.name) for name in files], max(CLASSES, len(classes)))
     return lambda index: videos.read(index % len(videos), spec, 0.5).frames
 
 

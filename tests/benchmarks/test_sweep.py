@@ -195,6 +195,17 @@ def test_own_encoder_and_tensors(tmp_path: Path) -> None:
         workload.clip_source(workload.Workload(parse_resolution("32"), SIZES["micro"], data="/nonexistent"))
 
 
+def test_real_video_from_a_ucf101_folder(shared_dir: Path, tmp_path: Path) -> None:
+    folder = shared_dir / "clips" / "ucf101"
+    work = workload.Workload(parse_resolution("48x64"), SIZES["micro"], frames=8, data=str(folder))
+    group = workload.Group.of(variant("motion_guided"), "none")
+    batch = workload.make_batch(work, group.policy, workload.clip_source(work), 0)
+    assert batch.clips.shape == (2, 8, 48, 64, 3) and batch.clips.float().std() > 10
+    assert batch.masks.grid == (4, 3, 4)
+    with pytest.raises(ValueError, match=r"\.avi files"):
+        workload.clip_source(workload.Workload(parse_resolution("32"), SIZES["micro"], data=str(tmp_path)))
+
+
 def test_objective_cost_sees_work_that_is_there() -> None:
     """SIGReg does hundreds of times the arithmetic of a delta, and the paired difference must show it."""
     work = workload.Workload(parse_resolution("64"), SIZES["micro"], frames=8)
