@@ -100,7 +100,7 @@ def compute_all(ctx: ObjectiveContext, objectives: Objectives, weight: Mapping[s
 
     Returns:
         The loss (a scalar) and metrics: ``<name>`` the unweighted value, ``<name>/<metric>`` its own metrics, and
-        ``<name>/skipped`` = 1 where the clip has fewer time steps than the objective needs.
+        ``<name>/skipped``, which adds up to 1 where the clip has fewer time steps than the objective needs.
     """
     loss = ctx.predicted_tokens.new_zeros(())
     metrics: dict[str, Tensor] = {}
@@ -111,7 +111,7 @@ def compute_all(ctx: ObjectiveContext, objectives: Objectives, weight: Mapping[s
         minimum = getattr(module, "minimum_frames", None)
         if minimum is not None:
             skipped = ctx.grid[0] < minimum(cfg)
-            metrics[f"{name}/skipped"] = torch.full((), float(skipped), device=loss.device)
+            metrics[f"{name}/skipped"] = torch.full((), skipped / ctx.denominators.parts, device=loss.device)
             if skipped:
                 continue
         result: Objective = module.compute(ctx, cfg)

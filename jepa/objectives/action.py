@@ -30,8 +30,6 @@ def build_head(dims: FeatureDims, cfg: Config) -> nn.Module:
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:
     """1/J sum_j mean over pairs and colours of |f(Z(t)) - (a(t+1) - a(t))|; a = mean of the clip over tubelet and patch."""
-    if ctx.clips is None:
-        raise ValueError("action: clips must be given, got None.")
     tokens, _ = ctx.pair_tokens
     if cfg.channels == "dynamics":
         tokens = ctx.factorisation.dynamics(tokens, ctx.levels)
@@ -40,7 +38,8 @@ def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:
 
 
 def _colour_change(ctx: ObjectiveContext) -> Tensor:
-    assert ctx.clips is not None
+    if ctx.clips is None:
+        raise ValueError("action: clips must be given, got None.")
     colours = patch_means(ctx.clips, ctx.tubelet_size, ctx.patch_size).to(ctx.context_tokens.dtype)
     rows = ctx.masks.pair_rows
     return colours.index_select(0, rows[:, 1]) - colours.index_select(0, rows[:, 0])

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from jepa.batch import MaskBatch
@@ -46,7 +47,10 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss (a scalar that carries gradient) and its metrics (scalars that do not); nothing here is read back to the host."""
+    """A loss (a scalar that carries gradient) and its metrics (scalars that do not); nothing here is read back to the host.
+
+    Both are shares of the global batch: summed over micro-batches and ranks they are the value for all of it.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -270,6 +274,30 @@ def segment_softmax_weights(values: Tensor, offsets: Tensor, temperature: float)
     total = torch.segment_reduce(exponent, "sum", offsets=offsets, unsafe=True)
     size = (offsets[1:] - offsets[:-1]).to(values.dtype)
     return exponent * (size / total.clamp(min=torch.finfo(values.dtype).tiny)).index_select(0, segment)
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum over all processes, differentiable; the value itself where there is one process.
+
+    Every rank must call it equally often. If each rank then takes 1/ranks of a loss of the sum, the gradients add up to the right one.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return value
+    return _SumOverRanks.apply(value)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
 
 
 def two_layer_head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:

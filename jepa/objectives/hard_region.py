@@ -17,4 +17,4 @@ def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:
     """1/J sum_j mean of w * e; e = the token's prediction error, w = P softmax(e / temperature) over the P targets of its sample."""
     error = ctx.prediction_residual
     weights = segment_softmax_weights(error, ctx.masks.target_cu, cfg.temperature)
-    return Objective(ctx.target_mean(weights * error), {"largest_weight": weights.max() if weights.shape[0] else weights.sum()})
+    return Objective(ctx.target_mean(weights * error))

@@ -142,6 +142,21 @@ def test_a_missing_key_is_a_miss(tmp_path):
     assert any("h_raw" in row.note for row in report.failures)
 
 
+def test_a_damaged_file_is_a_miss(tmp_path):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "ema.npz").write_bytes((PUBLISHED / "modules" / "ema.npz").read_bytes()[:4000])
+    report = check_folder(tmp_path)
+    assert [row.array for row in report.failures] == ["(file)"]
+
+
+def test_an_unusable_backend_is_a_miss_not_a_detour(tmp_path):
+    (tmp_path / "modules").mkdir()
+    for name in ("rope_hd32_weights", "rope_hd32_rect_masked_interp1"):
+        shutil.copy(PUBLISHED / "modules" / f"{name}.npz", tmp_path / "modules")
+    report = check_folder(tmp_path, "cuda")
+    assert any("masked_attention cannot run on backend 'cuda'" in row.note for row in report.failures)
+
+
 def test_nothing_to_check_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"must hold objectives, modules, steps with .npz files, got none"):
         check_folder(tmp_path)

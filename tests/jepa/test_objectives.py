@@ -28,6 +28,8 @@ CASES = [(name, {}) for name in objectives.names()] + [
     ("kinematic", {"kind": "huber"}),
     ("kinematic", {"kind": "acceleration", "channel_share": 0.5}),
     ("sigreg", {"slices": 8, "points": 5}),
+    ("sigreg", {"slices": 8, "points": 2, "scope": "global"}),
+    ("orthogonality", {"scope": "global"}),
     ("context", {"weight_by_distance": False}),
 ]
 HIDDEN = {"latent_dynamics": 5, "action": 5, "hamiltonian": 5}
@@ -458,6 +460,38 @@ def test_sigreg_against_the_plain_formula():
     torch.testing.assert_close(*(torch.autograd.grad(v, u)[0] for v in (actual, expected)))
     normal = characteristic_distance(torch.randn(20_000, 4, dtype=torch.float64), 17, 3.0)
     assert normal < 0.1 * characteristic_distance(torch.rand(20_000, 4, dtype=torch.float64), 17, 3.0)
+
+
+def _global_share(rank: int, folder: str) -> None:
+    """What one of two ranks computes on its half of a batch; saved for the parent to compare."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    cfg = parse_objectives({"sigreg": {"slices": 8, "scope": "global"}, "orthogonality": {"weight": 1.0, "scope": "global"}}, "")
+    masks = ragged_masks(batch_size=4)
+    whole = random_context(cfg, masks)
+    part = [[0], [1, 2, 3]][rank]
+    tokens = whole.context_tokens.detach()[part_rows(masks.context_cu, masks, part)].requires_grad_()
+    own = reordered_masks(masks, part)
+    ctx = dataclasses.replace(
+        random_context(cfg, own), context_tokens=tokens, denominators=dataclasses.replace(Denominators.of(masks), parts=2)
+    )
+    loss, _ = compute_all(ctx, cfg, all_weights(cfg))
+    loss.backward()
+    torch.save({"loss": loss.detach(), "grad": tokens.grad}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_global_statistics_of_two_ranks_are_those_of_the_whole_batch(tmp_path):
+    torch.multiprocessing.spawn(_global_share, args=(str(tmp_path),), nprocs=2)
+    cfg = parse_objectives({"sigreg": {"slices": 8}, "orthogonality": {"weight": 1.0}}, "")
+    masks = ragged_masks(batch_size=4)
+    ctx = random_context(cfg, masks)
+    loss, _ = compute_all(ctx, cfg, all_weights(cfg))
+    loss.backward()
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    torch.testing.assert_close(results[0]["loss"] + results[1]["loss"], loss.detach())
+    for part, result in zip([[0], [1, 2, 3]], results, strict=True):
+        torch.testing.assert_close(result["grad"], ctx.context_tokens.grad[part_rows(masks.context_cu, masks, part)])
 
 
 def test_sets_without_pairs_are_left_out():
