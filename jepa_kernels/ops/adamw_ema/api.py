@@ -41,8 +41,8 @@ def adamw_ema_(
         p <- p - lr weight_decay p - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
         target <- momentum target + (1 - momentum) p
 
-    AdamW: Loshchilov and Hutter 2019, algorithm 2, as torch.optim.AdamW computes it (checked against torch 2.13). The optimizer around it is
-    `jepa_kernels.optim.AdamWEMA`.
+    AdamW: Loshchilov and Hutter 2019 (arXiv:1711.05101), algorithm 2, as torch.optim.AdamW computes it (checked against torch 2.13). The
+    optimizer around it is `jepa_kernels.optim.AdamWEMA`.
 
     Args:
         params, grads, exp_avgs, exp_avg_sqs: lists of tensors of the same shapes on one device; float32, bfloat16 or float16 in any mix
@@ -54,6 +54,9 @@ def adamw_ema_(
         grad_scale: a float32 number on the device by which gradients are divided as they are read (they are left as they are).
         found_inf: a float32 number on the device; not 0 leaves everything as it is, teacher included, without a synchronisation.
         backend: a backend name, ``"auto"``, or None (see `jepa_kernels.backend`).
+
+    Returns:
+        None; all lists but `grads` and `steps` are written. Empty lists and empty tensors are left alone.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or value.

@@ -10,7 +10,7 @@ import torch
 from ... import triton_runtime
 from ..ema_update.call import ROUNDINGS, dtype_reasons
 from ..ema_update.triton import by_dtypes, dtype_of, on_device, on_the_device, weights
-from ..ema_update.triton_table import BLOCK, table
+from ..ema_update.triton_table import table
 from .call import Call
 
 
@@ -19,7 +19,7 @@ def unsupported_reasons(call: Call) -> list[str]:
 
 
 def forward(lists, hyper, groups, momentum, streams, rounding, seed, grad_scale, found_inf) -> None:
-    from .triton_kernels import FUSION, adamw_ema_kernel
+    from .triton_kernels import BLOCK, FUSION, adamw_ema_kernel
 
     device = lists.params[0].device
     with lists.flat(row_major=rounding == "stochastic") as flat, on_device(lists.params[0]):
@@ -38,7 +38,7 @@ def forward(lists, hyper, groups, momentum, streams, rounding, seed, grad_scale,
                 continue
             first = places[0]
             arrays = (flat.params, flat.grads, flat.exp_avgs, flat.exp_avg_sqs, targets, copies, compensations)
-            rows = table([[values[i] for i in places] for values in arrays], [streams[i] for i in places])
+            rows = table([[values[i] for i in places] for values in arrays], [streams[i] for i in places], BLOCK)
             chosen = scalars if len(places) == missing else scalars.index_select(0, index(tuple(places), device))
             adamw_ema_kernel[(rows.chunks.shape[0],)](
                 rows.rows, rows.chunks, chosen, found_inf, pointer, keep, take, seed, PARAM=dtype_of(flat.params[first]),

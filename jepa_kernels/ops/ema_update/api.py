@@ -31,8 +31,8 @@ def ema_update_(
 
         target <- momentum * target + (1 - momentum) * source
 
-    The teacher update of BYOL (Grill et al. 2020, eq. 2) and of the JEPA papers; evaluated as torch.lerp evaluates it, so that momentum 0 and 1
-    and source == target are exact.
+    The teacher update of BYOL (Grill et al. 2020, arXiv:2006.07733, section 3.1) and of the JEPA papers; evaluated as torch.lerp evaluates it, so
+    that momentum 0 and 1 and source == target are exact.
 
     Args:
         targets: tensors to update, float32, bfloat16 or float16 in any mix (float64 on the reference and torch backends), on one
@@ -49,6 +49,9 @@ def ema_update_(
         seed: with ``"stochastic"`` an int or a 0-d int64 tensor; give another one at every step. Random bits are a function of
             (seed, place in the list, element) alone.
         backend: a backend name, ``"auto"``, or None (see `jepa_kernels.backend`).
+
+    Returns:
+        None; `targets`, `copies` and `compensations` are written. Empty lists and empty tensors are left alone.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or value.

@@ -13,7 +13,7 @@ import torch
 from ... import triton_runtime
 from .call import ROUNDINGS, Call, dtype_reasons
 from .memory import Flat
-from .triton_table import BLOCK, table
+from .triton_table import table
 
 
 def unsupported_reasons(call: Call) -> list[str]:
@@ -21,7 +21,7 @@ def unsupported_reasons(call: Call) -> list[str]:
 
 
 def forward(targets, sources, momentum, copies, compensations, streams, rounding, seed) -> None:
-    from .triton_kernels import FUSION, ema_update_kernel
+    from .triton_kernels import BLOCK, FUSION, ema_update_kernel
 
     flat = Flat(written=(targets, copies, compensations), read=(sources,), row_major=rounding == "stochastic")
     with flat as (targets, copies, compensations, sources), on_device(targets[0]):
@@ -32,7 +32,7 @@ def forward(targets, sources, momentum, copies, compensations, streams, rounding
         for places in by_dtypes(targets, sources, copies):
             first = places[0]
             chosen = [[values[i] for i in places] for values in (targets, copies, compensations, sources)]
-            lists = table(chosen, [streams[i] for i in places])
+            lists = table(chosen, [streams[i] for i in places], BLOCK)
             ema_update_kernel[(lists.chunks.shape[0],)](
                 lists.rows, lists.chunks, pointer, keep, take, seed, TARGET=dtype_of(targets[first]), SOURCE=dtype_of(sources[first]),
                 COPY=dtype_of(copies[first]), ROUNDING=ROUNDINGS.index(rounding), ALIGNED=lists.aligned, BLOCK=BLOCK, num_warps=4, **FUSION,

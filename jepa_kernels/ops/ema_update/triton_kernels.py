@@ -16,6 +16,9 @@ STOCHASTIC = tl.constexpr(2)
 
 FUSION = {"enable_fp_fusion": False}
 
+# Elements of one program: four 16-byte accesses of a float32 array for each of 128 threads.
+BLOCK = 2048
+
 
 @triton.jit
 def array(row, column: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
@@ -65,24 +68,49 @@ def narrow_randomly(x, bits):
 
 
 @triton.jit
+def load(pointer, mask, MASKED: tl.constexpr):
+    """A chunk as float32. A mask keeps the compiler from 16-byte accesses, so that only the last chunk of a tensor has one."""
+    if MASKED:
+        return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+    else:
+        return tl.load(pointer).to(tl.float32)
+
+
+@triton.jit
+def store(pointer, value, mask, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(pointer, value, mask=mask)
+    else:
+        tl.store(pointer, value)
+
+
+@triton.jit
 def move_target(row, offsets, mask, source, keep, take, seed_ptr, FIRST: tl.constexpr, STREAM: tl.constexpr, TARGET: tl.constexpr,
-                COPY: tl.constexpr, ROUNDING: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+                COPY: tl.constexpr, ROUNDING: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Averages `source` into one chunk of the target in column FIRST; the copy and the compensation follow it in the table."""
     target = array(row, FIRST, TARGET, ALIGNED) + offsets
-    value = tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    value = load(target, mask, MASKED)
     if ROUNDING == KAHAN and tl.float32 != TARGET:
         compensation = array(row, FIRST + 2, TARGET, ALIGNED) + offsets
-        value = value + tl.load(compensation, mask=mask, other=0.0).to(tl.float32)
+        value = value + load(compensation, mask, MASKED)
     value = average(value, source, keep, take)
     if ROUNDING == STOCHASTIC and tl.bfloat16 == TARGET:
         stored = narrow_randomly(value, random_bits(tl.load(seed_ptr), tl.load(row + STREAM), offsets))
     else:
         stored = narrow(value, TARGET)
-    tl.store(target, stored, mask=mask)
+    store(target, stored, mask, MASKED)
     if ROUNDING == KAHAN and tl.float32 != TARGET:
-        tl.store(compensation, narrow(value - stored.to(tl.float32), TARGET), mask=mask)
+        store(compensation, narrow(value - stored.to(tl.float32), TARGET), mask, MASKED)
     if COPY is not None:
-        tl.store(array(row, FIRST + 1, COPY, ALIGNED) + offsets, narrow(stored.to(tl.float32), COPY), mask=mask)
+        store(array(row, FIRST + 1, COPY, ALIGNED) + offsets, narrow(stored.to(tl.float32), COPY), mask, MASKED)
+
+
+@triton.jit
+def move_chunk(row, offsets, count, keep, take, seed_ptr, TARGET: tl.constexpr, SOURCE: tl.constexpr, COPY: tl.constexpr,
+               ROUNDING: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    mask = offsets < count
+    source = load(array(row, 3, SOURCE, ALIGNED) + offsets, mask, MASKED)
+    move_target(row, offsets, mask, source, keep, take, seed_ptr, 0, 5, TARGET, COPY, ROUNDING, ALIGNED, MASKED)
 
 
 @triton.jit
@@ -95,9 +123,12 @@ def ema_update_kernel(rows, chunks, weights_ptr, keep, take, seed_ptr, TARGET: t
     """
     program = tl.program_id(0).to(tl.int64)
     row = rows + tl.load(chunks + 2 * program).to(tl.int64) * 6
-    offsets = tl.load(chunks + 2 * program + 1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < tl.load(row + 4)
+    start = tl.load(chunks + 2 * program + 1).to(tl.int64) * BLOCK
+    count = tl.load(row + 4)
     if weights_ptr is not None:
         keep, take = tl.load(weights_ptr), tl.load(weights_ptr + 1)
-    source = tl.load(array(row, 3, SOURCE, ALIGNED) + offsets, mask=mask, other=0.0).to(tl.float32)
-    move_target(row, offsets, mask, source, keep, take, seed_ptr, 0, 5, TARGET, COPY, ROUNDING, ALIGNED)
+    offsets = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= count:
+        move_chunk(row, offsets, count, keep, take, seed_ptr, TARGET, SOURCE, COPY, ROUNDING, ALIGNED, False)
+    else:
+        move_chunk(row, offsets, count, keep, take, seed_ptr, TARGET, SOURCE, COPY, ROUNDING, ALIGNED, True)

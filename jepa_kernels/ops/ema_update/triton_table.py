@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-# A chunk is what one program instance owns: four 16-byte accesses of a float32 array for each of its 128 threads.
-BLOCK = 2048
 _KEPT_TABLES = 64
 
 
@@ -31,17 +29,20 @@ class Table:
 _tables: OrderedDict[tuple, Table] = OrderedDict()
 
 
-def table(arrays: Sequence[Sequence[torch.Tensor | None]], streams: Sequence[int]) -> Table:
-    """The table of `arrays` (one list for each column; None = absent), each entry contiguous and with the elements of its first column."""
+def table(arrays: Sequence[Sequence[torch.Tensor | None]], streams: Sequence[int], block: int) -> Table:
+    """The table of `arrays` (one list for each column; None = absent) in chunks of `block` elements.
+
+    Every entry is contiguous and has the elements of its first column.
+    """
     device = arrays[0][0].device
     rows = tuple(
         (*(0 if t is None else t.data_ptr() for t in entry), entry[0].numel(), stream)
         for *entry, stream in zip(*arrays, streams, strict=True)
     )
-    key = (device, rows)
+    key = (device, block, rows)
     found = _tables.get(key)
     if found is None:
-        found = _build(rows, device)
+        found = _build(rows, device, block)
         _tables[key] = found
         if len(_tables) > _KEPT_TABLES:
             _tables.popitem(last=False)
@@ -50,8 +51,8 @@ def table(arrays: Sequence[Sequence[torch.Tensor | None]], streams: Sequence[int
     return found
 
 
-def _build(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Table:
-    counts = [-(-row[-2] // BLOCK) for row in rows]
+def _build(rows: tuple[tuple[int, ...], ...], device: torch.device, block: int) -> Table:
+    counts = [-(-row[-2] // block) for row in rows]
     tensors = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
     places = torch.cat([torch.arange(count, dtype=torch.int32) for count in counts])
     return Table(
