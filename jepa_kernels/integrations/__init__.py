@@ -1,0 +1,64 @@
+"""Drop the kernels into other JEPA code. One file per code base; nothing is imported or changed until you ask.
+
+report = accelerate(model)     # swaps the attention of a model you built, in place; print(report)
+restore(model)                 # undoes it
+with patch("vjepa2"): ...      # for code that builds its own models: swaps on the classes, undone on exit
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+from torch import nn
+
+from ..checks import sentence
+from . import ijepa, replace, transformers_ijepa, transformers_vjepa2, vjepa1, vjepa2
+from .replace import CodeBase, Report, restore
+
+CODE_BASES: tuple[CodeBase, ...] = (transformers_vjepa2.BASE, transformers_ijepa.BASE, vjepa2.BASE, vjepa1.BASE, ijepa.BASE)
+
+__all__ = ["CODE_BASES", "Report", "accelerate", "patch", "restore"]
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Swaps the attention modules of a known JEPA model for the fused op, in place; parameters and state dict stay as they are.
+
+    Args:
+        model: any module that contains attention of a known code base.
+
+    Returns:
+        What was replaced, and what was left with the reasons. Print it.
+
+    Raises:
+        TypeError: not a module. ValueError: no module of a known code base, with the list of what is known and what was found.
+
+    Notes:
+        Attention probabilities are not computed: where the original returns them, the fused forward returns None, as SDPA does.
+        Works with activation checkpointing and torch.compile; call it before either.
+
+    Example:
+        >>> import torch
+        >>> from jepa_kernels.integrations import accelerate
+        >>> accelerate(torch.nn.Linear(2, 2))  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        ValueError: accelerate: model must be of a known code base: ...
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(sentence("accelerate", "model", "be a torch.nn.Module", type(model).__name__))
+    return replace.accelerate(model, CODE_BASES)
+
+
+def patch(*names: str) -> AbstractContextManager[list[str]]:
+    """A context in which the classes of the named code bases (all, without names) use the fused op.
+
+    Args:
+        names: of `CODE_BASES`.
+
+    Raises:
+        ValueError: no code base of that name.
+    """
+    by_name = {base.name: base for base in CODE_BASES}
+    for name in names:
+        if name not in by_name:
+            raise ValueError(sentence("patch", "name", f"be one of {', '.join(by_name)}", repr(name)))
+    return replace.patched([by_name[name] for name in names] or CODE_BASES)

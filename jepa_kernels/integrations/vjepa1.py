@@ -1,0 +1,30 @@
+"""V-JEPA 1 as packaged in vjepa: attention without RoPE (positions are added sine embeddings)."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..ops.masked_attention import masked_attention
+from .replace import CodeBase, Target, dropout_obstacles
+from .vjepa2 import cross_forward, no_obstacles
+
+
+def _forward(self, x, mask=None):
+    query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+    scale = None if self.use_sdpa else float(self.scale)
+    return self.proj(masked_attention(query, key, value, scale=scale).flatten(-2)), None
+
+
+def _obstacles(module: nn.Module) -> list[str]:
+    return dropout_obstacles(module, attn_drop=module.attn_drop.p, proj_drop=module.proj_drop_prob)
+
+
+_PATH = "vjepa.models.utils.modules"
+BASE = CodeBase(
+    "vjepa1",
+    "facebookresearch/jepa, vjepa",
+    (
+        Target((f"{_PATH}:Attention",), _forward, _obstacles, "attention"),
+        Target((f"{_PATH}:CrossAttention",), cross_forward, no_obstacles, "cross-attention"),
+    ),
+)

@@ -1,0 +1,76 @@
+"""facebookresearch V-JEPA 2, in its own repository layout and as packaged in cc-vjepa2."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.masked_attention import masked_attention
+from ..rope3d import Rope3D
+from .replace import CodeBase, Target, dropout_obstacles
+
+# Where the modules are published: the repository's own packages, and the one on the package index.
+_PATHS = ("src.models.utils.modules", "vjepa2.models.utils.modules")
+_FRAMES = 256
+
+
+def _qkv(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+    return query, key, value
+
+
+def _scale(self: nn.Module) -> float | None:
+    """The original passes its own scale only without SDPA; with it, SDPA's default holds whatever `qk_scale` said."""
+    return None if self.use_sdpa else float(self.scale)
+
+
+def _no_mask(mask: object) -> None:
+    if mask is not None:
+        raise ValueError("V-JEPA 2: attn_mask must be None with the fused op, got a mask. Call restore(model) to use masks.")
+
+
+def _rope_forward(self, x, mask=None, attn_mask=None, T=None, H_patches=None, W_patches=None):
+    _no_mask(attn_mask)
+    whole_grid = T is not None and H_patches is not None and W_patches is not None
+    sized = H_patches is not None and W_patches is not None
+    height, width = (int(H_patches), int(W_patches)) if sized else (self.grid_size, self.grid_size)
+    if mask is None:
+        ids = torch.arange(x.shape[1], device=x.device)
+        frames = int(T) if whole_grid else -(-x.shape[1] // (height * width))
+    else:
+        ids, frames = mask, _FRAMES
+    out = masked_attention(*_qkv(self, x), query_ids=ids, rope=Rope3D((frames, height, width), "tiled"), scale=_scale(self))
+    return self.proj(out.flatten(-2))
+
+
+def _plain_forward(self, x, mask=None, attn_mask=None):
+    _no_mask(attn_mask)
+    return self.proj(masked_attention(*_qkv(self, x), scale=_scale(self)).flatten(-2))
+
+
+def cross_forward(self, q, x):
+    query = self.q(q).unflatten(-1, (self.num_heads, -1))
+    key, value = self.kv(x).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
+    return masked_attention(query, key, value).flatten(-2)
+
+
+def _obstacles(module: nn.Module) -> list[str]:
+    reasons = dropout_obstacles(module, attn_drop=module.attn_drop.p, proj_drop=module.proj_drop_prob)
+    if module.is_causal:
+        reasons.append("is_causal must be False, got True")
+    return reasons
+
+
+def no_obstacles(module: nn.Module) -> list[str]:
+    return []
+
+
+BASE = CodeBase(
+    "vjepa2",
+    "facebookresearch/vjepa2, cc-vjepa2",
+    (
+        Target(tuple(f"{p}:RoPEAttention" for p in _PATHS), _rope_forward, _obstacles, "six rotations, concatenations and attention"),
+        Target(tuple(f"{p}:Attention" for p in _PATHS), _plain_forward, _obstacles, "attention"),
+        Target(tuple(f"{p}:CrossAttention" for p in _PATHS), cross_forward, no_obstacles, "cross-attention"),
+    ),
+)
