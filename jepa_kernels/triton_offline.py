@@ -33,16 +33,7 @@ class Report:
         return asdict(self)
 
 
-def compile_report(
-    kernel: Any,
-    architecture: int,
-    types: dict[str, str],
-    constants: dict[str, Any],
-    *,
-    num_warps: int,
-    num_stages: int,
-    maxnreg: int | None = None,
-) -> Report:
+def compile_report(kernel: Any, architecture: int, types: dict[str, str], constants: dict[str, Any], options: dict[str, Any]) -> Report:
     """Compiles `kernel` for ``sm_<architecture>`` and reports registers, spills and instruction counts.
 
     Args:
@@ -51,7 +42,7 @@ def compile_report(
         types: type of every argument that is not a constant, such as ``{"query": "*bf16", "scale": "fp32", "rows": "i32"}``.
             Pointers are taken to be 16-byte aligned, which is what the launcher finds at run time.
         constants: value of every ``tl.constexpr`` argument; also None for a pointer that is absent.
-        num_warps, num_stages, maxnreg: launch options.
+        options: launch options: num_warps, num_stages, maxnreg, enable_fp_fusion.
 
     Raises:
         ImportError: triton is not installed. ValueError: an argument of the kernel has neither a type nor a value.
@@ -60,15 +51,12 @@ def compile_report(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from .triton_support import FP_FUSION
-
     missing = [name for name in kernel.arg_names if name not in types and name not in constants]
     if missing:
         raise ValueError(f"compile_report: types must name every argument, got none for {', '.join(missing)}.")
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg, **FP_FUSION}
     compiled = triton_compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     return _read(compiled.asm["cubin"], compiled.metadata.shared)
 
@@ -79,12 +67,13 @@ def _read(cubin: bytes, shared_bytes: int) -> Report:
         path.write_bytes(cubin)
         usage = _tool("cuobjdump", "-res-usage", str(path))
         code = _tool("nvdisasm", "-c", str(path))
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
+    # A cubin may hold helper functions beside the kernel: the kernel is the one that takes the most.
+    found = [(int(registers), int(stack)) for registers, stack in re.findall(r"REG:(\d+) STACK:(\d+)", usage)]
+    if not found:
         raise RuntimeError(f"compile_report: cuobjdump must name registers and stack, got {usage[:200]!r}.")
     return Report(
-        registers=int(found[1]),
-        stack_bytes=int(found[2]),
+        registers=max(registers for registers, _ in found),
+        stack_bytes=max(stack for _, stack in found),
         spill_instructions=len(_LOCAL_MEMORY.findall(code)),
         shared_bytes=shared_bytes,
         tensor_core_instructions=len(_TENSOR_CORE.findall(code)),

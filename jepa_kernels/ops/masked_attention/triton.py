@@ -105,7 +105,7 @@ class _Case:
         tiles = -(-rows // ROTATE_TILE.block_q)
         heads_each = min(ROTATE_HEADS, self.heads)
         align = _alignment(x)
-        main, tail = channels(self.head_dim)
+        main, tail = channels(self.query.dtype, self.head_dim)
         rotate_rows_kernel[(tiles * self.batch, -(-self.heads // heads_each))](
             x, turned, ids, self.rope_table, rows, self.heads, tiles, *(s // align for s in _strides(x)), *_id_strides(ids), *self.grid,
             HEAD_DIM=self.head_dim, MAIN=main, TAIL=tail, ROPE_DIM=rope_dim(self.head_dim), ALIGN=align, BLOCK=ROTATE_TILE.block_q,
@@ -144,7 +144,7 @@ class _Case:
 
 def constants(dtype: torch.dtype, head_dim: int, rope: bool, packed: bool, align: int, search_steps: int, shape: Tile) -> dict[str, Any]:
     """The compile-time arguments that the three attention kernels share; the compile gate builds the same ones."""
-    main, tail = channels(head_dim)
+    main, tail = channels(dtype, head_dim)
     return {
         "HEAD_DIM": head_dim, "MAIN": main, "TAIL": tail, "ROPE_DIM": rope_dim(head_dim) if rope else 0,
         "CHUNKED": dtype == torch.float32, "ALIGN": align,
@@ -161,8 +161,8 @@ def launch_options(shape: Tile) -> dict[str, Any]:
 
 def _log2_scale(scale: float) -> float:
     """scale * log2(e). The floor keeps a scale of 0 from making 0 * inf of a masked key; the products it scales then vanish anyway."""
-    magnitude = max(abs(scale), 1e-30)
-    return math.copysign(magnitude * math.log2(math.e), scale)
+    magnitude = max(abs(scale), 1e-30) * math.log2(math.e)
+    return -magnitude if scale < 0 else magnitude
 
 
 def _alignment(*panels: torch.Tensor) -> int:
