@@ -3,13 +3,16 @@
     <run>/checkpoints/step_00000500/{model.safetensors, optimizer.safetensors, state.json}
 
 A folder is written under a temporary name, flushed to disk and renamed: whoever kills the process finds either the old set of checkpoints or
-the new one. `best.json` names the checkpoint with the best score and is replaced atomically.
+the new one. The best checkpoint is the kept one with the lowest score in its `state.json`; nothing else has to be written for it. `state.json`
+also holds a digest of the tensor files, so that a damaged one is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY = ".writing-"
+_TENSOR_FILES = ("model", "optimizer")
 FORMAT = 1
 
 
@@ -55,18 +59,58 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`. Moments keep their values; a name that the model lacks is an error."""
+    """The inverse of `optimizer_tensors`, for whole or sharded parameters. A name that the model lacks is an error."""
     parameters = dict(model.named_parameters())
+    fused = bool(optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
     state: dict[nn.Parameter, dict[str, Tensor]] = {}
     for full, value in tensors.items():
         key, _, name = full.partition("/")
         if name not in parameters:
             raise CheckpointError(f"checkpoint: optimizer.safetensors must hold parameters of the model, got {name!r}.")
+        parameter = parameters[name]
+        if value.dim() and value.shape != parameter.shape:
+            raise CheckpointError(
+                f"checkpoint: optimizer.safetensors must hold {full} of shape {tuple(parameter.shape)}, got {tuple(value.shape)}."
+            )
         # A step count is one number and stays as it is; moments go where their parameter is.
-        where = parameters[name].device if value.dim() or optimizer.defaults.get("fused") or optimizer.defaults.get("capturable") else "cpu"
-        state.setdefault(parameters[name], {})[key] = value.to(where)
+        placed = value.to(parameter.device if value.dim() or fused else "cpu")
+        state.setdefault(parameter, {})[key] = sharded_like(placed, parameter) if value.dim() else placed
     optimizer.state.clear()
     optimizer.state.update(state)
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor, gathered from all processes where it is sharded (then every process must call)."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def sharded_like(value: Tensor, other: Tensor) -> Tensor:
+    """`value`, which every process holds whole, sharded as `other` is."""
+    if not hasattr(other, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, other.device_mesh, other.placements)
+
+
+def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Every parameter and buffer of the model from whole tensors.
+
+    Raises:
+        CheckpointError: names or shapes are not those of the model.
+    """
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    other = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    for problem, names in (("have", missing), ("not have", extra), ("have other shapes for", sorted(other))):
+        if names:
+            listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise CheckpointError(
+                f"checkpoint: model.safetensors must fit the configured model, got a file that should {problem} {listed}."
+            )
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(sharded_like(tensors[name].to(value.device), value))
 
 
 def environment() -> dict[str, Any]:
@@ -107,34 +151,35 @@ class Checkpoints:
         return self.folder / f"step_{step:08d}"
 
     def best(self) -> tuple[int, float] | None:
-        """(step, score) of the best checkpoint, lower being better."""
-        try:
-            value = json.loads((self.folder / "best.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        return int(value["step"]), float(value["score"])
+        """(step, score) of the best checkpoint that is there, lower being better and the earliest winning a tie."""
+        scores = [(read_state(self.path(step))["score"], step) for step in self.steps()]
+        known = [(score, step) for score, step in scores if score is not None]
+        return None if not known else (min(known)[1], min(known)[0])
 
     def save(
         self, step: int, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: Mapping[str, Any], score: float | None = None
     ) -> Path:
-        """Writes the checkpoint of `step` atomically, notes whether it is the best, and removes what need not be kept.
+        """Writes the checkpoint of `step` atomically, and removes those that need not be kept.
 
         Args:
             step: optimiser steps done.
             model, optimizer: tensors by name; ones that share storage are written out each.
             state: anything JSON can hold.
-            score: lower is better; None leaves the best one alone.
+            score: lower is better; one that is None or not finite is never the best.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._sweep()
         temporary = self.folder / f"{_TEMPORARY}{os.getpid()}-{step:08d}"
         temporary.mkdir()
-        for name, tensors in (("model", model), ("optimizer", optimizer)):
+        for name, tensors in zip(_TENSOR_FILES, (model, optimizer)):
             # Cloned on the way: safetensors refuses tensors that share memory.
             save_file(
                 {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}, temporary / f"{name}.safetensors"
             )
-        write_json(temporary / "state.json", {"format": FORMAT, "step": step, "environment": environment(), **state})
+        digests = {name: _digest(temporary / f"{name}.safetensors") for name in _TENSOR_FILES}
+        known = None if score is None or not math.isfinite(score) else score
+        head = {"format": FORMAT, "step": step, "score": known, "sha256": digests, "environment": environment()}
+        write_json(temporary / "state.json", {**head, **state})
         for file in temporary.iterdir():
             _flush(file)
         _flush(temporary)
@@ -145,9 +190,6 @@ class Checkpoints:
         else:
             os.rename(temporary, final)
             _flush(self.folder)
-        best = self.best()
-        if score is not None and score == score and (best is None or score < best[1] or not self.path(best[0]).exists()):
-            write_json(self.folder / "best.json", {"step": step, "score": score})
         self._prune()
         return final
 
@@ -179,17 +221,56 @@ class Checkpoints:
                 shutil.rmtree(doomed)
 
 
-def load(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """(model, optimizer, state) of one checkpoint folder."""
-    folder = Path(folder)
+def read_state(folder: str | Path) -> dict[str, Any]:
+    """What `state.json` of one checkpoint folder says.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of another format.
+    """
+    path = Path(folder) / "state.json"
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        model, optimizer = (load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer"))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint: {folder} must be a whole checkpoint, got {type(error).__name__}: {error}") from error
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint: {folder} must be of format {FORMAT}, got {state.get('format')!r}.")
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint: {path} must be the JSON of a checkpoint, got {type(error).__name__}: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(f"checkpoint: {path} must be of format {FORMAT}, got {found!r}.")
+    lacking = [key for key in ("step", "score", "sha256", "environment") if key not in state]
+    if lacking:
+        raise CheckpointError(f"checkpoint: {path} must have the keys {', '.join(lacking)}, got none of that name.")
+    return state
+
+
+def load(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """(model, optimizer, state) of one checkpoint folder.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or of another format.
+    """
+    state = read_state(folder)
+    model, optimizer = (_read_tensors(Path(folder) / f"{name}.safetensors", state["sha256"].get(name)) for name in _TENSOR_FILES)
     return model, optimizer, state
+
+
+def load_model(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(model, state) of one checkpoint folder, for those who do not go on training."""
+    state = read_state(folder)
+    return _read_tensors(Path(folder) / "model.safetensors", state["sha256"].get("model")), state
+
+
+def _read_tensors(path: Path, digest: str | None) -> dict[str, Tensor]:
+    try:
+        found = _digest(path)
+        if found != digest:
+            raise CheckpointError(f"checkpoint: {path} must have the digest that state.json gives ({digest}), got {found}.")
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint: {path} must be a whole file, got {type(error).__name__}: {error}") from error
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def warn_of_differences(saved: Mapping[str, Any]) -> list[str]:

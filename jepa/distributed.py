@@ -64,7 +64,8 @@ def summed(value: Tensor) -> Tensor:
 def wrap(bundle: ModelBundle, world: World, how: Wrapper) -> nn.Module | None:
     """The data-parallel wrapper to call instead of the bundle, or None for one process.
 
-    FSDP2 shards the blocks of encoder and predictor, and the target encoder alike, so that the EMA works on matching local shards.
+    FSDP2 shards the blocks of encoder and predictor, and the target encoder alike, so that the EMA works on matching local shards. The
+    optimiser must be built after this, since it has to hold the shards.
     """
     if world.size == 1:
         if how in ("ddp", "fsdp2"):
@@ -86,10 +87,13 @@ def _sharded(bundle: ModelBundle, world: World) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.size,))
-    for part in (bundle.context_encoder, bundle.predictor, bundle.target_encoder, *bundle.heads.values()):
+    for part in (bundle.context_encoder, bundle.predictor, bundle.target_encoder):
         if part is None:
             continue
+        # Sharded again after every forward, the outermost ones too: between steps the EMA, the optimiser and checkpoints see shards only.
         for block in getattr(part, "blocks", ()) or getattr(part, "predictor_blocks", ()):
-            fully_shard(block, mesh=mesh)
-        fully_shard(part, mesh=mesh)
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    # Heads belong to the outermost group: objectives read their weights without calling them.
+    fully_shard(bundle, mesh=mesh, reshard_after_forward=True)
     return bundle

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,7 +67,8 @@ class RunLog:
     def write(self, line: Mapping[str, Any], total_steps: int) -> None:
         if not self.active:
             return
-        self._file.write(json.dumps(line) + "\n")
+        # JSON has no NaN.
+        self._file.write(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}) + "\n")
         self._file.flush()
         for name, value in line.items():
             if name != "step":

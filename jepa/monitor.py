@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from jepa.batch import Batch
-from jepa.step import ModelBundle, StepConfig, _precision
+from jepa.step import ModelBundle, StepConfig, precision
 from jepa.target import standardise
 
 
@@ -39,7 +39,7 @@ def collapse_metrics(bundle: ModelBundle, batch: Batch, cfg: StepConfig, monitor
         teacher_student_cosine: mean cosine of all-level features (1 with an online target).
     """
     clips = batch.clips[: monitor.clips]
-    with _precision(batch, cfg):
+    with precision(clips.device, cfg):
         online = bundle.context_encoder(clips)
         evaluated = online if bundle.target_encoder is None else bundle.target_encoder(clips)
     online, evaluated = (standardise(f.flatten(0, 1), cfg.model.levels) for f in (online, evaluated))

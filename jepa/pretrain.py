@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,27 @@ from torch import Tensor
 
 from jepa import distributed
 from jepa.batch import Batch
-from jepa.checkpoint import Checkpoints, load_optimizer_tensors, optimizer_tensors, warn_of_differences, write_json
+from jepa.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    load_model_tensors,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    warn_of_differences,
+    whole,
+    write_json,
+)
 from jepa.config import ConfigError, load, to_dict, to_yaml
 from jepa.data.build import DataConfig, build_picker
 from jepa.data.clip import ClipSpec
 from jepa.data.loader import Fetched, Loader, LoaderConfig
+from jepa.data.mixture import Picker
 from jepa.data.transforms import ViewSpec, model_input
 from jepa.logs import RunLog
+from jepa.models.blocks import Block
 from jepa.monitor import MonitorConfig, collapse_metrics, warnings
 from jepa.schedules import ScheduleConfig
-from jepa.step import StepConfig, TrainState, build_optimizer, new_state, train_step
+from jepa.step import ModelBundle, StepConfig, TrainState, build_optimizer, new_state, train_step
 
 _log = logging.getLogger(__name__)
 
@@ -41,10 +52,10 @@ class PretrainConfig(StepConfig):
         crop_scale, crop_aspect: of the random resized crop. flip: its probability of mirroring.
         seed: of weights, data order, crops and masks. workers: loader processes.
         device: ``auto``, ``cpu`` or ``cuda``. distributed: ``auto`` (DDP when torchrun starts several), ``ddp`` or ``fsdp2``.
-        threads: CPU threads, None for torch's choice. compile: torch.compile of the step's model.
-        log_every, checkpoint_every: in steps. keep_last: checkpoints kept besides the best.
+        threads: CPU threads, None for torch's choice. compile: torch.compile of every transformer block.
+        log_every, checkpoint_every: in steps; a checkpoint also closes a log interval. keep_last: checkpoints kept besides the best.
         max_skipped: updates skipped for a gradient that is not finite before the run stops.
-        resume: go on from the newest checkpoint in `output` when there is one.
+        resume: go on from the newest checkpoint in `output` when there is one; without it, such a folder is refused.
     """
 
     schedule: ScheduleConfig = field(
@@ -123,17 +134,24 @@ class _Interval:
         self.clips += sum(len(part.batch.clips) for part in parts)
 
     def read(self, world: distributed.World) -> tuple[dict[str, float], list[int]]:
-        """Means over the interval and the steps that were skipped: the one read of the interval."""
+        """Means over the interval, and the steps that were skipped: the one read of the interval.
+
+        A mean is over the steps that have the metric and where it is finite, NaN when there is none; `skipped` is a count.
+        """
         names = sorted({name for metrics in self.metrics for name in metrics})
-        missing = self.metrics[0]["loss"].new_full((), torch.nan)
-        table = torch.stack([torch.stack([m.get(name, missing).detach().float() for name in names]) for m in self.metrics])
+        absent = self.metrics[0]["loss"].new_zeros((), dtype=torch.float32)
+        table = torch.stack([torch.stack([m.get(name, absent).detach().float() for name in names]) for m in self.metrics])
         if world.reduce is not None:
             shares = [i for i, name in enumerate(names) if name not in ("gradient_norm", "skipped")]
             table[:, shares] = world.reduce(table[:, shares].contiguous())
-        rows = table.cpu()
-        values = {name: float(column[~column.isnan()].mean()) for name, column in zip(names, rows.T) if not column.isnan().all()}
-        skipped = [step for (step, _), row in zip(self.samples, rows) if row[names.index("skipped")] > 0]
-        return values, skipped
+        table = table.cpu()
+        present = torch.tensor([[name in metrics for name in names] for metrics in self.metrics])
+        counted = present & table.isfinite()
+        means = torch.where(counted, table, 0.0).sum(0) / counted.sum(0)
+        values = dict(zip(names, means.tolist()))
+        flags = table[:, names.index("skipped")] > 0
+        values["skipped"] = float(flags.sum())
+        return values, [step for (step, _), flag in zip(self.samples, flags.tolist()) if flag]
 
 
 def run(cfg: PretrainConfig) -> TrainState:
@@ -156,48 +174,66 @@ def run(cfg: PretrainConfig) -> TrainState:
         distributed.stop()
 
 
-def _run(cfg: PretrainConfig, picker: Any, world: distributed.World) -> TrainState:
-    state = new_state(cfg, world.device)
+def _run(cfg: PretrainConfig, picker: Picker, world: distributed.World) -> TrainState:
     checkpoints = Checkpoints(cfg.output / "checkpoints", cfg.keep_last)
-    if cfg.resume and checkpoints.steps():
-        _restore(state, checkpoints, cfg)
+    if not cfg.resume and checkpoints.steps():
+        raise ConfigError(
+            f"config: output must hold no checkpoints where resume is off, got {cfg.output} at step {checkpoints.steps()[-1]}."
+        )
+    state = new_state(cfg, world.device)
     state.reduce, state.ranks = world.reduce, world.size
-    state.wrapped = distributed.wrap(state.bundle, world, cfg.distributed)
-    if cfg.distributed == "fsdp2" and world.size > 1:
-        # The optimiser must hold the shards; its moments, if any were restored, are sharded alike.
-        state.optimizer = build_optimizer(state.bundle, cfg)
     if cfg.compile:
-        state.wrapped = torch.compile(state.module)
+        compile_blocks(state.bundle)
+    state.wrapped = distributed.wrap(state.bundle, world, cfg.distributed)
+    # After the wrapper, which may have replaced the parameters by shards.
+    state.optimizer = build_optimizer(state.bundle, cfg)
+    skipped = _restore(state, checkpoints, cfg) if checkpoints.steps() else 0
     cfg.output.mkdir(parents=True, exist_ok=True)
     log = RunLog(cfg.output, state.step, active=world.leads)
     if world.leads:
         (cfg.output / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
         log.headline(_summary(cfg, state, world))
     with log:
-        _loop(cfg, state, picker, world, checkpoints, log)
+        _loop(cfg, state, picker, world, checkpoints, log, skipped)
     return state
 
 
-def _loop(cfg: PretrainConfig, state: TrainState, picker: Any, world: distributed.World, checkpoints: Checkpoints, log: RunLog) -> None:
+def _loop(
+    cfg: PretrainConfig,
+    state: TrainState,
+    picker: Picker,
+    world: distributed.World,
+    checkpoints: Checkpoints,
+    log: RunLog,
+    skipped_total: int,
+) -> None:
     total = cfg.schedule.total_steps
     loader = Loader(picker, cfg.loader(world), min(state.step, total) * cfg.accumulate, total * cfg.accumulate)
-    interval, skipped_total, losses = _Interval(), 0, []
+    interval, losses = _Interval(), []
     for parts in _grouped(iter(loader), cfg.accumulate):
         batches = [prepared(part.batch, cfg, world.device, state.step) for part in parts]
         _, metrics = train_step(state, batches)
         interval.add(metrics, state.step, parts)
-        if state.step % cfg.log_every == 0 or state.step == total:
+        saves = state.step % cfg.checkpoint_every == 0 or state.step == total
+        # An interval never spans a checkpoint, so that a resumed run writes the lines of an uninterrupted one.
+        if state.step % cfg.log_every == 0 or saves:
             values, skipped = interval.read(world)
             losses.append(values["loss"])
             skipped_total += len(skipped)
             _report(cfg, state, interval, values, batches[0], parts[-1], log)
             if skipped:
-                _replay(cfg, interval, skipped, skipped_total)
+                _replay(cfg, interval, skipped, skipped_total, world)
             interval = _Interval()
-        if state.step % cfg.checkpoint_every == 0 or state.step == total:
-            score = sum(losses) / len(losses) if losses else None
+        if saves:
+            save(state, checkpoints, cfg, world, sum(losses) / len(losses), skipped_total)
             losses = []
-            save(state, checkpoints, cfg, world, score)
+
+
+def compile_blocks(bundle: ModelBundle) -> None:
+    """Compiles the transformer blocks in place, any token count: the one part of a step whose shapes are all that changes."""
+    for module in bundle.modules():
+        if isinstance(module, Block):
+            module.compile(dynamic=True)
 
 
 def prepared(batch: Batch, cfg: PretrainConfig, device: torch.device, step: int) -> Batch:
@@ -235,13 +271,15 @@ def _report(
     log.write(line, cfg.schedule.total_steps)
 
 
-def _replay(cfg: PretrainConfig, interval: _Interval, skipped: list[int], total: int) -> None:
+def _replay(cfg: PretrainConfig, interval: _Interval, skipped: list[int], total: int, world: distributed.World) -> None:
     """Names the batches whose gradient was not finite; stops the run past the limit."""
-    found = [{"seed": cfg.seed, "step": step, "sample_ids": ids} for step, ids in interval.samples if step in skipped]
     path = cfg.output / "replay.json"
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    write_json(path, earlier + found)
-    _log.warning("skipped the update of steps %s: a gradient was not finite (batches in %s)", skipped, path.name)
+    if world.leads:
+        found = [{"seed": cfg.seed, "step": step, "sample_ids": ids} for step, ids in interval.samples if step in skipped]
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        # A resumed run may come by a step again.
+        write_json(path, [entry for entry in earlier if entry["step"] < interval.samples[0][0]] + found)
+        _log.warning("skipped the update of steps %s: a gradient was not finite (batches in %s)", skipped, path)
     if total > cfg.max_skipped:
         raise NotFiniteError(
             f"pretrain: at most {cfg.max_skipped} updates may be skipped for a gradient that is not finite, got {total}; "
@@ -249,28 +287,45 @@ def _replay(cfg: PretrainConfig, interval: _Interval, skipped: list[int], total:
         )
 
 
-def save(state: TrainState, checkpoints: Checkpoints, cfg: PretrainConfig, world: distributed.World, score: float | None = None) -> None:
+def save(
+    state: TrainState, checkpoints: Checkpoints, cfg: PretrainConfig, world: distributed.World, score: float | None = None, skipped: int = 0
+) -> None:
     """Writes a checkpoint from the first process."""
-    model = {name: _whole(value) for name, value in state.bundle.state_dict().items()}
-    moments = {name: _whole(value) for name, value in optimizer_tensors(state.bundle, state.optimizer).items()}
+    model = {name: whole(value) for name, value in state.bundle.state_dict().items()}
+    moments = {name: whole(value) for name, value in optimizer_tensors(state.bundle, state.optimizer).items()}
     moments["rng/cpu"] = torch.get_rng_state()
     if world.leads:
-        checkpoints.save(state.step, model, moments, {"config": json.loads(json.dumps(to_dict(cfg), default=str))}, score)
+        checkpoints.save(state.step, model, moments, {"skipped": skipped, "config": _plain(cfg)}, score)
     world.barrier()
 
 
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+def _plain(cfg: PretrainConfig) -> dict[str, Any]:
+    return json.loads(json.dumps(to_dict(cfg)))
 
 
-def _restore(state: TrainState, checkpoints: Checkpoints, cfg: PretrainConfig) -> None:
+def _restore(state: TrainState, checkpoints: Checkpoints, cfg: PretrainConfig) -> int:
+    """Goes on from the newest checkpoint; returns how many updates had been skipped before."""
     model, moments, saved = checkpoints.load()
-    state.bundle.load_state_dict(model)
-    torch.set_rng_state(moments.pop("rng/cpu"))
+    load_model_tensors(state.bundle, model)
+    try:
+        torch.set_rng_state(moments.pop("rng/cpu"))
+    except KeyError as error:
+        raise CheckpointError(f"checkpoint: optimizer.safetensors of step {saved['step']} must hold rng/cpu, got none.") from error
     load_optimizer_tensors(state.bundle, state.optimizer, moments)
     state.step = saved["step"]
     warn_of_differences(saved["environment"])
+    for key in _changed(saved.get("config", {}), _plain(cfg)):
+        _log.warning("resuming with another value of %s than the run was started with", key)
     _log.info("resumed from step %d of %s", state.step, checkpoints.folder)
+    return saved.get("skipped", 0)
+
+
+def _changed(then: Any, now: Any, path: str = "") -> list[str]:
+    """Dotted keys whose values differ."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        keys = sorted(then.keys() | now.keys())
+        return [found for key in keys for found in _changed(then.get(key), now.get(key), f"{path}.{key}" if path else key)]
+    return [] if then == now else [path]
 
 
 def _summary(cfg: PretrainConfig, state: TrainState, world: distributed.World) -> dict[str, Any]:

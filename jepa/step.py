@@ -87,10 +87,10 @@ def target_features(bundle: ModelBundle, batch: Batch, cfg: StepConfig) -> tuple
     With an EMA they carry no gradient. With an online target they do, unless `target.detach`.
     """
     if cfg.variant.target.kind == "ema":
-        with torch.no_grad(), _precision(batch, cfg):
+        with torch.no_grad(), precision(batch.clips.device, cfg):
             raw = bundle.target_encoder(batch.clips)
     else:
-        with _precision(batch, cfg):
+        with precision(batch.clips.device, cfg):
             raw = bundle.context_encoder(batch.clips)
     live = standardise(raw.flatten(0, 1), cfg.model.levels)
     return (live.detach() if cfg.variant.target.detach else live), live
@@ -98,7 +98,7 @@ def target_features(bundle: ModelBundle, batch: Batch, cfg: StepConfig) -> tuple
 
 def context_features(bundle: ModelBundle, batch: Batch, cfg: StepConfig) -> Tensor:
     """The context encoder on the visible tokens of every mask set and sample, one packed call: [Nc, D]."""
-    with _precision(batch, cfg):
+    with precision(batch.clips.device, cfg):
         return bundle.context_encoder(batch.clips, _masks(batch))
 
 
@@ -107,7 +107,7 @@ def predictions(
 ) -> tuple[Tensor, Tensor | None]:
     """The predictor at targets [Nt, D] and, if asked, at context tokens [Nc, D]."""
     masks = _masks(batch)
-    with _precision(batch, cfg):
+    with precision(batch.clips.device, cfg):
         return bundle.predictor(context_tokens, masks, image=is_image(batch.clips), predict_context=predict_context)
 
 
@@ -251,6 +251,9 @@ def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None) -> Ten
     """The norm of all gradients, which are scaled down to `limit` where they exceed it."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if hasattr(norm, "full_tensor"):
+        # Of sharded gradients (FSDP2): one number for all ranks.
+        norm = norm.full_tensor()
     if limit is not None:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
@@ -266,5 +269,6 @@ def _wide(features: Tensor) -> Tensor:
     return features if features.dtype == torch.float64 else features.to(torch.float32)
 
 
-def _precision(batch: Batch, cfg: StepConfig) -> AbstractContextManager[None]:
-    return torch.autocast(batch.clips.device.type, dtype=torch.bfloat16, enabled=cfg.precision == "bf16")
+def precision(device: torch.device, cfg: StepConfig) -> AbstractContextManager[None]:
+    """Autocast to bfloat16 where the configuration asks for it."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=cfg.precision == "bf16")

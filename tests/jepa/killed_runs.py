@@ -1,0 +1,100 @@
+"""Run by test_checkpoint.py in a process of its own: kills a run again and again, then lets it finish.
+
+    python -m tests.jepa.killed_runs FOLDER KILLS
+
+Every attempt is a fork of this process, which has imported everything and started no thread, so that an attempt costs no start-up. Prints
+{"kills", "inside_a_save", "resumed_from"} as JSON. The caller compares FOLDER/killed with FOLDER/whole.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.utils.tensorboard  # noqa: F401 (imported once here instead of in every attempt)
+
+from jepa import pretrain
+from jepa.checkpoint import Checkpoints
+from jepa.step import loss_step, new_state
+from tests.jepa.run_cases import tiny_run
+from tests.jepa.training_cases import make_batch
+
+STEPS = 24
+
+
+def attempt(folder: Path) -> tuple[int, int]:
+    """Forks a process that runs (or resumes) the run; returns its id and a pipe that it writes to when its first step begins."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writer)
+        return child, reader
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    step = pretrain.train_step
+
+    def announced(*arguments: object) -> object:
+        os.write(writer, b".")
+        return step(*arguments)
+
+    pretrain.train_step = announced
+    code = 1
+    try:
+        pretrain.run(tiny_run(folder, steps=STEPS, name="fwm_hw_ld"))
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def ended_well(child: int, reader: int) -> bool:
+    os.close(reader)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def warm_up() -> None:
+    """Loads what a first forward pass loads. No backward pass: its threads would not survive the fork."""
+    cfg = tiny_run(Path("unused"), name="fwm_hw_ld")
+    with torch.no_grad():
+        loss_step(new_state(cfg).bundle, make_batch((2, 4, 4)), cfg)
+
+
+def main(folder: Path, kills: int) -> int:
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    warm_up()
+    child, reader = attempt(folder / "whole")
+    os.read(reader, 1)
+    began = time.perf_counter()
+    os.waitpid(child, 0)
+    duration = time.perf_counter() - began
+    rng = random.Random(0)
+    checkpoints = Checkpoints(folder / "killed" / "checkpoints")
+    done = inside = 0
+    resumed = []
+    while done < kills:
+        child, reader = attempt(folder / "killed")
+        os.read(reader, 1)
+        # Two steps and saves or less; an attempt that is killed in its first step makes no progress.
+        time.sleep(rng.uniform(0.0, 2 / STEPS * duration))
+        os.kill(child, signal.SIGKILL)
+        if ended_well(child, reader):
+            break
+        done += 1
+        inside += any(checkpoints.folder.glob(".writing-*"))
+        for step in checkpoints.steps():
+            checkpoints.load(step)
+        resumed.append(max(checkpoints.steps(), default=0))
+    if not ended_well(*attempt(folder / "killed")):
+        return 1
+    print(json.dumps({"kills": done, "inside_a_save": inside, "resumed_from": resumed}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
