@@ -75,11 +75,10 @@ def isa_flags(source: Path) -> str:
 
 
 def gencode() -> str:
+    """One front-end pass for all architectures: kernels use nothing beyond compute_80 (mma.sync, ldmatrix, cp.async)."""
     archs = os.environ.get("JEPA_KERNELS_CUDA_ARCHS", CUDA_ARCHS).split(";")
-    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-    newest = archs[-1].rstrip("a")
-    flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
-    return " ".join(flags)
+    codes = ",".join([f"sm_{a}" for a in archs] + ["compute_80"])
+    return f"'-gencode=arch=compute_80,code=[{codes}]'"
 
 
 class Ninja:
