@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,34 +60,36 @@ def characteristic_distance(projected: Tensor, points: int, largest_point: float
 class _HarmonicSums(torch.autograd.Function):
     """Sums over the rows of cos(k step u) and sin(k step u), k = 1..count: [2, count, S].
 
-    The points are equally spaced, so both at k + 1 follow from those at k and 1 by the addition theorem: two transcendental functions
-    per entry instead of two per entry and point, and nothing of size [M, S, count] is ever stored.
+    The points are equally spaced, so these are real and imaginary part of the powers of z = exp(i step u): two transcendental functions
+    per entry instead of two per entry and point, one product in place per power, and nothing of size [M, S, count] is ever stored.
     """
 
     @staticmethod
     def forward(ctx: Any, projected: Tensor, count: int, step: float) -> Tensor:
         ctx.save_for_backward(projected)
         ctx.step = step
-        sums = [(cosine.sum(0), sine.sum(0)) for cosine, sine in _harmonics(projected, step, count)]
-        return torch.stack([torch.stack(part) for part in zip(*sums, strict=True)])
+        first = _phase(projected, step)
+        power, sums = first.clone(), [first.sum(0)]
+        for _ in range(count - 1):
+            sums.append(power.mul_(first).sum(0))
+        total = torch.stack(sums)
+        return torch.stack((total.real, total.imag))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        # d/du = sum_k t_k (g_sin cos(t_k u) - g_cos sin(t_k u)) = Re sum_k t_k (g_sin + i g_cos) z^k, by Horner's rule.
         (projected,) = ctx.saved_tensors
-        on_cosine, on_sine = grad.unbind()
-        result = torch.zeros_like(projected)
-        for k, (cosine, sine) in enumerate(_harmonics(projected, ctx.step, grad.shape[1])):
-            time = (k + 1) * ctx.step
-            result.addcmul_(cosine, on_sine[k], value=time).addcmul_(sine, on_cosine[k], value=-time)
-        return result, None, None
+        count = grad.shape[1]
+        time = ctx.step * torch.arange(1, count + 1, device=grad.device, dtype=grad.dtype)
+        coefficient = torch.complex(grad[1], grad[0]) * time[:, None]
+        first = _phase(projected, ctx.step)
+        result = coefficient[-1] * first
+        for k in range(count - 2, -1, -1):
+            result.add_(coefficient[k]).mul_(first)
+        return result.real, None, None
 
 
-def _harmonics(projected: Tensor, step: float, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """cos(k step u), sin(k step u) for k = 1..count, one after the other."""
-    first_cosine, first_sine = (projected * step).cos(), (projected * step).sin()
-    cosine, sine = first_cosine, first_sine
-    for k in range(count):
-        if k:
-            cosine, sine = cosine * first_cosine - sine * first_sine, sine * first_cosine + cosine * first_sine
-        yield cosine, sine
+def _phase(projected: Tensor, step: float) -> Tensor:
+    """exp(i step u)."""
+    return torch.polar(torch.ones_like(projected), projected * step)
