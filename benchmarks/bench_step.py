@@ -81,7 +81,9 @@ def our_call(state: training.TrainState, batch: Batch, backend: str) -> Callable
 
 
 def gate(state: training.TrainState, twin: eager_twin.EagerTwin, batch: Batch, given: Inputs, dtype: str, backend: str) -> None:
-    """The same loss from the same weights, before either side trains."""
+    """The same loss from the same weights; asked again after either side has trained, the first answer stands."""
+    if state.step > 0:
+        return
     with torch.no_grad(), use_backend(backend):
         ours, _ = training.loss_step(state.bundle, batch, state.cfg)
         theirs = twin.forward(given.clip, given.context_ids, given.target_ids).loss

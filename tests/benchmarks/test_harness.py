@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import harness, machine, memory, plot, resolutions
+from benchmarks import bench_step, harness, machine, memory, plot, resolutions
+from jepa.batch import Batch
 
 
 def comparison(**changes: object) -> harness.Comparison:
@@ -179,3 +180,18 @@ def test_the_bench_of_masked_attention_names_its_cases(root: Path) -> None:
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=True)
     for word in ("rotation_sdpa", "padded_sdpa", "looped_sdpa", "own_dense_equal_flop", "forward+backward"):
         assert word in done.stdout
+
+
+def test_the_step_bench_compares_equal_losses_and_its_gate_bites() -> None:
+    options = harness.Options(quick=True, backends=("torch",))
+    first = next(bench_step.comparisons(options))
+    first.gate()
+    assert first.baseline == "published" and first.flop > 1e8
+    state = bench_step.our_state("micro", "fp32", False, "cpu")
+    twin = bench_step.their_twin(state, "micro", "float32", False, "cpu")
+    given = bench_step.inputs(resolutions.parse_resolution("64"), options, truncate="batch_min")
+    batch = Batch(given.clip, None, torch.arange(2), given.masks, bench_step.STEP)
+    with torch.no_grad():
+        twin.predictor.predictor_proj.bias.add_(0.1)
+    with pytest.raises(harness.GateError, match="loss: relative error"):
+        bench_step.gate(state, twin, batch, given, "float32", "torch")
