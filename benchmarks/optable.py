@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks import harness, machine
 from benchmarks.discovery import bench_names, comparisons_of
+from benchmarks.sweep_measure import failure
 from benchmarks.sweep_tables import table
 
 ROUNDS = harness.Settings(rounds=5, min_rounds=2, warmup=1, budget_s=1.0, measure_memory=False)
@@ -31,8 +32,20 @@ def run(budget_s: float, device: str = "cpu") -> tuple[list[Row], list[str]]:
             if item is None:
                 del sources[op]
             elif time.perf_counter() < deadline:
-                rows.append(harness.measure(op, item, ROUNDS, device))
+                rows.append(_measured(op, item, device))
     return rows, sorted(sources)
+
+
+def _measured(op: str, item: harness.Comparison, device: str) -> Row:
+    """A record; where this machine cannot run the case, one with the reason."""
+    try:
+        return harness.measure(op, item, ROUNDS, device)
+    except (RuntimeError, MemoryError, NotImplementedError) as error:
+        problem = failure(error)
+        if problem is None:
+            raise
+        names = {"case": item.case, "dtype": item.dtype, "pass": item.pass_name, "backend": item.backend, "baseline": item.baseline}
+        return {"op": op, **names, "status": problem[0], "reason": problem[1]}
 
 
 def text(rows: Sequence[Row], unfinished: Sequence[str] = ()) -> str:
@@ -40,7 +53,7 @@ def text(rows: Sequence[Row], unfinished: Sequence[str] = ()) -> str:
     for row in sorted(rows, key=lambda row: (row["op"], row["case"], row["dtype"], row["pass"], row["backend"], row["baseline"])):
         head = [row["op"], row["case"], row["dtype"], row["pass"], row["backend"], row["baseline"]]
         if row["status"] != "ok":
-            lines.append([*head, "wrong", "", "", ""])
+            lines.append([*head, row["status"], "", "", ""])
             continue
         low, high = row["interval"]
         verdict = "loss" if high < 1 else "" if low > 1 else "even"

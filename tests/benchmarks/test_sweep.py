@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import objective_cost, sweep, sweep_measure, sweep_plan, sweep_record, sweep_tables, workload
+from benchmarks import harness, objective_cost, optable, sweep, sweep_measure, sweep_plan, sweep_record, sweep_tables, workload
 from benchmarks.resolutions import parse_resolution
 from jepa.models.sizes import SIZES
 from jepa.variants import VARIANTS, variant
@@ -136,6 +136,32 @@ def test_a_failed_cell_keeps_its_reason_and_the_others_stand(finished: tuple[Pat
     assert sweep_record.find(cells, mode="pretrain", variant="kinematic", resolution="64", backend="auto")["status"] == "ok"
     assert sweep_record.find(cells, mode="pretrain", variant="baseline", resolution="48", backend="auto")["status"] == "ok"
     assert len(sweep_record.fits(cells)) == 16
+
+
+def test_a_backend_that_cannot_run_here_is_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "cuda.json"
+    small = ["--variants", "baseline", "--resolutions", "32", "--frames", "4", "--rounds", "1", "--modes", "pretrain", "--data", "tensors"]
+    assert sweep.main([*small, "--backends", "torch,cuda", "--device", "cpu", "--no-report", "--output", str(path)]) == 0
+    cells = {cell["backend"]: cell for cell in sweep_record.load(path)["cells"]}
+    assert cells["torch"]["status"] == "ok"
+    assert cells["cuda"]["status"] == "unsupported" and "cuda" in cells["cuda"]["reason"]
+
+
+def test_op_table_takes_turns_and_keeps_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    def comparisons(name: str, count: int) -> list[harness.Comparison]:
+        def call() -> None:
+            if name == "refuses":
+                raise BackendUnsupportedError("no such device")
+
+        return [harness.Comparison(f"{name}{i}", "float32", "forward", "cpu", "other", call, call, lambda: None) for i in range(count)]
+
+    monkeypatch.setattr(optable, "bench_names", lambda: ["long", "refuses"])
+    monkeypatch.setattr(optable, "comparisons_of", lambda op: lambda _: iter(comparisons(op, 3 if op == "long" else 1)))
+    rows, unfinished = optable.run(20.0)
+    assert [row["op"] for row in rows] == ["long", "refuses", "long", "long"] and unfinished == []
+    assert rows[1]["status"] == "unsupported" and rows[1]["reason"] == "no such device"
+    assert "unsupported" in optable.text(rows)
+    assert optable.run(-1.0)[1] == ["long", "refuses"]
 
 
 def test_groups_and_signatures_share_work() -> None:
