@@ -1,0 +1,152 @@
+"""What nvcc makes of every kernel in csrc/*/cuda.cu, on each shipped architecture, without a GPU.
+
+    python -m tests.gates.cuda_gate [op ...]    compiles the named ops (none: those whose sources changed) and writes cuda_gate.json
+
+As in setup.py, one front-end pass for compute_80 serves all architectures; ptxas then runs for each. The table holds, for each kernel:
+registers, bytes of stack and of spills, and how many instructions use the tensor cores (HMMA), load operands for them (LDSM) and copy
+to shared memory asynchronously (LDGSTS).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+TABLE = Path(__file__).with_suffix(".json")
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120")
+INSTRUCTIONS = ("HMMA", "LDSM", "LDGSTS")
+_USAGE = re.compile(
+    r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+    re.DOTALL,
+)
+_OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)")
+
+
+class ToolError(RuntimeError):
+    """A tool is missing, or refused its input."""
+
+
+def tool(name: str) -> str:
+    """The path of nvcc or cuobjdump: from CUDA_HOME, PATH, nvcc's own folder, or the triton wheel."""
+    folders = [str(Path(os.environ["CUDA_HOME"]) / "bin")] if "CUDA_HOME" in os.environ else []
+    folders += os.environ.get("PATH", "").split(os.pathsep)
+    triton = find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    found = shutil.which(name, path=os.pathsep.join(folders))
+    if found is None:
+        raise ToolError(f"{name} was not found (install the CUDA toolkit{'' if name == 'nvcc' else ' or triton'})")
+    return found
+
+
+def run(command: Sequence[str | Path]) -> str:
+    """stdout and stderr of a command that must succeed."""
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ToolError(f"{command[0]} failed:\n{done.stderr[-4000:]}")
+    return done.stdout + done.stderr
+
+
+def nvcc_version() -> str:
+    return re.search(r"V([\d.]+)", run([tool("nvcc"), "--version"]))[1]
+
+
+def ops() -> list[str]:
+    return sorted(path.parent.name for path in CSRC.glob("*/cuda.cu"))
+
+
+def digest(op: str) -> str:
+    """Of the code that the op's kernels are made of; comments and layout do not count."""
+    total = hashlib.sha256()
+    sources = [CSRC / "device.cuh", *(p for p in sorted((CSRC / op).iterdir()) if p.suffix in (".cu", ".cuh") or p.name == "params.h")]
+    for path in sources:
+        code = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
+        total.update("".join(code.split()).encode())
+    return total.hexdigest()[:12]
+
+
+def readable(names: Sequence[str]) -> list[str]:
+    """Kernel names without namespaces, casts and argument lists."""
+    filt = shutil.which("c++filt")
+    if filt is None:
+        raise ToolError("c++filt was not found (install binutils)")
+    text = subprocess.run([filt], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    cleaned = []
+    for line in text.splitlines():
+        line = re.sub(r"\((?:int|bool|unsigned int|anonymous namespace)\)", "", line)
+        line = re.sub(r"\b[a-z_0-9]+::|::", "", line.removeprefix("void "))
+        cleaned.append(re.sub(r"\((?:[^()]|\([^()]*\))*\)$", "", line).replace(" >", ">").strip())
+    return cleaned
+
+
+def assemble(ptx: Path, architecture: str) -> dict[str, dict[str, int]]:
+    """kernel -> registers, stack, spills and instruction counts on one architecture."""
+    cubin = ptx.with_suffix(f".{architecture}.cubin")
+    usage = run([tool("nvcc"), f"-arch={architecture}", "-cubin", "--resource-usage", ptx, "-o", cubin])
+    rows = {}
+    for mangled, stack, stores, loads, registers in _USAGE.findall(usage):
+        rows[mangled] = {"registers": int(registers), "stack": int(stack), "spills": int(stores) + int(loads)}
+    for listing in run([tool("cuobjdump"), "-sass", cubin]).split("Function : ")[1:]:
+        mangled, _, body = listing.partition("\n")
+        counts = Counter(_OPCODE.findall(body))
+        rows[mangled.strip()].update({name: counts[name] for name in INSTRUCTIONS})
+    names = readable(list(rows))
+    if len(set(names)) != len(names):
+        raise ToolError("two kernels have the same readable name")
+    return dict(sorted(zip(names, rows.values(), strict=True)))
+
+
+def compile_op(op: str, architectures: Sequence[str] = ARCHITECTURES) -> dict[str, dict[str, dict[str, int]]]:
+    """architecture -> kernel -> row, with two ptxas runs at a time."""
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / f"{op}.ptx"
+        run([tool("nvcc"), "-std=c++17", "-O3", "-arch=compute_80", "-ptx", CSRC / op / "cuda.cu", "-o", ptx])
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            return dict(zip(architectures, pool.map(lambda a: assemble(ptx, a), architectures), strict=True))
+
+
+def read() -> dict[str, Any]:
+    return json.loads(TABLE.read_text()) if TABLE.exists() else {"nvcc": "", "ops": {}}
+
+
+def write(table: dict[str, Any]) -> None:
+    """One line per kernel, so that a change is a readable diff."""
+    lines = ["{", f'  "nvcc": {json.dumps(table["nvcc"])},', '  "ops": {']
+    for i, (op, entry) in enumerate(sorted(table["ops"].items())):
+        lines += [f"    {json.dumps(op)}: {{", f'      "code": {json.dumps(entry["code"])},']
+        for j, architecture in enumerate(ARCHITECTURES):
+            rows = [f"        {json.dumps(kernel)}: {json.dumps(row)}" for kernel, row in entry[architecture].items()]
+            comma = "," if j + 1 < len(ARCHITECTURES) else ""
+            lines += [f'      "{architecture}": {{', ",\n".join(rows), f"      }}{comma}"]
+        lines.append("    }" + ("," if i + 1 < len(table["ops"]) else ""))
+    TABLE.write_text("\n".join([*lines, "  }", "}"]) + "\n")
+
+
+def main(wanted: Sequence[str]) -> None:
+    """Bring the table up to date."""
+    table, version = read(), nvcc_version()
+    stale = [op for op in ops() if table["nvcc"] != version or table["ops"].get(op, {}).get("code") != digest(op)]
+    table["nvcc"] = version
+    table["ops"] = {op: entry for op, entry in table["ops"].items() if op in ops()}
+    for op in [*wanted] or stale:
+        print(f"compiling {op}", flush=True)
+        table["ops"][op] = {"code": digest(op), **compile_op(op)}
+    write(table)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,89 @@
+"""CUDA compile gates: no kernel spills, tensor-core kernels use the tensor cores, and the committed table says what nvcc makes of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.conftest import missing
+from tests.gates import cuda_gate
+
+TABLE = cuda_gate.read()
+REFRESH = "run python -m tests.gates.cuda_gate"
+# Blocks of 128 threads, two on a multiprocessor: 65536 registers / 256.
+MOST_REGISTERS = 255
+
+
+def kernels(op: str) -> list[tuple[str, str, dict[str, int]]]:
+    return [(a, name, row) for a in cuda_gate.ARCHITECTURES for name, row in TABLE["ops"][op][a].items()]
+
+
+def sound(kernel: str, row: dict[str, int]) -> None:
+    """What every kernel must satisfy, whatever nvcc compiled it."""
+    assert row["spills"] == 0, f"{kernel} spills registers: {row}"
+    assert row["stack"] == 0, f"{kernel} keeps an array in memory: {row}"
+    assert row["registers"] <= MOST_REGISTERS, f"{kernel}: {row}"
+    if not kernel.startswith(("masked_attention_fwd", "masked_attention_bwd")):
+        return
+    assert row["LDGSTS"] > 0, f"{kernel} does not load asynchronously: {row}"
+    for instruction in ("HMMA", "LDSM"):
+        assert (row[instruction] > 0) == ("float_kernel" not in kernel), f"{kernel} uses the wrong units: {row}"
+
+
+def recompile(op: str, architectures: tuple[str, ...]) -> None:
+    for name in ("nvcc", "cuobjdump"):
+        try:
+            cuda_gate.tool(name)
+        except cuda_gate.ToolError as reason:
+            missing(str(reason))
+    same_compiler = cuda_gate.nvcc_version() == TABLE["nvcc"]
+    for architecture, rows in cuda_gate.compile_op(op, architectures).items():
+        expected: dict[str, Any] = TABLE["ops"][op][architecture]
+        assert rows.keys() == expected.keys(), f"the kernels have changed: {REFRESH}"
+        for kernel, row in rows.items():
+            sound(kernel, row)
+            if same_compiler:
+                assert row == expected[kernel], f"{kernel} on {architecture}: {REFRESH}"
+
+
+def test_every_op_is_in_the_table() -> None:
+    assert sorted(TABLE["ops"]) == cuda_gate.ops(), f"csrc/*/cuda.cu has changed: {REFRESH}"
+
+
+@pytest.mark.parametrize("op", sorted(TABLE["ops"]))
+def test_the_table_is_of_this_code(op: str) -> None:
+    assert TABLE["ops"][op]["code"] == cuda_gate.digest(op), f"the sources of {op} have changed: {REFRESH}"
+    for architecture in cuda_gate.ARCHITECTURES:
+        assert TABLE["ops"][op][architecture], f"{op} has no kernel on {architecture}"
+    for _, kernel, row in kernels(op):
+        sound(kernel, row)
+
+
+def test_masked_attention_has_a_row_for_every_class_and_type() -> None:
+    for architecture in cuda_gate.ARCHITECTURES:
+        rows = TABLE["ops"]["masked_attention"][architecture]
+        for kind, classes in (("<bfloat16", 5), ("<float16", 5)):
+            for kernel in ("fwd", "bwd_keys", "bwd_queries"):
+                found = [name for name in rows if name.startswith(f"masked_attention_{kernel}_kernel{kind}")]
+                assert len(found) == classes, (architecture, kernel, kind)
+        assert len([name for name in rows if "float_kernel" in name]) == 9, architecture
+
+
+def test_a_spill_or_a_lost_instruction_is_refused() -> None:
+    name, row = next((n, r) for _, n, r in kernels("masked_attention") if n.startswith("masked_attention_fwd_kernel"))
+    sound(name, row)
+    for change in ({"spills": 8}, {"stack": 16}, {"HMMA": 0}, {"LDSM": 0}, {"LDGSTS": 0}):
+        with pytest.raises(AssertionError, match="masked_attention_fwd_kernel"):
+            sound(name, {**row, **change})
+
+
+@pytest.mark.parametrize("op", sorted(TABLE["ops"]))
+def test_compiling_again_gives_the_table(op: str) -> None:
+    recompile(op, ("sm_90a",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", sorted(TABLE["ops"]))
+def test_compiling_again_gives_the_table_on_the_other_architectures(op: str) -> None:
+    recompile(op, tuple(a for a in cuda_gate.ARCHITECTURES if a != "sm_90a"))
