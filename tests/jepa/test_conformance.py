@@ -171,6 +171,22 @@ def test_a_planted_fault_in_the_code_is_seen(monkeypatch):
     assert {"h", "loss"} <= {row.array for row in report.failures}
 
 
+@pytest.mark.parametrize(
+    ("attribute", "factor"),
+    [("learning_rate", 1.002), ("ema_momentum", 0.999)],
+)
+def test_a_planted_fault_in_the_update_is_seen(monkeypatch, attribute, factor):
+    """What AdamW leaves undecided must not cover for a wrong rate or momentum."""
+    from jepa.schedules import ScheduleConfig
+
+    original = getattr(ScheduleConfig, attribute)
+    monkeypatch.setattr(ScheduleConfig, attribute, lambda self, step: original(self, step) * factor)
+    report = Report()
+    check_file(PUBLISHED / "steps" / "baseline.npz", report)
+    assert len(report.failures) > 50
+    assert all(row.array.startswith(("param_", "step2_")) for row in report.failures)
+
+
 def test_relative_error():
     b = np.array([3.0, 4.0])
     assert relative_error(b * 1.01, b) == pytest.approx(0.01)
