@@ -31,7 +31,6 @@ struct DotFormat {
   using Vec = __m512;
   static constexpr int kPerUnit = 2;
   static constexpr int kExpDegree = 3;
-  static constexpr bool kFoldScale = true;  // queries are rounded to bfloat16 anyway
   static constexpr int kChunk = 2;
 
   static JK_INLINE Vec step(Vec acc, Vec a, Vec b) {
@@ -52,15 +51,16 @@ struct DotFormat {
     _mm256_storeu_si256((__m256i*)(units + (n * row + at) / 2), _mm512_castsi512_si256(both));
     _mm256_storeu_si256((__m256i*)(units + ((n + 1) * row + at) / 2), _mm512_extracti64x4_epi64(both, 1));
   }
-  // P = 2^x of two keys, written as pairs: the sum of x and a magic number has the bits of a bfloat16 whose exponent is right and
-  // whose mantissa is x's fraction in 128ths; a table of bytes turns that into 2^fraction. Good to 2^-8.5, half a step more than
-  // rounding P costs, for a third of a polynomial's instructions. The row sum adds the rounded numbers, so their error cancels
-  // where few keys matter.
-  static JK_INLINE Vec put_exp2(float* units, int64_t, Vec x0, Vec x1, Vec sum) {
+  // P = 2^(x * factor) of two keys, written as pairs: the sum of the product and a magic number has the bits of a bfloat16 whose exponent
+  // is right and whose mantissa is the fraction in 128ths; a table of bytes turns that into 2^fraction. Good to 2^-8.5, half a step more
+  // than rounding P costs, for a third of a polynomial's instructions. The row sum adds the rounded numbers, so their error cancels where
+  // few keys matter.
+  static JK_INLINE Vec put_exp2(float* units, int64_t, Vec x0, Vec x1, Vec factor, Vec sum) {
     const Constants* c = &kConstants;
     JK_KEEP_IN_MEMORY(c);
     const Vec magic = _mm512_set1_ps(c->magic);
-    const __m512i t0 = _mm512_castps_si512(_mm512_add_ps(x0, magic)), t1 = _mm512_castps_si512(_mm512_add_ps(x1, magic));
+    const __m512i t0 = _mm512_castps_si512(_mm512_fmadd_ps(x0, factor, magic)),
+                  t1 = _mm512_castps_si512(_mm512_fmadd_ps(x1, factor, magic));
     const __m512i linear = _mm512_ternarylogic_epi32(_mm512_set1_epi32(c->low_half), t0, _mm512_slli_epi32(t1, 16), kSelect);
     const __m512i mantissa = _mm512_permutex2var_epi8(_mm512_loadu_si512(c->mantissa), linear, _mm512_loadu_si512(c->mantissa + 64));
     const Vec pairs = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_set1_epi32(c->mantissa_bits), mantissa, linear, kSelect));

@@ -96,7 +96,7 @@ template <class F, class T>
 void pack_queries(const Head& head, const BackwardScratch& s, Range tiles) {
   using V = typename F::Simd;
   constexpr int64_t kLanes = V::kLanes, kTile = Shape<F>::kTile, kUnit = F::kPerUnit;
-  const Source query = {head.q, head.ids_q, head.rope, scales_of<F>(head.scale).query}, grad = {head.grad_out, head.ids_q, nullptr, 1.f};
+  const Source query = {head.q, head.ids_q, head.rope, scales_of(head.scale).query}, grad = {head.grad_out, head.ids_q, nullptr, 1.f};
   alignas(64) float buffer[kLanes * kMaxHeadDim];
   const int64_t origin = tile_begin<F>(head.len_q, tiles.begin);
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
@@ -157,13 +157,14 @@ __attribute__((noinline)) void differentiate(const BackwardScratch& s, const Bac
     const int64_t lane = n % NQ * kLanes, from = n * 2 * kLanes;
     const typename V::Vec lse = V::load(t.lse + lane), lowest = V::set1(kLowestPower);
     typename V::Vec x0 = V::load(scores + from), x1 = V::load(scores + from + kLanes);
-    if constexpr (F::kFoldScale) {
-      x0 = V::sub(x0, lse);
-      x1 = V::sub(x1, lse);
-    } else {
-      const typename V::Vec factor = V::set1(t.scale), rest = V::load(t.lse_rest + lane);
-      x0 = V::sub(V::fms(x0, factor, lse), rest);
-      x1 = V::sub(V::fms(x1, factor, lse), rest);
+    const float* factor = &t.scale;
+    if constexpr (V::kConstantsInMemory) JK_KEEP_IN_MEMORY(factor);
+    x0 = V::fms(x0, V::broadcast(factor), lse);
+    x1 = V::fms(x1, V::broadcast(factor), lse);
+    if constexpr (kUnit == 1) {
+      const typename V::Vec rest = V::load(t.lse_rest + lane);
+      x0 = V::sub(x0, rest);
+      x1 = V::sub(x1, rest);
     }
     const typename V::Vec p0 = simd::exp2<V, F::kExpDegree>(V::max(lowest, x0)), p1 = simd::exp2<V, F::kExpDegree>(V::max(lowest, x1));
     V::store(probs + from, p0);
@@ -259,7 +260,7 @@ void backward_block(const Head& head, const BackwardScratch& s, Range tiles, int
                               first - group_first,
                               keys,
                               head.head_dim,
-                              scales_of<F>(head.scale).score,
+                              scales_of(head.scale).score,
                               want_q};
       if (vecs == S::kVecs) {
         differentiate<F, S::kVecs>(s, t);
@@ -313,7 +314,7 @@ void backward(const Head& head, float* scratch, Range tiles, Range blocks, bool 
     if (!want_kv) continue;
     for (int64_t i = 0; i < keys; ++i) {
       const Angle at = angle(head.rope, head.ids_k, first + i);
-      write_row<V, T>(head.grad_k, first + i, at, head.head_dim, scales_of<F>(head.scale).grad_k, s.grad_k + i * s.channels);
+      write_row<V, T>(head.grad_k, first + i, at, head.head_dim, scales_of(head.scale).grad_k, s.grad_k + i * s.channels);
       write_row<V, T>(head.grad_v, first + i, {nullptr, nullptr, nullptr, 0}, head.head_dim, 1.f, s.grad_v + i * s.channels);
     }
   }

@@ -109,8 +109,7 @@ JK_INLINE bool outgrown(const Block<F, Shape<F>::kRows, NQ>& acc, float scale, c
   JK_UNROLL for (int j = 0; j < NQ; ++j) {
     typename V::Vec top = acc[0][j];
     JK_UNROLL for (int r = 1; r < Shape<F>::kRows; ++r) top = V::max(top, acc[r][j]);
-    if constexpr (!F::kFoldScale) top = V::mul(top, V::set1(scale));
-    any |= V::any_greater(top, V::add(V::load(shift + j * V::kLanes), V::set1(kShiftMargin)));
+    any |= V::any_greater(V::mul(top, V::set1(scale)), V::add(V::load(shift + j * V::kLanes), V::set1(kShiftMargin)));
   }
   return any;
 }
@@ -144,21 +143,21 @@ __attribute__((noinline)) void attend(const PackedKeys& keys, const float* lanes
   alignas(64) float jobs[MR * NQ * kLanes];
   for (int64_t i = 0; i < kTile; ++i) state.sum[i] = state.part[i] = 0, state.shift[i] = kBounded ? 0 : -INFINITY;
   const float masked = kBounded ? (kLowestExponent + 1) / scale : -INFINITY;
+  const float scales[] = {scale, 1.f, kLowestExponent};
   float* pending = probs;
   const auto exponentiate = [&](int n) __attribute__((always_inline)) {
     const int j = n % NQ;
     typename V::Vec x0 = V::load(jobs + n * 2 * kLanes), x1 = V::load(jobs + (n * 2 + 1) * kLanes);
-    const typename V::Vec factor = V::set1(scale);
-    if constexpr (kBounded && !F::kFoldScale) {
-      x0 = V::mul(x0, factor);
-      x1 = V::mul(x1, factor);
-    } else if constexpr (!kBounded) {
-      const typename V::Vec shift = V::load(state.shift + j * kLanes), lowest = V::set1(kLowestExponent);
-      x0 = V::max(lowest, F::kFoldScale ? V::sub(x0, shift) : V::fms(x0, factor, shift));
-      x1 = V::max(lowest, F::kFoldScale ? V::sub(x1, shift) : V::fms(x1, factor, shift));
+    const float* factors = scales;
+    if constexpr (V::kConstantsInMemory) JK_KEEP_IN_MEMORY(factors);
+    if constexpr (!kBounded) {
+      const typename V::Vec shift = V::load(state.shift + j * kLanes), lowest = V::broadcast(factors + 2);
+      x0 = V::max(lowest, V::fms(x0, V::broadcast(factors), shift));
+      x1 = V::max(lowest, V::fms(x1, V::broadcast(factors), shift));
     }
     float* sum = state.part + j * kLanes;
-    V::store(sum, F::put_exp2(pending + n / NQ * (2 / F::kPerUnit) * kTile + j * kLanes, kTile, x0, x1, V::load(sum)));
+    float* units = pending + n / NQ * (2 / F::kPerUnit) * kTile + j * kLanes;
+    V::store(sum, F::put_exp2(units, kTile, x0, x1, V::broadcast(factors + (kBounded ? 0 : 1)), V::load(sum)));
   };
   int64_t done = 0;  // keys that out has seen
   for (int64_t n = 0; n < keys.count; n += MR) {
@@ -220,7 +219,7 @@ void forward_tile(const Head& head, const ForwardScratch& s, int64_t first) {
   using V = typename F::Simd;
   constexpr int64_t kLanes = V::kLanes;
   const int64_t channels = s.keys.channels;
-  const Scales scales = scales_of<F>(head.scale);
+  const Scales scales = scales_of(head.scale);
   const Source query = {head.q, head.ids_q, head.rope, scales.query};
   alignas(64) float rows[kLanes * kMaxHeadDim];
   float largest = 0;

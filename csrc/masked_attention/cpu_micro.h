@@ -15,7 +15,6 @@ struct FloatFormat {
   using Vec = typename V::Vec;
   static constexpr int kPerUnit = 1;  // numbers along the summed axis in one unit
   static constexpr int kExpDegree = 6;
-  static constexpr bool kFoldScale = false;
   static constexpr int kChunk = 4;  // steps of a dot product between two side jobs
 
   static JK_INLINE Vec step(Vec acc, Vec a, Vec b) { return V::fma(a, b, acc); }
@@ -24,9 +23,9 @@ struct FloatFormat {
     V::store(units, x0);
     V::store(units + stride, x1);
   }
-  // The same with 2^x0 and 2^x1; returns the sum with both added to it.
-  static JK_INLINE Vec put_exp2(float* units, int64_t stride, Vec x0, Vec x1, Vec sum) {
-    const Vec p0 = simd::exp2<V, kExpDegree>(x0), p1 = simd::exp2<V, kExpDegree>(x1);
+  // The same with 2^(x0 * factor) and 2^(x1 * factor); returns the sum with both added to it.
+  static JK_INLINE Vec put_exp2(float* units, int64_t stride, Vec x0, Vec x1, Vec factor, Vec sum) {
+    const Vec p0 = simd::exp2<V, kExpDegree>(x0, factor), p1 = simd::exp2<V, kExpDegree>(x1, factor);
     put_pair(units, stride, p0, p1);
     return V::add(sum, V::add(p0, p1));
   }

@@ -71,18 +71,16 @@ struct Source {
   float scale;
 };
 
-// How scale * log2(e) is shared out: packed queries are multiplied by `query`, scores by `score`. In float the scores take it,
-// inside a fused multiply-add, because rounding every scaled query once more would show in large scores; a scale too small for
-// that goes to the queries all the same.
+// How scale * log2(e) is shared out: scores take it inside a fused multiply-add, because rounding every scaled query once more
+// would show in large scores; packed queries take its sign, or all of it where it is too small to divide by.
 struct Scales {
   float query, score;
   float grad_k;  // turns sums over packed queries into the gradient of K
 };
 
-template <class F>
-JK_INLINE Scales scales_of(float scale) {
+inline Scales scales_of(float scale) {
   const float c = scale * (float)M_LOG2E;
-  if (F::kFoldScale || !(fabsf(c) > 1e-20f)) return {c, 1.f, (float)M_LN2};
+  if (!(fabsf(c) > 1e-20f)) return {c, 1.f, (float)M_LN2};
   return {c < 0 ? -1.f : 1.f, fabsf(c), fabsf(scale)};
 }
 

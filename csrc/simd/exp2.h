@@ -18,16 +18,31 @@ struct Exp2Constants<6> {
                                       5.550328642e-2f, 0.2402264625f,   0.6931471825f,   1.0f};
 };
 
-// Needs -126 <= x < 127; a NaN stays a NaN.
+template <class V, int kDegree>
+JK_INLINE typename V::Vec polynomial(const float* constants, typename V::Vec x) {
+  typename V::Vec p = V::broadcast(constants + 1);
+  JK_UNROLL for (int i = 2; i <= kDegree + 1; ++i) p = V::fma(p, x, V::broadcast(constants + i));
+  return p;
+}
+
+// 2^(x * factor), the product entering unrounded. Needs -126 <= x * factor < 127; a NaN stays a NaN.
+template <class V, int kDegree>
+JK_INLINE typename V::Vec exp2(typename V::Vec x, typename V::Vec factor) {
+  const float* constants = Exp2Constants<kDegree>::kValues;
+  if constexpr (V::kConstantsInMemory) JK_KEEP_IN_MEMORY(constants);
+  const typename V::Vec shifted = V::fma(x, factor, V::broadcast(constants));
+  const typename V::Vec fraction = V::fms(x, factor, V::sub(shifted, V::broadcast(constants)));
+  return V::scale_by_power(polynomial<V, kDegree>(constants, fraction), shifted);
+}
+
+// 2^x under the same conditions.
 template <class V, int kDegree>
 JK_INLINE typename V::Vec exp2(typename V::Vec x) {
   const float* constants = Exp2Constants<kDegree>::kValues;
   if constexpr (V::kConstantsInMemory) JK_KEEP_IN_MEMORY(constants);
   const typename V::Vec shifted = V::add(x, V::broadcast(constants));
   const typename V::Vec fraction = V::sub(x, V::sub(shifted, V::broadcast(constants)));
-  typename V::Vec p = V::broadcast(constants + 1);
-  JK_UNROLL for (int i = 2; i <= kDegree + 1; ++i) p = V::fma(p, fraction, V::broadcast(constants + i));
-  return V::scale_by_power(p, shifted);
+  return V::scale_by_power(polynomial<V, kDegree>(constants, fraction), shifted);
 }
 
 }  // namespace jk::simd
