@@ -284,10 +284,13 @@ def shares(
     torch.manual_seed(0)
     full, bare = EagerTwin(size, recipe, **options), EagerTwin(size, recipe, rope=False, **options)
 
+    # With one thread, CPU time: it tells the rotation from the noise of a busy machine.
+    now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
     def seconds(twin: EagerTwin) -> float:
-        start = time.perf_counter()
+        start = now()
         twin.train_step(clip, context_ids, target_ids)
-        return time.perf_counter() - start
+        return now() - start
 
     seconds(full), seconds(bare)
     whole, ratio = [], []
@@ -345,7 +348,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 = autocast")
     parser.add_argument("--checkpointing", action="store_true", help="as the published configuration has it")
+    parser.add_argument("--threads", type=int, help="torch threads; 1 also counts CPU time instead of wall time")
     arguments = parser.parse_args(argv)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
     grid = (arguments.frames // 2, arguments.resolution // 16, arguments.resolution // 16)
     seen, hidden = random_blocks(grid, arguments.batch)
     clip = torch.randn(arguments.batch, 3, arguments.frames, arguments.resolution, arguments.resolution)

@@ -78,6 +78,7 @@ class Settings:
     flush_cache: bool = False
     seed: int = 0
     measure_memory: bool = True
+    clock: str = "wall"
 
 
 @dataclass(frozen=True)
@@ -137,11 +138,29 @@ def bootstrap_interval(samples: Sequence[float], *, seed: int = 0, level: float 
     return float(low), float(high)
 
 
+CLOCKS = ("wall", "cpu")
+
+
+def timer(clock: str, device: torch.device | str = "cpu") -> Callable[[], float]:
+    """Seconds by `clock`: "wall", or "cpu" for the CPU time of this process, which a busy machine does not inflate.
+
+    CPU time is only comparable with one thread (waiting threads spin), so anything else is refused.
+    """
+    if clock == "wall":
+        return time.perf_counter
+    if clock != "cpu":
+        raise ValueError(f"harness: clock must be one of {', '.join(CLOCKS)}, got {clock!r}.")
+    if torch.device(device).type != "cpu" or torch.get_num_threads() != 1:
+        raise ValueError(f"harness: clock 'cpu' must have one thread on a CPU, got {torch.get_num_threads()} threads on {device}.")
+    return time.process_time
+
+
 class Clock:
     """Times `repeats` calls in a row: perf_counter on a CPU, CUDA events on a GPU. Optionally evicts the caches first."""
 
-    def __init__(self, device: torch.device | str, *, flush_cache: bool = False) -> None:
+    def __init__(self, device: torch.device | str, *, flush_cache: bool = False, clock: str = "wall") -> None:
         self.device = torch.device(device)
+        self._now = timer(clock, device)
         self._spill = torch.empty(0)
         if flush_cache:  # larger than any last-level cache of the two kinds of device
             self._spill = torch.zeros((256 if self.device.type == "cuda" else 96) * 2**20, dtype=torch.uint8, device=self.device)
@@ -158,10 +177,10 @@ class Clock:
             stop.record()
             torch.cuda.synchronize(self.device)
             return start.elapsed_time(stop) / 1e3 / repeats
-        begin = time.perf_counter()
+        begin = self._now()
         for _ in range(repeats):
             call()
-        return (time.perf_counter() - begin) / repeats
+        return (self._now() - begin) / repeats
 
 
 @dataclass(frozen=True)
@@ -185,7 +204,7 @@ def time_pair(
     candidate: Callable[[], object], reference: Callable[[], object], settings: Settings, device: torch.device | str = "cpu"
 ) -> Pair:
     """Warm both sides, then rounds of A B B A in this process, so that drift of the machine hits both alike."""
-    clock = Clock(device, flush_cache=settings.flush_cache)
+    clock = Clock(device, flush_cache=settings.flush_cache, clock=settings.clock)
     for _ in range(max(1, settings.warmup)):
         candidate()
         reference()
@@ -233,6 +252,7 @@ def measure(op: str, comparison: Comparison, settings: Settings, device: torch.d
         "details": comparison.details,
         "seed": settings.seed,
         "flush_cache": settings.flush_cache,
+        "clock": settings.clock,
         **machine.provenance(device),
     }
     try:
@@ -321,6 +341,7 @@ def parser(op: str, description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, help="A B B A rounds per comparison (default 12, quick 5)")
     made.add_argument("--budget", type=float, help="seconds per comparison after which rounds stop (default 20, quick 3)")
     made.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
+    made.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: CPU time with --threads 1, for a busy machine (default wall)")
     made.add_argument("--flush-cache", action="store_true", help="evict the caches before every sample")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--output", type=Path, help="record file (default: benchmarks/results/<device>/<op>.json; none with --quick)")
@@ -351,9 +372,17 @@ def main(
     )
     rounds = arguments.rounds if arguments.rounds is not None else (5 if options.quick else 12)
     budget = arguments.budget if arguments.budget is not None else (3.0 if options.quick else 20.0)
-    settings = Settings(rounds=rounds, min_rounds=min(rounds, 4), budget_s=budget, flush_cache=arguments.flush_cache, seed=options.seed)
+    settings = Settings(
+        rounds=rounds,
+        min_rounds=min(rounds, 4),
+        budget_s=budget,
+        flush_cache=arguments.flush_cache,
+        seed=options.seed,
+        clock=arguments.clock,
+    )
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    timer(settings.clock, options.device)
     output = arguments.output
     if output is None and not options.quick:
         output = machine.RESULTS / machine.device_key(options.device) / f"{op}.json"

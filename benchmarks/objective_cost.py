@@ -86,7 +86,8 @@ def measure(pretraining: Pretraining, group: Group, config: VariantConfig, batch
     with use_backend(backend):
         ours = objectives_call(pretraining, group, config, batch, features)
         plain = objectives_call(pretraining, group, None, batch, features)
-        settings = harness.Settings(rounds=rounds, min_rounds=min(3, rounds), warmup=1, min_sample_s=0.0, budget_s=budget_s)
+        clock = pretraining.workload.clock
+        settings = harness.Settings(rounds=rounds, min_rounds=min(3, rounds), warmup=1, min_sample_s=0.0, budget_s=budget_s, clock=clock)
         pair = harness.time_pair(ours, plain, settings, device)
         added: int | None = None
         if memory:

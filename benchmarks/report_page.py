@@ -224,6 +224,7 @@ def _box(record: Row) -> str:
         "time": machine["time"],
         "model": f"{settings['size']}, {settings['frames']} frames, batch {settings['batch']}, {settings['dtype']}",
         "data": settings["data"],
+        "clock": {"wall": "wall", "cpu": "CPU time of one thread"}[settings.get("clock", "wall")],
         "load at the start": machine.get("load_average", "–"),
         "time spent": f"{sum(record['spent_s'].values()):.0f} s",
     }

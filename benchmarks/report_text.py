@@ -100,6 +100,8 @@ def _kernels(record: Row) -> str | None:
 
 
 def _caution(record: Row) -> str | None:
+    if record["settings"].get("clock") == "cpu":
+        return "Times are CPU time of one thread, because this machine was shared; two threads on an idle machine take less."
     load, cores = record["machine"].get("load_average"), record["machine"].get("cores")
     if load is not None and cores and load > 1.5 * cores:
         busy = f"This machine was busy when the sweep began (load {load:.1f} on {cores} cores)"

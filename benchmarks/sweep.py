@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import flop, machine, optable, sweep_plan, sweep_record, sweep_tables
+from benchmarks.harness import CLOCKS, timer
 from benchmarks.objective_cost import is_baseline, signature
 from benchmarks.resolutions import Resolution, parse_frames, parse_resolution
 from benchmarks.sweep_measure import Bench, failure, objective_rows, side_row, time_sides
@@ -63,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--rounds", type=int, default=5, help="palindromic rounds per resolution, if the budget allows (default 5)")
     how.add_argument("--budget", type=float, default=330.0, help="seconds; what does not fit is left out and named (default 330)")
     how.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
+    how.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: CPU time with --threads 1, for a busy machine (default wall)")
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="record (default runs/bench/sweep.json); its page lies beside it")
     how.add_argument("--fresh", action="store_true", help="measure everything again instead of keeping finished resolutions")
@@ -108,6 +110,7 @@ def workload(arguments: argparse.Namespace, resolution: Resolution) -> Workload:
         truncate=arguments.truncate,
         encoder=arguments.encoder,
         seed=arguments.seed,
+        clock=arguments.clock,
     )
 
 
@@ -203,6 +206,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     configs = {name: variant(name) for name in arguments.variants}
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    timer(arguments.clock, arguments.device)
     record = fresh_record(arguments, configs)
     if arguments.output.exists() and not arguments.fresh:
         earlier = sweep_record.load(arguments.output)

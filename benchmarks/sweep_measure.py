@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import flop, objective_cost
+from benchmarks.harness import timer
 from benchmarks.memory import peak_memory
 from benchmarks.workload import Finetuning, Group, Pretraining, Workload, clip_source, make_batch
 from jepa.batch import Batch
@@ -76,7 +77,7 @@ class Bench:
     data_s: dict[Group | None, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        read = clip_source(self.workload)
+        read, now = clip_source(self.workload), timer(self.workload.clock, self.workload.device)
         needed: list[Group | None] = list(self.groups)
         if any(mode != "pretrain" for mode in self.modes):
             needed.append(None)
@@ -84,9 +85,9 @@ class Bench:
             spent = []
             self.batches[group] = []
             for number in range(POOL):
-                start = time.perf_counter()
+                start = now()
                 self.batches[group].append(make_batch(self.workload, None if group is None else group.policy, read, number))
-                spent.append(time.perf_counter() - start)
+                spent.append(now() - start)
             self.data_s[group] = min(spent)  # the first batch also opens files and builds tables
         self.pretraining = Pretraining(self.workload) if self.groups else None
 

@@ -7,9 +7,7 @@ of training, so nothing overflows over the few steps taken here.
 from __future__ import annotations
 
 import importlib
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness import timer
 from benchmarks.resolutions import Resolution
 from jepa import step as training
 from jepa.batch import Batch, MaskBatch
@@ -49,6 +48,7 @@ class Workload:
     truncate: str = "none"
     encoder: str | None = None
     seed: int = 0
+    clock: str = "wall"
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -81,10 +81,11 @@ class Group:
 
 
 class Marks:
-    """Time stamps between phases: perf_counter on a CPU, CUDA events on a GPU (read back only at the end)."""
+    """Time stamps between phases: the harness's timer on a CPU, CUDA events on a GPU (read back only at the end)."""
 
-    def __init__(self, device: str) -> None:
-        self._on_gpu = device.startswith("cuda")
+    def __init__(self, workload: Workload) -> None:
+        self._on_gpu = workload.device.startswith("cuda")
+        self._now = timer(workload.clock, workload.device)
         self._stamps: list[tuple[str, Any]] = []
         self("start")
 
@@ -94,7 +95,7 @@ class Marks:
             event.record()
             self._stamps.append((name, event))
         else:
-            self._stamps.append((name, time.perf_counter()))
+            self._stamps.append((name, self._now()))
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each phase, by the name that ended it."""
@@ -196,7 +197,7 @@ class Pretraining:
         cfg = self.config(group)
         weight = training.objective_weights(cfg, batch.step)
         with use_backend(backend):
-            mark = Marks(self.workload.device)
+            mark = Marks(self.workload)
             target, live = training.target_features(self.bundle, batch, cfg)
             mark("target")
             context = training.context_features(self.bundle, batch, cfg)
@@ -258,7 +259,7 @@ class Finetuning:
     def step(self, batch: Batch, backend: str) -> dict[str, float]:
         device = torch.device(self.workload.device).type
         with use_backend(backend), torch.autocast(device, torch.bfloat16, enabled=self.workload.precision == "bf16"):
-            mark = Marks(self.workload.device)
+            mark = Marks(self.workload)
             with torch.set_grad_enabled(not self.frozen):
                 tokens = self.encoder(batch.clips, None, "last")
             mark("encoder")
@@ -270,12 +271,3 @@ class Finetuning:
         self.optimizer.zero_grad(set_to_none=True)
         mark("optimiser")
         return mark.seconds()
-
-
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)

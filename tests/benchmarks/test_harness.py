@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,21 @@ def test_rounds_alternate() -> None:
     calls: list[str] = []
     harness.time_pair(lambda: calls.append("A"), lambda: calls.append("B"), harness.Settings(rounds=4, warmup=1, min_sample_s=0.0))
     assert "".join(calls[4:]) == "ABBA" * 4
+
+
+def test_cpu_time_does_not_count_waiting_and_needs_one_thread() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        record = harness.measure("toy", comparison(), replace(QUICK, clock="cpu"))
+        assert record["clock"] == "cpu" and record["candidate"]["median_ms"] < 0.8  # it sleeps for 1 ms
+        torch.set_num_threads(2)
+        with pytest.raises(ValueError, match="one thread"):
+            harness.timer("cpu")
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(ValueError, match="wall, cpu"):
+        harness.timer("sundial")
 
 
 def test_floor_is_the_larger_of_compute_and_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
