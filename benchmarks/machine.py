@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -111,26 +112,32 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, object]:
     }
 
 
-def _best_seconds(call, device: torch.device, repeats: int) -> float:
+def _best_seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    # With one thread CPU time says what the core can do, however busy the machine is.
+    now = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     best = float("inf")
     for _ in range(repeats):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        start = time.perf_counter()
+        start = now()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, now() - start)
     return best
 
 
-@lru_cache(maxsize=16)
 def peak_flops(device_name: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
-    """Best FLOP/s of a square matrix product, measured here once per process.
+    """Best FLOP/s of a square matrix product with the threads torch has now, measured here once per process.
 
     On a CPU without a native bfloat16 product torch's bfloat16 GEMM is slower than float32; the ceiling is then the float32 one, since a
     kernel may convert and use it.
     """
+    return _peak_flops(device_name, dtype, torch.get_num_threads())
+
+
+@lru_cache(maxsize=16)
+def _peak_flops(device_name: str, dtype: torch.dtype, threads: int) -> float:
     device = torch.device(device_name)
     size = 8192 if device.type == "cuda" else 1024
     dtypes = {dtype, torch.float32} if device.type == "cpu" and dtype is torch.bfloat16 else {dtype}
@@ -147,9 +154,13 @@ def peak_flops(device_name: str = "cpu", dtype: torch.dtype = torch.float32) -> 
     return best
 
 
-@lru_cache(maxsize=4)
 def peak_bandwidth(device_name: str = "cpu") -> float:
     """Bytes per second of an in-place read-read-write stream (`a += b`), measured here once per process."""
+    return _peak_bandwidth(device_name, torch.get_num_threads())
+
+
+@lru_cache(maxsize=4)
+def _peak_bandwidth(device_name: str, threads: int) -> float:
     device = torch.device(device_name)
     count = 2**28 if device.type == "cuda" else 2**24
     left, right = torch.zeros(count, device=device), torch.ones(count, device=device)
