@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from jepa_kernels.testing import HEAD_DIMS, AttentionCase, assert_within_budget, attention_case, run_attention
-from tests.simt.attention_abi import SOURCE, AttentionError, describe, open_attention, run
+from tests.simt.attention_abi import SOURCE, Guarded, describe, open_attention, run
 from tests.simt.build import ORDERS, build, configure, run_sanitized
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -218,15 +218,50 @@ def test_refusals(library, change, sentence, name):
     assert got.endswith(".")
 
 
-def test_the_guards_bite(library):
-    case = arguments(attention_case((5,)))
-    case["query"] = case["query"][:, :4]
-    p = describe(case)
-    out = np.zeros(case["query"].shape, np.float32)
-    assert p.len_q == 4
-    assert out.size
-    with pytest.raises(AttentionError, match="head_dim"):
-        run(library, {**case, "query": case["query"][..., :4], "key": case["key"][..., :4]})
+def test_a_write_around_an_output_is_seen():
+    guarded = Guarded((3, 5), np.float32)
+    guarded.array[:] = 0
+    assert guarded.intact()
+    for place in (0, guarded.outside.nonzero()[0][-1]):
+        guarded.buffer[place] = 0
+        assert not guarded.intact()
+        guarded.buffer[place] = 0xFF
+
+
+@pytest.mark.parametrize("fault", ["off_by_one_id", "dropped_scale", "swapped_layout", "late_offset"])
+@each_dtype
+def test_a_planted_fault_is_noticed(library, monkeypatch, fault, dtype):
+    case = attention_case((20, 30), packed=True, dtype=dtype)
+    check(library, case)
+    faulty = arguments(case)
+    if fault == "off_by_one_id":
+        faulty["ids_q"] = faulty["ids_q"] - 1
+    elif fault == "dropped_scale":
+        faulty["scale"] = np.array(1.0)
+    elif fault == "swapped_layout":
+        faulty["rope_table"] = arguments(attention_case((20, 30), packed=True, dtype=dtype, layout="tiled"))["rope_table"]
+    else:
+        faulty["cu_k"] = faulty["cu_k"] + np.array([0, 1, 0], np.int32)
+    monkeypatch.setattr(f"{__name__}.arguments", lambda _: faulty)
+    with pytest.raises(AssertionError, match="error"):
+        check(library, case)
+
+
+def unaligned(array: np.ndarray) -> np.ndarray:
+    """The same values at odd addresses and with an odd distance between rows."""
+    wide = np.zeros((*array.shape[:-1], array.shape[-1] + 1), array.dtype)
+    wide[..., 1:] = array
+    return wide[..., 1:]
+
+
+@pytest.mark.parametrize("grid", [None, (3, 4, 5)], ids=["plain", "rope"])
+@pytest.mark.parametrize("names", [("query", "key", "value", "grad_out"), ("value",), ("query", "grad_out")], ids="-".join)
+@each_dtype
+def test_unaligned_inputs_give_the_same_bits(library, dtype, names, grid):
+    inputs = arguments(attention_case((37,), head_dim=24, dtype=dtype, grid=grid))
+    expected = run(library, inputs)
+    for name, array in run(library, {**inputs, **{n: unaligned(inputs[n]) for n in names}}).items():
+        np.testing.assert_array_equal(array.view(np.uint8), expected[name].view(np.uint8), err_msg=name)
 
 
 @pytest.fixture(scope="module")
