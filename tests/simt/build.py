@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,9 @@ class BuildError(RuntimeError):
 
 
 def compiler() -> str:
-    """The g++ that compiles for the executor; BuildError if there is none."""
+    """The g++ that compiles for the executor; BuildError if there is none, or no machine for its code."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise BuildError(f"simt: the executor switches stacks in x86-64 assembly and cannot run on {platform.machine()}.")
     found = shutil.which(os.environ.get("CXX", "g++"))
     if found is None:
         raise BuildError("simt: no C++ compiler found, install g++ or set CXX.")
@@ -104,7 +107,7 @@ def configure(library: ctypes.CDLL, order: str = "forward", seed: int = 1, host_
     library.simt_configure(ORDERS[order], seed, host_threads)
 
 
-def run_sanitized(arguments: Sequence[str], sanitizer: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run_sanitized(arguments: Sequence[str], sanitizer: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Run `python *arguments` in a child with the sanitizer's runtime loaded first; its findings end it with SANITIZER_STATUS.
 
     The child sees the repository root on PYTHONPATH; import numpy and ctypes there, not torch (slow, and it is not instrumented).

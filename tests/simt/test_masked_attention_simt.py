@@ -191,6 +191,31 @@ def test_expanded_gradients(library, stride):
         np.testing.assert_array_equal(array.view(np.uint8), reference[name].view(np.uint8), err_msg=name)
 
 
+def test_one_id_list_serves_every_sequence_of_a_batch(library):
+    inputs = arguments(attention_case((21, 21), (40, 40), dtype=torch.bfloat16))
+    inputs["ids_q"], inputs["ids_k"] = inputs["ids_q"][0], inputs["ids_k"][0]
+    shared = run(library, inputs)
+    inputs["ids_q"], inputs["ids_k"] = (np.stack([inputs[n]] * 2) for n in ("ids_q", "ids_k"))
+    for name, array in run(library, inputs).items():
+        np.testing.assert_array_equal(array.view(np.uint8), shared[name].view(np.uint8), err_msg=name)
+
+
+@pytest.mark.parametrize("grid", [None, (3, 4, 5)], ids=["plain", "rope"])
+def test_offsets_beyond_32_bits(library, grid):
+    """The second sequence lies 2^31 elements behind the first; only the touched pages of that space become memory."""
+    inputs = arguments(attention_case((9, 9), dtype=torch.bfloat16, grid=grid))
+    expected = run(library, inputs)
+    far = dict(inputs)
+    space = np.empty(2**31 + 2**16, np.uint16)
+    for i, name in enumerate(("query", "key", "value", "grad_out")):
+        array = inputs[name]
+        strides = (2**32, *array.strides[1:])
+        far[name] = np.lib.stride_tricks.as_strided(space[i * 2**13 :], array.shape, strides)
+        far[name][...] = array
+    for name, array in run(library, far).items():
+        np.testing.assert_array_equal(array.view(np.uint8), expected[name].view(np.uint8), err_msg=name)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
