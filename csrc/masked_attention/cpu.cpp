@@ -93,20 +93,26 @@ class Call {
 
 void Call::spread_table() {
   const int64_t padded = (p_.head_dim + kRopePad - 1) / kRopePad * kRopePad, m = p_.rope_dim;
-  const int64_t rows = p_.grid_t + p_.grid_h + p_.grid_w, bounds[] = {p_.grid_t, p_.grid_t + p_.grid_h, rows};
-  table_.assign((size_t)((rows + 2) * 2 * padded), 0.f);
-  for (int64_t r = 0; r <= rows; ++r) {
-    float *cosines = &table_[(size_t)(r * 2 * padded)], *sines = cosines + padded;
-    if (r == rows || r >= bounds[1]) std::fill(cosines + (r == rows ? 0 : 3 * m), cosines + p_.head_dim, 1.f);
-    if (r == rows) break;
-    const int64_t axis = r < bounds[0] ? 0 : r < bounds[1] ? 1 : 2;
-    for (int64_t c = 0; c < m; ++c) {
-      const float sine = p_.rope_table[(rows + r) * m + c];
-      cosines[axis * m + c] = p_.rope_table[r * m + c];
-      sines[axis * m + c] = c % 2 == 0 ? -sine : sine;
+  const int64_t sizes[] = {p_.grid_t, p_.grid_h, p_.grid_w}, rows = p_.grid_t + p_.grid_h + p_.grid_w;
+  table_.assign((size_t)((rows + 3) * 2 * padded), 0.f);
+  rope_ = {table_.data(), padded, p_.grid_t, p_.grid_h, p_.grid_w, {}, {}};
+  int64_t r = 0;
+  for (int64_t axis = 0; axis < 3; ++axis) {
+    const int64_t begin = axis * m, end = begin + m, last = axis == 2 ? p_.head_dim : end;
+    float* unit = &table_[(size_t)((rows + axis) * 2 * padded)];
+    std::fill(unit + begin, unit + last, 1.f);
+    for (const int64_t stop = r + sizes[axis]; r < stop; ++r) {
+      float *cosines = &table_[(size_t)(r * 2 * padded)], *sines = cosines + padded;
+      std::copy_n(p_.rope_table + r * m, m, cosines + begin);
+      std::fill(cosines + end, cosines + last, 1.f);
+      for (int64_t c = 0; c < m; ++c) sines[begin + c] = p_.rope_table[(rows + r) * m + c] * (c % 2 == 0 ? -1.f : 1.f);
     }
   }
-  rope_ = {table_.data(), padded, p_.grid_t, p_.grid_h, p_.grid_w};
+  const auto axis_of = [&](int64_t channel) { return (uint8_t)(channel < m ? 0 : channel < 2 * m ? 1 : 2); };
+  for (int64_t run = 0; run < 16; ++run) {
+    rope_.first_axis[run] = axis_of(8 * run);
+    rope_.last_axis[run] = axis_of(8 * run + 7);
+  }
 }
 
 Rows Call::rows_of(const jk_rows& rows, const jk_ints& cu, int64_t seq, int64_t head) const {

@@ -315,7 +315,7 @@ void backward(const Head& head, float* scratch, Range tiles, Range blocks, bool 
     for (int64_t i = 0; i < keys; ++i) {
       const Angle at = angle(head.rope, head.ids_k, first + i);
       write_row<V, T>(head.grad_k, first + i, at, head.head_dim, scales_of(head.scale).grad_k, s.grad_k + i * s.channels);
-      write_row<V, T>(head.grad_v, first + i, {nullptr, nullptr, nullptr, 0}, head.head_dim, 1.f, s.grad_v + i * s.channels);
+      write_row<V, T>(head.grad_v, first + i, {nullptr, {}}, head.head_dim, 1.f, s.grad_v + i * s.channels);
     }
   }
   if (want_q) write_queries<F, T>(head, s, tiles);

@@ -17,13 +17,15 @@ struct Ids {
   int64_t bytes, stride;
 };
 
-// The caller's cos/sin table spread over whole head vectors, so that a token's rotation is the sum of three rows.
-// A row is `padded` cosines, then `padded` sines with the sign of the even channels flipped. Rows: grid_t, grid_h, grid_w,
-// then one of unit rotation and one of zeros. Channels outside an axis are 0; unrotated ones hold cosine 1 in the x rows.
+// The caller's cos/sin table spread over whole head vectors, so that a token's rotation is the sum of one row of each axis.
+// A row is `padded` cosines, then `padded` sines with the sign of the even channels flipped; it is 0 outside the channels of
+// its axis. Channels behind the three axes count as x's and have cosine 1. Rows: grid_t, grid_h, grid_w, then one of each
+// axis that rotates nothing. first_axis and last_axis name the axes that meet in each run of eight channels.
 struct RopeRows {
   const float* data;
   int64_t padded;
   int64_t grid_t, grid_h, grid_w;
+  uint8_t first_axis[16], last_axis[16];
 };
 
 // One (sequence, head): the unit over which K and V are packed.

@@ -35,10 +35,10 @@ JK_INLINE int64_t padded_channels(int64_t head_dim) {
   return round_up(head_dim, F::Simd::kLanes * F::kPerUnit);
 }
 
-// The three table rows whose sum is a token's rotation; t is NULL where nothing rotates.
+// The table rows of t, y and x whose sum is a token's rotation; `rope` is NULL where nothing rotates.
 struct Angle {
-  const float *t, *y, *x;
-  int64_t sines;  // distance from a cosine to its sine
+  const RopeRows* rope;
+  const float* axes[3];
 };
 
 JK_INLINE int64_t id_at(const Ids& ids, int64_t i) {
@@ -46,21 +46,30 @@ JK_INLINE int64_t id_at(const Ids& ids, int64_t i) {
 }
 
 JK_INLINE Angle angle(const RopeRows* rope, const Ids& ids, int64_t i) {
-  if (rope == nullptr) return {nullptr, nullptr, nullptr, 0};
-  const int64_t row = 2 * rope->padded, axes = rope->grid_t + rope->grid_h + rope->grid_w;
+  if (rope == nullptr) return {nullptr, {}};
+  const int64_t row = 2 * rope->padded, h = rope->grid_t, w = h + rope->grid_h, rest = w + rope->grid_w;
   const int64_t id = id_at(ids, i);
-  const float* zeros = rope->data + (axes + 1) * row;
-  if (id < 0) return {rope->data + axes * row, zeros, zeros, rope->padded};
-  const uint64_t line = (uint64_t)id / (uint64_t)rope->grid_w, t = line / (uint64_t)rope->grid_h;
-  const int64_t x = id - (int64_t)line * rope->grid_w, y = (int64_t)(line - t * (uint64_t)rope->grid_h);
-  return {rope->data + (int64_t)t * row, rope->data + (rope->grid_t + y) * row, rope->data + (rope->grid_t + rope->grid_h + x) * row,
-          rope->padded};
+  int64_t at[3] = {rest, rest + 1, rest + 2};
+  if (id >= 0) {
+    const uint64_t line = (uint64_t)id / (uint64_t)rope->grid_w, t = line / (uint64_t)rope->grid_h;
+    at[0] = (int64_t)t;
+    at[1] = h + (int64_t)(line - t * (uint64_t)rope->grid_h);
+    at[2] = w + id - (int64_t)line * rope->grid_w;
+  }
+  return {rope, {rope->data + at[0] * row, rope->data + at[1] * row, rope->data + at[2] * row}};
 }
 
 template <class V>
 JK_INLINE void cos_sin(const Angle& a, int64_t d, typename V::Vec& c, typename V::Vec& s) {
-  c = V::add(V::add(V::load(a.t + d), V::load(a.y + d)), V::load(a.x + d));
-  s = V::add(V::add(V::load(a.t + a.sines + d), V::load(a.y + a.sines + d)), V::load(a.x + a.sines + d));
+  const int64_t sines = a.rope->padded;
+  int axis = a.rope->first_axis[d / 8];
+  const int last = a.rope->last_axis[(d + V::kLanes - 1) / 8];
+  c = V::load(a.axes[axis] + d);
+  s = V::load(a.axes[axis] + sines + d);
+  while (++axis <= last) {
+    c = V::add(c, V::load(a.axes[axis] + d));
+    s = V::add(s, V::load(a.axes[axis] + sines + d));
+  }
 }
 
 // Head vectors to pack: rows of the caller with the ids that rotate them.
@@ -109,7 +118,7 @@ float read_rows(const Source& from, int64_t head_dim, int64_t first, int64_t cou
       V::store(row + d, x);
       __builtin_prefetch(ahead + d);
     };
-    if (at.t == nullptr) {
+    if (at.rope == nullptr) {
       for (int64_t d = 0; d < head_dim; d += V::kLanes) put(d, V::load_head(src + d, head_dim - d));
     } else {
       for (int64_t d = 0; d < head_dim; d += V::kLanes) put(d, rotated<V>(V::load_head(src + d, head_dim - d), at, d));
@@ -126,7 +135,7 @@ JK_INLINE void write_row(const Rows& to, int64_t i, const Angle& at, int64_t hea
   T* dst = (T*)to.data + i * to.stride;
   for (int64_t d = 0; d < head_dim; d += V::kLanes) {
     typename V::Vec g = V::mul(V::load(row + d), V::set1(scale));
-    if (at.t != nullptr) {
+    if (at.rope != nullptr) {
       typename V::Vec c, s;
       cos_sin<V>(at, d, c, s);
       g = V::fma(g, c, V::swap_pairs(V::mul(g, s)));
