@@ -102,6 +102,7 @@ void step_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
   STD_TORCH_CHECK(hyper.device().is_cpu(), kOp, ": hyper must be on the CPU with parameters on the CPU.");
   const auto list = entries(l, rounding);
   const auto p = describe(l, list, hyper, momentum, rounding, seed, grad_scale, found_inf);
+  check_on_host(p, kOp);
   check_sentence(jk_adamw_ema_cpu_fwd(&p, static_cast<int>(isa), parallel_for));
 }
 

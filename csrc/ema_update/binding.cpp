@@ -39,6 +39,7 @@ void update_cpu(Tensors targets, Tensors sources, const Tensor& momentum, Tensor
                 std::vector<int64_t> streams, int64_t rounding, const std::optional<Tensor>& seed, int64_t isa) {
   const auto list = entries(targets, sources, copies, compensations, streams, rounding);
   const auto p = describe(list, momentum, rounding, seed);
+  check_on_host(p, kOp);
   check_sentence(jk_ema_update_cpu_fwd(&p, static_cast<int>(isa), parallel_for));
 }
 

@@ -60,4 +60,11 @@ inline void describe_average(Params& p, const char* op, const Tensor& momentum, 
   if (seed) host_or_device(*seed, ScalarType::Long, op, "seed", p.seed, p.seed_device);
 }
 
+// A CPU kernel reads momentum and seed by value.
+template <class Params>
+inline void check_on_host(const Params& p, const char* op) {
+  STD_TORCH_CHECK(p.momentum_device == nullptr && p.seed_device == nullptr, op,
+                  ": momentum and seed must be on the CPU with targets on the CPU.");
+}
+
 }  // namespace jk

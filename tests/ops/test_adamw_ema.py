@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -77,6 +78,34 @@ def test_matches_the_float64_reference(backend, param, mixed):
             for i, (a, e, p) in enumerate(zip(actual[name], expected[name], peers[name], strict=True)):
                 assert_within_budget(f"{name}[{i}]", a, e, p, dtype=dtype)
         assert all(torch.equal(a, b) for a, b in zip(actual["grads"], values["grads"], strict=True)), "gradients are only read"
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_golden_steps(backend, root):
+    for case in json.loads((root / "tests" / "golden" / "adamw_ema.json").read_text())["cases"]:
+        param, target = (run_here(backend, [torch.tensor(case[n])])[0] for n in ("param", "target"))
+        exp_avg, exp_avg_sq = torch.zeros_like(param), torch.zeros_like(param)
+        hyper = torch.tensor([case["hyper"]], dtype=torch.float64)
+        scale = torch.tensor(case["grad_scale"], device=param.device)
+        for t, step in enumerate(case["steps"], start=1):
+            grad = torch.tensor(step["grad"], device=param.device)
+            teacher = TeacherLists([target], case["momentum"])
+            adamw_ema_(
+                [param],
+                [grad],
+                [exp_avg],
+                [exp_avg_sq],
+                [torch.tensor(float(t))],
+                hyper=hyper,
+                teacher=teacher,
+                grad_scale=scale,
+                backend=backend,
+            )
+            for name, actual in (("param", param), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("target", target)):
+                expected = torch.tensor(step[name], dtype=torch.float64)
+                torch.testing.assert_close(
+                    actual.double().cpu(), expected, rtol=3e-6, atol=3e-7, msg=lambda m, n=name, t=t: f"{n}, step {t}: {m}"
+                )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -158,27 +159,32 @@ def test_stochastic_rounding_is_unbiased_and_a_function_of_seed_stream_and_eleme
     assert all(float((bits == other).float().mean()) < 0.01 for other in others)
 
 
-def _numpy_bits(seed: int, stream: int, element: int) -> int:
-    """The formula of csrc/ema_update/average.h once more, in Python integers."""
-
-    def mix(x: int) -> int:
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-            x = ((x ^ (x >> shift)) * factor) % 2**32
-        return x ^ (x >> 16)
-
-    z = (seed + 0x9E3779B97F4A7C15 * (stream + 1)) % 2**64
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = ((z ^ (z >> shift)) * factor) % 2**64
-    z ^= z >> 31
-    salt = (z // 2**32 + (element // 2**32) * 0x9E3779B9) % 2**32
-    return mix((mix((element % 2**32) ^ (z % 2**32)) + salt) % 2**32) >> 16
+@pytest.fixture(scope="module")
+def golden(root):
+    return json.loads((root / "tests" / "golden" / "ema_update.json").read_text())
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**62 + 12345, -7])
-def test_random_bits_follow_the_formula(seed):
-    bits = stochastic.random_bits(torch.tensor(seed), 3, 50, torch.device("cpu"))
-    assert bits.tolist() == [_numpy_bits(seed, 3, i) for i in range(50)]
-    assert all(0 <= _numpy_bits(seed, 3, 2**32 + i) < 65536 for i in range(4))
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_golden_updates(backend, golden):
+    for update in golden["updates"]:
+        lists = {n: [torch.tensor(v, dtype=torch.float32) for v in update[n]] for n in ("targets", "sources")}
+        moved, _ = run(backend, lists["targets"], lists["sources"], update["momentum"])
+        for i, (actual, expected) in enumerate(zip(moved, update["expected"], strict=True)):
+            # The inputs have three decimals and are rounded to float32, which the oracle of the other tests does not see.
+            torch.testing.assert_close(
+                actual.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-7, msg=f"target {i}"
+            )
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_golden_random_bits(backend, golden):
+    for row in golden["random"]:
+        values = torch.tensor(row["values"], dtype=torch.float32)
+        assert stochastic.random_bits(torch.tensor(row["seed"]), row["stream"], 12, values.device).tolist() == row["bits"]
+        # Momentum 0 makes the source the value that is rounded; the row's stream is the place in the list.
+        targets = [torch.zeros(12, dtype=torch.bfloat16) for _ in range(row["stream"] + 1)]
+        moved, _ = run(backend, targets, [values] * len(targets), 0.0, rounding="stochastic", seed=row["seed"])
+        assert (moved[-1].view(torch.int16).long() & 0xFFFF).tolist() == row["rounded"]
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])

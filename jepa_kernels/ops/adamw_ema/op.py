@@ -93,7 +93,11 @@ def _fake(
     params, grads, exp_avgs, exp_avg_sqs, steps, hyper, groups, targets, momentum, copies, compensations, seed, rounding, grad_scale,
     found_inf, backend,
 ) -> None:  # fmt: skip
-    return None
+    # A list with a meta tensor in it comes here too: it is checked, not silently accepted.
+    _check_direct_call(
+        params, grads, exp_avgs, exp_avg_sqs, steps, hyper, groups, targets, momentum, copies, compensations, seed, rounding, grad_scale,
+        found_inf, backend,
+    )  # fmt: skip
 
 
 _library.impl("adamw_ema_", _update, "CompositeExplicitAutograd")

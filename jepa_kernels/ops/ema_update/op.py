@@ -83,7 +83,8 @@ def _update(targets, sources, momentum, copies, compensations, seed, rounding, b
 
 
 def _fake(targets, sources, momentum, copies, compensations, seed, rounding, backend) -> None:
-    return None
+    # A list with a meta tensor in it comes here too: it is checked, not silently accepted.
+    _check_direct_call(targets, sources, momentum, copies, compensations, seed, rounding, backend)
 
 
 _library.impl("ema_update_", _update, "CompositeExplicitAutograd")
