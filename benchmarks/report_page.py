@@ -81,7 +81,7 @@ CAPTIONS = {
     "throughput": "Both axes are logarithmic. Bands are 95 % intervals of the median. The exponent is that of the fitted cost model at the "
     "largest resolution: step time grows as tokens to that power. Data preparation is not in these numbers (see the phases).",
     "modes": "Fine-tuning runs every token of a clip through the encoder and back; pre-training adds the target encoder and the predictor "
-    "but sends only the visible tokens through the trained encoder.",
+    "but sends only the visible tokens through the trained encoder. Fine-tuning + objective is the sum of both steps, measured apart.",
     "speedup": "Paired in one process, round by round; above the line our kernels are faster than the eager composition of the same step. "
     "Losses are shown like gains.",
     "phases": "Each bar is one backend at one resolution; the step ends at the line. Data (hatched, above it) is the time one process "
