@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_keys_kernel(
     // Queries from `valid` on are zero rows with zero stats, so P is 1 and dS is 0 there: they add nothing.
     float p[kBands][kStep / 8][4], ds[kBands][kStep / 8][4];
     clear(p);
-    multiply_rows<T, kDim, kBands, kStep>(p, left_key, queries + slot * kLd);
+    multiply_rows<T, kDim, kBands, kStep>(p, left_key, queries + slot * kLd, head_dim);
 #pragma unroll
     for (int n = 0; n < kStep / 8; n++) {
       const float4 stat_pair = read_pair(stats + slot + n * 8);
@@ -87,9 +87,9 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_keys_kernel(
 #pragma unroll
         for (int e = 0; e < 4; e++) p[band][n][e] = exp2_fast(p[band][n][e] * scale - (e % 2 ? stat_pair.z : stat_pair.x));
     }
-    multiply_weights<T, kDim, kBands, kStep>(grad_value, p, grads + slot * kLd);
+    multiply_weights<T, kDim, kBands, kStep>(grad_value, p, grads + slot * kLd, head_dim);
     clear(ds);
-    multiply_rows<T, kDim, kBands, kStep>(ds, left_value, grads + slot * kLd);
+    multiply_rows<T, kDim, kBands, kStep>(ds, left_value, grads + slot * kLd, head_dim);
 #pragma unroll
     for (int n = 0; n < kStep / 8; n++) {
       const float4 stat_pair = read_pair(stats + slot + n * 8);
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_keys_kernel(
 #pragma unroll
         for (int e = 0; e < 4; e++) ds[band][n][e] = p[band][n][e] * (ds[band][n][e] - (e % 2 ? stat_pair.w : stat_pair.y));
     }
-    multiply_weights<T, kDim, kBands, kStep>(grad_key, ds, queries + slot * kLd);
+    multiply_weights<T, kDim, kBands, kStep>(grad_key, ds, queries + slot * kLd, head_dim);
   }
 
   float scales[kBands][2], ones[kBands][2];
@@ -170,9 +170,9 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_queries_kern
     const int slot = step % 2 * kStep * kLd;
     float p[kBands][kStep / 8][4], ds[kBands][kStep / 8][4];
     clear(p);
-    multiply_rows<T, kDim, kBands, kStep>(p, left_query, keys + slot);
+    multiply_rows<T, kDim, kBands, kStep>(p, left_query, keys + slot, head_dim);
     clear(ds);
-    multiply_rows<T, kDim, kBands, kStep>(ds, left_grad, values + slot);
+    multiply_rows<T, kDim, kBands, kStep>(ds, left_grad, values + slot, head_dim);
 #pragma unroll
     for (int band = 0; band < kBands; band++)
 #pragma unroll
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_queries_kern
           ds[band][n][e] = exp2_fast(p[band][n][e] * scale - shift[band][e / 2]) * (ds[band][n][e] - mean[band][e / 2]);
     // A key beyond the end has logit 0, whose weight overflows where lse is very negative.
     if ((step + 1) * kStep > s.other) fill_tail(ds, s.other - step * kStep, 0.f);
-    multiply_weights<T, kDim, kBands, kStep>(grad_query, ds, keys + slot);
+    multiply_weights<T, kDim, kBands, kStep>(grad_query, ds, keys + slot, head_dim);
   }
   write_rows<T, kDim, true>(a, s, a.p.ids_q, grad_query, scales, queries, target, a.p.grad_q.stride_token, a.vector_grad_q);
 }

@@ -111,10 +111,10 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_kernel(const
     const int slot = step % 2 * kKeys * kLd;
     float logits[kBands][kKeys / 8][4];
     clear(logits);
-    multiply_rows<T, kDim, kBands, kKeys>(logits, left, keys + slot);
+    multiply_rows<T, kDim, kBands, kKeys>(logits, left, keys + slot, head_dim);
     if ((step + 1) * kKeys > s.other) fill_tail(logits, s.other - step * kKeys, -INFINITY);
     softmax.step(logits, out, scale);
-    multiply_weights<T, kDim, kBands, kKeys>(out, logits, values + slot);
+    multiply_weights<T, kDim, kBands, kKeys>(out, logits, values + slot, head_dim);
   }
 
   float factor[kBands][2];

@@ -8,6 +8,12 @@
 namespace jk {
 namespace masked_attention {
 
+// Whether a head of 80 channels lacks the last 16 of its class of 96: they are zero, and products skip them.
+template <int kDim>
+JK_DEVICE bool is_empty(int step, int head_dim) {
+  return kDim == 96 && step == 5 && head_dim <= 80;
+}
+
 // The left operand: 16 * kBands rows of a shared tile, kept in registers or read again for every product.
 template <class T, int kDim, int kBands, bool kKeep>
 struct Left {
@@ -32,11 +38,13 @@ struct Left {
 
 // sum += left * right^T over kDim channels, `right` being kColumns rows of a shared tile.
 template <class T, int kDim, int kBands, int kColumns, bool kKeep>
-JK_DEVICE void multiply_rows(float (&sum)[kBands][kColumns / 8][4], const Left<T, kDim, kBands, kKeep>& left, const T* right) {
+JK_DEVICE void multiply_rows(float (&sum)[kBands][kColumns / 8][4], const Left<T, kDim, kBands, kKeep>& left, const T* right,
+                             int head_dim) {
   const int lane = lane_id();
   const T* at = right + (lane % 8 + lane / 16 * 8) * kStride<T, kDim> + lane / 8 % 2 * 8;
 #pragma unroll
   for (int step = 0; step < kDim / 16; step++) {
+    if (is_empty<kDim>(step, head_dim)) break;
     uint32_t a[kBands][4];
 #pragma unroll
     for (int band = 0; band < kBands; band++) {
@@ -63,7 +71,8 @@ JK_DEVICE void multiply_rows(float (&sum)[kBands][kColumns / 8][4], const Left<T
 // sum += weights * right, `weights` being an accumulator of kDepth columns that is rounded to T, `right` kDepth rows of a
 // shared tile. An accumulator's registers are laid out as a left operand's already, so nothing moves between lanes.
 template <class T, int kDim, int kBands, int kDepth>
-JK_DEVICE void multiply_weights(float (&sum)[kBands][kDim / 8][4], const float (&weights)[kBands][kDepth / 8][4], const T* right) {
+JK_DEVICE void multiply_weights(float (&sum)[kBands][kDim / 8][4], const float (&weights)[kBands][kDepth / 8][4], const T* right,
+                                int head_dim) {
   const int lane = lane_id();
   const T* at = right + lane % 16 * kStride<T, kDim> + lane / 16 * 8;
 #pragma unroll
@@ -78,6 +87,7 @@ JK_DEVICE void multiply_weights(float (&sum)[kBands][kDim / 8][4], const float (
       }
 #pragma unroll
     for (int n = 0; n < kDim / 16; n++) {
+      if (is_empty<kDim>(n, head_dim)) break;
       uint32_t b[4];
       ldmatrix_x4_trans(b, at + step * 16 * kStride<T, kDim> + n * 16);
 #pragma unroll
