@@ -36,7 +36,7 @@ $(VENV)/.built: $(READY) $(NATIVE_SOURCES)
 dev: $(VENV)/.built ## the development environment, with the native libraries built in place
 
 bench: dev ## the main job: throughput of every variant against frame resolution, the op table, and a report to open
-	$(PY) -m benchmarks.sweep
+	$(PY) -m benchmarks.sweep --main-job
 
 test: dev ## everything that needs no GPU (under 12 minutes on 2 cores)
 	$(PYTEST) tests --ignore=tests/interpret
