@@ -1,0 +1,76 @@
+"""The CPU kernels of ema_update and adamw_ema under a sanitizer: `python list_sanitized.py LIBRARY [overlap]`. NumPy, ctypes, Python threads.
+
+Every piece of the parallel region runs in a thread of its own, so that two pieces that touch one element are a data race. With `overlap` they do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import sys
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from tests.simt import ema_abi
+
+Body = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+ParallelFor = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
+SIZES = (1, 31, 0, 33, 1024, 2500, 7)
+
+
+def pieces(cuts: int, overlap: int) -> Callable[[int, int, int, int], None]:
+    """A parallel_for that cuts the range into `cuts` uneven pieces, each `overlap` elements too long."""
+
+    def run(count: int, grain: int, body: int, context: int) -> None:
+        function = Body(body)
+        ends = sorted({0, count, *(count * i * i // (cuts * cuts) for i in range(1, cuts))})
+        threads = [threading.Thread(target=function, args=(a, min(b + overlap, count), context)) for a, b in itertools.pairwise(ends)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    return run
+
+
+def arrays(seed: int, *kinds: type) -> list[list[np.ndarray]]:
+    """For every size one array of each kind, exactly as long as the kernel may touch. bfloat16 is uint16."""
+    rng = np.random.default_rng(seed)
+    return [[rng.integers(0, 2**14, n).astype(k) if k is np.uint16 else rng.random(n).astype(k) for k in kinds] for n in SIZES]
+
+
+def run(library: ctypes.CDLL, isa: int, parallel_for: ctypes._SimpleCData) -> bytes | None:
+    for target in (np.float32, np.uint16, np.float16):
+        for rounding in (ema_abi.NEAREST, ema_abi.KAHAN, ema_abi.STOCHASTIC):
+            if rounding == ema_abi.STOCHASTIC and target is np.float16:
+                continue
+            lists = arrays(1, target, np.float16, np.uint16, target)
+            entries = (ema_abi.EmaTensor * len(lists))(*(ema_abi.ema_tensor(*a, index=i) for i, a in enumerate(lists)))
+            params = ema_abi.EmaParams(entries, len(lists), 0.9, None, rounding, 5, None)
+            if error := library.jk_ema_update_cpu_fwd(ctypes.byref(params), isa, parallel_for):
+                return error
+    lists, teachers = arrays(2, np.uint16, np.float32, np.float32, np.float32), arrays(3, np.float32, np.uint16)
+    hyper = np.array([[1e-2, 0.9, 0.999, 1e-8, 0.05, 0.0]])
+    entries = (ema_abi.AdamwTensor * len(lists))(
+        *(
+            ema_abi.adamw_tensor(*a, ema_abi.ema_tensor(t[0], None, t[1], index=i), group=0, step=2.0)
+            for i, (a, t) in enumerate(zip(lists, teachers, strict=True))
+        )
+    )
+    params = ema_abi.AdamwParams(entries, len(lists), ema_abi.address(hyper), None, None, None, 0.9, None, 0, 0, None)
+    return library.jk_adamw_ema_cpu_fwd(ctypes.byref(params), isa, parallel_for)
+
+
+if __name__ == "__main__":
+    kernels = ctypes.CDLL(sys.argv[1])
+    for name, struct in (("jk_ema_update_cpu_fwd", ema_abi.EmaParams), ("jk_adamw_ema_cpu_fwd", ema_abi.AdamwParams)):
+        getattr(kernels, name).argtypes = [ctypes.POINTER(struct), ctypes.c_int, ctypes.c_void_p]
+        getattr(kernels, name).restype = ctypes.c_char_p
+    for cuts in (1, 5):
+        callback = ParallelFor(pieces(cuts, 64 if sys.argv[2:] == ["overlap"] else 0))
+        for chosen in (0, -1):
+            problem = run(kernels, chosen, ctypes.cast(callback, ctypes.c_void_p))
+            if problem is not None:
+                sys.exit(f"kernel: {problem.decode()}")
