@@ -1,38 +1,19 @@
-"""The CPU kernels of ema_update and adamw_ema under a sanitizer: `python list_sanitized.py LIBRARY [overlap]`. NumPy, ctypes, Python threads.
+"""The CPU kernels of ema_update and adamw_ema under a sanitizer: `python list_sanitized.py LIBRARY [overlap]`. NumPy and ctypes only.
 
-Every piece of the parallel region runs in a thread of its own, so that two pieces that touch one element are a data race. With `overlap` they do.
+Every piece of the parallel region runs in a thread of its own (list_parallel.cpp), so that two pieces that touch one element are a data race.
+With `overlap` they do.
 """
 
 from __future__ import annotations
 
 import ctypes
-import itertools
 import sys
-import threading
-from collections.abc import Callable
 
 import numpy as np
 
 from tests.simt import ema_abi
 
-Body = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
-ParallelFor = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
 SIZES = (1, 31, 0, 33, 1024, 2500, 7)
-
-
-def pieces(cuts: int, overlap: int) -> Callable[[int, int, int, int], None]:
-    """A parallel_for that cuts the range into `cuts` uneven pieces, each `overlap` elements too long."""
-
-    def run(count: int, grain: int, body: int, context: int) -> None:
-        function = Body(body)
-        ends = sorted({0, count, *(count * i * i // (cuts * cuts) for i in range(1, cuts))})
-        threads = [threading.Thread(target=function, args=(a, min(b + overlap, count), context)) for a, b in itertools.pairwise(ends)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    return run
 
 
 def arrays(seed: int, *kinds: type) -> list[list[np.ndarray]]:
@@ -41,7 +22,8 @@ def arrays(seed: int, *kinds: type) -> list[list[np.ndarray]]:
     return [[rng.integers(0, 2**14, n).astype(k) if k is np.uint16 else rng.random(n).astype(k) for k in kinds] for n in SIZES]
 
 
-def run(library: ctypes.CDLL, isa: int, parallel_for: ctypes._SimpleCData) -> bytes | None:
+def run(library: ctypes.CDLL, isa: int) -> bytes | None:
+    parallel_for = ctypes.cast(library.uneven_threads, ctypes.c_void_p)
     for target in (np.float32, np.uint16, np.float16):
         for rounding in (ema_abi.NEAREST, ema_abi.KAHAN, ema_abi.STOCHASTIC):
             if rounding == ema_abi.STOCHASTIC and target is np.float16:
@@ -69,8 +51,8 @@ if __name__ == "__main__":
         getattr(kernels, name).argtypes = [ctypes.POINTER(struct), ctypes.c_int, ctypes.c_void_p]
         getattr(kernels, name).restype = ctypes.c_char_p
     for cuts in (1, 5):
-        callback = ParallelFor(pieces(cuts, 64 if sys.argv[2:] == ["overlap"] else 0))
+        kernels.choose_pieces(ctypes.c_int64(cuts), ctypes.c_int64(64 if sys.argv[2:] == ["overlap"] else 0))
         for chosen in (0, -1):
-            problem = run(kernels, chosen, ctypes.cast(callback, ctypes.c_void_p))
+            problem = run(kernels, chosen)
             if problem is not None:
                 sys.exit(f"kernel: {problem.decode()}")

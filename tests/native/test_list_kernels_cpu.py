@@ -10,23 +10,20 @@ import pytest
 
 from tests.simt.build import _FLAGS, ROOT, SANITIZER_STATUS, compiler, run_sanitized
 
-SOURCES = ("ema_update/cpu.cpp", "ema_update/cpu_avx2.cpp", "adamw_ema/cpu.cpp", "adamw_ema/cpu_avx2.cpp")
+pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the sanitized build names x86-64 instruction sets")
+SCRIPT = str(ROOT / "tests" / "native" / "list_sanitized.py")
+SOURCES = tuple(ROOT / "csrc" / op / f"{name}.cpp" for op in ("ema_update", "adamw_ema") for name in ("cpu", "cpu_avx2"))
 
 
 def build(folder: Path, sanitizer: str) -> str:
     objects = []
-    for source in SOURCES:
-        isa = ["-mavx2", "-mfma", "-mf16c"] if source.endswith("_avx2.cpp") else []
-        objects.append(str(folder / source.replace("/", "_")) + ".o")
-        path = str(ROOT / "csrc" / source)
-        subprocess.run([compiler(), "-std=c++20", "-fPIC", *_FLAGS[sanitizer], *isa, "-c", path, "-o", objects[-1]], check=True)
+    for source in (*SOURCES, Path(__file__).with_name("list_parallel.cpp")):
+        isa = ["-mavx2", "-mfma", "-mf16c"] if source.stem.endswith("_avx2") else []
+        objects.append(str(folder / f"{source.parent.name}-{source.stem}.o"))
+        subprocess.run([compiler(), "-std=c++20", "-fPIC", *_FLAGS[sanitizer], *isa, "-c", str(source), "-o", objects[-1]], check=True)
     library = str(folder / "list_kernels.so")
     subprocess.run([compiler(), "-shared", *_FLAGS[sanitizer], *objects, "-o", library], check=True)
     return library
-
-
-pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the sanitized build names x86-64 instruction sets")
-SCRIPT = str(ROOT / "tests" / "native" / "list_sanitized.py")
 
 
 @pytest.mark.parametrize("sanitizer", ["asan_ubsan", "tsan"])
