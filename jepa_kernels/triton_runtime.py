@@ -55,12 +55,12 @@ def architecture(device: torch.device) -> int:
     """
     if interpreting() or device.type != "cuda":
         return 0
-    major, minor = _device_capability(device.index or 0)
+    major, minor = _device_capability(device)
     if major == 8:
         return 80 if minor in (0, 7) else 120
     return {9: 90, 10: 100, 11: 100}.get(major, 120)
 
 
 @functools.cache
-def _device_capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+def _device_capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

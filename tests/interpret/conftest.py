@@ -1,44 +1,45 @@
-"""Runs Triton kernels under its interpreter: TRITON_INTERPRET must be set before triton is first imported, so in a process of its own."""
+"""Runs Triton kernels under its interpreter: TRITON_INTERPRET must be set before triton is first imported, so in a process of its own.
+
+`pytest tests/interpret` sets it; a run that also collects other tests must not (they would see other kernels), and skips these.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.conftest import IN_CI
+from jepa_kernels import triton_runtime
+from tests.conftest import missing
 
-_REASON = None
-if os.environ.get("TRITON_INTERPRET") != "1":
-    if "triton" in sys.modules:
-        _REASON = "triton is already imported without its interpreter: run these in their own process, with `make test-interpret`"
-    else:
+_HERE = Path(__file__).resolve().parent
+_OWN_PROCESS = "the Triton interpreter needs a process of its own: run make test-interpret"
+
+
+def pytest_configure(config) -> None:
+    alone = all(Path(argument.split("::")[0]).resolve().is_relative_to(_HERE) for argument in config.args)
+    if alone and "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
-if _REASON is None:
-    try:
-        import triton.language as tl
-        from triton.runtime import interpreter
-    except ImportError:
-        _REASON = "triton is not installed (pip install triton)"
-
-
-def pytest_collection_modifyitems(items) -> None:
-    if _REASON is None:
-        return
-    for item in items:
-        if "tests/interpret/" in item.path.as_posix():
-            item.add_marker(pytest.mark.skip(reason=_REASON))
-
-
-def pytest_runtest_setup(item) -> None:
-    if _REASON is not None and IN_CI and "tests/interpret/" in item.path.as_posix():
-        pytest.fail(f"{_REASON} (CI must run them)")
 
 
 @pytest.fixture(autouse=True)
-def _patched_once(monkeypatch):
+def _interpreter(monkeypatch):
+    if not triton_runtime.installed():
+        missing("triton is not installed (pip install triton)")
+    from jepa_kernels.triton_support import INTERPRET
+
+    if not INTERPRET.value:
+        missing(_OWN_PROCESS)
+    _patch_once(monkeypatch)
+
+
+def _patch_once(monkeypatch) -> None:
     """The interpreter patches triton.language again for every device function a kernel calls: a third of the time, and no effect."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
     patch, done = interpreter._patch_lang, set()
 
     class Scope:

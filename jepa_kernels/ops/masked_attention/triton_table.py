@@ -51,7 +51,7 @@ def channels(dtype: torch.dtype, head_dim: int) -> Channels:
 # 99 KiB of shared memory a block. Data-centre Blackwell keeps accumulators in tensor memory.
 _HALF: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
     "fwd": {
-        80: (Tile(128, 32, 4, 3), Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
+        80: (Tile(64, 64, 4, 3), Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
         90: (Tile(128, 64, 8, 3, 128), Tile(128, 128, 8, 2), Tile(128, 128, 8, 2)),
         100: (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(128, 128, 8, 2)),
         120: (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
@@ -63,7 +63,7 @@ _HALF: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
         120: (Tile(128, 64, 8, 2), Tile(64, 32, 4, 3), Tile(64, 32, 4, 3)),
     },
     "bwd_kv": {
-        80: (Tile(32, 64, 4, 3), Tile(32, 64, 4, 3), Tile(16, 64, 8, 2)),
+        80: (Tile(32, 64, 4, 3), Tile(16, 64, 4, 3), Tile(16, 64, 8, 2)),
         90: (Tile(64, 64, 4, 2), Tile(64, 128, 8, 2), Tile(32, 64, 4, 3)),
         100: (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 128, 8, 2)),
         120: (Tile(32, 64, 4, 3), Tile(16, 64, 4, 2), Tile(16, 64, 8, 2)),
@@ -74,7 +74,7 @@ _HALF: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
 _FLOAT: dict[str, tuple[Tile, Tile, Tile]] = {
     "fwd": (Tile(64, 32, 8, 2, 255), Tile(64, 32, 8, 2, 255), Tile(64, 64, 8, 2, 255)),
     "bwd_q": (Tile(32, 32, 4, 2, 255), Tile(64, 32, 8, 2, 255), Tile(64, 32, 8, 2, 255)),
-    "bwd_kv": (Tile(32, 64, 8, 2, 255), Tile(32, 64, 8, 2, 255), Tile(16, 32, 4, 1, 255)),
+    "bwd_kv": (Tile(16, 64, 8, 2, 255), Tile(16, 64, 8, 2, 255), Tile(16, 32, 8, 1, 255)),
 }
 
 # The rotation prologue: rows a program turns, and heads that reuse one gather of the angles. More of either would leave a GPU idle.
