@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 # A second release, for the test that one wheel serves both.
 OTHER_TORCH ?= torch==2.14.1
+# Other people's JEPA code for tests/integrations, without dependencies: those would bring torchvision and another torch.
+PEERS ?= cc-vjepa2==0.0.3 vjepa==0.1.2
 READY := $(VENV)/.ready
 # A hang is a failure; through the environment, so that the suite also runs where the plugin is absent.
 export PYTEST_TIMEOUT ?= 300
@@ -24,7 +26,8 @@ $(READY): pyproject.toml setup.py
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet "$(TORCH)" "$(TRITON)" "setuptools>=77" wheel pybind11 ninja numpy
-	$(PY) -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[dev,integrations]'
+	$(PY) -m pip install --quiet --no-deps $(PEERS)
 	touch $@
 
 # The native libraries follow their sources; ninja compiles only what changed.

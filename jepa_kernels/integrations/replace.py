@@ -6,9 +6,9 @@ known by its module path and name, so that nothing happens on import and nothing
 
 from __future__ import annotations
 
+import functools
 import importlib
-import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -26,6 +26,9 @@ class Target:
         forward: a function with the signature of the class's forward, `self` included.
         obstacles: why this instance must keep its own forward; empty when it need not.
         fuses: what the new forward does in one op, for reports and docs.
+
+    Notes:
+        `obstacles` must return new lists, and `forward` must be a function of a module, so that an accelerated model can be pickled.
     """
 
     names: tuple[str, ...]
@@ -36,11 +39,18 @@ class Target:
 
 @dataclass(frozen=True)
 class CodeBase:
-    """A code base: its name, where it comes from, and its targets. One file of this package defines one."""
+    """A code base. One file of this package defines one.
+
+    Args:
+        name: for `patch`. origin: where the code comes from.
+        targets: what is replaced.
+        left_out: ``"package.module:Class"`` of modules that are not replaced, nor anything inside them, with the reason.
+    """
 
     name: str
     origin: str
     targets: tuple[Target, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -77,9 +87,17 @@ def accelerate(model: nn.Module, bases: Sequence[CodeBase]) -> Report:
     """Binds fused forwards in place. See `jepa_kernels.integrations.accelerate`."""
     report = Report()
     attentions = []
+    left_out = {name: reason for base in bases for name, reason in base.left_out.items()}
+    inside: set[nn.Module] = set()
     for name, module in model.named_modules():
         if "attention" in type(module).__name__.lower():
             attentions.append(full_name(type(module)))
+        if module in inside:
+            continue
+        if full_name(type(module)) in left_out:
+            report.left[name] = [left_out[full_name(type(module))]]
+            inside.update(module.modules())
+            continue
         found = find(type(module), bases)
         if found is None:
             continue
@@ -90,7 +108,8 @@ def accelerate(model: nn.Module, bases: Sequence[CodeBase]) -> Report:
         if reasons:
             report.left[name] = reasons
             continue
-        module.forward = types.MethodType(target.forward, module)
+        # A partial, not a bound method: copies bind to the copy either way, and only a partial can be pickled.
+        module.forward = functools.partial(target.forward, module)
         setattr(module, _MARK, True)
         report.replaced.setdefault(base.name, []).append(name)
     if not report.replaced and not report.left:

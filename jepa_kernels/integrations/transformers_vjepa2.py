@@ -17,7 +17,14 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1))
 
 
-def _rope_forward(self: nn.Module, hidden_states: Tensor, position_mask: Tensor | None = None, *args, **kwargs):
+def _rope_forward(
+    self: nn.Module,
+    hidden_states: Tensor,
+    position_mask: Tensor | None = None,
+    output_attentions: bool = False,
+    head_mask: None = None,
+):
+    _refuse(output_attentions=output_attentions, head_mask=head_mask)
     heads, side = self.num_attention_heads, self.grid_size
     query, key, value = (_heads(layer(hidden_states), heads) for layer in (self.query, self.key, self.value))
     tokens = hidden_states.shape[1]
@@ -30,22 +37,28 @@ def _rope_forward(self: nn.Module, hidden_states: Tensor, position_mask: Tensor 
     return self.proj(out.flatten(-2)), None
 
 
-def _self_forward(self: nn.Module, hidden_states: Tensor, attention_mask: None = None, *args, **kwargs):
-    _no_mask(attention_mask)
+def _self_forward(self: nn.Module, hidden_states: Tensor, attention_mask: None = None, output_attentions: bool = False):
+    _refuse(attention_mask=attention_mask, output_attentions=output_attentions)
     query, key, value = (_heads(layer(hidden_states), self.num_heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
     return self.out_proj(masked_attention(query, key, value, scale=self.scale).flatten(-2)), None
 
 
-def _cross_forward(self: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, attention_mask: None = None, *args, **kwargs):
-    _no_mask(attention_mask)
+def _cross_forward(
+    self: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, attention_mask: None = None, output_attentions: bool = False
+):
+    _refuse(attention_mask=attention_mask, output_attentions=output_attentions)
     projected = ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, values))
     query, key, value = (_heads(layer(x), self.num_heads) for layer, x in projected)
     return masked_attention(query, key, value, scale=self.scale).flatten(-2), None
 
 
-def _no_mask(mask: object) -> None:
-    if mask is not None:
-        raise ValueError("VJEPA2 pooler: attention_mask must be None with the fused op, got a mask. Call restore(model) to use masks.")
+def _refuse(**arguments: object) -> None:
+    """Of what releases since 4.52 can pass, masks and attention probabilities are not part of the fused op."""
+    for name, value in arguments.items():
+        if value is not None and value is not False:
+            raise ValueError(
+                f"VJEPA2 attention: {name} must be None or False with the fused op. Undo it with restore(model) to use {name}."
+            )
 
 
 def _rope_obstacles(module: nn.Module) -> list[str]:

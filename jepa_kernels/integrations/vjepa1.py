@@ -15,6 +15,11 @@ def _forward(self, x, mask=None):
     return self.proj(masked_attention(query, key, value, scale=scale).flatten(-2)), None
 
 
+def _cross_forward(self, q, x):
+    """Unlike V-JEPA 2's, the class has an output projection."""
+    return self.proj(cross_forward(self, q, x))
+
+
 def _obstacles(module: nn.Module) -> list[str]:
     return dropout_obstacles(module, attn_drop=module.attn_drop.p, proj_drop=module.proj_drop_prob)
 
@@ -25,6 +30,6 @@ BASE = CodeBase(
     "facebookresearch/jepa, vjepa",
     (
         Target((f"{_PATH}:Attention",), _forward, _obstacles, "attention"),
-        Target((f"{_PATH}:CrossAttention",), cross_forward, no_obstacles, "cross-attention"),
+        Target((f"{_PATH}:CrossAttention",), _cross_forward, no_obstacles, "cross-attention"),
     ),
 )

@@ -65,6 +65,13 @@ def no_obstacles(module: nn.Module) -> list[str]:
     return []
 
 
+_ACTIONS = "action tokens attend under a frame-causal mask, which the op does not have"
+_AREAS = "tokens are attended to by area, not over the clip"
+_LEFT_OUT = {
+    f"{path}:{kind}": reason
+    for path in _PATHS
+    for kind, reason in (("ACBlock", _ACTIONS), ("ACRoPEAttention", _ACTIONS), ("RoPEAreaAttention", _AREAS))
+}
 BASE = CodeBase(
     "vjepa2",
     "facebookresearch/vjepa2, cc-vjepa2",
@@ -73,4 +80,5 @@ BASE = CodeBase(
         Target(tuple(f"{p}:Attention" for p in _PATHS), _plain_forward, _obstacles, "attention"),
         Target(tuple(f"{p}:CrossAttention" for p in _PATHS), cross_forward, no_obstacles, "cross-attention"),
     ),
+    _LEFT_OUT,
 )

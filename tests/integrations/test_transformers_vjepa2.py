@@ -1,0 +1,153 @@
+"""Hugging Face VJEPA2 with fused attention: encoder, predictor, pooler and classifier against the untouched model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from jepa_kernels.integrations import accelerate, patch
+from tests.integrations.peers import DTYPES, check, peer, randomised, results, steps_apart
+
+GRID = (2, 3, 3)
+
+
+def config(**changes):
+    sizes = dict(patch_size=4, crop_size=12, frames_per_clip=4, tubelet_size=2, hidden_size=48, num_attention_heads=2, num_hidden_layers=2)
+    predictor = dict(pred_hidden_size=48, pred_num_attention_heads=2, pred_num_hidden_layers=2, pred_num_mask_tokens=2)
+    pooler = dict(num_pooler_layers=1, num_labels=3)
+    peer("transformers", "transformers.models.vjepa2.modeling_vjepa2")
+    from transformers import VJEPA2Config
+
+    return VJEPA2Config(**(sizes | predictor | pooler | dict(attn_implementation="sdpa") | changes))
+
+
+def model(kind: str = "VJEPA2Model", **changes):
+    modeling = peer("transformers", "transformers.models.vjepa2.modeling_vjepa2")
+    return randomised(getattr(modeling, kind)(config(**changes)))
+
+
+def clips(frames: int = 4, side: int = 12):
+    return torch.randn(2, frames, 3, side, side)
+
+
+def encoder(model, x):
+    return model(pixel_values_videos=x, skip_predictor=True).last_hidden_state
+
+
+def masked(model, x):
+    """The predictor's output for unsorted context and target ids, a different set for each clip."""
+    ids = torch.stack([torch.randperm(18, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
+    return model(pixel_values_videos=x, context_mask=[ids[:, :8]], target_mask=[ids[:, 8:13]]).predictor_output.last_hidden_state
+
+
+def classified(model, x):
+    return model(pixel_values_videos=x).logits
+
+
+# The written-out softmax of transformers is float32 whatever the model is.
+@pytest.mark.parametrize(
+    "implementation, dtype", [*(("sdpa", dtype) for dtype in DTYPES), ("eager", torch.float32), ("eager", torch.bfloat16)], ids=str
+)
+def test_encoder(implementation, dtype):
+    report = check(model(attn_implementation=implementation), encoder, clips(), dtype)
+    assert len(report.replaced["transformers-vjepa2"]) == 4
+    assert not report.left
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_predictor_with_masks(dtype):
+    check(model(), masked, clips(), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_classifier(dtype):
+    report = check(model("VJEPA2ForVideoClassification"), classified, clips(), dtype)
+    names = report.replaced["transformers-vjepa2"]
+    assert any("cross_attn" in name for name in names)
+    assert any("self_attn" in name for name in names)
+
+
+def test_clips_longer_than_configured_and_a_single_frame():
+    whole = model()
+    for frames in (8, 1):
+        check(whole, encoder, clips(frames), torch.float32)
+
+
+def test_a_width_that_the_axes_do_not_divide():
+    """Heads of 32 channels: 10 for each axis and two left unrotated; heads of 64 at the width of a ViT-L would be 20 and four."""
+    check(model(hidden_size=64), encoder, clips(), torch.float64)
+
+
+def test_training_mode_draws_the_same_stochastic_depth():
+    whole = model(drop_path_rate=0.5).train()
+    fused = copy.deepcopy(whole)
+    accelerate(fused)
+    outs = []
+    for module in (whole, fused):
+        torch.manual_seed(5)
+        outs.append(results(module, encoder, clips(4).mul(0).add(0.3)))
+    for name, value in outs[0].items():
+        torch.testing.assert_close(outs[1][name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_ten_steps_stay_together():
+    assert steps_apart(model().train(), masked, clips()) < 1e-4
+
+
+def test_activation_checkpointing():
+    saving = model().train()
+    plain = copy.deepcopy(saving)
+    saving.gradient_checkpointing_enable()
+    x = clips()
+    accelerate(saving)
+    ours, theirs = results(saving, masked, x), results(plain, masked, x)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_compiled():
+    attention = model().encoder.layer[0].attention
+    accelerate(attention)
+    x = torch.randn(1, 18, 48)
+    torch.testing.assert_close(torch.compile(attention, backend="aot_eager", fullgraph=True)(x)[0], attention(x)[0])
+
+
+def test_masks_and_probabilities_are_refused():
+    whole = model("VJEPA2ForVideoClassification")
+    accelerate(whole)
+    layer = whole.vjepa2.encoder.layer[0].attention
+    with pytest.raises(ValueError, match="head_mask must be None"):
+        layer(torch.randn(1, 18, 48), head_mask=torch.ones(2))
+    pooler = whole.pooler.self_attention_layers[0].self_attn
+    with pytest.raises(ValueError, match="attention_mask must be None"):
+        pooler(torch.randn(1, 18, 48), attention_mask=torch.zeros(1, 1, 18, 18))
+
+
+def test_dropout_is_an_obstacle():
+    whole = model(attention_probs_dropout_prob=0.1)
+    before = results(whole, encoder, clips())
+    report = accelerate(whole)
+    assert not report.replaced
+    assert all("attention_probs_dropout_prob must be 0, got 0.1" in reasons for reasons in report.left.values())
+    assert len(report.left) == 4
+    assert "left encoder.layer.0.attention" in str(report)
+    assert set(before) == set(results(whole, encoder, clips()))
+
+
+def test_patch_reaches_models_built_inside():
+    modeling = peer("transformers", "transformers.models.vjepa2.modeling_vjepa2")
+    original = modeling.VJEPA2RopeAttention.forward
+    x = clips()
+    whole = model()
+    plain = encoder(whole, x)
+    with patch("transformers-vjepa2") as names:
+        assert "transformers.models.vjepa2.modeling_vjepa2:VJEPA2RopeAttention" in names
+        assert modeling.VJEPA2RopeAttention.forward is not original
+        fused = encoder(model(), x)
+        dropping = model(attention_probs_dropout_prob=0.1)
+        kept = encoder(dropping, x)
+    assert modeling.VJEPA2RopeAttention.forward is original
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+    assert torch.equal(kept, plain)
