@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <new>
 #include <vector>
 
 #include "../cpu_dispatch.h"
@@ -75,7 +76,8 @@ class Call {
   void no_keys(int64_t seq, int64_t first, int64_t count) const;
   void fill_rest(const jk_ints& cu, int64_t len, bool queries, bool backward) const;
 
-  int64_t workers() const;
+  void measure();
+  bool small() const { return total_cost_ * p_.head_dim < (int64_t(1) << 18); }  // waking a thread would take longer
   int64_t pieces(int64_t cost, int64_t most) const;
   bool too_few_heads() const;
   const char* run(std::vector<Task>& tasks, bool backward);
@@ -167,11 +169,16 @@ void Call::no_keys(int64_t seq, int64_t first, int64_t count) const {
   }
 }
 
-// The number of pieces the caller's threads cut a long loop into: how many tasks run side by side.
-int64_t Call::workers() const {
+// Sums up the work and finds out how many tasks can run side by side: the number of pieces that the caller's threads cut a long
+// loop into.
+void Call::measure() {
+  for (int64_t s = 0; s < p_.num_seqs; ++s) {
+    total_cost_ += p_.heads * length(p_.cu_q, p_.len_q, s) * length(p_.cu_k, p_.len_k, s);
+  }
+  if (small()) return;
   std::atomic<int64_t> count{0};
   parallel_for_(4096, 1, [](int64_t, int64_t, void* counter) { ++*(std::atomic<int64_t>*)counter; }, &count);
-  return std::max<int64_t>(1, count);
+  workers_ = std::max<int64_t>(1, count);
 }
 
 // Into how many pieces to cut a (sequence, head): enough for every worker to get about four pieces of the whole call.
@@ -198,7 +205,8 @@ const char* Call::run(std::vector<Task>& tasks, bool backward) {
       if (!(q.backward ? q.call.backward_task(task, arena) : q.call.forward_task(task, arena, packed))) q.failed = true;
     }
   };
-  if (!tasks.empty()) parallel_for_((int64_t)tasks.size(), 1, work, &queue);
+  const int64_t count = (int64_t)tasks.size();
+  if (count > 0) parallel_for_(count, small() ? count : 1, work, &queue);
   return queue.failed ? "masked_attention: scratch memory must be available for one head per thread, got none." : nullptr;
 }
 
@@ -213,10 +221,7 @@ bool Call::forward_task(const Task& task, Arena& arena, const Task*& packed) con
 }
 
 const char* Call::forward() {
-  workers_ = workers();
-  for (int64_t s = 0; s < p_.num_seqs; ++s) {
-    total_cost_ += p_.heads * length(p_.cu_q, p_.len_q, s) * length(p_.cu_k, p_.len_k, s);
-  }
+  measure();
   std::vector<Task> tasks;
   for (int64_t s = 0; s < p_.num_seqs; ++s) {
     const int64_t len_q = length(p_.cu_q, p_.len_q, s), len_k = length(p_.cu_k, p_.len_k, s);
@@ -264,10 +269,7 @@ bool Call::too_few_heads() const {
 }
 
 const char* Call::backward() {
-  workers_ = workers();
-  for (int64_t s = 0; s < p_.num_seqs; ++s) {
-    total_cost_ += p_.heads * length(p_.cu_q, p_.len_q, s) * length(p_.cu_k, p_.len_k, s);
-  }
+  measure();
   const bool split = too_few_heads();
   std::vector<Task> tasks;
   for (int64_t s = 0; s < p_.num_seqs; ++s) {
@@ -307,8 +309,12 @@ const char* start(const jk_masked_attention_params* p, int isa, jk_parallel_for 
   if (isa == JK_ISA_AUTO) isa = best_isa();
   if (isa < JK_ISA_PORTABLE || isa > JK_ISA_AVX512_BF16) return "masked_attention: isa must be one of jk_isa, got another number.";
   if (!cpu_supports(isa)) return "masked_attention: isa must be one that this machine can run, got one that it cannot.";
-  Call call(*p, *kernels_of(isa, p->dtype), parallel_for);
-  return backward ? call.backward() : call.forward();
+  try {
+    Call call(*p, *kernels_of(isa, p->dtype), parallel_for);
+    return backward ? call.backward() : call.forward();
+  } catch (const std::bad_alloc&) {  // must not cross the C ABI
+    return "masked_attention: the rotation table and the list of tasks must fit into memory, got none.";
+  }
 }
 
 }  // namespace

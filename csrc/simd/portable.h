@@ -58,15 +58,11 @@ struct Portable {
   }
   // p * 2^n, n being the integer in the low bits of the float `shifted` (x + 1.5 * 2^23).
   static JK_INLINE Vec scale_by_power(Vec p, Vec shifted) { return (Vec)((Int)p + ((Int)shifted << 23)); }
-  static JK_INLINE Vec swap_pairs(Vec v) { return __builtin_shufflevector(v, v, 1, 0, 3, 2); }
+  static JK_INLINE Vec swap_pairs(Vec v) { return Vec{v[1], v[0], v[3], v[2]}; }
   static JK_INLINE float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
   static JK_INLINE void transpose(Vec (&r)[kLanes]) {
-    const Vec a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
-    const Vec c = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
-    r[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
-    r[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
-    r[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
-    r[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+    const Vec a = r[0], b = r[1], c = r[2], d = r[3];
+    JK_UNROLL for (int i = 0; i < kLanes; ++i) r[i] = Vec{a[i], b[i], c[i], d[i]};
   }
 };
 
