@@ -168,7 +168,7 @@ JK_EXPORT const char* jk_latent_rollout_cpu_readout(const jk_rollout_readout_par
   if (kernels == nullptr) return kNoIsa;
   Packer pack(*kernels, parallel_for);
   const Packed packed = pack_readout(pack, *p);
-  over_tiles(parallel_for, p->rows, kTileRows, [&](int64_t, int64_t first, int64_t rows) {
+  over_tiles(parallel_for, p->rows, readout_tile(p->steps), [&](int64_t, int64_t first, int64_t rows) {
     kernels->readout(*p, packed, first, rows, scratch_of(kernels->readout_scratch(*p)));
   });
   return nullptr;

@@ -36,5 +36,7 @@ extern const Kernels kAvx2, kAvx512;
 // Rows of a tile: its hidden states and one matrix of a usual width (256) fit the L2 cache together.
 constexpr int64_t kTileRows = 48;
 constexpr int64_t kWideTileRows = 96;
+// A readout streams its weight once per tile: the sums of all steps of a tile (256 wide) take 200 KiB of the L2 cache, or 48 rows.
+constexpr int64_t readout_tile(int64_t steps) { return steps >= 4 ? 48 : 192 / steps; }
 
 }  // namespace jk::rollout

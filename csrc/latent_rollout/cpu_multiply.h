@@ -34,24 +34,29 @@ void pack_panel(const Strided& b, int64_t depth, int64_t columns, int64_t panel,
     }
     return;
   }
-  // Columns are rows of memory: read 16 numbers of one at a time, so that whole cache lines are used.
-  for (int64_t k0 = 0; k0 < depth; k0 += 16) {
-    const int64_t k1 = k0 + 16 < depth ? k0 + 16 : depth;
-    for (int64_t c = 0; c < width; ++c)
-      for (int64_t k = k0; k < k1; ++k) to[k * kColumns + c] = from[k * b.row_stride + c * b.column_stride];
-    for (int64_t k = k0; k < k1; ++k) memset(to + k * kColumns + width, 0, sizeof(float) * (kColumns - width));
+  // Columns are rows of memory: transpose squares of lanes, so that whole cache lines are read and written.
+  constexpr int kLanes = V::kLanes;
+  int64_t k = 0;
+  if (b.row_stride == 1 && width == kColumns) {
+    for (; k + kLanes <= depth; k += kLanes)
+      for (int c0 = 0; c0 < kColumns; c0 += kLanes) {
+        typename V::Vec square[kLanes];
+        JK_UNROLL for (int c = 0; c < kLanes; ++c) square[c] = V::load(from + (c0 + c) * b.column_stride + k);
+        V::transpose(square);
+        JK_UNROLL for (int i = 0; i < kLanes; ++i) V::store(to + (k + i) * kColumns + c0, square[i]);
+      }
   }
-}
-
-template <class V>
-void pack(const Strided& b, int64_t depth, int64_t columns, float* packed) {
-  for (int64_t panel = 0; panel * Block<V>::kColumns < columns; ++panel) pack_panel<V>(b, depth, columns, panel, packed);
+  for (; k < depth; ++k) {
+    for (int64_t c = 0; c < width; ++c) to[k * kColumns + c] = from[k * b.row_stride + c * b.column_stride];
+    memset(to + k * kColumns + width, 0, sizeof(float) * (kColumns - width));
+  }
 }
 
 // c[r] = rows r of a (lda apart) times one panel.
 template <class V>
-JK_INLINE void multiply_block(const float* a, int64_t lda, int64_t depth, const float* panel, typename V::Vec (&c)[Block<V>::kRows][2]) {
+JK_INLINE void multiply_block(const float* a, int64_t lda, int64_t depth, const float* panel, typename V::Vec (&result)[Block<V>::kRows][2]) {
   constexpr int kRows = Block<V>::kRows, kColumns = Block<V>::kColumns;
+  typename V::Vec c[kRows][2];  // of its own, so that the compiler keeps it in registers
   JK_UNROLL for (int r = 0; r < kRows; ++r) c[r][0] = c[r][1] = V::zero();
   for (int64_t k = 0; k < depth; ++k) {
     const typename V::Vec b0 = V::load(panel), b1 = V::load(panel + V::kLanes);
@@ -62,17 +67,22 @@ JK_INLINE void multiply_block(const float* a, int64_t lda, int64_t depth, const 
     }
     panel += kColumns;
   }
+  JK_UNROLL for (int r = 0; r < kRows; ++r) {
+    result[r][0] = c[r][0];
+    result[r][1] = c[r][1];
+  }
 }
 
 // store(row, column, left, right) for every row and block of kColumns columns of a [rows, depth] times one packed panel.
-// `spare` holds kRows * depth floats for a last group with fewer rows.
-template <class V, class Store>
+// `spare` holds kRows * depth floats for a last group with fewer rows; ahead(row, column) runs before a row's product, for prefetches.
+template <class V, class Store, class Ahead>
 JK_INLINE void multiply_panel(const float* a, int64_t lda, int64_t rows, int64_t depth, const float* panel, int64_t column, float* spare,
-                              const Store& store) {
+                              const Store& store, const Ahead& ahead) {
   constexpr int kRows = Block<V>::kRows;
   typename V::Vec c[kRows][2];
   int64_t row = 0;
   for (; row + kRows <= rows; row += kRows) {
+    JK_UNROLL for (int r = 0; r < kRows; ++r) ahead(row + r, column);
     multiply_block<V>(a + row * lda, lda, depth, panel, c);
     JK_UNROLL for (int r = 0; r < kRows; ++r) store(row + r, column, c[r][0], c[r][1]);
   }
@@ -80,7 +90,9 @@ JK_INLINE void multiply_panel(const float* a, int64_t lda, int64_t rows, int64_t
   memset(spare, 0, sizeof(float) * kRows * depth);
   for (int64_t r = row; r < rows; ++r) memcpy(spare + (r - row) * depth, a + r * lda, sizeof(float) * depth);
   multiply_block<V>(spare, depth, depth, panel, c);
-  for (int r = 0; r < rows - row; ++r) store(row + r, column, c[r][0], c[r][1]);
+  JK_UNROLL for (int r = 0; r < kRows; ++r) {
+    if (row + r < rows) store(row + r, column, c[r][0], c[r][1]);
+  }
 }
 
 template <class V, class Store>
@@ -88,7 +100,7 @@ JK_INLINE void multiply(const float* a, int64_t lda, int64_t rows, int64_t depth
                         const Store& store) {
   constexpr int kColumns = Block<V>::kColumns;
   for (int64_t column = 0; column < columns; column += kColumns)
-    multiply_panel<V>(a, lda, rows, depth, packed + column * depth, column, spare, store);
+    multiply_panel<V>(a, lda, rows, depth, packed + column * depth, column, spare, store, [](int64_t, int64_t) {});
 }
 
 }  // namespace

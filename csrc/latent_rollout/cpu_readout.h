@@ -86,20 +86,30 @@ inline int64_t sign_bytes(const jk_rollout_readout_params& p) { return (p.channe
 
 template <class V>
 JK_INLINE void store_signs(const jk_rollout_readout_params& p, int64_t row, int64_t column, const typename V::Vec (&residual)[2]) {
-  const int64_t plane = sign_bytes(p);
+  constexpr int kBytes = 2 * V::kLanes / 8;
+  const int64_t plane = sign_bytes(p), left = plane - column / 8;
   uint8_t* to = p.signs + row * 2 * plane + column / 8;
-  for (int which = 0; which < 2; ++which) {
-    uint32_t bits = 0;
-    for (int half = 0; half < 2; ++half)
-      bits |= positive_lanes<V>(which ? negate<V>(residual[half]) : residual[half]) << (half * V::kLanes);
-    const int64_t bytes = plane - column / 8 < 2 * V::kLanes / 8 ? plane - column / 8 : 2 * V::kLanes / 8;
-    memcpy(to + which * plane, &bits, (size_t)bytes);
+  const uint32_t up = positive_lanes<V>(residual[0]) | positive_lanes<V>(residual[1]) << V::kLanes;
+  const uint32_t down = positive_lanes<V>(negate<V>(residual[0])) | positive_lanes<V>(negate<V>(residual[1])) << V::kLanes;
+  if (left >= kBytes) {
+    memcpy(to, &up, kBytes);
+    memcpy(to + plane, &down, kBytes);
+    return;
+  }
+  for (int i = 0; i < left; ++i) {
+    to[i] = (uint8_t)(up >> (8 * i));
+    to[plane + i] = (uint8_t)(down >> (8 * i));
   }
 }
 
 template <class V>
 int64_t readout_scratch(const jk_rollout_readout_params& p) {
-  return Block<V>::kRows * p.hidden + p.steps * kTileRows * V::kLanes;
+  return Block<V>::kRows * p.hidden + p.steps * readout_tile(p.steps) * V::kLanes;
+}
+
+inline const float* target_row(const jk_rollout_readout_params& p, int64_t k, int64_t row) {
+  if (p.targets.index != nullptr) return table_row(p.targets, k * p.rows + row);
+  return table_row(p.targets, row) + k * p.target_step_stride;
 }
 
 // One tile of rows, every step. Panels of the weight are the outer loop, so that each is read from memory once per tile and
@@ -107,17 +117,16 @@ int64_t readout_scratch(const jk_rollout_readout_params& p) {
 template <class V>
 void readout(const jk_rollout_readout_params& p, const Packed& packed, int64_t first, int64_t rows, float* scratch) {
   constexpr int kColumns = Block<V>::kColumns;
+  const int64_t tile = readout_tile(p.steps);
   float *spare = scratch, *totals = spare + Block<V>::kRows * p.hidden;
-  if (p.errors != nullptr) memset(totals, 0, sizeof(float) * p.steps * kTileRows * V::kLanes);
+  if (p.errors != nullptr) memset(totals, 0, sizeof(float) * p.steps * tile * V::kLanes);
   for (int64_t column = 0; column < p.channels; column += kColumns) {
     const Columns<V> edge{p.channels - column};
     typename V::Vec bias[2] = {V::zero(), V::zero()};
     if (p.bias != nullptr) edge.load(p.bias + column, bias);
     for (int64_t k = 0; k < p.steps; ++k) {
       const typename V::Vec times = V::set1((float)(p.first_step + k));
-      const float* sums = p.sums + (k * p.rows + first) * p.hidden;
-      multiply_panel<V>(sums, p.hidden, rows, p.hidden, packed.matrix[0] + column * p.hidden, column, spare,
-                        [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
+      const auto finish = [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
         const int64_t row = first + r, at = k * p.rows + row;
         typename V::Vec value[2];
         edge.load(table_row(p.base, row) + c, value);
@@ -127,13 +136,12 @@ void readout(const jk_rollout_readout_params& p, const Packed& packed, int64_t f
           edge.store((float*)p.out + k * p.out_step_stride + row * p.out_row_stride + c, value);
           return;
         }
-        const float* target = p.targets.index == nullptr ? table_row(p.targets, row) + k * p.target_step_stride : table_row(p.targets, at);
         typename V::Vec wanted[2];
-        edge.load(target + c, wanted);
+        edge.load(target_row(p, k, row) + c, wanted);
         value[0] = V::sub(value[0], wanted[0]);
         value[1] = V::sub(value[1], wanted[1]);
         if (p.errors != nullptr) {
-          float* total = totals + (k * kTileRows + r) * V::kLanes;
+          float* total = totals + (k * tile + r) * V::kLanes;
           V::store(total, V::add(V::load(total), V::add(power<V>(value[0], p.exponent), power<V>(value[1], p.exponent))));
           if (p.signs != nullptr) store_signs<V>(p, at, c, value);
           return;
@@ -148,13 +156,24 @@ void readout(const jk_rollout_readout_params& p, const Packed& packed, int64_t f
         }
         edge.store(grad_base, base);
         edge.store(p.grad + at * p.channels + c, value);
-      });
+      };
+      // Rows of tables are far apart: ask for their numbers while the product runs.
+      const auto ahead = [&](int64_t r, int64_t c) {
+        __builtin_prefetch(table_row(p.base, first + r) + c);
+        if (p.out != nullptr) {
+          __builtin_prefetch((float*)p.out + k * p.out_step_stride + (first + r) * p.out_row_stride + c, 1);
+        } else {
+          __builtin_prefetch(target_row(p, k, first + r) + c);
+        }
+      };
+      const float* sums = p.sums + (k * p.rows + first) * p.hidden;
+      multiply_panel<V>(sums, p.hidden, rows, p.hidden, packed.matrix[0] + column * p.hidden, column, spare, finish, ahead);
     }
   }
   if (p.errors == nullptr) return;
   for (int64_t k = 0; k < p.steps; ++k)
     for (int64_t r = 0; r < rows; ++r)
-      p.errors[k * p.rows + first + r] = V::sum(V::load(totals + (k * kTileRows + r) * V::kLanes)) / (float)p.channels;
+      p.errors[k * p.rows + first + r] = V::sum(V::load(totals + (k * tile + r) * V::kLanes)) / (float)p.channels;
 }
 
 // Eight 0 or 1 for every byte.

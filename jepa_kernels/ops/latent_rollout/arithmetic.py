@@ -14,12 +14,13 @@ def matmul(a: torch.Tensor, b: torch.Tensor, operand: torch.dtype) -> torch.Tens
     return a.to(operand).float() @ b.to(operand).float()
 
 
-def add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, operand: torch.dtype) -> None:
-    """total += a @ b in place."""
+def add_matmul(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, operand: torch.dtype) -> torch.Tensor:
+    """total + a @ b, in place where there is a total."""
+    if total is None:
+        return matmul(a, b, operand)
     if operand in (torch.float32, torch.float64):
-        total.addmm_(a.to(operand), b.to(operand))
-    else:
-        total += matmul(a, b, operand)
+        return total.addmm_(a.to(operand), b.to(operand))
+    return total.add_(matmul(a, b, operand))
 
 
 def take(table: torch.Tensor, rows: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:

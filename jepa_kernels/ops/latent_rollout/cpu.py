@@ -6,6 +6,7 @@ float32 inside: 16-bit inputs are widened once, which on a CPU costs less than w
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from ... import native
 from . import hidden_space, state_space
@@ -51,6 +52,8 @@ class Native:
         return True
 
     def mlp_recurrence(self, a, coupling, drift, horizon, keep_all, save):
+        if horizon == 1:
+            return a[None] if save else a.new_empty(0), F.gelu(a)[None]
         return self.ops.latent_rollout_mlp_fwd(a, coupling.matrix, drift, horizon, keep_all, save, self.isa)
 
     def mlp_recurrence_backward(self, hidden, coupling, grad_sums):
@@ -62,7 +65,7 @@ class Native:
 
     def hamiltonian_recurrence_backward(self, hidden, weights, coupling, time_step, grad_sums):
         weights = [w.contiguous() for w in weights]
-        gradients = [torch.zeros_like(w) for w in weights]
+        gradients = [None, torch.zeros_like(weights[1]), torch.zeros_like(weights[2])]
         carried = torch.zeros_like(hidden[0])
         last = hidden.shape[0] - 1
         every_step = 2 * grad_sums.shape[1] > last
@@ -75,7 +78,7 @@ class Native:
             force, left, right, grad_energy = self.ops.latent_rollout_hamiltonian_bwd(
                 hidden[j], *weights, coupling.matrix, step, which == 1, following[which], carried, self.isa
             )
-            add_matmul(gradients[0], left.flatten(0, 1).mT, right.flatten(0, 1), hidden.dtype)
+            gradients[0] = add_matmul(gradients[0], left.flatten(0, 1).mT, right.flatten(0, 1), hidden.dtype)
             gradients[1] += left[1].sum(0)
             gradients[2] += grad_energy.sum(0)
             if moved_by is not None:

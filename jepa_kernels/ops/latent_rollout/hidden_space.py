@@ -41,14 +41,10 @@ class Coupling:
         """Adds the gradient of ``move(x, transposed)``."""
         rows, columns = (x, grad_moved) if transposed else (grad_moved, x)
         if self.matrix is not None:
-            if self._grad is None:
-                self._grad = torch.zeros_like(self.matrix)
-            add_matmul(self._grad, rows.mT, columns, self.operand)
+            self._grad = add_matmul(self._grad, rows.mT, columns, self.operand)
             return
-        if self._grad_left is None:
-            self._grad_left, self._grad_right = (torch.zeros(t.shape, dtype=rows.dtype, device=t.device) for t in (self.left, self.right))
-        add_matmul(self._grad_left, rows.mT, matmul(columns, self.right.mT, self.operand), self.operand)
-        add_matmul(self._grad_right, matmul(rows, self.left, self.operand).mT, columns, self.operand)
+        self._grad_left = add_matmul(self._grad_left, rows.mT, matmul(columns, self.right.mT, self.operand), self.operand)
+        self._grad_right = add_matmul(self._grad_right, matmul(rows, self.left, self.operand).mT, columns, self.operand)
 
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Gradients of left and right, or None where C was never used."""
@@ -115,7 +111,8 @@ def coupling_of(problem: Problem, kernels: Kernels) -> Coupling:
     weight_in, operand = problem.parameters[0], problem.states.dtype
     dense = kernels.dense_coupling(problem)
     if problem.cell == "residual_mlp":
-        return Coupling(weight_in, columns(problem.parameters[2], problem.in_channels, 0), dense and problem.horizon > 1, operand)
+        right = columns(problem.parameters[2], problem.in_channels, 0) if problem.horizon > 1 else weight_in
+        return Coupling(weight_in, right, dense and problem.horizon > 1, operand)
     half = problem.channels // 2
     return Coupling(weight_in[:, :half], weight_in[:, half:].mT, dense, operand)
 
@@ -141,7 +138,7 @@ def forward(problem: Problem, kernels: Kernels) -> Tensors:
         )
     ranges = parts(problem)
     nothing = a.new_empty(0)
-    signs = nothing.to(torch.uint8)
+    signs = torch.empty(0, dtype=torch.uint8, device=a.device)
     if problem.output == "errors":
         values, kept = zip(*(kernels.errors(problem, part, sums[i]) for i, part in enumerate(ranges)), strict=True)
         out = values[0] if len(values) == 1 else values[0] + values[1]
@@ -178,10 +175,14 @@ def backward(problem: Problem, kernels: Kernels, grad_out: torch.Tensor, saved: 
     """Gradients of every input, per row: scattering gathered rows back is left to the op."""
     signs, hidden, sums = saved
     operand, total = problem.states.dtype, problem.accumulate_dtype
-    grad_base = torch.zeros((problem.num_rows, problem.channels), dtype=total, device=hidden.device)
     grad_targets = None
-    if needs_targets:
-        grad_targets = torch.empty((problem.horizon, problem.num_rows, problem.channels), dtype=total, device=hidden.device)
+    if problem.output == "errors":
+        grad_base = torch.zeros((problem.num_rows, problem.channels), dtype=total, device=hidden.device)
+        if needs_targets:
+            grad_targets = torch.empty((problem.horizon, problem.num_rows, problem.channels), dtype=total, device=hidden.device)
+    else:
+        grad_out = grad_out.to(total) if problem.output == "states" else grad_out.to(total)[None]
+        grad_base = grad_out[0] if problem.kept_steps == 1 else grad_out.sum(0)
     grad_sums = torch.empty(sums.shape, dtype=total, device=hidden.device)
     read_gradients = []
     for i, part in enumerate(parts(problem)):
@@ -196,26 +197,23 @@ def backward(problem: Problem, kernels: Kernels, grad_out: torch.Tensor, saved: 
         grad_a, grad_parameters = _hamiltonian_backward(problem, kernels, coupling, hidden, grad_sums, read_gradients)
     weight_in = problem.parameters[0]
     seen = columns(problem.start(), problem.in_channels, 1)
-    add_matmul(grad_parameters[0], grad_a.mT, seen, operand)
-    grad_parameters[1] += grad_a.sum(0)
-    grad_states = grad_base
-    if problem.anchor is not None:
-        grad_states = torch.zeros_like(grad_base)
-    if len(problem.in_channels) == 2:
-        a, b = problem.in_channels
-        add_matmul(grad_states[:, a:b], grad_a, weight_in, operand)
-    else:
-        add_columns(grad_states, matmul(grad_a, weight_in, operand), problem.in_channels, 1)
+    grad_parameters[0] = add_matmul(grad_parameters[0], grad_a.mT, seen, operand)
+    grad_parameters[1] = grad_a.sum(0)
     anchor = grad_base if problem.anchor is not None else None
+    if problem.in_channels == [0, problem.channels] and operand == total:
+        grad_states = grad_a @ weight_in if anchor is not None else torch.addmm(grad_base, grad_a, weight_in)
+    else:
+        grad_states = torch.zeros_like(grad_base) if anchor is not None else grad_base.clone()
+        add_columns(grad_states, matmul(grad_a, weight_in, operand), problem.in_channels, 1)
     return Gradients(grad_states, grad_parameters, None, anchor, grad_targets)
 
 
 def _readout_backward(problem, kernels, part, sums, signs, grad_out, grad_base, grad_sums, grad_targets):
-    """Gradients of a part's weight and bias; fills grad_sums and grad_targets, adds to grad_base."""
-    operand, total = problem.states.dtype, problem.accumulate_dtype
-    grad_weight = torch.zeros(part.weight.shape, dtype=total, device=sums.device)
-    grad_bias = None if part.bias is None else torch.zeros(part.bias.shape, dtype=total, device=sums.device)
-    window = slice(part.start, part.stop)
+    """Gradients of a part's weight and bias; fills grad_sums and grad_targets, and adds an error's gradient to grad_base."""
+    operand, window = problem.states.dtype, slice(part.start, part.stop)
+    grad_weight, grad_bias = None, None
+    # The product is formed in the memory order of the parameter, which a residual MLP's part reads transposed.
+    transposed = part.weight.stride(0) == 1
     for k in range(sums.shape[0]):
         step = k + 1 if problem.output != "last" else problem.horizon
         if problem.output == "errors":
@@ -223,21 +221,23 @@ def _readout_backward(problem, kernels, part, sums, signs, grad_out, grad_base, 
             if grad_targets is not None:
                 torch.neg(grad, out=grad_targets[k][:, window])
         else:
-            grad = (grad_out[k] if problem.output == "states" else grad_out)[:, window].to(total)
-            grad_base[:, window] += grad
+            grad = grad_out[k][:, window]
         grad_sums[k] = matmul(grad, part.weight.mT, operand)
-        add_matmul(grad_weight, sums[k].mT, grad, operand)
-        if grad_bias is not None:
-            grad_bias.add_(grad.sum(0), alpha=step)
-    return grad_weight, grad_bias
+        if transposed:
+            grad_weight = add_matmul(grad_weight, grad.mT, sums[k], operand)
+        else:
+            grad_weight = add_matmul(grad_weight, sums[k].mT, grad, operand)
+        if part.bias is not None:
+            grad_bias = grad.sum(0).mul_(step) if grad_bias is None else grad_bias.add_(grad.sum(0), alpha=step)
+    return grad_weight.mT if transposed else grad_weight, grad_bias
 
 
 def _mlp_backward(problem, kernels, coupling, hidden, grad_sums, read_gradient):
-    weight_in, _, weight_out, bias_out = problem.parameters
+    """The gradient of a_0 and those of W1, b1, W2, b2, the first two without what comes through a_0."""
+    weight_in, _, _, bias_out = problem.parameters
     total = problem.accumulate_dtype
     grad_hidden, activations = kernels.mlp_recurrence_backward(hidden, coupling, grad_sums)
-    grad_weight_in = torch.zeros(weight_in.shape, dtype=total, device=hidden.device)
-    grad_bias_in = torch.zeros(weight_in.shape[0], dtype=total, device=hidden.device)
+    grad_weight_in = None
     grad_weight_out, grad_bias_out = read_gradient[0].mT, read_gradient[1]
     if problem.horizon > 1:
         moved = grad_hidden[1:].flatten(0, 1)
@@ -245,10 +245,10 @@ def _mlp_backward(problem, kernels, coupling, hidden, grad_sums, read_gradient):
         grad_left, grad_right = coupling.gradients()
         grad_drift = moved.sum(0)
         bias_seen = columns(bias_out, problem.in_channels, 0).to(total)
-        grad_weight_in += grad_left + torch.outer(grad_drift, bias_seen)
+        grad_weight_in = grad_left.addr_(grad_drift, bias_seen)
         add_columns(grad_weight_out, grad_right, problem.in_channels, 0)
         add_columns(grad_bias_out, weight_in.mT.to(total) @ grad_drift, problem.in_channels, 0)
-    return grad_hidden[0], [grad_weight_in, grad_bias_in, grad_weight_out, grad_bias_out]
+    return grad_hidden[0], [grad_weight_in, None, grad_weight_out, grad_bias_out]
 
 
 def _hamiltonian_backward(problem, kernels, coupling, hidden, grad_sums, read_gradients):
@@ -262,5 +262,4 @@ def _hamiltonian_backward(problem, kernels, coupling, hidden, grad_sums, read_gr
     grad_left, grad_right = coupling.gradients()
     grad_weight_in[:, half:] = grad_read_q * dt + grad_right.mT
     grad_weight_in[:, :half] = grad_read_p * -dt + grad_left
-    grad_bias_in = torch.zeros(weight_in.shape[0], dtype=total, device=hidden.device)
-    return grad_a, [grad_weight_in, grad_bias_in, grad_hidden, grad_bias_hidden, grad_energy]
+    return grad_a, [grad_weight_in, None, grad_hidden, grad_bias_hidden, grad_energy]

@@ -5,6 +5,7 @@ The backend's name is an argument of the op and is saved for backward, so a new 
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import torch
@@ -152,15 +153,15 @@ def _check_direct_call(problem: Problem, backend: str) -> None:
     _check_values(problem.states, problem.rows, problem.anchor, problem.anchor_rows, problem.targets, problem.target_rows)
 
 
-def _exact(tensor: torch.Tensor) -> torch.autocast:
+def _exact(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Autocast off: the public function has cast what it should, and sums in here stay in float32."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def _problem(inputs) -> tuple[Problem, str]:
-    *fields, backend = inputs
-    problem = Problem(*fields)
-    return replace(problem, parameters=list(problem.parameters), in_channels=list(problem.in_channels)), backend
+    states, rows, parameters, *middle, cell, in_channels, scalar, horizon, output, exponent, save, backend = inputs
+    return Problem(states, rows, list(parameters), *middle, cell, list(in_channels), scalar, horizon, output, exponent, save), backend
 
 
 def _fwd(*inputs) -> Tensors:

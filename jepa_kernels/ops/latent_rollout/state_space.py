@@ -65,11 +65,10 @@ def backward(problem: Problem, kernels: Kernels, grad_out: torch.Tensor, saved: 
     flat = grad_gates.flatten(0, 1)
     grad_weight_input = matmul(from_action.mT, actions.flatten(0, 1), operand)
     grad_weight_state = torch.zeros((3 * width, width), dtype=total, device=start.device)
-    before = [(start, 0)] + ([(states[:-1].flatten(0, 1), 1)] if problem.horizon > 1 else [])
-    for state, first in before:
-        rows = slice(0, problem.num_rows) if first == 0 else slice(problem.num_rows, None)
-        add_matmul(grad_weight_state[: 2 * width], flat[rows, : 2 * width].mT, state, operand)
-        add_matmul(grad_weight_state[2 * width :], flat[rows, 3 * width :].mT, state, operand)
+    first = problem.num_rows
+    for grads, state in ((flat[:first], start), (flat[first:], states[:-1].flatten(0, 1))):
+        add_matmul(grad_weight_state[: 2 * width], grads[:, : 2 * width].mT, state, operand)
+        add_matmul(grad_weight_state[2 * width :], grads[:, 3 * width :].mT, state, operand)
     sums = flat.sum(0)
     grad_bias_state = torch.cat((sums[: 2 * width], sums[3 * width :]))
     grad_actions = matmul(from_action, weight_input, operand).view(actions.shape)

@@ -68,8 +68,8 @@ def _force_backward(a, grad_force, weights, gradients, operand) -> torch.Tensor:
     grad_returned = slope * grad_force
     grad_pulled = matmul(grad_returned, weight.mT, operand)
     grad_middle = grad_pulled * energy * middle_curvature
-    add_matmul(gradients[0], pulled.mT, grad_returned, operand)
-    add_matmul(gradients[0], grad_middle.mT, activation, operand)
+    gradients[0] = add_matmul(gradients[0], pulled.mT, grad_returned, operand)
+    gradients[0] = add_matmul(gradients[0], grad_middle.mT, activation, operand)
     gradients[1] += grad_middle.sum(0)
     gradients[2] += (grad_pulled * middle_slope).sum(0)
     return curvature * returned * grad_force + slope * matmul(grad_middle, weight, operand)
@@ -118,7 +118,7 @@ class Eager:
         return torch.stack(hidden) if save else a.new_empty(0), sums
 
     def hamiltonian_recurrence_backward(self, hidden, weights, coupling, time_step, grad_sums):
-        gradients = [torch.zeros(w.shape, dtype=hidden.dtype, device=hidden.device) for w in weights]
+        gradients = [None, *(torch.zeros(w.shape, dtype=hidden.dtype, device=hidden.device) for w in weights[1:])]
         carried = torch.zeros_like(hidden[0])
         last = hidden.shape[0] - 1
         every_step = 2 * grad_sums.shape[1] > last
@@ -135,28 +135,31 @@ class Eager:
         return carried, *gradients
 
     def readout(self, problem, part, sums, out):
-        base, rows = problem.base()
-        base = take(base, rows, part.start, part.stop)
+        base = take(*problem.base(), part.start, part.stop)
         for k in range(sums.shape[0]):
-            out[k] = self._prediction(problem, part, base, sums[k], k + 1 if problem.output != "last" else problem.horizon)
+            self._predict(problem, part, base, sums[k], k + 1 if problem.output != "last" else problem.horizon, out[k])
 
-    def _prediction(self, problem, part, base, sums, step):
-        shifted = base if part.bias is None else torch.add(base, part.bias, alpha=step)
-        if sums.dtype == problem.states.dtype:
-            return torch.addmm(shifted, sums, part.weight)
-        return shifted + matmul(sums, part.weight, problem.states.dtype)
+    def _predict(self, problem, part, base, sums, step, out=None):
+        """The prediction of one step, in `out` where given."""
+        if sums.dtype != problem.states.dtype:
+            moved = matmul(sums, part.weight, problem.states.dtype).add_(base)
+            moved = moved if part.bias is None else moved.add_(part.bias, alpha=step)
+            return moved if out is None else out.copy_(moved)
+        if part.bias is None:
+            return torch.mm(sums, part.weight, out=out).add_(base)
+        return torch.addmm(part.bias if step == 1 else part.bias * step, sums, part.weight, out=out).add_(base)
 
     def errors(self, problem, part, sums):
         base = take(*problem.base(), part.start, part.stop)
         values = []
         for k in range(sums.shape[0]):
-            residual = self._prediction(problem, part, base, sums[k], k + 1) - take(*problem.target(k), part.start, part.stop)
+            residual = self._predict(problem, part, base, sums[k], k + 1) - take(*problem.target(k), part.start, part.stop)
             values.append(power_mean(residual, problem.exponent))
         return torch.stack(values), None
 
     def residual_gradient(self, problem, part, k, sums, signs, grad_errors, grad_base):
         base = take(*problem.base(), part.start, part.stop)
-        residual = self._prediction(problem, part, base, sums, k + 1) - take(*problem.target(k), part.start, part.stop)
+        residual = self._predict(problem, part, base, sums, k + 1) - take(*problem.target(k), part.start, part.stop)
         gradient = power_mean_gradient(residual, grad_errors, problem.exponent)
         grad_base += gradient
         return gradient
