@@ -12,10 +12,17 @@ from contextlib import AbstractContextManager
 from torch import nn
 
 from ..checks import sentence
-from . import ijepa, replace, transformers_ijepa, transformers_vjepa2, vjepa1, vjepa2
+from . import ijepa, replace, transformers_ijepa, transformers_vjepa2, vjepa1, vjepa2, vjepa2_1
 from .replace import CodeBase, Report, restore
 
-CODE_BASES: tuple[CodeBase, ...] = (transformers_vjepa2.BASE, transformers_ijepa.BASE, vjepa2.BASE, vjepa1.BASE, ijepa.BASE)
+CODE_BASES: tuple[CodeBase, ...] = (
+    transformers_vjepa2.BASE,
+    transformers_ijepa.BASE,
+    vjepa2.BASE,
+    vjepa2_1.BASE,
+    vjepa1.BASE,
+    ijepa.BASE,
+)
 
 __all__ = ["CODE_BASES", "Report", "accelerate", "patch", "restore"]
 

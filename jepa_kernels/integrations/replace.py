@@ -26,6 +26,7 @@ class Target:
         forward: a function with the signature of the class's forward, `self` included.
         obstacles: why this instance must keep its own forward; empty when it need not.
         fuses: what the new forward does in one op, for reports and docs.
+        marker: an attribute that an instance must have, where releases use one name for different classes; empty: any instance.
 
     Notes:
         `obstacles` must return new lists, and `forward` must be a function of a module, so that an accelerated model can be pickled.
@@ -35,6 +36,10 @@ class Target:
     forward: Callable
     obstacles: Callable[[nn.Module], list[str]]
     fuses: str
+    marker: str = ""
+
+    def fits(self, module: nn.Module) -> bool:
+        return not self.marker or hasattr(module, self.marker)
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def accelerate(model: nn.Module, bases: Sequence[CodeBase]) -> Report:
             inside.update(module.modules())
             continue
         found = find(type(module), bases)
-        if found is None:
+        if found is None or not found[1].fits(module):
             continue
         base, target = found
         reasons = target.obstacles(module)
@@ -157,7 +162,8 @@ def patched(bases: Sequence[CodeBase]) -> Iterator[list[str]]:
 
 def _choosing(target: Target, original: Callable) -> Callable:
     def forward(self, *args, **kwargs):
-        return (original if target.obstacles(self) else target.forward)(self, *args, **kwargs)
+        fused = target.fits(self) and not target.obstacles(self)
+        return (target.forward if fused else original)(self, *args, **kwargs)
 
     return forward
 

@@ -11,15 +11,16 @@ from .replace import CodeBase, Target, dropout_obstacles
 
 # Where the modules are published: the repository's own packages, and the one on the package index.
 _PATHS = ("src.models.utils.modules", "vjepa2.models.utils.modules")
-_FRAMES = 256
+# Frames (in tubelets) that ids of a masked call may reach: the module extrapolates beyond the length it is configured for.
+FRAMES = 256
 
 
-def _qkv(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def qkv(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
     return query, key, value
 
 
-def _scale(self: nn.Module) -> float | None:
+def scale(self: nn.Module) -> float | None:
     """The original passes its own scale only without SDPA; with it, SDPA's default holds whatever `qk_scale` said."""
     return None if self.use_sdpa else float(self.scale)
 
@@ -38,14 +39,14 @@ def _rope_forward(self, x, mask=None, attn_mask=None, T=None, H_patches=None, W_
         ids = torch.arange(x.shape[1], device=x.device)
         frames = int(T) if whole_grid else -(-x.shape[1] // (height * width))
     else:
-        ids, frames = mask, _FRAMES
-    out = masked_attention(*_qkv(self, x), query_ids=ids, rope=Rope3D((frames, height, width), "tiled"), scale=_scale(self))
+        ids, frames = mask, FRAMES
+    out = masked_attention(*qkv(self, x), query_ids=ids, rope=Rope3D((frames, height, width), "tiled"), scale=scale(self))
     return self.proj(out.flatten(-2))
 
 
 def _plain_forward(self, x, mask=None, attn_mask=None):
     _no_mask(attn_mask)
-    return self.proj(masked_attention(*_qkv(self, x), scale=_scale(self)).flatten(-2))
+    return self.proj(masked_attention(*qkv(self, x), scale=scale(self)).flatten(-2))
 
 
 def cross_forward(self, q, x):
@@ -54,7 +55,7 @@ def cross_forward(self, q, x):
     return masked_attention(query, key, value).flatten(-2)
 
 
-def _obstacles(module: nn.Module) -> list[str]:
+def obstacles(module: nn.Module) -> list[str]:
     reasons = dropout_obstacles(module, attn_drop=module.attn_drop.p, proj_drop=module.proj_drop_prob)
     if module.is_causal:
         reasons.append("is_causal must be False, got True")
@@ -76,8 +77,8 @@ BASE = CodeBase(
     "vjepa2",
     "facebookresearch/vjepa2, cc-vjepa2",
     (
-        Target(tuple(f"{p}:RoPEAttention" for p in _PATHS), _rope_forward, _obstacles, "six rotations, concatenations and attention"),
-        Target(tuple(f"{p}:Attention" for p in _PATHS), _plain_forward, _obstacles, "attention"),
+        Target(tuple(f"{p}:RoPEAttention" for p in _PATHS), _rope_forward, obstacles, "six rotations, concatenations and attention"),
+        Target(tuple(f"{p}:Attention" for p in _PATHS), _plain_forward, obstacles, "attention"),
         Target(tuple(f"{p}:CrossAttention" for p in _PATHS), cross_forward, no_obstacles, "cross-attention"),
     ),
     _LEFT_OUT,
