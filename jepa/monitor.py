@@ -23,10 +23,15 @@ class MonitorConfig:
 
 
 def effective_rank(features: Tensor) -> Tensor:
-    """RankMe (Garrido et al., arXiv 2210.02885, eq. 1): exp of the entropy of the normalised singular values of [rows, D]."""
-    values = torch.linalg.svdvals(features.double())
+    """RankMe (Garrido et al., arXiv 2210.02885, eq. 1): exp of the entropy of the normalised singular values of [rows, D].
+
+    NaN where a feature is not finite (the decomposition itself would raise).
+    """
+    finite = features.isfinite().all()
+    values = torch.linalg.svdvals(torch.where(finite, features, torch.zeros_like(features)).double())
     shares = values / values.sum().clamp(min=1e-12) + 1e-7
-    return torch.exp(-(shares * shares.log()).sum()).float()
+    rank = torch.exp(-(shares * shares.log()).sum()).float()
+    return torch.where(finite, rank, torch.full_like(rank, torch.nan))
 
 
 @torch.no_grad()
@@ -59,6 +64,7 @@ def warnings(values: dict[str, float], monitor: MonitorConfig) -> list[str]:
     """Sentences about values below their thresholds."""
     found = []
     for name, least in (("effective_rank", monitor.min_rank), ("feature_std", monitor.min_std)):
-        if values.get(name, least) < least:
+        # Written so that NaN warns too.
+        if not values.get(name, least) >= least:
             found.append(f"collapse: {name} is {values[name]:.3g}, below {least:.3g}")
     return found

@@ -229,11 +229,11 @@ def _loop(
             losses = []
 
 
-def compile_blocks(bundle: ModelBundle) -> None:
+def compile_blocks(bundle: ModelBundle, backend: str = "inductor") -> None:
     """Compiles the transformer blocks in place, any token count: the one part of a step whose shapes are all that changes."""
     for module in bundle.modules():
         if isinstance(module, Block):
-            module.compile(dynamic=True)
+            module.compile(dynamic=True, backend=backend)
 
 
 def prepared(batch: Batch, cfg: PretrainConfig, device: torch.device, step: int) -> Batch:

@@ -210,7 +210,7 @@ def train_step(state: TrainState, batch: Batch | Sequence[Batch]) -> tuple[Train
         backward(loss, state.ranks)
         for name, value in metrics.items():
             totals[name] = totals[name] + value if name in totals else value
-    totals.update(update(state))
+    totals.update(update(state, totals["loss"]))
     return state, totals
 
 
@@ -227,15 +227,20 @@ def backward(loss: Tensor, ranks: int = 1) -> None:
         (loss * ranks if ranks > 1 else loss).backward()
 
 
-def update(state: TrainState) -> dict[str, Tensor]:
+def update(state: TrainState, loss: Tensor | None = None) -> dict[str, Tensor]:
     """Clips, steps the optimiser and then the EMA, clears the gradients, and counts the step.
 
-    A gradient that is not finite skips the update on the device: weights, moments and targets stay as they are.
+    A gradient or loss that is not finite skips the update on the device: weights, moments and targets stay as they are. (A loss that is
+    NaN may well have a finite gradient: that of |x| is 0 there.)
     """
     schedule, step = state.cfg.schedule, state.step + 1
     set_rates(state.optimizer.param_groups, schedule.learning_rate(step), schedule.decay(step))
     norm = clip_gradients(state.optimizer, state.cfg.clip_gradient)
     skipped = torch.isfinite(norm).logical_not().to(torch.float32)
+    if loss is not None:
+        # This process's share of the loss; the norm is already that of all.
+        bad = torch.isfinite(loss).logical_not().to(torch.float32)
+        skipped = torch.maximum(skipped, (bad if state.reduce is None else state.reduce(bad)).clamp(max=1.0))
     state.optimizer.found_inf = skipped
     state.optimizer.grad_scale = None
     state.optimizer.step()

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-import torch.utils.tensorboard  # noqa: F401 (imported once here instead of in every attempt)
+import torch.utils.tensorboard  # imported once here instead of in every attempt
 
 from jepa import pretrain
 from jepa.checkpoint import Checkpoints

@@ -61,6 +61,24 @@ def make_batch(
     return Batch(clips=clips, labels=None, sample_ids=torch.arange(batch_size), masks=masks, step=step)
 
 
+def joined(parts: list[Batch]) -> Batch:
+    """One batch of the samples of several."""
+
+    def lists(ids: torch.Tensor, cu: torch.Tensor) -> list[np.ndarray]:
+        return [p.numpy() for p in torch.tensor_split(ids, cu[1:-1].long())]
+
+    sets = parts[0].masks.num_sets
+    context, target = [[] for _ in range(sets)], [[] for _ in range(sets)]
+    for part in parts:
+        masks = part.masks
+        for kind, ids, cu in ((context, masks.context_ids, masks.context_cu), (target, masks.target_ids, masks.target_cu)):
+            split = lists(ids, cu)
+            for j in range(sets):
+                kind[j] += split[j * masks.batch_size : (j + 1) * masks.batch_size]
+    clips = torch.cat([part.clips for part in parts])
+    return Batch(clips, None, torch.arange(len(clips)), MaskBatch.from_ids(context, target, parts[0].masks.grid), parts[0].step)
+
+
 def step_config(name: str = "baseline", total_steps: int = 100, model: ModelConfig | None = None, **changes) -> StepConfig:
     """A variant on the small model, with the context loss on from the first step."""
     own = {"objectives": {"context": {"schedule": {"kind": "constant"}}}}
