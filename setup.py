@@ -162,7 +162,7 @@ def plan(ninja: Ninja, nvcc: str | None) -> dict[str, Path]:
     libraries["_host"] = ninja.build(ninja.folder / "_host.so", "link", ninja.objects("host", [s for s in host_sources if s.exists()]))
     if nvcc is not None and cuda_sources():
         host_flags = "-Xcompiler -fPIC,-fvisibility=hidden"
-        command = f"{nvcc} -std=c++17 -O3 -lineinfo {gencode()} {host_flags} -MD -MF $out.d $flags -c $in -o $out"
+        command = f"{nvcc} -std=c++17 -O3 -t 0 {gencode()} {host_flags} -MD -MF $out.d $flags -c $in -o $out"
         ninja.rule("cuda", command, depfile=True)
         ninja.rule("link_cuda", f"{nvcc} -shared -cudart static $in -o $out", depfile=False)
         libraries["_cuda"] = ninja.build(ninja.folder / "_cuda.so", "link_cuda", ninja.objects("cuda", cuda_sources()))
