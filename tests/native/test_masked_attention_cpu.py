@@ -168,6 +168,26 @@ def test_unusual_scales(kernels, scale):
     assert_close(kernels, call, grad_out, budget=2e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("carrier", (1248.0, -1248.0, -11.6875))
+def test_shifted_logits(kernels, carrier, dtype):
+    """One channel shifts every logit by eight times `carrier`, up to +-1e4: padding keys, whose score is 0, must not count, nor overflow where
+    all others are far below (the last carrier would make their P the bits of a NaN)."""
+    call, grad_out = dense_call(53, 64, dtype, layout=None)
+    call.q[..., 0], call.k[..., 0] = 64.0, carrier
+    out, lse, *grads = kernels.both(call, grad_out)
+    expected_out, expected_lse, expected = oracle(call, grad_out)
+    assert (lse.double() - expected_lse).abs().max() < 5e-2
+    # The shift costs a float's last bits of each score, about 2e-3, and channel 0 of the gradients cancels.
+    for a, e in (
+        (out, expected_out),
+        (grads[2], expected[2]),
+        (grads[0][..., 1:], expected[0][..., 1:]),
+        (grads[1][..., 1:], expected[1][..., 1:]),
+    ):
+        assert torch.isfinite(a).all() and error(a, e) < 3e-2
+
+
 @pytest.mark.parametrize("spread", (1.0, 4.0, 8.0))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_is_within_a_quarter_of_torchs(kernels, dtype, spread):
