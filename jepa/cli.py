@@ -1,6 +1,7 @@
-"""The command line: ``jepa pretrain | variants | conformance | ...``. Every option is a field of the command's configuration.
+"""The command line: ``jepa pretrain | probe | finetune | encode | variants | conformance``. Every option is a field of the command's configuration.
 
 jepa pretrain variant=fwm_hw_ld model=micro schedule.total_steps=300 output=runs/demo
+jepa probe run=runs/demo
 jepa pretrain --config run.yaml --data.kind ucf101 --data.at.files /data/UCF-101 --data.at.lists /data/ucfTrainTestlist
 """
 
@@ -22,9 +23,30 @@ def _pretrain() -> tuple[type, Callable[[Any], object]]:
     return pretrain.PretrainConfig, pretrain.run
 
 
+def _probe() -> tuple[type, Callable[[Any], object]]:
+    from jepa import probe
+
+    return probe.ProbeConfig, probe.run
+
+
+def _finetune() -> tuple[type, Callable[[Any], object]]:
+    from jepa import finetune
+
+    return finetune.FinetuneConfig, finetune.run
+
+
+def _encode() -> tuple[type, Callable[[Any], object]]:
+    from jepa import encode
+
+    return encode.EncodeConfig, encode.run
+
+
 # Each configured command names its configuration and what runs it; imported when chosen, since that loads torch and more.
 COMMANDS: dict[str, tuple[str, Callable[[], tuple[type, Callable[[Any], object]]]]] = {
     "pretrain": ("train an encoder, with any variant's objectives", _pretrain),
+    "probe": ("ask a frozen encoder for appearance, motion or classes", _probe),
+    "finetune": ("train a pre-trained encoder on labels", _finetune),
+    "encode": ("write features of a folder or list of videos", _encode),
 }
 
 

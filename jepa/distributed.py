@@ -19,12 +19,13 @@ Wrapper = Literal["auto", "none", "ddp", "fsdp2"]
 
 @dataclass(frozen=True)
 class World:
-    """This process's place. `reduce` sums a tensor over all ranks (None for one process)."""
+    """This process's place. `reduce` sums a tensor over all ranks (None for one process); `owner` says whether `start` made the group."""
 
     rank: int
     size: int
     device: torch.device
     reduce: Callable[[Tensor], Tensor] | None
+    owner: bool = False
 
     @property
     def leads(self) -> bool:
@@ -44,13 +45,15 @@ def start(device: str = "auto") -> World:
         torch.cuda.set_device(place)
     if size == 1:
         return World(0, 1, place, None)
-    if not dist.is_initialized():
+    owner = not dist.is_initialized()
+    if owner:
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    return World(rank, size, place, summed)
+    return World(rank, size, place, summed, owner)
 
 
-def stop() -> None:
-    if dist.is_initialized():
+def stop(world: World) -> None:
+    """Leaves the process group, unless the caller of `start` had joined it before."""
+    if world.owner:
         dist.destroy_process_group()
 
 

@@ -171,7 +171,7 @@ def run(cfg: PretrainConfig) -> TrainState:
     try:
         return _run(cfg, picker, world)
     finally:
-        distributed.stop()
+        distributed.stop(world)
 
 
 def _run(cfg: PretrainConfig, picker: Picker, world: distributed.World) -> TrainState:
