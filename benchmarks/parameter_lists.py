@@ -15,7 +15,7 @@ class Encoder:
     depth: int
 
 
-ENCODERS = {"vit_s": Encoder(384, 12), "vit_b": Encoder(768, 12), "vit_l": Encoder(1024, 24)}
+ENCODERS = {"micro": Encoder(64, 4), "vit_s": Encoder(384, 12), "vit_b": Encoder(768, 12), "vit_l": Encoder(1024, 24)}
 
 
 def shapes(name: str) -> list[tuple[int, ...]]:

@@ -37,8 +37,8 @@ class EMATeacher(nn.Module):
     """A frozen copy of `student` whose parameters follow it: target <- momentum * target + (1 - momentum) * student.
 
     Args:
-        student: the module to follow. Not held as a submodule. Copy before sharding: build the teacher first, then call ``fully_shard`` on
-            the student and on ``teacher.module`` in the same way.
+        student: the module to follow. Not held as a submodule. Copy before sharding: build the teacher first, then call ``fully_shard`` in the
+            same way on the student, on ``teacher.module``, and on ``teacher.forward_copy`` and ``teacher.compensation`` where they exist.
         momentum: a number, a function of the number of updates so far (`LinearMomentum`, `CosineMomentum`), or a 0-d tensor, which may live on
             the device and be changed in place (for CUDA graphs).
         master_dtype: dtype in which 16-bit parameters and buffers are kept; None keeps the student's. bfloat16 loses every update at the
@@ -108,12 +108,15 @@ class EMATeacher(nn.Module):
         return self._student[0]
 
     def _make_forward_copy(self, student: nn.Module, forward_dtype: torch.dtype | None) -> nn.Module | None:
-        wanted = copy.deepcopy(student).requires_grad_(False)
-        if forward_dtype is not None:
-            _cast(wanted, lambda dtype: forward_dtype if dtype.is_floating_point else dtype)
-        masters = (*self.module.parameters(), *self.module.buffers())
-        same = all(a.dtype == b.dtype for a, b in zip(masters, (*wanted.parameters(), *wanted.buffers()), strict=True))
-        return None if same else wanted
+        def rule(dtype: torch.dtype) -> torch.dtype:
+            return forward_dtype if forward_dtype is not None and dtype.is_floating_point else dtype
+
+        both = zip((*student.parameters(), *student.buffers()), (*self.module.parameters(), *self.module.buffers()), strict=True)
+        if all(rule(theirs.dtype) == master.dtype for theirs, master in both):
+            return None
+        made = copy.deepcopy(student).requires_grad_(False)
+        _cast(made, rule)
+        return made
 
     def train(self, mode: bool = True) -> EMATeacher:
         """Stays in eval mode: a teacher's targets have no dropout."""

@@ -71,6 +71,10 @@ class AdamWEMA(torch.optim.AdamW):
         for group in self.param_groups:
             _check_group(group)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What copy.deepcopy and pickle carry over; torch's own list knows nothing of the teacher.
+        return {**super().__getstate__(), "teacher": self.teacher, "backend": self.backend}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
@@ -111,6 +115,7 @@ class AdamWEMA(torch.optim.AdamW):
         follower = {id(pair.source): pair for pair in pairs if pair.is_float}
         works = self._collect(follower)
         for device, work in works.items():
+            self._check_capture(device)
             scale, flag = (None if t is None else t.to(device, torch.float32, non_blocking=True) for t in (grad_scale, found_inf))
             torch._foreach_add_(work.steps, 1)
             if flag is not None and device.type != "cpu":
@@ -126,6 +131,10 @@ class AdamWEMA(torch.optim.AdamW):
             self.teacher.update_pairs(rest, momentum, part=1)
             self.teacher.count_update()
         return loss
+
+    def _check_capture(self, device: torch.device) -> None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and not all(g["capturable"] for g in self.param_groups):
+            raise RuntimeError(checks.sentence(_NAME, "capturable", "be True in every group while a CUDA graph is captured", "False"))
 
     def _collect(self, follower: dict[int, Pair]) -> dict[torch.device, _Work]:
         """The parameters with gradients of all groups by device, those with a teacher first."""

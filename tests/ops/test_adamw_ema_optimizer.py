@@ -231,6 +231,20 @@ def test_clipping_hooks_closures_and_zero_grad_work_as_in_torch():
     fused.step()  # nothing has a gradient
 
 
+def test_copies_keep_their_teacher():
+    module = model()
+    optimizer = AdamWEMA(module.parameters(), teacher=EMATeacher(module, 0.9), backend="reference")
+    train(module, optimizer, 1)
+    again = copy.deepcopy(optimizer)
+    assert again.backend == "reference" and again.teacher.num_updates == 1
+    assert again.teacher is not optimizer.teacher and again.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    # A deep copy of the optimizer alone has parameters of its own; its teacher follows the copied student.
+    for parameter in again.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    again.step()
+    assert again.teacher.num_updates == 2 and optimizer.teacher.num_updates == 1
+
+
 @pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2)])
 def test_a_learning_rate_may_be_a_tensor(lr):
     ours, theirs = model(), model()

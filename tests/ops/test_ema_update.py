@@ -18,7 +18,7 @@ from jepa_kernels.testing import assert_within_budget
 from tests.ops.lists import BACKENDS, GPU, run_here, tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SIZES = ((), (1,), (7,), (31, 33), (0, 4), (1024,), (1025,), (2, 3, 5, 7), (5_001,))
+SIZES = ((), (1,), (7,), (31, 33), (0, 4), (1024,), (1025,), (2, 3, 5, 7), (2100,))
 MOMENTUM = 0.99925
 
 
@@ -336,6 +336,14 @@ def test_parameters_are_updated_in_place_without_a_graph(backend):
     ema_update_([parameter], [source], 0.5, backend=backend)
     assert parameter.data_ptr() == address and parameter.grad_fn is None and parameter.tolist() == [0.5] * 4
     assert parameter._version > version, "autograd must see the write"
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_inference_mode(backend):
+    with torch.inference_mode():
+        target = run_here(backend, [torch.zeros(3)])[0]
+        ema_update_([target], [torch.ones_like(target)], 0.5, backend=backend)
+    assert target.tolist() == [0.5] * 3
 
 
 def test_nothing_to_do():

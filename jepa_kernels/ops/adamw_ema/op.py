@@ -72,8 +72,8 @@ def _update(
     if params:
         streams = list(range(len(targets)))
         ROOM.modules[backend].forward(lists, hyper, list(groups), momentum, streams, rounding, seed, grad_scale, found_inf)
-    # Kernels write through raw pointers, which autograd's version counters do not see.
-    torch.autograd.graph.increment_version(lists.written())
+    # Kernels write through raw pointers, which autograd's version counters do not see (inference tensors have none).
+    torch.autograd.graph.increment_version([t for t in lists.written() if not t.is_inference()])
 
 
 def _check_values(params, steps, targets, momentum, found_inf) -> None:

@@ -78,8 +78,8 @@ def _update(targets, sources, momentum, copies, compensations, seed, rounding, b
         streams = first
     if targets:
         ROOM.modules[backend].forward(targets, sources, momentum, copies, compensations, list(streams), rounding, seed)
-    # Kernels write through raw pointers, which autograd's version counters do not see.
-    torch.autograd.graph.increment_version(written)
+    # Kernels write through raw pointers, which autograd's version counters do not see (inference tensors have none).
+    torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
 
 def _fake(targets, sources, momentum, copies, compensations, seed, rounding, backend) -> None:
