@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import pytest
 import torch
 
 from jepa_kernels import native, triton_runtime
 
 GPU = torch.cuda.is_available()
 BACKENDS = ("torch", *(("cpu",) if native.available() else ()), *(("triton", "cuda") if GPU else ()))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from a second thread, and wait for it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tensors(sizes: Sequence[Sequence[int]], dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:

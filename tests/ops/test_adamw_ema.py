@@ -11,7 +11,9 @@ import torch
 from jepa_kernels import BackendUnsupportedError, TeacherLists, adamw_ema_, explain, native
 from jepa_kernels.ops.adamw_ema.op import ROOM
 from jepa_kernels.testing import assert_within_budget
-from tests.ops.lists import BACKENDS, GPU, run_here, tensors
+from tests.ops.lists import BACKENDS, GPU, one_thread, run_here, tensors  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = ((), (1,), (31, 33), (0, 4), (1025,), (2, 3, 5, 7), (5_001,))

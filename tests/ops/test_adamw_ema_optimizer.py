@@ -12,7 +12,9 @@ from torch import nn
 
 from jepa_kernels.nn import EMATeacher, LinearMomentum
 from jepa_kernels.optim import AdamWEMA
-from tests.ops.lists import BACKENDS, GPU
+from tests.ops.lists import BACKENDS, GPU, one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HERE = [None, "reference", *(b for b in BACKENDS if b in ("torch", "cpu"))]
 

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from jepa_kernels.nn import CosineMomentum, EMATeacher, LinearMomentum
-from tests.ops.lists import BACKENDS
+from tests.ops.lists import BACKENDS, one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):

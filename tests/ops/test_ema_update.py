@@ -15,7 +15,9 @@ from jepa_kernels import BackendUnsupportedError, ema_update_, explain, native
 from jepa_kernels.ops.ema_update import stochastic
 from jepa_kernels.ops.ema_update.op import ROOM
 from jepa_kernels.testing import assert_within_budget
-from tests.ops.lists import BACKENDS, GPU, run_here, tensors
+from tests.ops.lists import BACKENDS, GPU, one_thread, run_here, tensors  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = ((), (1,), (7,), (31, 33), (0, 4), (1024,), (1025,), (2, 3, 5, 7), (2100,))
