@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from .backend import BACKENDS, BackendUnsupportedError, explain, use_backend
 from .ops.adamw_ema import TeacherLists, adamw_ema_
 from .ops.ema_update import ema_update_
+from .ops.latent_rollout import GRU, Hamiltonian, HardRegion, ResidualMLP, latent_rollout, latent_rollout_loss
 from .ops.masked_attention import masked_attention
 from .profile import profile
 from .rope3d import Rope3D
@@ -21,13 +22,19 @@ except PackageNotFoundError:
 
 __all__ = [
     "BACKENDS",
+    "GRU",
     "BackendUnsupportedError",
+    "Hamiltonian",
+    "HardRegion",
+    "ResidualMLP",
     "Rope3D",
     "TeacherLists",
     "__version__",
     "adamw_ema_",
     "ema_update_",
     "explain",
+    "latent_rollout",
+    "latent_rollout_loss",
     "masked_attention",
     "profile",
     "use_backend",

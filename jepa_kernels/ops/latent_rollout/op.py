@@ -273,4 +273,8 @@ def _prepare(*args, **kwargs):
     return prepare(*args, **kwargs)
 
 
-ROOM = Room(_NAME, PRIORITY, _prepare, PREFERENCES)
+def _example(device_type: str, dtype: torch.dtype) -> Call:
+    return Call(device_type, dtype, "residual_mlp", 512, 768, 768, (256,), 0, 4, "states", True)
+
+
+ROOM = Room(_NAME, PRIORITY, _prepare, _example, PREFERENCES)
