@@ -184,7 +184,20 @@ def isa_wrong(call, rng, backward):
     call["isa"] = rng.choice((-2, 4, 99, -(2**31), 2**40))
 
 
-EVERY = (wrong_rank, wrong_dtype, wrong_device, wrong_heads, wrong_width, wrong_tokens, ids_out_of_range, ids_wrong_kind, offsets_wrong, offsets_wrong_kind, sparse, huge)  # fmt: skip
+EVERY = (
+    wrong_rank,
+    wrong_dtype,
+    wrong_device,
+    wrong_heads,
+    wrong_width,
+    wrong_tokens,
+    ids_out_of_range,
+    ids_wrong_kind,
+    offsets_wrong,
+    offsets_wrong_kind,
+    sparse,
+    huge,
+)
 PUBLIC = (*EVERY, scale_wrong, backend_unknown, rope_wrong, no_ids)
 DIRECT = (*EVERY, backend_unknown, rope_wrong, grid_wrong, channel_stride, missing_argument)
 NATIVE = (*EVERY, rope_wrong, grid_wrong, channel_stride, missing_argument, isa_wrong)

@@ -110,7 +110,8 @@ def main() -> None:
         run(*pip, "--version")
         run(sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", folder / "sdist", cwd=ROOT)
         (sdist,) = (folder / "sdist").glob("*.tar.gz")
-        held = [Path(*Path(m).parts[1:]).as_posix() for m in tarfile.open(sdist).getnames()]
+        with tarfile.open(sdist) as archive:
+            held = [Path(*Path(m).parts[1:]).as_posix() for m in archive.getnames()]
         for source in ("csrc/registration.cpp", "csrc/abi.h", "csrc/device.cuh", "csrc/masked_attention/cuda.cu", "LICENSE", "setup.py"):
             assert source in held, f"the sdist lacks {source}"
 
