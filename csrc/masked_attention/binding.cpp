@@ -10,9 +10,7 @@ constexpr const char* kOp = "masked_attention";
 using Ids = std::optional<Tensor>;
 using Grid = std::vector<int64_t>;
 
-void check(bool ok, const char* argument, const char* requirement) {
-  STD_TORCH_CHECK(ok, kOp, ": ", argument, " must ", requirement, ".");
-}
+void check(bool ok, const char* argument, const char* requirement) { STD_TORCH_CHECK(ok, kOp, ": ", argument, " must ", requirement, "."); }
 
 jk_rows rows(const Tensor& t, bool packed) {
   const int64_t first = packed ? 0 : 1;
@@ -20,7 +18,8 @@ jk_rows rows(const Tensor& t, bool packed) {
 }
 
 void check_rows(const Tensor& t, const char* name, const Tensor& like, bool packed, bool same_tokens) {
-  check(t.dim() == (packed ? 3 : 4), name, packed ? "have dimensions [tokens, heads, head_dim]" : "have dimensions [B, N, heads, head_dim]");
+  check(t.dim() == (packed ? 3 : 4), name,
+        packed ? "have dimensions [tokens, heads, head_dim]" : "have dimensions [B, N, heads, head_dim]");
   check(t.scalar_type() == like.scalar_type(), name, "have the dtype of query");
   check(t.device() == like.device(), name, "be on the device of query");
   const int64_t d = t.dim();
@@ -52,7 +51,8 @@ jk_masked_attention_params describe(const Tensor& query, const Tensor& key, cons
   check_rows(value, "value", query, packed, false);
   check_rows(value, "value", key, packed, true);
   check(packed == cu_k.has_value(), "cu_seqlens_k", "be given with cu_seqlens_q");
-  check(table.has_value() == query_ids.has_value() && table.has_value() == key_ids.has_value(), "query_ids and key_ids", "be given exactly with rope_table");
+  check(table.has_value() == query_ids.has_value() && table.has_value() == key_ids.has_value(), "query_ids and key_ids",
+        "be given exactly with rope_table");
   check(grid.size() == 3, "grid", "have three sizes");
 
   jk_masked_attention_params p{};
@@ -121,7 +121,8 @@ struct Cpu {
 struct Cuda {
   using kernel = Sentence (*)(const jk_masked_attention_params*, void*);
   static Sentence launch(jk_masked_attention_params& p, const Tensor& query, const char* name, int backward) {
-    const auto size = reinterpret_cast<int64_t (*)(const jk_masked_attention_params*, int)>(cuda_symbol("jk_masked_attention_cuda_scratch"));
+    const auto size =
+        reinterpret_cast<int64_t (*)(const jk_masked_attention_params*, int)>(cuda_symbol("jk_masked_attention_cuda_scratch"));
     const auto run = reinterpret_cast<kernel>(cuda_symbol(name));
     torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
     const std::vector<int64_t> bytes{size(&p, backward)};
@@ -140,8 +141,8 @@ std::tuple<Tensor, Tensor> forward(const Device& device, const Tensor& query, co
   auto p = describe(query, key, value, query_ids, key_ids, cu_q, cu_k, table, grid, scale);
   const bool packed = cu_q.has_value();
   Tensor out = like(query);
-  const std::vector<int64_t> shape = packed ? std::vector<int64_t>{query.size(1), query.size(0)}
-                                            : std::vector<int64_t>{query.size(0), query.size(2), query.size(1)};
+  const std::vector<int64_t> shape =
+      packed ? std::vector<int64_t>{query.size(1), query.size(0)} : std::vector<int64_t>{query.size(0), query.size(2), query.size(1)};
   Tensor lse = torch::stable::new_empty(query, shape, ScalarType::Float);
   set_out(p, out, lse, packed);
   check_sentence(device.fwd(p, query));
@@ -156,7 +157,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Device& device, const Tensor& 
   const bool packed = cu_q.has_value();
   check_rows(grad_out, "grad_out", query, packed, true);
   check_rows(out, "out", query, packed, true);
-  check(lse.scalar_type() == ScalarType::Float && lse.is_contiguous() && lse.device() == query.device(), "lse", "be contiguous float32 on the device of query");
+  check(lse.scalar_type() == ScalarType::Float && lse.is_contiguous() && lse.device() == query.device(), "lse",
+        "be contiguous float32 on the device of query");
   check(packed ? (lse.dim() == 2 && lse.size(0) == p.heads && lse.size(1) == p.len_q)
                : (lse.dim() == 3 && lse.size(0) == p.num_seqs && lse.size(1) == p.heads && lse.size(2) == p.len_q),
         "lse", "have one value per head and query");

@@ -18,19 +18,19 @@ typedef struct {
 } jk_ints;
 
 typedef struct {
-  int64_t dtype;                         // jk_dtype of q, k, v, out and their gradients
+  int64_t dtype;  // jk_dtype of q, k, v, out and their gradients
   int64_t num_seqs, heads, head_dim;
-  int64_t len_q, len_k;                  // dense: tokens of each sequence; packed: rows of the whole tensor
-  jk_ints cu_q, cu_k;                    // packed: num_seqs + 1 offsets each, contiguous; dense: data == NULL
-  jk_ints ids_q, ids_k;                  // flat token ids of the grid, -1 = not rotated; data == NULL without RoPE
-  const float* rope_table;               // [2, grid_t + grid_h + grid_w, rope_dim] cosines, then sines; or NULL
+  int64_t len_q, len_k;                      // dense: tokens of each sequence; packed: rows of the whole tensor
+  jk_ints cu_q, cu_k;                        // packed: num_seqs + 1 offsets each, contiguous; dense: data == NULL
+  jk_ints ids_q, ids_k;                      // flat token ids of the grid, -1 = not rotated; data == NULL without RoPE
+  const float* rope_table;                   // [2, grid_t + grid_h + grid_w, rope_dim] cosines, then sines; or NULL
   int64_t rope_dim, grid_t, grid_h, grid_w;  // rope_dim channels for each of t, y, x, in that order (even)
   float scale;
   jk_rows q, k, v, out;
-  float* lse;                            // natural log; (s, h, i) at s*lse_stride_seq + h*lse_stride_head + i, packed: h*lse_stride_head + cu_q[s] + i
+  float* lse;  // natural log; (s, h, i) at s*lse_stride_seq + h*lse_stride_head + i, packed: h*lse_stride_head + cu_q[s] + i
   int64_t lse_stride_seq, lse_stride_head;
   jk_rows grad_out, grad_q, grad_k, grad_v;  // backward only
-  void* scratch;                         // device scratch of at least the size that the library asks for; CPU kernels may ignore it
+  void* scratch;                             // device scratch of at least the size that the library asks for; CPU kernels may ignore it
   int64_t scratch_bytes;
 } jk_masked_attention_params;
 
