@@ -71,7 +71,8 @@ def _closure() -> list[str]:
     from importlib import metadata
 
     names: list[str] = []
-    queue, seen = ["torch", "numpy"], set()
+    # An environment brings its own setuptools; the metadata of another one beside it would deceive pip.
+    queue, seen = ["torch", "numpy"], {"setuptools", "pip", "wheel"}
     while queue:
         package = queue.pop()
         if package in seen:
