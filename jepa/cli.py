@@ -135,9 +135,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from jepa.conformance.__main__ import main as conformance
 
         return int(conformance(rest) or 0)
+    from jepa.checkpoint import CheckpointError
+
     try:
         return _variants() if command == "variants" else _configured(command, rest)
-    except (ConfigError, FileNotFoundError) as error:
+    except (ConfigError, FileNotFoundError, CheckpointError) as error:
         print(error, file=sys.stderr)
         return 2
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from jepa import distributed
+from jepa.batch import Views
 from jepa.config import ConfigError
 from jepa.data.clip import BadClipError, ClipSpec
 from jepa.data.decode import read_image, read_video
@@ -106,16 +107,12 @@ def run(cfg: EncodeConfig) -> tuple[int, int]:
         frames = torch.from_numpy(np.stack([one.frames for one in read])).to(world.device)
         views = centre_views(spec.views, [(one.source_height, one.source_width) for one in read]).to(world.device)
         # One clip at a time, so that memory does not grow with `clips`.
-        parts = [
-            encoder(
-                cut_views(frames[i : i + 1], type(views)(views.boxes[i : i + 1], views.flips[i : i + 1]), spec.views), levels=cfg.levels
-            )
-            for i in range(len(read))
-        ]
+        cut = [cut_views(frames[i : i + 1], Views(views.boxes[i : i + 1], views.flips[i : i + 1]), spec.views) for i in range(len(read))]
+        parts = [encoder(one, levels=cfg.levels) for one in cut]
         features = torch.cat(parts).to("cpu", torch.float16 if cfg.half else torch.float32).contiguous()
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".writing-{os.getpid()}-{target.name}")
-        save_file({"features": features}, temporary, {"weights": digest, "source": str(path), "grid": str(encoder.grid(frames[:1]))})
+        save_file({"features": features}, temporary, {"weights": digest, "source": str(path), "grid": str(encoder.grid(cut[0]))})
         os.replace(temporary, target)
         written += 1
     _log.info("encoded %d files into %s; %d could not be read", written, cfg.output, bad)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -229,7 +230,7 @@ def run(cfg: ProbeConfig) -> dict[str, Any]:
     bundle, trained_with, digest = load_bundle(cfg.run, cfg.checkpoint)
     data = trained_with.data if cfg.data is None else cfg.data
     if data.kind == "moving_shapes":
-        data = type(data)(**{**data.__dict__, "size": cfg.train_clips, "test_size": cfg.test_clips})
+        data = replace(data, size=cfg.train_clips, test_size=cfg.test_clips)
     sets = {split: build_dataset(data, split) for split in ("train", "test")}
     spec = InputSpec.of(trained_with, data.kind, cfg.frames, cfg.height, cfg.width)
     classes, _ = questions(sets["train"])
@@ -271,12 +272,17 @@ def run(cfg: ProbeConfig) -> dict[str, Any]:
 def show(report: Mapping[str, Any]) -> None:
     """The results as a table: a row per question, appearance before motion."""
     results = report["results"]
-    table = Table(title=f"{report['kind']} probe, top-1 in % [95 % interval], {report['test_clips']} test clips")
-    for column in ("", "question", "chance", *results):
+    # Narrow enough for 80 columns: the group is a row of its own.
+    table = Table(title=f"{report['kind']} probe, top-1 in % [95 % interval], {report['test_clips']} test clips", box=SIMPLE)
+    for column in ("question", "chance", *results):
         table.add_column(column, no_wrap=True)
+    last = ""
     for name, value in results["trained"].items():
-        group = "" if name == "class" else "appearance" if name in APPEARANCE else "motion"
-        table.add_row(group, name, f"{100 * value['chance']:.1f}", *(_cell(one[name]) for one in results.values()))
+        group = "class" if name == "class" else "appearance" if name in APPEARANCE else "motion"
+        if group not in (last, "class"):
+            table.add_row(f"[bold]{group}[/bold]")
+        last = group
+        table.add_row(name, f"{100 * value['chance']:.1f}", *(_cell(one[name]) for one in results.values()))
     Console().print(table)
 
 

@@ -1,0 +1,182 @@
+"""Probes, fine-tuning and encode on a tiny run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy.stats import binomtest
+
+from jepa import cli, encode, finetune, pretrain
+from jepa.checkpoint import Checkpoints
+from jepa.config import ConfigError
+from jepa.data.build import DataConfig, build_dataset
+from jepa.data.moving_shapes import FACTORS
+from jepa.evaluation import InputSpec, cached_features, checkpoint_folder, load_bundle, untrained_encoder, wilson
+from jepa.finetune import FinetuneConfig, layer_groups
+from jepa.probe import Features, Probe, ProbeConfig, probed, train_probe
+from tests.jepa.run_cases import tiny_run
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A run of two steps."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    pretrain.run(tiny_run(folder, steps=2, name="fwm_hw_ld"))
+    return folder
+
+
+@pytest.mark.parametrize("correct, count", [(0, 10), (7, 10), (10, 10), (30, 49)])
+def test_the_interval_is_wilsons(correct, count):
+    expected = binomtest(correct, count).proportion_ci(method="wilson")
+    assert wilson(correct, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_the_evaluated_encoder_is_the_teacher(tiny):
+    bundle, _, digest = load_bundle(tiny)
+    tensors, _, state = Checkpoints(tiny / "checkpoints").load()
+    assert digest == state["sha256"]["model"]
+    assert torch.equal(bundle.evaluation_encoder.blocks[0].attn.qkv.weight, tensors["target_encoder.blocks.0.attn.qkv.weight"])
+    assert not torch.equal(bundle.evaluation_encoder.blocks[0].attn.qkv.weight, tensors["context_encoder.blocks.0.attn.qkv.weight"])
+
+
+def test_a_checkpoint_is_found_or_refused_by_name(tiny, tmp_path):
+    assert checkpoint_folder(tiny).name == "step_00000002"
+    assert checkpoint_folder(tiny, 1).name == "step_00000001"
+    assert checkpoint_folder(tiny, "best").name in ("step_00000001", "step_00000002")
+    with pytest.raises(ConfigError, match=r"must be newest, best or one of \[1, 2\], got 7"):
+        checkpoint_folder(tiny, 7)
+    with pytest.raises(ConfigError, match="jepa pretrain` makes one"):
+        checkpoint_folder(tmp_path)
+
+
+def test_features_are_computed_once_and_appear_whole(tiny, tmp_path, monkeypatch):
+    _, cfg, _ = load_bundle(tiny)
+    dataset = build_dataset(replace(cfg.data, size=5))
+    spec = InputSpec.of(cfg, "moving_shapes")
+    encoder, path = untrained_encoder(cfg), tmp_path / "cache" / "a.npy"
+    found = cached_features(encoder, dataset, spec, path, batch_size=2)
+    assert found.shape == (5, 2 * 4 * 4, cfg.model.width) and found.dtype == np.float16
+    alone = cached_features(encoder, dataset, spec, tmp_path / "b.npy", batch_size=5)
+    assert np.allclose(found, alone, atol=2e-3)
+    assert [entry.name for entry in path.parent.iterdir()] == ["a.npy"]
+    monkeypatch.setattr(type(encoder), "forward", None)
+    assert np.array_equal(cached_features(encoder, dataset, spec, path), found)
+
+
+def planted(clips: int, seed: int) -> Features:
+    """Tokens of which one, anywhere, carries the answer."""
+    rng = np.random.default_rng(seed)
+    tokens = 0.1 * rng.standard_normal((clips, 6, 8)).astype(np.float32)
+    labels = {"a": rng.integers(0, 2, clips), "b": rng.integers(0, 3, clips)}
+    for i in range(clips):
+        tokens[i, rng.integers(6), labels["a"][i]] += 3.0
+        tokens[i, rng.integers(6), 4 + labels["b"][i]] += 3.0
+    return Features(tokens, {name: torch.from_numpy(values) for name, values in labels.items()})
+
+
+@pytest.mark.parametrize("kind", ["attentive", "linear"])
+def test_probes_find_planted_answers_and_only_those(kind):
+    # The worse of the linear probe's rates must lose on the held-out tenth.
+    rates = (1e-2,) if kind == "attentive" else (1e-5, 5e-3)
+    cfg = ProbeConfig(seeds=(0, 1), epochs=30, batch_size=16, heads=2, learning_rates=rates)
+    train, test, classes = planted(128, 0), planted(64, 1), {"a": 2, "b": 3}
+    result = probed(cfg, kind, train, test, classes)
+    for name in classes:
+        assert result[name]["top1"] > 0.75
+        low, high = result[name]["interval"]
+        assert low < result[name]["top1"] < high or result[name]["top1"] == 1.0
+        assert len(result[name]["seeds"]) == 2
+    noise = Features(train.tokens, {name: values[torch.randperm(len(values))] for name, values in train.labels.items()})
+    shuffled = probed(cfg, kind, noise, test, classes)
+    assert shuffled["b"]["top1"] < 0.6
+
+
+def test_a_probe_depends_on_its_seed_only():
+    cfg, train = ProbeConfig(epochs=1, heads=2), planted(32, 0)
+
+    def trained(seed):
+        return train_probe(cfg, "attentive", train, np.arange(32), {"a": 2}, seed, 1e-3, 0.0).linears["a"].weight
+
+    assert torch.equal(trained(0), trained(0))
+    assert not torch.equal(trained(0), trained(1))
+
+
+@pytest.mark.parametrize("classes", [48, 101, 174])
+def test_published_probes_have_one_query_and_their_classes(classes):
+    one = Probe("attentive", 24, 3, {"class": classes})
+    assert one.pooler.query_tokens.shape == (1, 1, 24)
+    assert one(torch.randn(2, 5, 24))["class"].shape == (2, classes)
+    with pytest.raises(ConfigError, match="heads must divide the feature width 24, got 5"):
+        Probe("attentive", 24, 5, {"class": classes})
+
+
+def test_probing_a_run_reports_every_factor_beside_the_baselines(tiny, capsys):
+    options = ["train_clips=16", "test_clips=8", "epochs=1", "seeds=[0]", "threads=1"]
+    assert cli.main(["probe", f"run={tiny}", *options]) == 0
+    report = json.loads((tiny / "probe.json").read_text())
+    assert list(report["results"]) == ["trained", "untrained", "pixels"]
+    for result in report["results"].values():
+        assert list(result) == list(FACTORS)
+    shown = capsys.readouterr().out
+    assert "appearance" in shown and "motion" in shown and "direction" in shown
+    cached = sorted((tiny / "features").iterdir())
+    assert len(cached) == 4
+    before = [entry.stat().st_mtime_ns for entry in cached]
+    assert cli.main(["probe", f"run={tiny}", "kind=linear", *options]) == 0
+    assert [entry.stat().st_mtime_ns for entry in sorted((tiny / "features").iterdir())] == before
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_finetuning_learns_with_and_without_the_objective(tiny, tmp_path, weight):
+    cfg = FinetuneConfig(
+        run=tiny, train_clips=8, test_clips=4, steps=30, batch_size=8, rate=3e-3, warmup_steps=2, objective_weight=weight, threads=1,
+        data=DataConfig(target="colour"), output=tmp_path / "result.json",
+    )  # fmt: skip
+    report = finetune.run(cfg)
+    assert report["loss_last"] < 0.8 * report["loss_first"]
+    assert json.loads((tmp_path / "result.json").read_text())["test_clips"] == 4
+    assert 0.0 <= report["interval"][0] <= report["top1"] <= report["interval"][1] <= 1.0
+
+
+def test_rates_fall_layer_by_layer(tiny):
+    bundle, cfg, _ = load_bundle(tiny)
+    head = Probe("attentive", cfg.model.width, 3, {"class": 2})
+    groups = layer_groups(bundle, head, FinetuneConfig(layer_decay=0.5), True)
+    scale = {id(p): group["rate_scale"] for group in groups for p in group["params"]}
+    encoder = bundle.context_encoder
+    assert scale[id(encoder.patch_embed.proj.weight)] == 0.125
+    assert [scale[id(block.mlp.fc1.weight)] for block in encoder.blocks] == [0.25, 0.5]
+    assert scale[id(head.linears["class"].weight)] == scale[id(next(bundle.predictor.parameters()))] == 1.0
+    assert not any(id(p) in scale for p in bundle.target_encoder.parameters())
+    assert all(group["weight_decay"] == 0.0 for group in groups if group["params"][0].ndim == 1)
+
+
+def test_encode_writes_a_file_per_video_and_names_bad_ones(tiny, tmp_path, shared_dir, caplog):
+    source = tmp_path / "videos"
+    (source / "deep").mkdir(parents=True)
+    clips = sorted((shared_dir / "clips" / "ucf101" / "videos").rglob("*.avi"))[:2]
+    for clip, name in zip(clips, ("a.avi", "deep/b.avi")):
+        (source / name).symlink_to(clip)
+    (source / "bad.mp4").write_bytes(b"no video")
+    (source / "notes.txt").write_text("ignored")
+    out = tmp_path / "features"
+    written, bad = encode.run(encode.EncodeConfig(source, out, run=tiny, clips=2, threads=1))
+    assert (written, bad) == (2, 1)
+    assert "bad.mp4" in caplog.text
+    features = load_file(out / "deep" / "b.avi.safetensors")["features"]
+    assert features.shape == (2, 2 * 4 * 4, 24) and features.dtype == torch.float16
+    assert features.isfinite().all() and not torch.equal(features[0], features[1])
+    assert encode.run(encode.EncodeConfig(source, out, run=tiny, threads=1)) == (0, 1)
+
+
+def test_encode_refuses_what_is_not_there(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="where nothing is"):
+        encode.run(encode.EncodeConfig(tmp_path / "none", tmp_path / "out", run=tiny))
+    with pytest.raises(ConfigError, match="got none in"):
+        encode.run(encode.EncodeConfig(tmp_path, tmp_path / "out", run=tiny))
