@@ -44,8 +44,8 @@ struct Device {
 
 Device device_of(const Tensor& t, int64_t isa) { return {isa, !t.is_cpu()}; }
 
-std::tuple<Tensor, Tensor> mlp_fwd(const Tensor& start, const Optional& coupling, const Optional& drift, int64_t horizon, bool keep_all, bool save,
-                                   int64_t isa) {
+std::tuple<Tensor, Tensor> mlp_fwd(const Tensor& start, const Optional& coupling, const Optional& drift, int64_t horizon, bool keep_all,
+                                   bool save, int64_t isa) {
   const int64_t rows = start.size(0), hidden = start.size(1), kept = keep_all ? horizon : 1;
   check(horizon >= 1, "horizon", "be at least 1");
   check_float(start, "start", {rows, hidden});
@@ -93,7 +93,8 @@ std::tuple<Tensor, Tensor> mlp_bwd(const Tensor& inputs, const Optional& couplin
 }
 
 std::tuple<Tensor, Tensor> hamiltonian_fwd(const Tensor& start, const Tensor& weight, const Tensor& bias, const Tensor& energy,
-                                           const Tensor& coupling, double time_step, int64_t horizon, bool keep_all, bool save, int64_t isa) {
+                                           const Tensor& coupling, double time_step, int64_t horizon, bool keep_all, bool save,
+                                           int64_t isa) {
   const int64_t rows = start.size(0), hidden = start.size(1), middle = weight.size(0), kept = keep_all ? horizon : 1;
   check(horizon >= 1, "horizon", "be at least 1");
   check_float(start, "start", {rows, hidden});
@@ -121,8 +122,9 @@ std::tuple<Tensor, Tensor> hamiltonian_fwd(const Tensor& start, const Tensor& we
   return {inputs, sums};
 }
 
-std::vector<Tensor> hamiltonian_bwd(const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor& energy, const Tensor& coupling,
-                                    double time_step, bool transposed, const Tensor& following, Tensor carried, int64_t isa) {
+std::vector<Tensor> hamiltonian_bwd(const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor& energy,
+                                    const Tensor& coupling, double time_step, bool transposed, const Tensor& following, Tensor carried,
+                                    int64_t isa) {
   const int64_t rows = input.size(0), hidden = input.size(1), middle = weight.size(0);
   check_float(input, "input", {rows, hidden});
   check_float(following, "following", {rows, hidden});
@@ -168,8 +170,8 @@ jk_rollout_rows table(const Tensor& t, const Optional& index, const char* argume
   return rows;
 }
 
-jk_rollout_readout_params describe(const Tensor& sums, const Tensor& weight, const Optional& bias, const Tensor& base, const Optional& base_rows,
-                                   int64_t first_step) {
+jk_rollout_readout_params describe(const Tensor& sums, const Tensor& weight, const Optional& bias, const Tensor& base,
+                                   const Optional& base_rows, int64_t first_step) {
   const int64_t channels = weight.size(1);
   check_float(sums, "sums", {sums.size(0), sums.size(1), weight.size(0)});
   check(weight.scalar_type() == ScalarType::Float, "weight", "be float32");
@@ -192,15 +194,15 @@ jk_rollout_readout_params describe(const Tensor& sums, const Tensor& weight, con
 
 void set_targets(jk_rollout_readout_params& p, const Tensor& targets, const Optional& target_rows, double exponent) {
   check(targets.dim() == (target_rows.has_value() ? 2 : 3), "targets", "be [steps, rows, D], or a table with target_rows");
-  check(target_rows.has_value() ? target_rows->numel() == p.steps * p.rows : targets.size(0) == p.steps && targets.size(1) == p.rows, "targets",
-        "have one row per step and row");
+  check(target_rows.has_value() ? target_rows->numel() == p.steps * p.rows : targets.size(0) == p.steps && targets.size(1) == p.rows,
+        "targets", "have one row per step and row");
   p.targets = table(targets, target_rows, "targets", p.channels);
   p.target_step_stride = target_rows.has_value() ? 0 : targets.stride(0);
   p.exponent = (float)exponent;
 }
 
-void readout(const Tensor& sums, const Tensor& weight, const Optional& bias, const Tensor& base, const Optional& base_rows, int64_t first_step,
-             Tensor out, int64_t isa) {
+void readout(const Tensor& sums, const Tensor& weight, const Optional& bias, const Tensor& base, const Optional& base_rows,
+             int64_t first_step, Tensor out, int64_t isa) {
   auto p = describe(sums, weight, bias, base, base_rows, first_step);
   check(out.dim() == 3 && out.size(0) == p.steps && out.size(1) == p.rows && out.size(2) == p.channels && out.stride(2) == 1, "out",
         "be [steps, rows, D] with channel stride 1");
@@ -212,12 +214,14 @@ void readout(const Tensor& sums, const Tensor& weight, const Optional& bias, con
   device_of(sums, isa).run(p, jk_latent_rollout_cpu_readout, "jk_latent_rollout_cuda_readout", sums);
 }
 
-std::tuple<Tensor, Tensor> errors(const Tensor& sums, const Tensor& weight, const Optional& bias, const Tensor& base, const Optional& base_rows,
-                                  const Tensor& targets, const Optional& target_rows, double exponent, bool save_signs, int64_t isa) {
+std::tuple<Tensor, Tensor> errors(const Tensor& sums, const Tensor& weight, const Optional& bias, const Tensor& base,
+                                  const Optional& base_rows, const Tensor& targets, const Optional& target_rows, double exponent,
+                                  bool save_signs, int64_t isa) {
   auto p = describe(sums, weight, bias, base, base_rows, 1);
   set_targets(p, targets, target_rows, exponent);
   Tensor values = floats(sums, {p.steps, p.rows});
-  const std::vector<int64_t> planes = save_signs ? std::vector<int64_t>{p.steps, p.rows, 2 * ((p.channels + 7) / 8)} : std::vector<int64_t>{0};
+  const std::vector<int64_t> planes =
+      save_signs ? std::vector<int64_t>{p.steps, p.rows, 2 * ((p.channels + 7) / 8)} : std::vector<int64_t>{0};
   Tensor signs = torch::stable::new_empty(sums, planes, ScalarType::Byte);
   p.errors = filled(values);
   p.signs = save_signs ? signs.mutable_data_ptr<uint8_t>() : nullptr;
@@ -231,7 +235,8 @@ Tensor errors_gradient(const Tensor& sums, const Tensor& weight, const Optional&
   auto p = describe(sums, weight, bias, base, base_rows, first_step);
   set_targets(p, targets, target_rows, exponent);
   check_float(grad_errors, "grad_errors", {p.steps, p.rows});
-  check(grad_base.scalar_type() == ScalarType::Float && grad_base.size(0) == p.rows && grad_base.size(1) == p.channels && grad_base.stride(1) == 1,
+  check(grad_base.scalar_type() == ScalarType::Float && grad_base.size(0) == p.rows && grad_base.size(1) == p.channels &&
+            grad_base.stride(1) == 1,
         "grad_base", "be float32 [rows, D] with channel stride 1");
   Tensor grad = floats(sums, {p.steps, p.rows, p.channels});
   p.grad_errors = numbers(grad_errors);
@@ -287,8 +292,8 @@ std::tuple<Tensor, Tensor> gru_fwd(const Tensor& start, const Tensor& actions, s
   return {states, gates};
 }
 
-std::vector<Tensor> gru_bwd(const Tensor& start, const Tensor& actions, const Tensor& states, const Tensor& gates, std::vector<Tensor> weights,
-                            double epsilon, const Tensor& grad_states, bool every_step, int64_t isa) {
+std::vector<Tensor> gru_bwd(const Tensor& start, const Tensor& actions, const Tensor& states, const Tensor& gates,
+                            std::vector<Tensor> weights, double epsilon, const Tensor& grad_states, bool every_step, int64_t isa) {
   auto p = describe_gru(start, actions, weights, epsilon);
   p.kept = p.horizon;
   check_float(states, "states", {p.horizon, p.rows, p.channels});
@@ -314,19 +319,24 @@ std::vector<Tensor> gru_bwd(const Tensor& start, const Tensor& actions, const Te
 }  // namespace jk
 
 STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
-  m.def("latent_rollout_mlp_fwd(Tensor start, Tensor? coupling, Tensor? drift, int horizon, bool keep_all, bool save, int isa) -> (Tensor, Tensor)");
+  m.def(
+      "latent_rollout_mlp_fwd(Tensor start, Tensor? coupling, Tensor? drift, int horizon, bool keep_all, bool save, int isa) -> (Tensor, "
+      "Tensor)");
   m.def("latent_rollout_mlp_bwd(Tensor inputs, Tensor? coupling, Tensor grad_sums, int isa) -> (Tensor, Tensor)");
   m.def(
-      "latent_rollout_hamiltonian_fwd(Tensor start, Tensor weight, Tensor bias, Tensor energy, Tensor coupling, float time_step, int horizon, "
+      "latent_rollout_hamiltonian_fwd(Tensor start, Tensor weight, Tensor bias, Tensor energy, Tensor coupling, float time_step, int "
+      "horizon, "
       "bool keep_all, bool save, int isa) -> (Tensor, Tensor)");
   m.def(
       "latent_rollout_hamiltonian_bwd(Tensor input, Tensor weight, Tensor bias, Tensor energy, Tensor coupling, float time_step, "
       "bool transposed, Tensor following, Tensor(a!) carried, int isa) -> Tensor[]");
   m.def(
-      "latent_rollout_readout(Tensor sums, Tensor weight, Tensor? bias, Tensor base, Tensor? base_rows, int first_step, Tensor(a!) out, int isa) "
+      "latent_rollout_readout(Tensor sums, Tensor weight, Tensor? bias, Tensor base, Tensor? base_rows, int first_step, Tensor(a!) out, "
+      "int isa) "
       "-> ()");
   m.def(
-      "latent_rollout_errors(Tensor sums, Tensor weight, Tensor? bias, Tensor base, Tensor? base_rows, Tensor targets, Tensor? target_rows, "
+      "latent_rollout_errors(Tensor sums, Tensor weight, Tensor? bias, Tensor base, Tensor? base_rows, Tensor targets, Tensor? "
+      "target_rows, "
       "float exponent, bool save_signs, int isa) -> (Tensor, Tensor)");
   m.def(
       "latent_rollout_errors_gradient(Tensor sums, Tensor weight, Tensor? bias, Tensor base, Tensor? base_rows, Tensor targets, "
@@ -335,19 +345,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
       "latent_rollout_gru_fwd(Tensor start, Tensor actions, Tensor[] weights, float epsilon, bool keep_all, bool save, int isa) "
       "-> (Tensor, Tensor)");
   m.def(
-      "latent_rollout_gru_bwd(Tensor start, Tensor actions, Tensor states, Tensor gates, Tensor[] weights, float epsilon, Tensor grad_states, "
+      "latent_rollout_gru_bwd(Tensor start, Tensor actions, Tensor states, Tensor gates, Tensor[] weights, float epsilon, Tensor "
+      "grad_states, "
       "bool every_step, int isa) -> Tensor[]");
 }
 
-#define JK_LATENT_ROLLOUT_KERNELS(m)                                                     \
-  m.impl("latent_rollout_mlp_fwd", TORCH_BOX(&jk::mlp_fwd));                             \
-  m.impl("latent_rollout_mlp_bwd", TORCH_BOX(&jk::mlp_bwd));                             \
-  m.impl("latent_rollout_hamiltonian_fwd", TORCH_BOX(&jk::hamiltonian_fwd));             \
-  m.impl("latent_rollout_hamiltonian_bwd", TORCH_BOX(&jk::hamiltonian_bwd));             \
-  m.impl("latent_rollout_readout", TORCH_BOX(&jk::readout));                             \
-  m.impl("latent_rollout_errors", TORCH_BOX(&jk::errors));                               \
-  m.impl("latent_rollout_errors_gradient", TORCH_BOX(&jk::errors_gradient));             \
-  m.impl("latent_rollout_gru_fwd", TORCH_BOX(&jk::gru_fwd));                             \
+#define JK_LATENT_ROLLOUT_KERNELS(m)                                         \
+  m.impl("latent_rollout_mlp_fwd", TORCH_BOX(&jk::mlp_fwd));                 \
+  m.impl("latent_rollout_mlp_bwd", TORCH_BOX(&jk::mlp_bwd));                 \
+  m.impl("latent_rollout_hamiltonian_fwd", TORCH_BOX(&jk::hamiltonian_fwd)); \
+  m.impl("latent_rollout_hamiltonian_bwd", TORCH_BOX(&jk::hamiltonian_bwd)); \
+  m.impl("latent_rollout_readout", TORCH_BOX(&jk::readout));                 \
+  m.impl("latent_rollout_errors", TORCH_BOX(&jk::errors));                   \
+  m.impl("latent_rollout_errors_gradient", TORCH_BOX(&jk::errors_gradient)); \
+  m.impl("latent_rollout_gru_fwd", TORCH_BOX(&jk::gru_fwd));                 \
   m.impl("latent_rollout_gru_bwd", TORCH_BOX(&jk::gru_bwd))
 
 STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CPU, m) { JK_LATENT_ROLLOUT_KERNELS(m); }

@@ -152,7 +152,8 @@ JK_EXPORT const char* jk_latent_rollout_cpu_hamiltonian_fwd(const jk_rollout_ham
   return nullptr;
 }
 
-JK_EXPORT const char* jk_latent_rollout_cpu_hamiltonian_bwd(const jk_rollout_hamiltonian_step_params* p, int isa, jk_parallel_for parallel_for) {
+JK_EXPORT const char* jk_latent_rollout_cpu_hamiltonian_bwd(const jk_rollout_hamiltonian_step_params* p, int isa,
+                                                            jk_parallel_for parallel_for) {
   const Kernels* kernels = kernels_of(isa);
   if (kernels == nullptr) return kNoIsa;
   Packer pack(*kernels, parallel_for);
@@ -178,7 +179,8 @@ JK_EXPORT const char* jk_latent_rollout_cpu_readout_gradient(const jk_rollout_re
   if (p->signs == nullptr) return jk_latent_rollout_cpu_readout(p, isa, parallel_for);
   const Kernels* kernels = kernels_of(isa);
   if (kernels == nullptr) return kNoIsa;
-  over_tiles(parallel_for, p->rows, kTileRows, [&](int64_t, int64_t first, int64_t rows) { kernels->gradient_from_signs(*p, first, rows); });
+  over_tiles(parallel_for, p->rows, kTileRows,
+             [&](int64_t, int64_t first, int64_t rows) { kernels->gradient_from_signs(*p, first, rows); });
   return nullptr;
 }
 

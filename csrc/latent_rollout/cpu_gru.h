@@ -59,20 +59,22 @@ void gru_forward(const jk_rollout_gru_params& p, const Packed& packed, int64_t f
                   V::store(gate + r * gates + c, V::add(left, V::load(bias + c)));
                   V::store(gate + r * gates + c + V::kLanes, V::add(right, V::load(bias + c + V::kLanes)));
                 });
-    multiply<V>(state, wide, rows, d, packed.matrix[kFromState], gates, spare, [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
-      left = V::add(left, V::load(bias_state + c));
-      right = V::add(right, V::load(bias_state + c + V::kLanes));
-      if (c >= 2 * wide) {
-        V::store(hidden + r * wide + c - 2 * wide, left);
-        V::store(hidden + r * wide + c - 2 * wide + V::kLanes, right);
-      } else {
-        float* to = gate + r * gates + c;
-        V::store(to, sigmoid<V>(V::add(V::load(to), left)));
-        V::store(to + V::kLanes, sigmoid<V>(V::add(V::load(to + V::kLanes), right)));
-      }
-    });
+    multiply<V>(state, wide, rows, d, packed.matrix[kFromState], gates, spare,
+                [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
+                  left = V::add(left, V::load(bias_state + c));
+                  right = V::add(right, V::load(bias_state + c + V::kLanes));
+                  if (c >= 2 * wide) {
+                    V::store(hidden + r * wide + c - 2 * wide, left);
+                    V::store(hidden + r * wide + c - 2 * wide + V::kLanes, right);
+                  } else {
+                    float* to = gate + r * gates + c;
+                    V::store(to, sigmoid<V>(V::add(V::load(to), left)));
+                    V::store(to + V::kLanes, sigmoid<V>(V::add(V::load(to + V::kLanes), right)));
+                  }
+                });
     for (int64_t r = 0; r < rows; ++r) {
-      float *z = state + r * wide, *reset = gate + r * gates, *update = reset + wide, *candidate = update + wide, *from_state = hidden + r * wide;
+      float *z = state + r * wide, *reset = gate + r * gates, *update = reset + wide, *candidate = update + wide,
+            *from_state = hidden + r * wide;
       for (int64_t i = 0; i < wide; i += V::kLanes) {
         const typename V::Vec n = tanh<V>(V::fma(V::load(reset + i), V::load(from_state + i), V::load(candidate + i)));
         V::store(candidate + i, n);
@@ -98,7 +100,8 @@ template <class V>
 void gru_backward(const jk_rollout_gru_params& p, const Packed& packed, int64_t first, int64_t rows, float* grad_norm, float* scratch) {
   const int64_t d = p.channels, wide = Block<V>::padded(d), tile = kWideTileRows * wide;
   float *carried = scratch, *grad = carried + tile, *mixed = grad + 3 * tile, *before = mixed + tile;  // grad: rows of [r, u, W_s z of n]
-  float *weight = before + wide, *part = weight + wide, *grad_weight = part + 4 * wide, *grad_shift = grad_weight + wide, *spare = grad_shift + wide;
+  float *weight = before + wide, *part = weight + wide, *grad_weight = part + 4 * wide, *grad_shift = grad_weight + wide,
+        *spare = grad_shift + wide;
   load_vector(weight, wide, p.norm_weight, d);
   memset(grad_weight, 0, sizeof(float) * 2 * wide);
   memset(carried, 0, sizeof(float) * rows * wide);
@@ -129,7 +132,8 @@ void gru_backward(const jk_rollout_gru_params& p, const Packed& packed, int64_t 
         plain = V::add(plain, scaled);
         along = V::fma(scaled, normal, along);
       }
-      const typename V::Vec plain_mean = V::set1(V::sum(plain) / (float)d), along_mean = V::set1(V::sum(along) / (float)d), one = V::set1(1.f);
+      const typename V::Vec plain_mean = V::set1(V::sum(plain) / (float)d), along_mean = V::set1(V::sum(along) / (float)d),
+                            one = V::set1(1.f);
       float *to_reset = grad + r * 3 * wide, *to_update = to_reset + wide, *to_state = to_update + wide;
       for (int64_t i = 0; i < wide; i += V::kLanes) {
         const typename V::Vec normal = V::mul(V::sub(V::load(h + i), m), s), scaled = V::mul(V::load(into + i), V::load(weight + i));
@@ -150,10 +154,11 @@ void gru_backward(const jk_rollout_gru_params& p, const Packed& packed, int64_t 
       memcpy(to + 2 * d, h, sizeof(float) * d);
       memcpy(to + 3 * d, to_state, sizeof(float) * d);
     }
-    multiply<V>(grad, 3 * wide, rows, 3 * wide, packed.matrix[kToState], d, spare, [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
-      add_to<V>(carried + r * wide + c, left);
-      add_to<V>(carried + r * wide + c + V::kLanes, right);
-    });
+    multiply<V>(grad, 3 * wide, rows, 3 * wide, packed.matrix[kToState], d, spare,
+                [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
+                  add_to<V>(carried + r * wide + c, left);
+                  add_to<V>(carried + r * wide + c + V::kLanes, right);
+                });
   }
   store_tile(p.grad_start + first * d, d, carried, wide, rows);
   memcpy(grad_norm, grad_weight, sizeof(float) * d);

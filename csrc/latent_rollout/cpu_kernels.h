@@ -13,13 +13,15 @@ struct Kernels {
   int64_t (*packed_size)(int64_t depth, int64_t columns);
   int64_t columns_of_panel;
   // Packs panels [begin, end) of a matrix given by strides.
-  void (*pack)(const float* data, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t columns, int64_t begin, int64_t end, float* to);
+  void (*pack)(const float* data, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t columns, int64_t begin, int64_t end,
+               float* to);
   int64_t (*mlp_scratch)(const jk_rollout_mlp_params& p);
   void (*mlp_forward)(const jk_rollout_mlp_params& p, const Packed& packed, int64_t first, int64_t rows, float* scratch);
   void (*mlp_backward)(const jk_rollout_mlp_params& p, const Packed& packed, int64_t first, int64_t rows, float* scratch);
   int64_t (*hamiltonian_scratch)(int64_t hidden, int64_t middle);
   void (*hamiltonian_forward)(const jk_rollout_hamiltonian_params& p, const Packed& packed, int64_t first, int64_t rows, float* scratch);
-  void (*hamiltonian_backward)(const jk_rollout_hamiltonian_step_params& p, const Packed& packed, int64_t first, int64_t rows, float* scratch);
+  void (*hamiltonian_backward)(const jk_rollout_hamiltonian_step_params& p, const Packed& packed, int64_t first, int64_t rows,
+                               float* scratch);
   int64_t (*readout_scratch)(const jk_rollout_readout_params& p);
   void (*readout)(const jk_rollout_readout_params& p, const Packed& packed, int64_t first, int64_t rows, float* scratch);
   void (*gradient_from_signs)(const jk_rollout_readout_params& p, int64_t first, int64_t rows);

@@ -54,7 +54,8 @@ void pack_panel(const Strided& b, int64_t depth, int64_t columns, int64_t panel,
 
 // c[r] = rows r of a (lda apart) times one panel.
 template <class V>
-JK_INLINE void multiply_block(const float* a, int64_t lda, int64_t depth, const float* panel, typename V::Vec (&result)[Block<V>::kRows][2]) {
+JK_INLINE void multiply_block(const float* a, int64_t lda, int64_t depth, const float* panel,
+                              typename V::Vec (&result)[Block<V>::kRows][2]) {
   constexpr int kRows = Block<V>::kRows, kColumns = Block<V>::kColumns;
   typename V::Vec c[kRows][2];  // of its own, so that the compiler keeps it in registers
   JK_UNROLL for (int r = 0; r < kRows; ++r) c[r][0] = c[r][1] = V::zero();

@@ -40,7 +40,8 @@ int64_t mlp_scratch(const jk_rollout_mlp_params& p) {
 template <class V>
 void mlp_forward(const jk_rollout_mlp_params& p, const Packed& packed, int64_t first, int64_t rows, float* scratch) {
   const int64_t h = p.hidden, wide = Block<V>::padded(h), step = p.rows * h, count = rows * wide;
-  float *a = scratch, *active = a + kTileRows * wide, *sum = active + kTileRows * wide, *drift = sum + kTileRows * wide, *spare = drift + wide;
+  float *a = scratch, *active = a + kTileRows * wide, *sum = active + kTileRows * wide, *drift = sum + kTileRows * wide,
+        *spare = drift + wide;
   load_tile(a, wide, p.start + first * h, h, rows);
   memset(sum, 0, sizeof(float) * count);
   if (p.horizon > 1) load_vector(drift, wide, p.drift, h);
@@ -104,8 +105,8 @@ enum { kToMiddle, kFromMiddle, kCouplingTransposed, kCoupling };
 
 // W2 gelu(a) + b2 and what follows it for a tile: pulled = w3 gelu'(.) and, for backward, gelu'(.) and w3 gelu''(.).
 template <class V, bool kBackward>
-JK_INLINE void pull(const float* activation, int64_t wide, int64_t rows, int64_t hidden, int64_t middle, const Packed& packed, const float* bias,
-                    const float* energy, int64_t deep, float* pulled, float* slopes, float* curvatures, float* spare) {
+JK_INLINE void pull(const float* activation, int64_t wide, int64_t rows, int64_t hidden, int64_t middle, const Packed& packed,
+                    const float* bias, const float* energy, int64_t deep, float* pulled, float* slopes, float* curvatures, float* spare) {
   multiply<V>(activation, wide, rows, hidden, packed.matrix[kToMiddle], middle, spare,
               [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
                 const typename V::Vec value[2] = {left, right};
@@ -127,7 +128,8 @@ template <class V>
 void hamiltonian_forward(const jk_rollout_hamiltonian_params& p, const Packed& packed, int64_t first, int64_t rows, float* scratch) {
   const int64_t h = p.hidden, m = p.middle, wide = Block<V>::padded(h), deep = Block<V>::padded(m), step = p.rows * h, count = rows * wide;
   const int64_t tile = kWideTileRows * wide;
-  float *a = scratch, *activation = a + tile, *slope = activation + tile, *force = slope + tile, *sums[2] = {force + tile, force + 2 * tile};
+  float *a = scratch, *activation = a + tile, *slope = activation + tile, *force = slope + tile,
+        *sums[2] = {force + tile, force + 2 * tile};
   float *pulled = force + 3 * tile, *bias = pulled + kWideTileRows * deep, *energy = bias + deep, *spare = energy + deep;
   load_tile(a, wide, p.start + first * h, h, rows);
   memset(sums[0], 0, sizeof(float) * 2 * tile);
@@ -143,14 +145,15 @@ void hamiltonian_forward(const jk_rollout_hamiltonian_params& p, const Packed& p
       V::store(slope + i, slope_of<V>(n, x));
     }
     pull<V, false>(activation, wide, rows, h, m, packed, bias, energy, deep, pulled, nullptr, nullptr, spare);
-    multiply<V>(pulled, deep, rows, m, packed.matrix[kFromMiddle], h, spare, [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
-      const int64_t at = r * wide + c;
-      const typename V::Vec u = V::mul(left, V::load(slope + at)), v = V::mul(right, V::load(slope + at + V::kLanes));
-      V::store(force + at, u);
-      V::store(force + at + V::kLanes, v);
-      add_to<V>(sums[which] + at, u);
-      add_to<V>(sums[which] + at + V::kLanes, v);
-    });
+    multiply<V>(pulled, deep, rows, m, packed.matrix[kFromMiddle], h, spare,
+                [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
+                  const int64_t at = r * wide + c;
+                  const typename V::Vec u = V::mul(left, V::load(slope + at)), v = V::mul(right, V::load(slope + at + V::kLanes));
+                  V::store(force + at, u);
+                  V::store(force + at + V::kLanes, v);
+                  add_to<V>(sums[which] + at, u);
+                  add_to<V>(sums[which] + at + V::kLanes, v);
+                });
     if (p.kept > 1 || k + 1 == p.horizon) {
       float* to = p.sums + (which * p.kept + (p.kept > 1 ? k : 0)) * step + first * h;
       store_tile(to, h, sums[which], wide, rows);
@@ -189,10 +192,11 @@ void hamiltonian_backward(const jk_rollout_hamiltonian_step_params& p, const Pac
   store_tile(p.activation + here, h, activation, wide, rows);
   pull<V, true>(activation, wide, rows, h, m, packed, bias, energy, deep, pulled, slopes, curvatures, spare);
   store_tile(p.pulled + first * m, m, pulled, deep, rows);
-  multiply<V>(pulled, deep, rows, m, packed.matrix[kFromMiddle], h, spare, [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
-    V::store(returned + r * wide + c, left);
-    V::store(returned + r * wide + c + V::kLanes, right);
-  });
+  multiply<V>(pulled, deep, rows, m, packed.matrix[kFromMiddle], h, spare,
+              [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
+                V::store(returned + r * wide + c, left);
+                V::store(returned + r * wide + c + V::kLanes, right);
+              });
   if (p.time_step != 0.f) {
     const typename V::Vec dt = V::set1(p.time_step);
     multiply<V>(carried, wide, rows, h, packed.matrix[p.transposed ? kCouplingTransposed : kCoupling], h, spare,
@@ -210,21 +214,23 @@ void hamiltonian_backward(const jk_rollout_hamiltonian_step_params& p, const Pac
   }
   store_tile(p.force + here, h, force, wide, rows);
   store_tile(p.grad_returned + here, h, into, wide, rows);
-  multiply<V>(into, wide, rows, h, packed.matrix[kToMiddle], m, spare, [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
-    const typename V::Vec value[2] = {left, right};
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = r * deep + c + half * V::kLanes;
-      V::store(grad_middle + at, V::mul(value[half], V::load(curvatures + at)));
-      V::store(slopes + at, V::mul(value[half], V::load(slopes + at)));
-    }
-  });
+  multiply<V>(into, wide, rows, h, packed.matrix[kToMiddle], m, spare,
+              [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
+                const typename V::Vec value[2] = {left, right};
+                for (int half = 0; half < 2; ++half) {
+                  const int64_t at = r * deep + c + half * V::kLanes;
+                  V::store(grad_middle + at, V::mul(value[half], V::load(curvatures + at)));
+                  V::store(slopes + at, V::mul(value[half], V::load(slopes + at)));
+                }
+              });
   store_tile(p.grad_middle + first * m, m, grad_middle, deep, rows);
   store_tile(p.grad_energy + first * m, m, slopes, deep, rows);
-  multiply<V>(grad_middle, deep, rows, m, packed.matrix[kFromMiddle], h, spare, [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
-    const int64_t at = r * wide + c;
-    V::store(carried + at, V::fma(left, V::load(slope + at), V::load(carried + at)));
-    V::store(carried + at + V::kLanes, V::fma(right, V::load(slope + at + V::kLanes), V::load(carried + at + V::kLanes)));
-  });
+  multiply<V>(grad_middle, deep, rows, m, packed.matrix[kFromMiddle], h, spare,
+              [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
+                const int64_t at = r * wide + c;
+                V::store(carried + at, V::fma(left, V::load(slope + at), V::load(carried + at)));
+                V::store(carried + at + V::kLanes, V::fma(right, V::load(slope + at + V::kLanes), V::load(carried + at + V::kLanes)));
+              });
   store_tile(p.carried + here, h, carried, wide, rows);
 }
 

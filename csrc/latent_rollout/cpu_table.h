@@ -20,9 +20,9 @@ void pack_panels(const float* data, int64_t row_stride, int64_t column_stride, i
 
 template <class V>
 constexpr Kernels kernels() {
-  return {packed_size<V>,      Block<V>::kColumns, pack_panels<V>,          mlp_scratch<V>, mlp_forward<V>, mlp_backward<V>,
-          hamiltonian_scratch<V>, hamiltonian_forward<V>, hamiltonian_backward<V>, readout_scratch<V>, readout<V>, gradient_from_signs<V>,
-          gru_scratch<V>,      gru_forward<V>,     gru_backward<V>};
+  return {packed_size<V>,  Block<V>::kColumns,     pack_panels<V>,         mlp_scratch<V>,          mlp_forward<V>,
+          mlp_backward<V>, hamiltonian_scratch<V>, hamiltonian_forward<V>, hamiltonian_backward<V>, readout_scratch<V>,
+          readout<V>,      gradient_from_signs<V>, gru_scratch<V>,         gru_forward<V>,          gru_backward<V>};
 }
 
 }  // namespace

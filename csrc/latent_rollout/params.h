@@ -14,15 +14,15 @@ typedef struct {
 // Residual MLP: a_{i+1} = a_i + C gelu(a_i) + drift, s_k = sum of gelu(a_i), i < k.
 typedef struct {
   int64_t rows, hidden, horizon;
-  int64_t kept;             // sums kept: horizon, or 1 for the last alone
-  const float* start;       // [rows, h] a_0
-  const float* coupling;    // [h, h] C, NULL at horizon 1
-  const float* drift;       // [h], NULL at horizon 1
-  float* sums;              // [kept, rows, h]
-  float* inputs;            // [horizon, rows, h] every a_i, or NULL; read by backward
-  const float* grad_sums;   // backward: [kept, rows, h]
-  float* grad_inputs;       // backward: [horizon, rows, h]
-  float* activations;       // backward: [horizon - 1, rows, h] gelu(a_i)
+  int64_t kept;            // sums kept: horizon, or 1 for the last alone
+  const float* start;      // [rows, h] a_0
+  const float* coupling;   // [h, h] C, NULL at horizon 1
+  const float* drift;      // [h], NULL at horizon 1
+  float* sums;             // [kept, rows, h]
+  float* inputs;           // [horizon, rows, h] every a_i, or NULL; read by backward
+  const float* grad_sums;  // backward: [kept, rows, h]
+  float* grad_inputs;      // backward: [horizon, rows, h]
+  float* activations;      // backward: [horizon - 1, rows, h] gelu(a_i)
 } jk_rollout_mlp_params;
 
 // Hamiltonian: u(a) = gelu'(a) W2^T (w3 gelu'(W2 gelu(a) + b2)); half-steps alternate a += dt C u(a) and a -= dt C^T u(a).
@@ -30,48 +30,48 @@ typedef struct {
   int64_t rows, hidden, middle, horizon;
   int64_t kept;
   float time_step;
-  const float* start;                        // [rows, h]
-  const float* weight;                       // [middle, h] W2
-  const float* bias;                         // [middle] b2
-  const float* energy;                       // [middle] w3
-  const float* coupling;                     // [h, h] C
-  float* sums;                               // [2, kept, rows, h]
-  float* inputs;                             // [2 horizon, rows, h] or NULL
+  const float* start;     // [rows, h]
+  const float* weight;    // [middle, h] W2
+  const float* bias;      // [middle] b2
+  const float* energy;    // [middle] w3
+  const float* coupling;  // [h, h] C
+  float* sums;            // [2, kept, rows, h]
+  float* inputs;          // [2 horizon, rows, h] or NULL
 } jk_rollout_hamiltonian_params;
 
 // The transpose of one half-step: carried (the gradient of the hidden state after it) becomes that before it.
 typedef struct {
   int64_t rows, hidden, middle;
-  int64_t transposed;                        // whether the half-step moved by C^T
-  float time_step;                           // dt, or -dt for the second half-step; 0 where the force moves nothing
+  int64_t transposed;  // whether the half-step moved by C^T
+  float time_step;     // dt, or -dt for the second half-step; 0 where the force moves nothing
   const float *weight, *bias, *energy, *coupling;
-  const float* input;                        // [rows, h] a
-  const float* following;                    // [rows, h] gradient that reaches the force from the sums
-  float* carried;                            // [rows, h] in and out
-  float* force;                              // [rows, h] u(a)
-  float *activation, *grad_returned;         // [rows, h]: gelu(a); gradient of W2^T(...)
-  float *pulled, *grad_middle, *grad_energy; // [rows, middle]: w3 gelu'(.); gradient of W2 gelu(a) + b2; its part of w3's gradient
+  const float* input;                         // [rows, h] a
+  const float* following;                     // [rows, h] gradient that reaches the force from the sums
+  float* carried;                             // [rows, h] in and out
+  float* force;                               // [rows, h] u(a)
+  float *activation, *grad_returned;          // [rows, h]: gelu(a); gradient of W2^T(...)
+  float *pulled, *grad_middle, *grad_energy;  // [rows, middle]: w3 gelu'(.); gradient of W2 gelu(a) + b2; its part of w3's gradient
 } jk_rollout_hamiltonian_step_params;
 
 // y_k = base + sums_k @ weight + (k + first_step) * bias for `channels` columns, written, compared with targets, or differentiated.
 typedef struct {
   int64_t rows, hidden, channels, steps;
   int64_t first_step;
-  const float* sums;                         // [steps, rows, h]
-  const float* weight;                       // [h, channels] by strides
+  const float* sums;    // [steps, rows, h]
+  const float* weight;  // [h, channels] by strides
   int64_t weight_row_stride, weight_column_stride;
-  const float* bias;                         // [channels] or NULL
+  const float* bias;  // [channels] or NULL
   jk_rollout_rows base;
-  void* out;                                 // predictions: row i of step k at k * out_step_stride + i * out_row_stride, or NULL
+  void* out;  // predictions: row i of step k at k * out_step_stride + i * out_row_stride, or NULL
   int64_t out_step_stride, out_row_stride, out_dtype;
-  jk_rollout_rows targets;                   // row i of step k: index[k * rows + i], or k * target_step_stride + i * stride
+  jk_rollout_rows targets;  // row i of step k: index[k * rows + i], or k * target_step_stride + i * stride
   int64_t target_step_stride;
   float exponent;
-  float* errors;                             // [steps, rows], or NULL
-  uint8_t* signs;                            // [steps, rows, 2, ceil(channels / 8)] bits residual > 0, then residual < 0, or NULL
-  const float* grad_errors;                  // gradient: [steps, rows]
-  float* grad;                               // gradient: [steps, rows, channels]
-  float* grad_base;                          // gradient: [rows, channels] with grad_base_stride, added to
+  float* errors;             // [steps, rows], or NULL
+  uint8_t* signs;            // [steps, rows, 2, ceil(channels / 8)] bits residual > 0, then residual < 0, or NULL
+  const float* grad_errors;  // gradient: [steps, rows]
+  float* grad;               // gradient: [steps, rows, channels]
+  float* grad_base;          // gradient: [rows, channels] with grad_base_stride, added to
   int64_t grad_base_stride;
 } jk_rollout_readout_params;
 
@@ -80,7 +80,7 @@ typedef struct {
   int64_t rows, channels, actions, horizon;
   int64_t kept;
   float epsilon;
-  const float* start;                        // [rows, D] by start_stride (0: one state for all rows)
+  const float* start;  // [rows, D] by start_stride (0: one state for all rows)
   int64_t start_stride;
   const float* action;                       // [horizon, rows, A]
   const float *weight_input, *weight_state;  // [3 D, A], [3 D, D]
@@ -99,7 +99,8 @@ typedef struct {
 JK_EXPORT const char* jk_latent_rollout_cpu_mlp_fwd(const jk_rollout_mlp_params* p, int isa, jk_parallel_for parallel_for);
 JK_EXPORT const char* jk_latent_rollout_cpu_mlp_bwd(const jk_rollout_mlp_params* p, int isa, jk_parallel_for parallel_for);
 JK_EXPORT const char* jk_latent_rollout_cpu_hamiltonian_fwd(const jk_rollout_hamiltonian_params* p, int isa, jk_parallel_for parallel_for);
-JK_EXPORT const char* jk_latent_rollout_cpu_hamiltonian_bwd(const jk_rollout_hamiltonian_step_params* p, int isa, jk_parallel_for parallel_for);
+JK_EXPORT const char* jk_latent_rollout_cpu_hamiltonian_bwd(const jk_rollout_hamiltonian_step_params* p, int isa,
+                                                            jk_parallel_for parallel_for);
 JK_EXPORT const char* jk_latent_rollout_cpu_readout(const jk_rollout_readout_params* p, int isa, jk_parallel_for parallel_for);
 JK_EXPORT const char* jk_latent_rollout_cpu_readout_gradient(const jk_rollout_readout_params* p, int isa, jk_parallel_for parallel_for);
 JK_EXPORT const char* jk_latent_rollout_cpu_gru_fwd(const jk_rollout_gru_params* p, int isa, jk_parallel_for parallel_for);

@@ -3,4 +3,4 @@
 from .api import HardRegion, latent_rollout, latent_rollout_loss
 from .cells import GRU, Hamiltonian, ResidualMLP
 
-__all__ = ["GRU", "HardRegion", "Hamiltonian", "ResidualMLP", "latent_rollout", "latent_rollout_loss"]
+__all__ = ["GRU", "Hamiltonian", "HardRegion", "ResidualMLP", "latent_rollout", "latent_rollout_loss"]

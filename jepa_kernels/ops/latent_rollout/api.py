@@ -177,7 +177,11 @@ def _autocast(states: Any, cell: Any, actions: Any) -> tuple[Any, Any, Any]:
     if states.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return states, cell, actions
     dtype = torch.get_autocast_dtype(kind)
-    return states.to(dtype), _op.with_parameters(cell, [p.to(dtype) for p in cell.parameters()]), None if actions is None else actions.to(dtype)
+    return (
+        states.to(dtype),
+        _op.with_parameters(cell, [p.to(dtype) for p in cell.parameters()]),
+        None if actions is None else actions.to(dtype),
+    )
 
 
 def prepare(
@@ -277,6 +281,8 @@ def _check_parameter(name: str, tensor: Any, shape: tuple[int, ...], states: tor
 def _check_cell(cell: Cell, states: torch.Tensor) -> tuple[tuple[int, ...], int]:
     """Checks the shapes of the cell's parameters; its hidden widths and the channels it reads."""
     channels = states.shape[1]
+    names: tuple[str, ...]
+    hidden: tuple[int, ...]
     if isinstance(cell, GRU):
         checks.is_finite_number(_NAME, "cell.epsilon", cell.epsilon)
         for name, tensor in (("weight_input", cell.weight_input),):
@@ -298,7 +304,8 @@ def _check_cell(cell: Cell, states: torch.Tensor) -> tuple[tuple[int, ...], int]
             hidden = (width,)
         else:
             hidden, in_channels = _check_hamiltonian(cell, channels), channels
-            shapes = [(width, channels), (width,), (hidden[1], width), (hidden[1],), (1, hidden[1])]
+            second = hidden[1]
+            shapes = [(width, channels), (width,), (second, width), (second,), (1, second)]
             names = ("weight_in", "bias_in", "weight_hidden", "bias_hidden", "weight_energy")
     for name, tensor, shape in zip(names, cell.parameters(), shapes, strict=True):
         _check_parameter(name, tensor, shape, states)
@@ -362,12 +369,14 @@ def _check_targets(targets: Any, target_rows: Any, states: torch.Tensor, count: 
     _check_float("targets", targets, states, or_float32=True)
     if target_rows is None:
         checks.has_rank(_NAME, "targets", targets, 3, "[horizon, rows, D] without target_rows")
-        horizon, wanted = targets.shape[0], (targets.shape[0], count, states.shape[1])
+        horizon = targets.shape[0]
+        wanted: tuple[int, ...] = (horizon, count, states.shape[1])
     else:
         checks.has_rank(_NAME, "targets", targets, 2, "[N, D] with target_rows")
         checks.is_tensor(_NAME, "target_rows", target_rows)
         checks.has_rank(_NAME, "target_rows", target_rows, 2, "[horizon, rows]")
-        horizon, wanted = target_rows.shape[0], (targets.shape[0], states.shape[1])
+        horizon = target_rows.shape[0]
+        wanted = (targets.shape[0], states.shape[1])
         _check_index("target_rows", target_rows, states, (horizon, count))
     if tuple(targets.shape) != wanted:
         _fail("targets", f"have shape {wanted}", tuple(targets.shape))

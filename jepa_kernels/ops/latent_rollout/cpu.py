@@ -122,4 +122,5 @@ class Native:
         grad_gates, grad_start, grad_norm = self.ops.latent_rollout_gru_bwd(
             start, actions.contiguous(), states, gates, weights, epsilon, grad_states.contiguous(), every_step, self.isa
         )
-        return grad_gates, grad_start, *grad_norm.sum(0)
+        # Outputs of an op must not be views of one another.
+        return grad_gates, grad_start, *(g.clone() for g in grad_norm.sum(0))

@@ -72,7 +72,9 @@ class Kernels(Protocol):
 
     def mlp_recurrence_backward(self, hidden, coupling: Coupling, grad_sums): ...
 
-    def hamiltonian_recurrence(self, a, weights: Tensors, coupling: Coupling, time_step: float, horizon: int, keep_all: bool, save: bool): ...
+    def hamiltonian_recurrence(
+        self, a, weights: Tensors, coupling: Coupling, time_step: float, horizon: int, keep_all: bool, save: bool
+    ): ...
 
     def hamiltonian_recurrence_backward(self, hidden, weights: Tensors, coupling: Coupling, time_step: float, grad_sums): ...
 
@@ -187,9 +189,7 @@ def backward(problem: Problem, kernels: Kernels, grad_out: torch.Tensor, saved: 
     read_gradients = []
     for i, part in enumerate(parts(problem)):
         planes = signs[i] if signs.numel() else None
-        read_gradients.append(
-            _readout_backward(problem, kernels, part, sums[i], planes, grad_out, grad_base, grad_sums[i], grad_targets)
-        )
+        read_gradients.append(_readout_backward(problem, kernels, part, sums[i], planes, grad_out, grad_base, grad_sums[i], grad_targets))
     coupling = coupling_of(problem, kernels)
     if problem.cell == "residual_mlp":
         grad_a, grad_parameters = _mlp_backward(problem, kernels, coupling, hidden, grad_sums[0], read_gradients[0])

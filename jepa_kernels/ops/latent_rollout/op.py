@@ -203,10 +203,14 @@ def _bwd(grad_out, saved, needs, *inputs) -> list[torch.Tensor]:
     _check_direct_call(problem, backend)
     wanted = _out_shape(problem)
     if list(grad_out.shape) != wanted or grad_out.dtype != _out_dtype(problem) or grad_out.device != problem.states.device:
-        raise ValueError(checks.sentence(_NAME, "grad_out", f"be {_out_dtype(problem)} of shape {wanted}", f"{grad_out.dtype} {tuple(grad_out.shape)}"))
+        raise ValueError(
+            checks.sentence(_NAME, "grad_out", f"be {_out_dtype(problem)} of shape {wanted}", f"{grad_out.dtype} {tuple(grad_out.shape)}")
+        )
     shapes = saved_shapes(problem, ROOM.modules[backend].SAVES_SIGNS)
     if not problem.save or [list(t.shape) for t in saved] != list(shapes):
-        raise ValueError(checks.sentence(_NAME, "saved", f"be what forward returned with save, shapes {shapes}", [tuple(t.shape) for t in saved]))
+        raise ValueError(
+            checks.sentence(_NAME, "saved", f"be what forward returned with save, shapes {shapes}", [tuple(t.shape) for t in saved])
+        )
     with _exact(problem.states):
         states, parameters, actions, anchor, targets = ROOM.modules[backend].backward(problem, grad_out, tuple(saved), needs[-1])
     per_row = [states, *parameters, actions, anchor, targets]
@@ -248,7 +252,20 @@ def _backward(ctx, grad_out, *unused):
     need_states, _, need_parameters, need_actions, need_anchor, _, need_targets, *_ = ctx.needs_input_grad
     needs = [need_states, *need_parameters, need_actions, need_anchor, need_targets]
     grads = torch.ops.jepa_kernels.latent_rollout_bwd(
-        grad_out, saved, needs, states, rows, parameters, actions, anchor, anchor_rows, targets, target_rows, *ctx.numbers, True, ctx.backend
+        grad_out,
+        saved,
+        needs,
+        states,
+        rows,
+        parameters,
+        actions,
+        anchor,
+        anchor_rows,
+        targets,
+        target_rows,
+        *ctx.numbers,
+        True,
+        ctx.backend,
     )
     wanted = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
     grad_states, *grad_parameters, grad_actions, grad_anchor, grad_targets = wanted

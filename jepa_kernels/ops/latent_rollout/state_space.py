@@ -32,7 +32,9 @@ def forward(problem: Problem, kernels: Kernels) -> Tensors:
     """The output, then what backward needs: nothing, gates and states."""
     keep_all = problem.output != "last"
     start = problem.start().to(problem.accumulate_dtype)
-    states, gates = kernels.gru_recurrence(start, problem.actions, problem.parameters, problem.scalar, keep_all or problem.save, problem.save)
+    states, gates = kernels.gru_recurrence(
+        start, problem.actions, problem.parameters, problem.scalar, keep_all or problem.save, problem.save
+    )
     nothing = start.new_empty(0)
     if problem.output == "errors":
         out = torch.stack([power_mean(residual, problem.exponent) for residual in _residuals(problem, states)])

@@ -95,7 +95,12 @@ def _cell(cell: str, values, channels: int, hidden: int, split: bool, time_step:
     if cell == "residual_mlp":
         ranges = ((1, channels // 3), (channels // 2, channels)) if split else None
         width = channels // 3 - 1 + channels - channels // 2 if split else channels
-        tensors = values(hidden, width, spread=fan[0]), values(hidden, spread=0.3), values(channels, hidden, spread=fan[1]), values(channels)
+        tensors = (
+            values(hidden, width, spread=fan[0]),
+            values(hidden, spread=0.3),
+            values(channels, hidden, spread=fan[1]),
+            values(channels),
+        )
         return ResidualMLP(*tensors, ranges)
     if cell == "hamiltonian":
         first = values(hidden, channels, spread=fan[0]), values(hidden, spread=0.3)
@@ -103,7 +108,13 @@ def _cell(cell: str, values, channels: int, hidden: int, split: bool, time_step:
         return Hamiltonian(*first, *second, time_step)
     gates = 3 * channels
     weights = values(gates, 5, spread=0.4), values(gates, channels, spread=fan[0])
-    return GRU(*weights, values(gates, spread=0.2), values(gates, spread=0.2), values(channels, spread=0.25, mean=1.0), values(channels, spread=0.5))
+    return GRU(
+        *weights,
+        values(gates, spread=0.2),
+        values(gates, spread=0.2),
+        values(channels, spread=0.25, mean=1.0),
+        values(channels, spread=0.5),
+    )
 
 
 def run_rollout(case: RolloutCase, backend: str, dtype: torch.dtype | None = None, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -148,9 +159,5 @@ def check_rollout(case: RolloutCase, backend: str, device: str = "cpu") -> dict[
     peer = run_rollout(case, "reference") if case.dtype in (torch.bfloat16, torch.float16) else {}
     actual = run_rollout(case, backend, device=device)
     for name, tensor in actual.items():
-        assert_within_budget(
-            f"{backend} {name}", tensor, oracle[name], peer.get(name), gradient=name.startswith("grad"), dtype=case.dtype
-        )
+        assert_within_budget(f"{backend} {name}", tensor, oracle[name], peer.get(name), gradient=name.startswith("grad"), dtype=case.dtype)
     return actual
-
-
