@@ -109,10 +109,17 @@ def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
                     continue
                 student = Student(encoder, options.device).with_gradients()
                 yield harness.Comparison(
-                    case=encoder, dtype="float32", pass_name="step", backend=backend, baseline=name, candidate=ours(student, backend),
-                    reference=baseline(student, name), gate=gate(encoder, options.device, backend), bytes=36.0 * parameter_lists.count(encoder),
+                    case=encoder + parameter_lists.threads(),
+                    dtype="float32",
+                    pass_name="step",
+                    backend=backend,
+                    baseline=name,
+                    candidate=ours(student, backend),
+                    reference=baseline(student, name),
+                    gate=gate(encoder, options.device, backend),
+                    bytes=36.0 * parameter_lists.count(encoder),
                     details={"parameters": parameter_lists.count(encoder), "tensors": len(student.weights)},
-                )  # fmt: skip
+                )
 
 
 if __name__ == "__main__":

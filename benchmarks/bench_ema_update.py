@@ -46,7 +46,7 @@ def cases(options: harness.Options) -> Iterator[Case]:
                 targets = parameter_lists.draw(encoder, torch.float32, options.device)
                 sources = parameter_lists.draw(encoder, torch.bfloat16 if "from" in kind else torch.float32, options.device)
                 copies = [t.bfloat16() for t in targets] if "copy" in kind else []
-                yield Case(f"{encoder}/{kind.replace(' ', '-')}", dtype, targets, sources, copies)
+                yield Case(f"{encoder}/{kind.replace(' ', '-')}{parameter_lists.threads()}", dtype, targets, sources, copies)
 
 
 def ours(case: Case, backend: str) -> Callable[[], None]:

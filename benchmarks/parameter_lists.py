@@ -34,3 +34,8 @@ def draw(name: str, dtype: torch.dtype, device: str, scale: float = 0.02) -> lis
 
 def count(name: str) -> int:
     return sum(torch.Size(shape).numel() for shape in shapes(name))
+
+
+def threads() -> str:
+    """Ending of a case name: one thread has no parallel region to start, so its numbers are a case of their own."""
+    return "/1-thread" if torch.get_num_threads() == 1 else ""

@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -160,7 +161,7 @@ def make_batch(workload: Workload, policy: MaskPolicy | None, read: Callable[[in
 
 
 def load_encoder(path: str, model: ModelConfig) -> nn.Module:
-    """`package.module:factory`, called with the ModelConfig; the result is called like `jepa.models.encoder.Encoder`."""
+    """`package.module:factory`, called with the ModelConfig; called like `jepa.models.encoder.Encoder`, with `blocks` for fine-tuning."""
     module_name, separator, attribute = path.partition(":")
     if not separator:
         raise ValueError(f"sweep: encoder must look like package.module:factory, got {path!r}.")
@@ -224,20 +225,9 @@ class Pretraining:
         return {"target_live": live, "context_tokens": context, "predicted": predicted, "predicted_context": predicted_context}
 
 
-class Pooled(nn.Module):
-    """The smallest classifier on an encoder: mean over tokens, one linear layer."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm, self.classes = nn.LayerNorm(width), nn.Linear(width, CLASSES)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.classes(self.norm(tokens.mean(1)))
-
-
 @dataclass
 class Finetuning:
-    """Supervised training of the encoder on every token of the clip; with `frozen` only the head trains."""
+    """Supervised training as `jepa.finetune` does it: attentive pooler, layer-wise rates, clipping; with `frozen` only the head trains."""
 
     workload: Workload
     frozen: bool = False
@@ -246,28 +236,36 @@ class Finetuning:
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
+        from jepa.finetune import FinetuneConfig, layer_groups
         from jepa.models.encoder import Encoder
+        from jepa.probe import Probe
 
         torch.manual_seed(self.workload.seed)
-        model = self.workload.model
-        own = self.workload.encoder
-        self.encoder = (Encoder(model) if own is None else load_encoder(own, model)).to(self.workload.device)
-        self.head = Pooled(model.width).to(self.workload.device)
-        trained = [*self.head.parameters(), *([] if self.frozen else self.encoder.parameters())]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+        model, device, own = self.workload.model, self.workload.device, self.workload.encoder
+        self.encoder = (Encoder(model) if own is None else load_encoder(own, model)).to(device)
+        self.head = Probe("attentive", model.width, model.heads, {"class": CLASSES}).to(device)
+        cfg = FinetuneConfig(rate=1e-5)
+        groups: Any = self.head.parameters()
+        if not self.frozen:
+            groups = layer_groups(SimpleNamespace(context_encoder=self.encoder), self.head, cfg, False)
+        self.optimizer = torch.optim.AdamW(groups, lr=cfg.rate)
+        self._limit = cfg.clip_gradient
+        self._trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def step(self, batch: Batch, backend: str) -> dict[str, float]:
         device = torch.device(self.workload.device).type
-        with use_backend(backend), torch.autocast(device, torch.bfloat16, enabled=self.workload.precision == "bf16"):
+        with use_backend(backend):
             mark = Marks(self.workload)
-            with torch.set_grad_enabled(not self.frozen):
-                tokens = self.encoder(batch.clips, None, "last")
+            with torch.autocast(device, torch.bfloat16, enabled=self.workload.precision == "bf16"), torch.set_grad_enabled(not self.frozen):
+                tokens = self.encoder(batch.clips, levels="last")
             mark("encoder")
-            loss = nn.functional.cross_entropy(self.head(tokens).float(), batch.labels)
+            loss = nn.functional.cross_entropy(self.head(tokens.float())["class"], batch.labels)
             mark("head")
-        loss.backward()
-        mark("backward")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        mark("optimiser")
+            loss.backward()
+            mark("backward")
+            if self._limit is not None:
+                nn.utils.clip_grad_norm_(self._trained, self._limit)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            mark("optimiser")
         return mark.seconds()

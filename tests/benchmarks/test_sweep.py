@@ -18,7 +18,7 @@ from jepa.variants import VARIANTS, variant
 from jepa_kernels import BackendUnsupportedError
 
 QUICK = ["--variants", "baseline,ld,kinematic", "--resolutions", "32,48,64", "--frames", "8", "--rounds", "1", "--threads", "1",
-         "--budget", "60", "--no-report"]  # fmt: skip
+         "--budget", "3600", "--no-report"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
