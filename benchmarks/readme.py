@@ -52,7 +52,8 @@ def measured() -> str:
             load = max(r.get("load_average") or 0.0 for r in records)
             lines += [
                 "",
-                f"`{op}` on {records[0]['device']} ({device.name}, {records[0]['threads']} threads, load average up to {load:.0f}); "
+                f"`{op}` on {records[0]['device']} ({device.name}, {records[0]['threads']} threads, "
+                f"{records[0].get('clock', 'wall')} time, load average up to {load:.0f}); "
                 f"record: `{path.relative_to(ROOT)}`",
                 "",
                 "| case | dtype | pass | baseline | ours | baseline's time / ours |",
