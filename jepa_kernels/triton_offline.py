@@ -25,6 +25,7 @@ class Report:
     stack_bytes: int
     spill_instructions: int
     shared_bytes: int
+    tensor_memory_columns: int
     tensor_core_instructions: int
     float_instructions: int
     instructions: int
@@ -58,10 +59,12 @@ def compile_report(kernel: Any, architecture: int, types: dict[str, str], consta
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton_compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    return _read(compiled.asm["cubin"], compiled.metadata.shared)
+    # Tensor memory exists on data-centre Blackwell only. A kernel that wants more than there is compiles to an empty one.
+    columns = getattr(compiled.metadata, "tmem_size", 0)
+    return _read(compiled.asm["cubin"], compiled.metadata.shared, columns)
 
 
-def _read(cubin: bytes, shared_bytes: int) -> Report:
+def _read(cubin: bytes, shared_bytes: int, tensor_memory_columns: int) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -76,6 +79,7 @@ def _read(cubin: bytes, shared_bytes: int) -> Report:
         stack_bytes=max(stack for _, stack in found),
         spill_instructions=len(_LOCAL_MEMORY.findall(code)),
         shared_bytes=shared_bytes,
+        tensor_memory_columns=tensor_memory_columns,
         tensor_core_instructions=len(_TENSOR_CORE.findall(code)),
         float_instructions=len(re.findall(r"\bFFMA2?\b", code)),
         instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, flags=re.MULTILINE)),
