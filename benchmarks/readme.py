@@ -30,14 +30,13 @@ def newest(path: Path) -> list[dict[str, Any]]:
 
 
 def _row(record: dict[str, Any]) -> str:
+    names = ("case", "dtype", "pass", "baseline", "backend")
+    cells = [*(record[name] for name in names), f"{record['threads']}, {record.get('clock', 'wall')}"]
     if record["status"] != "ok":
-        return (
-            f"| {record['case']} | {record['dtype']} | {record['pass']} | {record['baseline']} | {record['backend']} | {record['status']} |"
-        )
+        return f"| {' | '.join(cells)} | {record['status']} |"
     low, high = record["interval"]
     mark = "" if low >= 1 else " (loss)" if high < 1 else " (even)"
-    ratio = f"{record['ratio']:.2f} [{low:.2f}, {high:.2f}]{mark}"
-    return f"| {record['case']} | {record['dtype']} | {record['pass']} | {record['baseline']} | {record['backend']} | {ratio} |"
+    return f"| {' | '.join(cells)} | {record['ratio']:.2f} [{low:.2f}, {high:.2f}]{mark} |"
 
 
 def measured() -> str:
@@ -52,12 +51,10 @@ def measured() -> str:
             load = max(r.get("load_average") or 0.0 for r in records)
             lines += [
                 "",
-                f"`{op}` on {records[0]['device']} ({device.name}, {records[0]['threads']} threads, "
-                f"{records[0].get('clock', 'wall')} time, load average up to {load:.0f}); "
-                f"record: `{path.relative_to(ROOT)}`",
+                f"`{op}` on {records[0]['device']} ({device.name}, load average up to {load:.0f}); record: `{path.relative_to(ROOT)}`",
                 "",
-                "| case | dtype | pass | baseline | ours | baseline's time / ours |",
-                "|---|---|---|---|---|---|",
+                "| case | dtype | pass | baseline | ours | threads, clock | baseline's time / ours |",
+                "|---|---|---|---|---|---|---|",
                 *map(_row, records),
             ]
     return "\n".join(lines).strip() or "No record is committed yet."

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,8 +20,7 @@ _HALF = (torch.bfloat16, torch.float16)
 _FORWARD = "forward_copy."
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """One tensor of the teacher and what it follows; `is_float` is False for what is copied, such as an integer buffer."""
 
     name: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -117,7 +116,9 @@ class AdamWEMA(torch.optim.AdamW):
         for device, work in works.items():
             self._check_capture(device)
             scale, flag = (None if t is None else t.to(device, torch.float32, non_blocking=True) for t in (grad_scale, found_inf))
-            torch._foreach_add_(work.steps, 1)
+            # A tensor: the number 1 would be wrapped anew for each of the step counts on the host.
+            one = torch.ones(()) if work.steps[0].device.type == "cpu" else 1
+            torch._foreach_add_(work.steps, one)
             if flag is not None and device.type != "cpu":
                 torch._foreach_sub_(work.steps, (flag != 0).to(torch.float32).reshape(()))
             self._update(work, device, momentum, scale, flag)
@@ -138,21 +139,21 @@ class AdamWEMA(torch.optim.AdamW):
 
     def _collect(self, follower: dict[int, Pair]) -> dict[torch.device, _Work]:
         """The parameters with gradients of all groups by device, those with a teacher first."""
-        found: dict[torch.device, tuple[_Work, _Work]] = {}
+        followed: dict[torch.device, list[_Entry]] = {}
+        alone: dict[torch.device, list[_Entry]] = {}
         for row, group in enumerate(self.param_groups):
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self._state_of(parameter, group)
-                followed, alone = found.setdefault(parameter.device, (_Work(), _Work()))
-                pair = follower.get(id(parameter))
-                (alone if pair is None else followed).add(parameter, state, row, pair)
-        return {device: followed.join(alone) for device, (followed, alone) in found.items()}
+                gradient = parameter.grad
+                if gradient is not None:
+                    pair = follower.get(id(parameter))
+                    entries = (alone if pair is None else followed).setdefault(parameter.device, [])
+                    entries.append((parameter, gradient, self._state_of(parameter, gradient, group), row, pair))
+        return {device: _Work(followed.get(device, []) + alone.get(device, [])) for device in {**followed, **alone}}
 
-    def _state_of(self, parameter: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
-        if parameter.grad.layout != torch.strided:
-            raise ValueError(checks.sentence(_NAME, "gradients", "be dense", f"layout {parameter.grad.layout}"))
+    def _state_of(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
         state = self.state[parameter]
+        if gradient.layout != torch.strided:
+            raise ValueError(checks.sentence(_NAME, "gradients", "be dense", f"layout {gradient.layout}"))
         if not state:
             device = parameter.device if _step_is_on_device(group) else torch.device("cpu")
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
@@ -174,7 +175,7 @@ class AdamWEMA(torch.optim.AdamW):
             )
         adamw_ema_(
             work.params,
-            [p.grad for p in work.params],
+            work.grads,
             work.exp_avgs,
             work.exp_avg_sqs,
             work.steps,
@@ -187,28 +188,21 @@ class AdamWEMA(torch.optim.AdamW):
         )
 
 
-@dataclass
+# A parameter, its gradient, its state, the number of its group, and its teacher's pair if it has one.
+_Entry = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], int, Pair | None]
+
+
 class _Work:
-    """The lists of one adamw_ema_ call in the making."""
+    """The lists of one adamw_ema_ call. Entries with a pair come first."""
 
-    params: list[torch.Tensor] = field(default_factory=list)
-    exp_avgs: list[torch.Tensor] = field(default_factory=list)
-    exp_avg_sqs: list[torch.Tensor] = field(default_factory=list)
-    steps: list[torch.Tensor] = field(default_factory=list)
-    groups: list[int] = field(default_factory=list)
-    pairs: list[Pair] = field(default_factory=list)
-
-    def add(self, parameter: torch.Tensor, state: dict[str, torch.Tensor], row: int, pair: Pair | None) -> None:
-        self.params.append(parameter)
-        self.exp_avgs.append(state["exp_avg"])
-        self.exp_avg_sqs.append(state["exp_avg_sq"])
-        self.steps.append(state["step"])
-        self.groups.append(row)
-        if pair is not None:
-            self.pairs.append(pair)
-
-    def join(self, other: _Work) -> _Work:
-        return _Work(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+    def __init__(self, entries: list[_Entry]) -> None:
+        self.params = [entry[0] for entry in entries]
+        self.grads = [entry[1] for entry in entries]
+        self.exp_avgs = [entry[2]["exp_avg"] for entry in entries]
+        self.exp_avg_sqs = [entry[2]["exp_avg_sq"] for entry in entries]
+        self.steps = [entry[2]["step"] for entry in entries]
+        self.groups = [entry[3] for entry in entries]
+        self.pairs = [entry[4] for entry in entries if entry[4] is not None]
 
 
 def _check_group(group: dict[str, Any]) -> None:

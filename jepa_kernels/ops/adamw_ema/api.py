@@ -84,18 +84,7 @@ def adamw_ema_(
         local_teacher = TeacherLists(
             lists.targets, teacher.momentum, local.get("copies"), teacher.rounding, local.get("compensations"), teacher.seed
         )
-        call = prepare(
-            lists.params,
-            lists.grads,
-            lists.exp_avgs,
-            lists.exp_avg_sqs,
-            lists.steps,
-            hyper=hyper,
-            groups=groups,
-            teacher=local_teacher,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-        )
+        call = _describe(lists, hyper, groups, local_teacher, grad_scale, found_inf)
         if not lists.params:
             return
         name = resolve(_op.ROOM, call, backend)
@@ -120,24 +109,38 @@ def prepare(
     """Checks every argument (shapes, dtypes, devices; values of plain numbers only) and describes the call."""
     teacher = _NO_TEACHER if teacher is None else teacher
     _check_kinds(params, grads, exp_avgs, exp_avg_sqs, steps, teacher)
+    lists = Lists(params, grads, exp_avgs, exp_avg_sqs, steps, teacher.targets)
+    return _describe(lists, hyper, groups, teacher, grad_scale, found_inf)
+
+
+def _describe(
+    lists: Lists,
+    hyper: torch.Tensor,
+    groups: Sequence[int] | None,
+    teacher: TeacherLists,
+    grad_scale: torch.Tensor | None,
+    found_inf: torch.Tensor | None,
+) -> Call:
+    """What `prepare` does with arguments that are known to be lists of tensors."""
+    params = lists.params
     device = params[0].device if params else torch.device("cpu")
-    named = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    for argument, values in named.items():
-        ema_api.check_entries(_NAME, argument, values, "params", params, device)
-    for i, (first, second) in enumerate(zip(exp_avgs, exp_avg_sqs, strict=True)):
-        if first.dtype != second.dtype:
-            requirement = f"have the dtype of exp_avgs[{i}] ({checks.dtype_name(first.dtype)})"
-            raise ValueError(checks.sentence(_NAME, f"exp_avg_sqs[{i}]", requirement, checks.dtype_name(second.dtype)))
-    _check_steps(steps, params)
+    dtypes: list[torch.dtype] = []
+    shapes = [p.shape for p in params]
+    for argument in ("params", "grads", "exp_avgs", "exp_avg_sqs"):
+        dtypes += ema_api.check_entries(_NAME, argument, getattr(lists, argument), "params", shapes, device)
+    if [t.dtype for t in lists.exp_avgs] != [t.dtype for t in lists.exp_avg_sqs]:
+        i = [a.dtype == b.dtype for a, b in zip(lists.exp_avgs, lists.exp_avg_sqs, strict=True)].index(False)
+        requirement = f"have the dtype of exp_avgs[{i}] ({checks.dtype_name(lists.exp_avgs[i].dtype)})"
+        raise ValueError(checks.sentence(_NAME, f"exp_avg_sqs[{i}]", requirement, checks.dtype_name(lists.exp_avg_sqs[i].dtype)))
+    _check_steps(lists.steps, params)
     _check_hyper(hyper, groups, params)
-    _check_teacher(teacher, params, device)
+    dtypes += _check_teacher(teacher, shapes, device)
     for argument, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
         _check_flag(argument, value, device)
-    lists = [*named.values(), teacher.targets, *([teacher.copies] if teacher.copies is not None else [])]
     return Call(
         device_type=device.type,
         dtype=params[0].dtype if params else torch.float32,
-        dtypes=ema_api.distinct_dtypes(lists),
+        dtypes=tuple(dict.fromkeys(dtypes)),
         num_tensors=len(params),
         num_targets=len(teacher.targets),
         num_elements=sum([p.numel() for p in params]),
@@ -159,6 +162,8 @@ def _check_kinds(params, grads, exp_avgs, exp_avg_sqs, steps, teacher) -> None:
 def _check_steps(steps: Tensors, params: Tensors) -> None:
     if len(steps) != len(params):
         raise ValueError(checks.sentence(_NAME, "steps", f"have one tensor for each of params ({len(params)})", len(steps)))
+    if all([s.dtype == torch.float32 and s.dim() == 0 and s.device.type == "cpu" for s in steps]):
+        return
     for i, (step, param) in enumerate(zip(steps, params, strict=True)):
         if step.dim() != 0 or step.dtype not in (torch.float32, torch.float64):
             got = f"shape {tuple(step.shape)} {checks.dtype_name(step.dtype)}"
@@ -181,22 +186,25 @@ def _check_hyper(hyper: torch.Tensor, groups: Sequence[int] | None, params: Tens
         return
     if len(groups) != len(params):
         raise ValueError(checks.sentence(_NAME, "groups", f"have one row number for each of params ({len(params)})", len(groups)))
+    if not params or (min(groups) >= 0 and max(groups) < hyper.shape[0]):
+        return
     for i, group in enumerate(groups):
         if not 0 <= group < hyper.shape[0]:
             raise ValueError(checks.sentence(_NAME, f"groups[{i}]", f"be a row of hyper from 0 to {hyper.shape[0] - 1}", group))
 
 
-def _check_teacher(teacher: TeacherLists, params: Tensors, device: torch.device) -> None:
-    if len(teacher.targets) > len(params):
+def _check_teacher(teacher: TeacherLists, shapes: Sequence[torch.Size], device: torch.device) -> list[torch.dtype]:
+    if len(teacher.targets) > len(shapes):
         raise ValueError(
-            checks.sentence(_NAME, "targets", f"have at most one tensor for each of params ({len(params)})", len(teacher.targets))
+            checks.sentence(_NAME, "targets", f"have at most one tensor for each of params ({len(shapes)})", len(teacher.targets))
         )
-    followed = params[: len(teacher.targets)]
-    ema_api.check_entries(_NAME, "targets", teacher.targets, "params", followed, device)
+    followed = shapes[: len(teacher.targets)]
+    dtypes = ema_api.check_entries(_NAME, "targets", teacher.targets, "params", followed, device)
     if teacher.copies is not None:
-        ema_api.check_entries(_NAME, "copies", teacher.copies, "targets", teacher.targets, device)
+        dtypes += ema_api.check_entries(_NAME, "copies", teacher.copies, "targets", followed, device)
     ema_api.check_momentum(_NAME, teacher.momentum, device)
     ema_api.check_rounding(_NAME, teacher.rounding, teacher.targets, teacher.compensations, teacher.seed, device)
+    return dtypes
 
 
 def _check_flag(argument: str, value: torch.Tensor | None, device: torch.device) -> None:

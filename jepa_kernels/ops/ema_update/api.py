@@ -75,28 +75,12 @@ def ema_update_(
         check_list(_NAME, argument, values, optional=argument in ("copies", "compensations"))
     with torch.no_grad():
         lists = shards.local(_NAME, named)
-        call = prepare(
-            lists["targets"],
-            lists["sources"],
-            momentum,
-            copies=lists.get("copies"),
-            rounding=rounding,
-            compensations=lists.get("compensations"),
-            seed=seed,
-        )
-        if not lists["targets"]:
+        targets, sources, copies, compensations = lists["targets"], lists["sources"], lists.get("copies"), lists.get("compensations")
+        call = describe(targets, sources, momentum, copies, rounding, compensations, seed)
+        if not targets:
             return
         name = resolve(_op.ROOM, call, backend)
-        _op.run(
-            name,
-            lists["targets"],
-            lists["sources"],
-            momentum_tensor(momentum),
-            lists.get("copies", []),
-            lists.get("compensations", []),
-            seed_tensor(seed),
-            rounding,
-        )
+        _op.run(name, targets, sources, momentum_tensor(momentum), copies or [], compensations or [], seed_tensor(seed), rounding)
 
 
 def momentum_tensor(momentum: float | torch.Tensor) -> torch.Tensor:
@@ -123,33 +107,39 @@ def prepare(
     seed: int | torch.Tensor | None = None,
 ) -> Call:
     """Checks every argument (shapes, dtypes, devices; values of plain numbers only) and describes the call."""
-    check_list(_NAME, "targets", targets)
-    check_list(_NAME, "sources", sources)
+    named = {"targets": targets, "sources": sources, "copies": copies, "compensations": compensations}
+    for argument, values in named.items():
+        check_list(_NAME, argument, values, optional=argument in ("copies", "compensations"))
+    return describe(targets, sources, momentum, copies, rounding, compensations, seed)
+
+
+def describe(
+    targets: Sequence[torch.Tensor],
+    sources: Sequence[torch.Tensor],
+    momentum: float | torch.Tensor,
+    copies: Sequence[torch.Tensor] | None,
+    rounding: str,
+    compensations: Sequence[torch.Tensor] | None,
+    seed: int | torch.Tensor | None,
+) -> Call:
+    """What `prepare` does with arguments that are known to be lists of tensors."""
     device = targets[0].device if targets else torch.device("cpu")
+    dtypes: list[torch.dtype] = []
+    shapes = [t.shape for t in targets]
     for argument, values in (("targets", targets), ("sources", sources), ("copies", copies)):
         if values is not None:
-            check_entries(_NAME, argument, values, "targets", targets, device)
+            dtypes += check_entries(_NAME, argument, values, "targets", shapes, device)
     check_momentum(_NAME, momentum, device)
     check_rounding(_NAME, rounding, targets, compensations, seed, device)
-    lists = [targets, sources, *([copies] if copies is not None else [])]
     return Call(
         device_type=device.type,
         dtype=targets[0].dtype if targets else torch.float32,
-        dtypes=distinct_dtypes(lists),
+        dtypes=tuple(_distinct(dtypes)),
         num_tensors=len(targets),
         num_elements=sum([t.numel() for t in targets]),
         rounding=rounding,
         copies=copies is not None,
     )
-
-
-def distinct_dtypes(lists: Sequence[Sequence[torch.Tensor]]) -> tuple[torch.dtype, ...]:
-    found: list[torch.dtype] = []
-    for values in lists:
-        for tensor in values:
-            if tensor.dtype not in found:
-                found.append(tensor.dtype)
-    return tuple(found)
 
 
 def check_list(op: str, argument: str, values: object, optional: bool = False) -> None:
@@ -163,22 +153,27 @@ def check_list(op: str, argument: str, values: object, optional: bool = False) -
 
 
 def check_entries(
-    op: str, argument: str, values: Sequence[torch.Tensor], like: str, others: Sequence[torch.Tensor], device: torch.device
-) -> None:
-    """`values` are strided float tensors on `device`, one for each of `others` and of its shape."""
-    if len(values) != len(others):
-        raise ValueError(checks.sentence(op, argument, f"have one tensor for each of {like} ({len(others)})", len(values)))
-    for i, (tensor, other) in enumerate(zip(values, others, strict=True)):
-        if tensor.dtype not in checks.FLOAT_DTYPES:
-            checks.has_dtype(op, f"{argument}[{i}]", tensor, checks.FLOAT_DTYPES)
-        if tensor.layout != torch.strided:
-            checks.is_strided(op, f"{argument}[{i}]", tensor)
-        if tensor.device != device:
-            checks.same_device(op, f"{argument}[{i}]", tensor, device)
-        if tensor.shape != other.shape:
-            raise ValueError(
-                checks.sentence(op, f"{argument}[{i}]", f"have shape {tuple(other.shape)} like {like}[{i}]", tuple(tensor.shape))
-            )
+    op: str, argument: str, values: Sequence[torch.Tensor], like: str, shapes: Sequence[torch.Size], device: torch.device
+) -> list[torch.dtype]:
+    """`values` are strided float tensors on `device` of the shapes of the list `like`. Returns their dtypes, each once."""
+    if len(values) != len(shapes):
+        raise ValueError(checks.sentence(op, argument, f"have one tensor for each of {like} ({len(shapes)})", len(values)))
+    # Whole lists first, entry by entry only to say what is wrong: this runs at every step over hundreds of tensors.
+    dtypes = _distinct([t.dtype for t in values])
+    sound = all(d in checks.FLOAT_DTYPES for d in dtypes) and all([t.device == device and t.layout == torch.strided for t in values])
+    if sound and [t.shape for t in values] == shapes:
+        return dtypes
+    for i, (tensor, shape) in enumerate(zip(values, shapes, strict=True)):
+        checks.has_dtype(op, f"{argument}[{i}]", tensor, checks.FLOAT_DTYPES)
+        checks.is_strided(op, f"{argument}[{i}]", tensor)
+        checks.same_device(op, f"{argument}[{i}]", tensor, device)
+        if tensor.shape != shape:
+            raise ValueError(checks.sentence(op, f"{argument}[{i}]", f"have shape {tuple(shape)} like {like}[{i}]", tuple(tensor.shape)))
+    return dtypes
+
+
+def _distinct(dtypes: Sequence[torch.dtype]) -> list[torch.dtype]:
+    return list(dict.fromkeys(dtypes))
 
 
 def check_momentum(op: str, momentum: float | torch.Tensor, device: torch.device) -> None:

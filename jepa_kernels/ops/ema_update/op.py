@@ -6,6 +6,7 @@ There is nothing to differentiate: the op runs under no_grad and writes in place
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -79,7 +80,7 @@ def _update(targets, sources, momentum, copies, compensations, seed, rounding, b
     if targets:
         ROOM.modules[backend].forward(targets, sources, momentum, copies, compensations, list(streams), rounding, seed)
     # Kernels write through raw pointers, which autograd's version counters do not see (inference tensors have none).
-    torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+    torch.autograd.graph.increment_version(list(itertools.filterfalse(torch.Tensor.is_inference, written)))
 
 
 def _fake(targets, sources, momentum, copies, compensations, seed, rounding, backend) -> None:
