@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import jepa_kernels
 from jepa.batch import MaskBatch
 from jepa.quirks import Quirks
+from jepa_kernels.ops.latent_rollout.cells import Cell
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,14 @@ class Factorisation:
         if self.split == "levels":
             return max(1, math.floor(width * self.appearance_share))
         return levels * max(1, math.floor(width // levels * self.appearance_share))
+
+    def dynamics_ranges(self, width: int, levels: int) -> list[tuple[int, int]]:
+        """The dynamics channels as (start, stop): one range, or one for each level."""
+        share = self.appearance_width(width, levels)
+        if self.split == "levels":
+            return [(share, width)]
+        part = width // levels
+        return [(level * part + share // levels, (level + 1) * part) for level in range(levels)]
 
     def appearance(self, features: Tensor, levels: int) -> Tensor:
         return self._part(features, levels, first=True)
@@ -200,22 +210,53 @@ class ObjectiveContext:
         return self.power(self.predicted_tokens - self.target_tokens).mean(-1)
 
     @cached_property
+    def pair_steps(self) -> tuple[Tensor, Tensor]:
+        """`masks.pairs` and `masks.pair_rows` with time first, [K+1, P] each: the rows of one time step lie together."""
+        return self.masks.pairs.t().contiguous(), self.masks.pair_rows.t().contiguous()
+
+    @cached_property
     def pair_tokens(self) -> tuple[Tensor, Tensor]:
         """Context features at t and t+1 of every pair, [P, D] each."""
-        pairs = self.masks.pairs
-        return self.context_tokens.index_select(0, pairs[:, 0]), self.context_tokens.index_select(0, pairs[:, 1])
+        pairs, _ = self.pair_steps
+        return self.context_tokens.index_select(0, pairs[0]), self.context_tokens.index_select(0, pairs[1])
 
     @cached_property
     def pair_targets(self) -> tuple[Tensor, Tensor]:
         """Target features at t and t+1 of every pair, [P, D] each."""
-        rows = self.masks.pair_rows
-        return self.target.index_select(0, rows[:, 0]), self.target.index_select(0, rows[:, 1])
+        _, rows = self.pair_steps
+        return self.target.index_select(0, rows[0]), self.target.index_select(0, rows[1])
 
     @cached_property
     def pair_target_change(self) -> Tensor:
         """h(t+1) - h(t) of every pair, [P, D]."""
         before, after = self.pair_targets
         return after - before
+
+    def rollout_errors(self, name: str, cell: Cell, horizon: int, *, anchored: bool, exponent: float = 1.0) -> Tensor:
+        """[horizon, P]: how far the states that `cell` rolls out from Z(t) are from h(t+k), for k = 1..horizon and every pair.
+
+        With `anchored` the moves are compared instead of the states: h(t) + (z_k - Z(t)) against h(t+k).
+        """
+        pairs, rows = self.pair_steps
+        if horizon > self.masks.horizon:
+            raise ValueError(f"{name}: horizon must be at most that of the mask pairs ({self.masks.horizon}), got {horizon}.")
+        return jepa_kernels.latent_rollout_loss(
+            self.context_tokens,
+            cell,
+            self.target,
+            rows=pairs[0],
+            target_rows=rows[1 : horizon + 1],
+            anchor=self.target if anchored else None,
+            anchor_rows=rows[0] if anchored else None,
+            exponent=exponent,
+            reduction="none",
+        )
+
+    def step_metrics(self, errors: Tensor) -> dict[str, Tensor]:
+        """The mean error of every step of a rollout [horizon, P] as metrics ``step_<k>``; none for a single step, which is the loss."""
+        if errors.shape[0] == 1:
+            return {}
+        return {f"step_{k}": self.pair_mean(error) for k, error in enumerate(errors.detach(), start=1)}
 
     def power(self, residual: Tensor) -> Tensor:
         """|residual|^r / r with r = `loss_exponent`."""

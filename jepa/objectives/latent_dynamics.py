@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from jepa.objectives.base import FeatureDims, Objective, ObjectiveConfig, ObjectiveContext, segment_softmax_weights, two_layer_head
+from jepa_kernels import ResidualMLP
 
 
 @dataclass(frozen=True)
@@ -36,47 +36,14 @@ def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:
     z_0 = Z(t), z_{k+1} = z_k + f(z_k), where f reads all channels or the dynamics share and moves all of them; horizon 1 is the
     published |f(Z(t)) - (h(t+1) - h(t))|. `hard_region` weights a pair by n softmax(e / temperature) over the n pairs of its sample.
     """
-    if cfg.horizon > ctx.masks.horizon:
-        raise ValueError(f"latent_dynamics: horizon must be at most that of the mask pairs ({ctx.masks.horizon}), got {cfg.horizon}.")
-    loss = _loss(ctx, cfg)
-    return Objective(loss.detach() if cfg.hard_region and ctx.quirks.dynamics_hard_no_gradient else loss)
-
-
-def _loss(ctx: ObjectiveContext, cfg: Config) -> Tensor:
-    tokens, _ = ctx.pair_tokens
-    rows = ctx.masks.pair_rows
-    start = ctx.pair_targets[0]
-    error = tokens.new_zeros(tokens.shape[0])
-    for k, moved in enumerate(_moves(ctx, cfg, tokens), start=1):
-        change = ctx.pair_target_change if k == 1 else ctx.target.index_select(0, rows[:, k]) - start
-        error = error + (moved - change).abs().mean(-1)
-    error = error / cfg.horizon
+    seen = ctx.factorisation.dynamics_ranges(ctx.context_tokens.shape[-1], ctx.levels) if cfg.channels == "dynamics" else None
+    cell = ResidualMLP.from_module(ctx.heads["latent_dynamics"], seen)
+    errors = ctx.rollout_errors("latent_dynamics", cell, cfg.horizon, anchored=True)
+    error = errors.mean(0)
     if cfg.hard_region:
         error = error * segment_softmax_weights(error, _segments(ctx), cfg.temperature)
-    return ctx.pair_mean(error)
-
-
-def _moves(ctx: ObjectiveContext, cfg: Config, tokens: Tensor) -> list[Tensor]:
-    """z_k - z_0 for k = 1..horizon.
-
-    The state only ever moves inside the span of W2's columns, so the recurrence runs on the hidden pre-activation a:
-    a' = a + (W1 W2) gelu(a) + W1 b2, and z_k - z_0 = W2 s_k + k b2 with s_k the sum of the gelu(a): one small product per step.
-    """
-    first, _, second = ctx.heads["latent_dynamics"]
-    reads_share = cfg.channels == "dynamics"
-    state = ctx.factorisation.dynamics(tokens, ctx.levels) if reads_share else tokens
-    activation = first(state)
-    moves, total = [], None
-    for k in range(1, cfg.horizon + 1):
-        hidden = functional.gelu(activation)
-        total = hidden if total is None else total + hidden
-        moves.append(functional.linear(total, second.weight, second.bias * k))
-        if k < cfg.horizon:
-            weight, bias = second.weight.t(), second.bias
-            if reads_share:
-                weight, bias = (ctx.factorisation.dynamics(part, ctx.levels) for part in (weight, bias))
-            activation = activation + functional.linear(hidden, first.weight @ weight.t(), first.weight @ bias)
-    return moves
+    loss = ctx.pair_mean(error)
+    return Objective(loss.detach() if cfg.hard_region and ctx.quirks.dynamics_hard_no_gradient else loss, ctx.step_metrics(errors))
 
 
 def _segments(ctx: ObjectiveContext) -> Tensor:

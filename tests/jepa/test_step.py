@@ -20,7 +20,11 @@ from jepa.variants import VARIANTS
 from tests.conftest import missing
 from tests.jepa.training_cases import make_batch, ragged_masks, small_model, step_config
 
-EXTRA = {"ld_horizon_2": ("ld", {"objectives": {"latent_dynamics": {"horizon": 2}}})}
+EXTRA = {
+    "ld_horizon_2": ("ld", {"objectives": {"latent_dynamics": {"horizon": 2}}}),
+    "fwm_hw_ld_horizon_3": ("fwm_hw_ld", {"objectives": {"latent_dynamics": {"horizon": 3}}}),
+    "hamiltonian_horizon_3": ("hamiltonian", {"objectives": {"hamiltonian": {"horizon": 3}}}),
+}
 READS_BACK = ("_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "bincount", "is_nonzero", "equal", "repeat_interleave")
 # These copy a CPU tensor out without an operator, but wait for a GPU.
 SILENT = ("tolist", "numpy")

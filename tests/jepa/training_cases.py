@@ -76,7 +76,8 @@ def joined(parts: list[Batch]) -> Batch:
             for j in range(sets):
                 kind[j] += split[j * masks.batch_size : (j + 1) * masks.batch_size]
     clips = torch.cat([part.clips for part in parts])
-    return Batch(clips, None, torch.arange(len(clips)), MaskBatch.from_ids(context, target, parts[0].masks.grid), parts[0].step)
+    masks = MaskBatch.from_ids(context, target, parts[0].masks.grid, parts[0].masks.horizon)
+    return Batch(clips, None, torch.arange(len(clips)), masks, parts[0].step)
 
 
 def step_config(name: str = "baseline", total_steps: int = 100, model: ModelConfig | None = None, **changes) -> StepConfig:

@@ -19,17 +19,21 @@ from jepa.step import backward, build_optimizer, global_denominators, loss_step,
 from tests.jepa.run_cases import tiny_run
 from tests.jepa.training_cases import make_batch, step_config
 
-VARIANTS = ("baseline", "ld", "fwm_hw_ld")
+VARIANTS = ("baseline", "ld", "fwm_hw_ld", "fwm_hw_ld_far", "hamiltonian_far")
+FAR = 3  # steps that a `_far` case rolls out
 
 
 def case_config(name: str):
+    base = name.removesuffix("_far")
     # Orthogonality is a property of one process's features by design, so it has no part in a comparison of sums.
-    own = {"variant": {"objectives": {"orthogonality": {"weight": 0.0}}}} if name == "fwm_hw_ld" else {}
-    return step_config(name, **own)
+    own = {"orthogonality": {"weight": 0.0}} if base == "fwm_hw_ld" else {}
+    if name != base:
+        own["hamiltonian" if base == "hamiltonian" else "latent_dynamics"] = {"horizon": FAR}
+    return step_config(base, variant={"objectives": own})
 
 
-def part(seed: int) -> Batch:
-    return make_batch(batch_size=2, seed=seed)
+def part(seed: int, horizon: int = 1) -> Batch:
+    return make_batch(batch_size=2, seed=seed, horizon=horizon)
 
 
 def gradients(name: str, how: str, world: distributed.World, accumulate: int) -> dict[str, torch.Tensor]:
@@ -38,7 +42,7 @@ def gradients(name: str, how: str, world: distributed.World, accumulate: int) ->
     torch.manual_seed(0)
     state = new_state(cfg)
     module = distributed.wrap(state.bundle, world, how)
-    batches = [part(world.rank * accumulate + i) for i in range(accumulate)]
+    batches = [part(world.rank * accumulate + i, cfg.variant.pair_horizon) for i in range(accumulate)]
     denominators = global_denominators(batches, world.reduce, world.size)
     total = torch.zeros(())
     for batch in batches:
