@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -242,6 +244,32 @@ def test_hamiltonian_forces_are_the_derivatives_of_the_energy():
     wanted = torch.cat((q_next, p - 0.3 * pull), -1)
     for name in ("reference", "torch"):
         torch.testing.assert_close(latent_rollout(torch.cat((q, p), -1), cell, 1, output="last", backend=name), wanted)
+
+
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("name", ("reference", *HERE))
+def test_numpy_golden_vectors(root, name, index):
+    """tests/golden/latent_rollout.json was computed row by row in NumPy (make golden)."""
+    if name == "cpu" and not native.available():
+        missing(str(native.reason()))
+    case = json.loads((root / "tests" / "golden" / "latent_rollout.json").read_text())["cases"][index]
+    dtype = torch.float32 if name == "cpu" else torch.float64
+
+    def tensor(values):
+        return None if values is None else torch.tensor(values, dtype=dtype)
+
+    kinds = {"residual_mlp": ResidualMLP, "hamiltonian": Hamiltonian, "gru": GRU}
+    last = [tuple(r) for r in case["in_channels"]] if case["cell"] == "residual_mlp" else case["scalar"]
+    cell = kinds[case["cell"]](*(tensor(v) for v in case["parameters"].values()), last)
+    states, targets = tensor(case["states"]).requires_grad_(), tensor(case["targets"])
+    options = {"actions": tensor(case["actions"]), "anchor": tensor(case["anchor"]), "backend": name}
+    close = {"rtol": 2e-5, "atol": 2e-6} if name == "cpu" else {"rtol": 1e-6, "atol": 1e-8}
+    predictions = latent_rollout(states, cell, targets.shape[0], **options)
+    torch.testing.assert_close(predictions, tensor(case["predictions"]), **close)
+    errors = latent_rollout_loss(states, cell, targets, exponent=case["exponent"], reduction="none", **options)
+    torch.testing.assert_close(errors, tensor(case["errors"]), **close)
+    gradient = torch.autograd.grad(errors.sum(), states)[0]
+    torch.testing.assert_close(gradient, tensor(case["grad_states"]), rtol=1e-4 if name == "cpu" else 1e-5, atol=1e-5)
 
 
 def _golden(shared_dir, name):

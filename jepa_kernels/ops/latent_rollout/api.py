@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -256,6 +257,7 @@ def _check_float(argument: str, tensor: torch.Tensor, states: torch.Tensor, or_f
 
 def _check_index(argument: str, index: Any, states: torch.Tensor, shape: tuple[int, ...] | None) -> None:
     checks.is_tensor(_NAME, argument, index)
+    checks.is_strided(_NAME, argument, index)
     checks.has_dtype(_NAME, argument, index, checks.ID_DTYPES)
     checks.same_device(_NAME, argument, index, states.device)
     if shape is None:
@@ -272,6 +274,7 @@ def _check_cell_kind(cell: Any) -> None:
 def _check_parameter(name: str, tensor: Any, shape: tuple[int, ...], states: torch.Tensor) -> None:
     argument = f"cell.{name}"
     checks.is_tensor(_NAME, argument, tensor)
+    checks.is_strided(_NAME, argument, tensor)
     checks.same_device(_NAME, argument, tensor, states.device)
     _check_float(argument, tensor, states)
     if tuple(tensor.shape) != shape:
@@ -323,11 +326,13 @@ def _check_hamiltonian(cell: Hamiltonian, channels: int) -> tuple[int, int]:
 
 def _check_channels(cell: ResidualMLP, channels: int) -> int:
     """The number of channels that the cell reads."""
-    edges = channel_ranges(cell.in_channels, channels)
-    ordered = all(isinstance(edge, int) for edge in edges) and edges[0] >= 0 and edges[-1] <= channels
-    ordered = ordered and all(a < b for a, b in zip(edges[::2], edges[1::2], strict=True))
+    given = cell.in_channels
+    pairs = isinstance(given, Sequence) and len(given) > 0 and (isinstance(given[0], int) or all(isinstance(p, Sequence) for p in given))
+    edges = channel_ranges(given, channels) if given is None or pairs else []
+    ordered = len(edges) > 1 and len(edges) % 2 == 0 and all(isinstance(edge, int) for edge in edges)
+    ordered = ordered and edges[0] >= 0 and edges[-1] <= channels and all(a < b for a, b in zip(edges[::2], edges[1::2], strict=True))
     if not ordered or any(a > b for a, b in zip(edges[1:-1:2], edges[2::2], strict=True)):
-        _fail("cell.in_channels", f"be ranges (start, stop) within 0 to {channels}, in rising order", cell.in_channels)
+        _fail("cell.in_channels", f"be ranges (start, stop) within 0 to {channels}, in rising order", given)
     return sum(edges[1::2]) - sum(edges[::2])
 
 
@@ -339,6 +344,7 @@ def _check_actions(cell: Cell, actions: Any, states: torch.Tensor, horizon: int,
     if actions is None:
         raise TypeError(checks.sentence(_NAME, "actions", "be given for a GRU", "None"))
     checks.is_tensor(_NAME, "actions", actions)
+    checks.is_strided(_NAME, "actions", actions)
     checks.same_device(_NAME, "actions", actions, states.device)
     _check_float("actions", actions, states)
     wanted = (horizon, count, cell.weight_input.shape[1])
@@ -365,6 +371,7 @@ def _check_anchor(cell: Cell, anchor: Any, anchor_rows: Any, states: torch.Tenso
 def _check_targets(targets: Any, target_rows: Any, states: torch.Tensor, count: int) -> int:
     """The horizon that the targets imply."""
     checks.is_tensor(_NAME, "targets", targets)
+    checks.is_strided(_NAME, "targets", targets)
     checks.same_device(_NAME, "targets", targets, states.device)
     _check_float("targets", targets, states, or_float32=True)
     if target_rows is None:
@@ -388,8 +395,14 @@ def _check_weights(weights: Any, call: Call, states: torch.Tensor) -> None:
         _check_index("weights.sample_ids", weights.sample_ids, states, (call.num_rows,))
         checks.has_dtype(_NAME, "weights.sample_ids", weights.sample_ids, (torch.int64,))
         checks.is_finite_number(_NAME, "weights.temperature", weights.temperature)
+        if isinstance(weights.samples, bool) or not isinstance(weights.samples, (int, torch.SymInt)):
+            raise TypeError(checks.sentence(_NAME, "weights.samples", "be an int", checks.type_name(weights.samples)))
+        if weights.samples < 1:
+            _fail("weights.samples", "be at least 1", weights.samples)
     elif weights is not None:
         checks.is_tensor(_NAME, "weights", weights)
+        checks.is_strided(_NAME, "weights", weights)
+        checks.has_dtype(_NAME, "weights", weights, checks.FLOAT_DTYPES)
         checks.same_device(_NAME, "weights", weights, states.device)
         if tuple(weights.shape) not in ((call.num_rows,), (call.horizon, call.num_rows)):
             _fail("weights", f"have shape {(call.num_rows,)} or {(call.horizon, call.num_rows)}", tuple(weights.shape))

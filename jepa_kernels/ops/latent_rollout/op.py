@@ -126,6 +126,10 @@ def _check_direct_call(problem: Problem, backend: str) -> None:
         raise ValueError(checks.sentence(_NAME, "backend", f"be one of {allowed}", repr(backend)))
     if (problem.output == "errors") != (problem.targets is not None):
         raise ValueError(checks.sentence(_NAME, "targets", "be given for output errors and for no other", problem.output))
+    if problem.targets is not None:
+        implied = (problem.targets if problem.target_rows is None else problem.target_rows).shape[:1]
+        if list(implied) != [problem.horizon]:
+            raise ValueError(checks.sentence(_NAME, "targets", f"hold {problem.horizon} steps", f"{tuple(implied)}"))
     call = prepare(
         problem.states,
         _cell_of(problem),
@@ -182,8 +186,17 @@ def _out_dtype(problem: Problem) -> torch.dtype:
     return problem.accumulate_dtype if problem.output == "errors" else problem.states.dtype
 
 
+def _one_device(problem: Problem, *more: torch.Tensor) -> None:
+    """A direct call with a tensor on "meta" reaches the fake, whatever the other tensors are."""
+    given = (problem.states, problem.rows, *problem.parameters, problem.actions, problem.anchor, problem.anchor_rows, *more)
+    for tensor in (*given, problem.targets, problem.target_rows):
+        if tensor is not None:
+            checks.same_device(_NAME, "every tensor", tensor, problem.states.device)
+
+
 def _fwd_fake(*inputs) -> Tensors:
     problem, backend = _problem(inputs)
+    _one_device(problem)
     signs, hidden, sums = saved_shapes(problem, ROOM.modules[backend].SAVES_SIGNS)
     new = problem.states.new_empty
     return (
@@ -198,19 +211,33 @@ def _inputs_of(problem: Problem) -> list[torch.Tensor | None]:
     return [problem.states, *problem.parameters, problem.actions, problem.anchor, problem.targets]
 
 
-def _bwd(grad_out, saved, needs, *inputs) -> list[torch.Tensor]:
-    problem, backend = _problem(inputs)
+def _is(tensor: torch.Tensor, shape: list[int], dtype: torch.dtype, device: torch.device) -> bool:
+    return list(tensor.shape) == shape and tensor.dtype == dtype and tensor.device == device and tensor.layout == torch.strided
+
+
+def _check_direct_backward(problem: Problem, backend: str, grad_out: torch.Tensor, saved: Tensors, needs: list[bool]) -> None:
+    """What a direct caller of backward could get wrong besides the inputs of forward."""
     _check_direct_call(problem, backend)
-    wanted = _out_shape(problem)
-    if list(grad_out.shape) != wanted or grad_out.dtype != _out_dtype(problem) or grad_out.device != problem.states.device:
+    wanted, device = _out_shape(problem), problem.states.device
+    if not _is(grad_out, wanted, _out_dtype(problem), device):
         raise ValueError(
             checks.sentence(_NAME, "grad_out", f"be {_out_dtype(problem)} of shape {wanted}", f"{grad_out.dtype} {tuple(grad_out.shape)}")
         )
     shapes = saved_shapes(problem, ROOM.modules[backend].SAVES_SIGNS)
-    if not problem.save or [list(t.shape) for t in saved] != list(shapes):
+    dtypes = (torch.uint8, problem.accumulate_dtype, problem.accumulate_dtype)
+    same = len(saved) == 3 and all(_is(t, s, d, device) for t, s, d in zip(saved, shapes, dtypes, strict=True))
+    if not problem.save or not same:
+        got = [(checks.dtype_name(t.dtype), tuple(t.shape)) for t in saved]
+        raise ValueError(checks.sentence(_NAME, "saved", f"be what forward returned with save, shapes {shapes}", got))
+    if len(needs) != len(problem.parameters) + 4:
         raise ValueError(
-            checks.sentence(_NAME, "saved", f"be what forward returned with save, shapes {shapes}", [tuple(t.shape) for t in saved])
+            checks.sentence(_NAME, "needs", "have one flag for states, each parameter, actions, anchor and targets", f"{len(needs)} flags")
         )
+
+
+def _bwd(grad_out, saved, needs, *inputs) -> list[torch.Tensor]:
+    problem, backend = _problem(inputs)
+    _check_direct_backward(problem, backend, grad_out, tuple(saved), list(needs))
     with _exact(problem.states):
         states, parameters, actions, anchor, targets = ROOM.modules[backend].backward(problem, grad_out, tuple(saved), needs[-1])
     per_row = [states, *parameters, actions, anchor, targets]
@@ -230,6 +257,7 @@ def _bwd(grad_out, saved, needs, *inputs) -> list[torch.Tensor]:
 
 def _bwd_fake(grad_out, saved, needs, *inputs) -> list[torch.Tensor]:
     problem, _ = _problem(inputs)
+    _one_device(problem, grad_out, *saved)
     return [
         torch.empty_like(given, memory_format=torch.contiguous_format) if given is not None and needed else problem.states.new_empty(0)
         for given, needed in zip(_inputs_of(problem), needs, strict=True)
