@@ -20,6 +20,17 @@ void check_float(const Tensor& t, const char* argument, std::initializer_list<in
   for (const int64_t size : shape) check(t.size(i++) == size, argument, "have the sizes that the other tensors imply");
 }
 
+// A matrix that multiplies: float32, or on a GPU the dtype to which the product rounds.
+const void* matrix(const Tensor& t, const char* argument, std::initializer_list<int64_t> shape) {
+  check(t.is_contiguous() && (!t.is_cpu() || t.scalar_type() == ScalarType::Float), argument, "be contiguous, and float32 on a CPU");
+  check(t.dim() == (int64_t)shape.size(), argument, "have the number of dimensions that the kernel reads");
+  int64_t i = 0;
+  for (const int64_t size : shape) check(t.size(i++) == size, argument, "have the sizes that the other tensors imply");
+  return t.const_data_ptr();
+}
+
+int64_t operand(const Tensor& t) { return dtype_code("latent_rollout", t); }
+
 const float* numbers(const Tensor& t) { return t.const_data_ptr<float>(); }
 float* filled(Tensor& t) { return t.mutable_data_ptr<float>(); }
 
@@ -42,7 +53,7 @@ struct Device {
   }
 };
 
-Device device_of(const Tensor& t, int64_t isa) { return {isa, !t.is_cpu()}; }
+Device device_of(const Tensor& t, int64_t isa) { return {checked_isa("latent_rollout", isa), !t.is_cpu()}; }
 
 std::tuple<Tensor, Tensor> mlp_fwd(const Tensor& start, const Optional& coupling, const Optional& drift, int64_t horizon, bool keep_all,
                                    bool save, int64_t isa) {
@@ -50,10 +61,7 @@ std::tuple<Tensor, Tensor> mlp_fwd(const Tensor& start, const Optional& coupling
   check(horizon >= 1, "horizon", "be at least 1");
   check_float(start, "start", {rows, hidden});
   check((coupling.has_value() && drift.has_value()) || horizon == 1, "coupling", "be given for more than one step");
-  if (horizon > 1) {
-    check_float(*coupling, "coupling", {hidden, hidden});
-    check_float(*drift, "drift", {hidden});
-  }
+  if (horizon > 1) check_float(*drift, "drift", {hidden});
   Tensor sums = floats(start, {kept, rows, hidden});
   Tensor inputs = floats(start, save ? std::vector<int64_t>{horizon, rows, hidden} : std::vector<int64_t>{0});
   jk_rollout_mlp_params p{};
@@ -62,7 +70,8 @@ std::tuple<Tensor, Tensor> mlp_fwd(const Tensor& start, const Optional& coupling
   p.horizon = horizon;
   p.kept = kept;
   p.start = numbers(start);
-  p.coupling = horizon > 1 ? numbers(*coupling) : nullptr;
+  p.coupling = horizon > 1 ? matrix(*coupling, "coupling", {hidden, hidden}) : nullptr;
+  p.operand = horizon > 1 ? operand(*coupling) : int64_t(JK_FLOAT32);
   p.drift = horizon > 1 ? numbers(*drift) : nullptr;
   p.sums = filled(sums);
   p.inputs = save ? filled(inputs) : nullptr;
@@ -76,14 +85,14 @@ std::tuple<Tensor, Tensor> mlp_bwd(const Tensor& inputs, const Optional& couplin
   check(kept == 1 || kept == horizon, "grad_sums", "hold one step or all");
   check_float(grad_sums, "grad_sums", {kept, rows, hidden});
   check(coupling.has_value() || horizon == 1, "coupling", "be given for more than one step");
-  if (horizon > 1) check_float(*coupling, "coupling", {hidden, hidden});
   Tensor grad_inputs = floats(inputs, {horizon, rows, hidden}), activations = floats(inputs, {horizon - 1, rows, hidden});
   jk_rollout_mlp_params p{};
   p.rows = rows;
   p.hidden = hidden;
   p.horizon = horizon;
   p.kept = kept;
-  p.coupling = horizon > 1 ? numbers(*coupling) : nullptr;
+  p.coupling = horizon > 1 ? matrix(*coupling, "coupling", {hidden, hidden}) : nullptr;
+  p.operand = horizon > 1 ? operand(*coupling) : int64_t(JK_FLOAT32);
   p.inputs = const_cast<float*>(numbers(inputs));
   p.grad_sums = numbers(grad_sums);
   p.grad_inputs = filled(grad_inputs);
@@ -98,10 +107,9 @@ std::tuple<Tensor, Tensor> hamiltonian_fwd(const Tensor& start, const Tensor& we
   const int64_t rows = start.size(0), hidden = start.size(1), middle = weight.size(0), kept = keep_all ? horizon : 1;
   check(horizon >= 1, "horizon", "be at least 1");
   check_float(start, "start", {rows, hidden});
-  check_float(weight, "weight", {middle, hidden});
+  check(weight.scalar_type() == coupling.scalar_type(), "weight", "have the dtype of coupling");
   check_float(bias, "bias", {middle});
   check_float(energy, "energy", {1, middle});
-  check_float(coupling, "coupling", {hidden, hidden});
   Tensor sums = floats(start, {2, kept, rows, hidden});
   Tensor inputs = floats(start, save ? std::vector<int64_t>{2 * horizon, rows, hidden} : std::vector<int64_t>{0});
   jk_rollout_hamiltonian_params p{};
@@ -112,10 +120,11 @@ std::tuple<Tensor, Tensor> hamiltonian_fwd(const Tensor& start, const Tensor& we
   p.kept = kept;
   p.time_step = (float)time_step;
   p.start = numbers(start);
-  p.weight = numbers(weight);
+  p.weight = matrix(weight, "weight", {middle, hidden});
   p.bias = numbers(bias);
   p.energy = numbers(energy);
-  p.coupling = numbers(coupling);
+  p.coupling = matrix(coupling, "coupling", {hidden, hidden});
+  p.operand = operand(coupling);
   p.sums = filled(sums);
   p.inputs = save ? filled(inputs) : nullptr;
   device_of(start, isa).run(p, jk_latent_rollout_cpu_hamiltonian_fwd, "jk_latent_rollout_cuda_hamiltonian_fwd", start);
@@ -129,10 +138,9 @@ std::vector<Tensor> hamiltonian_bwd(const Tensor& input, const Tensor& weight, c
   check_float(input, "input", {rows, hidden});
   check_float(following, "following", {rows, hidden});
   check_float(carried, "carried", {rows, hidden});
-  check_float(weight, "weight", {middle, hidden});
+  check(weight.scalar_type() == coupling.scalar_type(), "weight", "have the dtype of coupling");
   check_float(bias, "bias", {middle});
   check_float(energy, "energy", {1, middle});
-  check_float(coupling, "coupling", {hidden, hidden});
   Tensor force = floats(input, {rows, hidden});
   // Stacked as their product needs them: [pulled; grad_middle]^T [grad_returned; activation] is the gradient of W2.
   Tensor left = floats(input, {2, rows, middle}), right = floats(input, {2, rows, hidden}), grad_energy = floats(input, {rows, middle});
@@ -142,10 +150,11 @@ std::vector<Tensor> hamiltonian_bwd(const Tensor& input, const Tensor& weight, c
   p.middle = middle;
   p.transposed = transposed;
   p.time_step = (float)time_step;
-  p.weight = numbers(weight);
+  p.weight = matrix(weight, "weight", {middle, hidden});
   p.bias = numbers(bias);
   p.energy = numbers(energy);
-  p.coupling = numbers(coupling);
+  p.coupling = matrix(coupling, "coupling", {hidden, hidden});
+  p.operand = operand(coupling);
   p.input = numbers(input);
   p.following = numbers(following);
   p.carried = filled(carried);
@@ -166,6 +175,9 @@ jk_rollout_rows table(const Tensor& t, const Optional& index, const char* argume
   if (index.has_value()) {
     check(index->scalar_type() == ScalarType::Long && index->is_contiguous(), argument, "be indexed by contiguous int64 rows");
     rows.index = index->const_data_ptr<int64_t>();
+    // On a GPU the dispatching op checks them, where it is asked to.
+    for (int64_t i = 0; t.is_cpu() && i < index->numel(); ++i)
+      check(rows.index[i] >= 0 && rows.index[i] < t.size(t.dim() - 2), argument, "be indexed by rows that it has");
   }
   return rows;
 }
@@ -174,8 +186,9 @@ jk_rollout_readout_params describe(const Tensor& sums, const Tensor& weight, con
                                    const Optional& base_rows, int64_t first_step) {
   const int64_t channels = weight.size(1);
   check_float(sums, "sums", {sums.size(0), sums.size(1), weight.size(0)});
-  check(weight.scalar_type() == ScalarType::Float, "weight", "be float32");
+  check(!weight.is_cpu() || weight.scalar_type() == ScalarType::Float, "weight", "be float32 on a CPU");
   if (bias.has_value()) check_float(*bias, "bias", {channels});
+  check(base.dim() == 2, "base", "be [rows, D]");
   check(base_rows.has_value() ? base_rows->size(0) == sums.size(1) : base.size(0) == sums.size(1), "base", "have one row per row of sums");
   jk_rollout_readout_params p{};
   p.steps = sums.size(0);
@@ -184,7 +197,8 @@ jk_rollout_readout_params describe(const Tensor& sums, const Tensor& weight, con
   p.channels = channels;
   p.first_step = first_step;
   p.sums = numbers(sums);
-  p.weight = numbers(weight);
+  p.weight = weight.const_data_ptr();
+  p.operand = operand(weight);
   p.weight_row_stride = weight.stride(0);
   p.weight_column_stride = weight.stride(1);
   p.bias = bias.has_value() ? numbers(*bias) : nullptr;
@@ -258,8 +272,7 @@ jk_rollout_gru_params describe_gru(const Tensor& start, const Tensor& actions, c
         "be float32 [rows, D] with channel stride 1");
   check_float(actions, "actions", {horizon, rows, width});
   check(weights.size() == 6, "weights", "be the six tensors of a GRU");
-  check_float(weights[0], "weight_input", {3 * channels, width});
-  check_float(weights[1], "weight_state", {3 * channels, channels});
+  check(weights[0].scalar_type() == weights[1].scalar_type(), "weight_input", "have the dtype of weight_state");
   for (int i = 2; i < 4; ++i) check_float(weights[i], "bias", {3 * channels});
   for (int i = 4; i < 6; ++i) check_float(weights[i], "norm", {channels});
   jk_rollout_gru_params p{};
@@ -271,8 +284,9 @@ jk_rollout_gru_params describe_gru(const Tensor& start, const Tensor& actions, c
   p.start = numbers(start);
   p.start_stride = start.stride(0);
   p.action = numbers(actions);
-  p.weight_input = numbers(weights[0]);
-  p.weight_state = numbers(weights[1]);
+  p.weight_input = matrix(weights[0], "weight_input", {3 * channels, width});
+  p.weight_state = matrix(weights[1], "weight_state", {3 * channels, channels});
+  p.operand = operand(weights[1]);
   p.bias_input = numbers(weights[2]);
   p.bias_state = numbers(weights[3]);
   p.norm_weight = numbers(weights[4]);

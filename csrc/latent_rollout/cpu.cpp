@@ -69,9 +69,9 @@ class Packer {
     run_parallel(parallel_for_, (columns + width - 1) / width,
                  [&](int64_t begin, int64_t end) { kernels_.pack(data, row_stride, column_stride, depth, columns, begin, end, to); });
   }
-  const float* operator()(const float* data, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t columns) {
+  const float* operator()(const void* data, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t columns) {
     float* to = reserve(kernels_.packed_size(depth, columns));
-    pack(data, row_stride, column_stride, depth, columns, to);
+    pack((const float*)data, row_stride, column_stride, depth, columns, to);
     return to;
   }
 
@@ -81,7 +81,7 @@ class Packer {
   std::vector<float*> blocks_;
 };
 
-Packed pack_hamiltonian(Packer& pack, const float* weight, const float* coupling, int64_t hidden, int64_t middle) {
+Packed pack_hamiltonian(Packer& pack, const void* weight, const void* coupling, int64_t hidden, int64_t middle) {
   return {{pack(weight, 1, hidden, hidden, middle), pack(weight, hidden, 1, middle, hidden), pack(coupling, 1, hidden, hidden, hidden),
            pack(coupling, hidden, 1, hidden, hidden)}};
 }
@@ -95,7 +95,7 @@ Packed pack_gru(Packer& pack, const Kernels& kernels, const jk_rollout_gru_param
   const int64_t d = p.channels, wide = kernels.packed_size(1, d);
   Packed packed{};
   if (!backward) {
-    const float* weights[] = {p.weight_input, p.weight_state};
+    const float* weights[] = {(const float*)p.weight_input, (const float*)p.weight_state};
     const int64_t depths[] = {p.actions, d};
     for (int which = 0; which < 2; ++which) {
       float* to = pack.reserve(3 * depths[which] * wide);
@@ -105,9 +105,10 @@ Packed pack_gru(Packer& pack, const Kernels& kernels, const jk_rollout_gru_param
     }
     return packed;
   }
+  const float* weight = (const float*)p.weight_state;
   std::vector<float> stacked((size_t)(3 * wide * d), 0.f);
   for (int gate = 0; gate < 3; ++gate)
-    for (int64_t i = 0; i < d * d; ++i) stacked[(size_t)(gate * wide * d + i)] = p.weight_state[gate * d * d + i];
+    for (int64_t i = 0; i < d * d; ++i) stacked[(size_t)(gate * wide * d + i)] = weight[gate * d * d + i];
   packed.matrix[2] = pack(stacked.data(), d, 1, 3 * wide, d);
   return packed;
 }
