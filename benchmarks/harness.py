@@ -205,9 +205,13 @@ def time_pair(
 ) -> Pair:
     """Warm both sides, then rounds of A B B A in this process, so that drift of the machine hits both alike."""
     clock = Clock(device, flush_cache=settings.flush_cache, clock=settings.clock)
+    begin = time.perf_counter()
     for _ in range(max(1, settings.warmup)):
         candidate()
         reference()
+        # Calls of seconds are warm after one.
+        if time.perf_counter() - begin > settings.budget_s / 2:
+            break
     slower = max(clock.seconds(candidate, 1), clock.seconds(reference, 1))
     repeats = 1 if settings.flush_cache else max(1, min(200, round(settings.min_sample_s / max(slower, 1e-9))))
     ours: list[float] = []
@@ -339,7 +343,9 @@ def parser(op: str, description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--case", action="append", default=[], help="only cases whose name contains this text; repeat for several")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
     made.add_argument("--rounds", type=int, help="A B B A rounds per comparison (default 12, quick 5)")
-    made.add_argument("--budget", type=float, help="seconds per comparison after which rounds stop (default 20, quick 3)")
+    made.add_argument(
+        "--budget", type=float, help="seconds per comparison after which rounds stop (default: 20 or what the bench says, quick 3)"
+    )
     made.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
     made.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: CPU time with --threads 1, for a busy machine (default wall)")
     made.add_argument("--flush-cache", action="store_true", help="evict the caches before every sample")
@@ -357,9 +363,15 @@ def _selected(comparisons: Iterator[Comparison], options: Options, cases: Sequen
 
 
 def main(
-    op: str, comparisons: Callable[[Options], Iterator[Comparison]], description: str | None, argv: Sequence[str] | None = None
+    op: str,
+    comparisons: Callable[[Options], Iterator[Comparison]],
+    description: str | None,
+    argv: Sequence[str] | None = None,
+    *,
+    min_rounds: int = 4,
+    budget_s: float = 20.0,
 ) -> int:
-    """Command line of one bench file. Returns 1 if any gate failed."""
+    """Command line of one bench file, which may ask for fewer rounds of calls that take seconds. Returns 1 if any gate failed."""
     arguments = parser(op, description).parse_args(argv)
     options = Options(
         quick=arguments.quick,
@@ -371,10 +383,10 @@ def main(
         seed=arguments.seed,
     )
     rounds = arguments.rounds if arguments.rounds is not None else (5 if options.quick else 12)
-    budget = arguments.budget if arguments.budget is not None else (3.0 if options.quick else 20.0)
+    budget = arguments.budget if arguments.budget is not None else (3.0 if options.quick else budget_s)
     settings = Settings(
         rounds=rounds,
-        min_rounds=min(rounds, 4),
+        min_rounds=min(rounds, min_rounds),
         budget_s=budget,
         flush_cache=arguments.flush_cache,
         seed=options.seed,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
-import sys
 import types
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.peers import provide_timm
 from jepa_kernels import use_backend
 from jepa_kernels.integrations import Report, accelerate
 from jepa_kernels.testing import assert_within_budget
@@ -25,27 +25,8 @@ def peer(package: str, module: str) -> types.ModuleType:
     if importlib.util.find_spec(package) is None:
         missing(f"{package} is not installed (make dev installs it)")
     if package == "vjepa2":
-        _provide_timm()
+        provide_timm()
     return importlib.import_module(module)
-
-
-def _provide_timm() -> None:
-    """cc-vjepa2 takes one function from timm, which needs torchvision; where timm cannot be imported, that function stands in."""
-    try:
-        importlib.import_module("timm.models.layers")
-    except ModuleNotFoundError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
-            del sys.modules[name]
-        for name in ("timm", "timm.models", "timm.models.layers"):
-            sys.modules[name] = types.ModuleType(name)
-        sys.modules["timm.models.layers"].drop_path = _drop_path
-
-
-def _drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False) -> Tensor:
-    if not drop_prob or not training:
-        return x
-    kept = torch.rand(x.shape[0], *(1,) * (x.ndim - 1), dtype=x.dtype) >= drop_prob
-    return x * kept / (1 - drop_prob)
 
 
 def randomised(model: nn.Module) -> nn.Module:
