@@ -19,7 +19,6 @@ PENDING: dict[str, set[str]] = {
         "backend triton",
         "backend cuda",
         "csrc/latent_rollout/cuda.cu",
-        "benchmarks/bench_latent_rollout.py",
         "tests/simt/test_latent_rollout*.py",
         "tests/interpret/test_latent_rollout*.py",
     }
