@@ -41,11 +41,19 @@ dev: $(VENV)/.built ## the development environment, with the native libraries bu
 bench: dev ## the main job: throughput of every variant against frame resolution, the op table, and a report to open
 	$(PY) -m benchmarks.sweep --main-job
 
+# A process for each part, so that compiled graphs, process groups and patched peers of one do not reach another. Longest first.
+PARTS := jepa ops interpret simt integrations conformance benchmarks core native gates
+JOBS ?= 2
 test: dev ## everything that needs no GPU (under 12 minutes on 2 cores)
-	@# A process for each part: compiled graphs, process groups and patched peers of one do not reach another.
-	set -e; for part in "tests/test_*.py tests/nn" tests/ops tests/jepa tests/native tests/benchmarks tests/integrations tests/simt tests/gates; do \
-	  $(PYTEST) $$part; done
-	$(MAKE) --no-print-directory test-interpret conformance
+	@echo "parts, $(JOBS) at a time, each printed when it is done: $(PARTS)"
+	@$(MAKE) --no-print-directory --jobs=$(JOBS) --keep-going --output-sync=target $(PARTS:%=part-%)
+
+part-core: dev
+	$(PYTEST) tests/test_*.py tests/nn
+part-interpret: test-interpret
+part-conformance: conformance
+part-%: dev
+	$(PYTEST) tests/$*
 
 quick: dev ## the core of the suite, under 2 minutes
 	$(PYTEST) tests/ops tests/test_backend.py tests/test_import.py -m "not slow" -x

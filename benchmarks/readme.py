@@ -1,7 +1,9 @@
-"""Fills the generated parts of README.md from the code (support table) and from the committed records (measured ratios).
+"""Fills the generated parts of README.md and of the pages under docs from the code and from the committed records.
 
 python -m benchmarks.readme            writes them
-python -m benchmarks.readme --check    exits 1 when README.md differs from what the code and the records say
+python -m benchmarks.readme --check    exits 1 when a page differs from what the code and the records say
+
+A part is a block `<!-- generated: NAME [ARGUMENT] -->` ... `<!-- end -->`; PARTS says who writes it.
 """
 
 from __future__ import annotations
@@ -14,44 +16,89 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report_text
 from jepa_kernels.support import table as support_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- generated: (\w+)(?: (\S+))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+KEYS = ("backend", "baseline", "case", "dtype", "pass")
+
+# What README shows of each op: case, pass and baseline. Everything else, losses included, is in docs/measured.md.
+HEADLINES: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "masked_attention": (
+        ("vit_b/224px/16f/dense", "forward", "sdpa"),
+        ("vit_b/224px/16f/dense", "forward+backward", "sdpa"),
+        ("vit_b/224px/16f/dense", "forward+backward", "rotation_sdpa"),
+        ("vit_b/112px/16f/dense", "forward+backward", "rotation_sdpa"),
+        ("vit_b/224px/16f/ragged", "forward+backward", "padded_sdpa"),
+    ),
+    "ema_update": (
+        ("vit_b/float32", "update", "mul_add"),
+        ("vit_b/float32", "update", "foreach_lerp"),
+        ("vit_b/float32", "update", "stream"),
+        ("micro/float32", "update", "foreach_lerp"),
+    ),
+    "adamw_ema": (
+        ("vit_b", "step", "adamw_default"),
+        ("vit_b", "step", "adamw_fused"),
+        ("vit_b", "step", "stream"),
+    ),
+    "latent_rollout": (
+        ("mlp/r2048/d3072/k16/last", "forward+backward", "eager"),
+        ("mlp/r2048/d1536/k4/loss", "forward+backward", "eager"),
+        ("gru/r1024/d256/k16", "forward+backward", "eager"),
+    ),
+    "step": (
+        ("tiny/112px/16f", "step", "published"),
+        ("tiny/224px/16f", "step", "published"),
+        ("tiny/224px/16f", "step", "published, checkpointing"),
+    ),
+}
 
 
 def newest(path: Path) -> list[dict[str, Any]]:
     """The latest record of every comparison in a file, in the order of their first appearance."""
-    latest: dict[tuple, dict[str, Any]] = {}
+    latest: dict[tuple[str, ...], dict[str, Any]] = {}
     for record in json.loads(path.read_text(encoding="utf-8"))["records"]:
-        latest[tuple(record[k] for k in ("backend", "baseline", "case", "dtype", "pass"))] = record
+        latest[tuple(record[k] for k in KEYS)] = record
     return list(latest.values())
+
+
+def devices() -> list[Path]:
+    return sorted(p for p in RESULTS.iterdir() if p.is_dir())
+
+
+def ratio(record: dict[str, Any]) -> str:
+    """The paired ratio with its interval; below 1 is a loss and says so."""
+    if record["status"] != "ok":
+        return str(record["status"])
+    low, high = record["interval"]
+    mark = "" if low >= 1 else " (loss)" if high < 1 else " (even)"
+    return f"{record['ratio']:.2f} [{low:.2f}, {high:.2f}]{mark}"
 
 
 def _row(record: dict[str, Any]) -> str:
     names = ("case", "dtype", "pass", "baseline", "backend")
     cells = [*(record[name] for name in names), f"{record['threads']}, {record.get('clock', 'wall')}"]
-    if record["status"] != "ok":
-        return f"| {' | '.join(cells)} | {record['status']} |"
-    low, high = record["interval"]
-    mark = "" if low >= 1 else " (loss)" if high < 1 else " (even)"
-    return f"| {' | '.join(cells)} | {record['ratio']:.2f} [{low:.2f}, {high:.2f}]{mark} |"
+    return f"| {' | '.join(cells)} | {ratio(record)} |"
 
 
-def measured() -> str:
-    """A table per device and op: our speed over each baseline's, with the interval; below 1 is a loss and says so."""
+def measured(_: str | None) -> str:
+    """A table per device and op: our speed over each baseline's, with the interval."""
     lines: list[str] = []
-    for device in sorted(p for p in RESULTS.iterdir() if p.is_dir()):
-        for op in ("masked_attention", "ema_update", "adamw_ema", "latent_rollout"):
-            path = device / f"{op}.json"
-            if not path.exists():
+    for device in devices():
+        for path in sorted(device.glob("*.json")):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or not all("baseline" in r for r in content.get("records", [{}])):
                 continue
             records = newest(path)
             load = max(r.get("load_average") or 0.0 for r in records)
             lines += [
                 "",
-                f"`{op}` on {records[0]['device']} ({device.name}, load average up to {load:.0f}); record: `{path.relative_to(ROOT)}`",
+                f"## `{path.stem}` on {records[0]['device']} ({device.name})",
+                "",
+                f"Load average up to {load:.0f}; record: `{path.relative_to(ROOT)}`",
                 "",
                 "| case | dtype | pass | baseline | ours | threads, clock | baseline's time / ours |",
                 "|---|---|---|---|---|---|---|",
@@ -60,26 +107,101 @@ def measured() -> str:
     return "\n".join(lines).strip() or "No record is committed yet."
 
 
-PARTS: dict[str, Callable[[], str]] = {"support": support_table, "measured": measured}
+def headlines(_: str | None) -> str:
+    """A few rows per op and device."""
+    lines = ["| op | case | pass | against | device, threads, clock | baseline's time / ours |", "|---|---|---|---|---|---|"]
+    for device in devices():
+        for op, wanted in HEADLINES.items():
+            path = device / f"{op}.json"
+            if not path.exists():
+                continue
+            found = {(r["case"], r["pass"], r["baseline"]): r for r in newest(path)}
+            for case, pass_name, baseline in wanted:
+                record = found.get((case, pass_name, baseline))
+                if record is not None:
+                    where = f"{device.name}, {record['threads']}, {record.get('clock', 'wall')}"
+                    lines.append(f"| {op} | {case} {record['dtype']} | {pass_name} | {baseline} | {where} | {ratio(record)} |")
+    return "\n".join(lines) if len(lines) > 2 else "No record is committed yet."
+
+
+def sweep(name: str | None) -> str:
+    """What a committed sweep answers, in sentences computed from its cells, and its plots."""
+    lines = []
+    for device in devices():
+        path = device / f"{name}.json"
+        if not path.exists():
+            continue
+        record = json.loads(path.read_text(encoding="utf-8"))
+        at = record["settings"]
+        lines += [
+            "",
+            f"On {device.name}, size {at['size']}, {at['frames']} frames, batch {at['batch']}, {at['dtype']} (`{path.relative_to(ROOT)}`):",
+            "",
+        ]
+        lines += [f"- {sentence}" for sentence in report_text.findings(record)]
+        plots = [p for part in ("throughput", "overhead") if (p := device / f"{name}_{part}.png").exists()]
+        lines += ["", *(f"![{plot.stem.replace('_', ' ')}]({plot.relative_to(ROOT)})" for plot in plots)]
+    return "\n".join(lines).strip() or "No record is committed yet."
+
+
+def study(_: str | None) -> str:
+    """Accuracies of the study: real clips by class; generated clips by the mean over appearance and over motion questions."""
+    lines = []
+    for path in sorted(RESULTS.glob("*/study.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for part in sorted({row["part"] for row in content["summary"]}):
+            rows = [row for row in content["summary"] if row["part"] == part]
+            groups = [name for name in ("class", "appearance", "motion") if name in rows[0]]
+            steps = {record["steps"] for record in content["records"] if record["part"] == part}
+            lines += [
+                "",
+                f"{part}, {' / '.join(map(str, sorted(steps)))} steps of pre-training, probe top-1 in % (`{path.relative_to(ROOT)}`):",
+                "",
+                f"| variant, seed | encoder | {' | '.join(groups)} |",
+                f"|---|---|{'---|' * len(groups)}",
+            ]
+            for row in rows:
+                lines.append(
+                    f"| {row['variant']}, {row['seed']} | {row['encoder']} | {' | '.join(f'{100 * row[g]:.1f}' for g in groups)} |"
+                )
+        lines += ["", *(f"![{plot.stem.replace('_', ' ')}]({plot.relative_to(ROOT)})" for plot in sorted(path.parent.glob("study_*.png")))]
+    return "\n".join(lines).strip() or "No record is committed yet."
+
+
+PARTS: dict[str, Callable[[str | None], str]] = {
+    "support": lambda _: support_table(),
+    "measured": measured,
+    "headlines": headlines,
+    "sweep": sweep,
+    "study": study,
+}
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def filled(text: str) -> str:
-    """README's text with every generated block made anew."""
-    return BLOCK.sub(lambda match: f"{match[1]}{PARTS[match[2]]()}\n{match[4]}", text)
+    """A page's text with every generated block made anew."""
+    return BLOCK.sub(lambda match: f"{match[1]}{PARTS[match[2]](match[3])}\n{match[5]}", text)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = filled(before)
-    if check and before != after:
-        print("README.md differs from the code or the records; run: python -m benchmarks.readme", file=sys.stderr)
+    stale = []
+    for path in pages():
+        before = path.read_text(encoding="utf-8")
+        after = filled(before)
+        if before != after:
+            stale.append(path)
+            if not check:
+                path.write_text(after, encoding="utf-8")
+    if check and stale:
+        names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+        print(f"{names} differs from the code or the records; run: python -m benchmarks.readme", file=sys.stderr)
         return 1
-    if not check:
-        path.write_text(after, encoding="utf-8")
     return 0
 
 
