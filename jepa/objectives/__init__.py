@@ -6,6 +6,7 @@ A file may also have `build_head(dims, cfg) -> nn.Module` for parameters of its 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
@@ -46,8 +47,9 @@ __all__ = [
 Objectives = Mapping[str, ObjectiveConfig]
 
 
+@functools.cache
 def names() -> tuple[str, ...]:
-    """Every objective: the files of this folder."""
+    """Every objective: the files of this folder, listed once (a step asks for modules by name)."""
     return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name != "base"))
 
 
