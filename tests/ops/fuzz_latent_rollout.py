@@ -351,9 +351,9 @@ def _native(name: str, *arguments: object) -> fuzzing.Way:
     faults = {
         "dtype": lambda call, rng: change(call, rng, floats, lambda t: t.to(rng.choice(kinds)), parameters=False),
         "wider": spoil(floats, lambda t: torch.cat((t, t), -1)),
-        "flat": spoil(tensors, lambda t: t.flatten() if t.dim() > 1 else t[0]),
+        "flat": spoil(floats, lambda t: t.flatten() if t.dim() > 1 else t[0]),
         "scalar": spoil(tensors, lambda t: t.flatten()[0]),
-        "deeper": spoil(tensors, lambda t: t[None]),
+        "deeper": spoil(floats, lambda t: t[None]),
         "device": spoil(tensors, lambda t: t.to("meta")),
         "sparse": spoil(floats, lambda t: t.to_sparse()),
         "huge": spoil(floats, lambda t: torch.zeros(1).as_strided((*t.shape[:-1], HUGE), (0,) * t.dim())),
@@ -386,7 +386,7 @@ NATIVE = (
     _native("gru_bwd", "state", "actions", "states", "gates", "weights", 1e-5, "states", True, "isa"),
 )
 
-WAYS = ((public, PUBLIC), (direct_forward, DIRECT), (direct_backward, BACKWARD))
+WAYS = ((public, PUBLIC), (direct_forward, DIRECT), (direct_backward, BACKWARD), *(NATIVE if native.available() else ()))
 
 if __name__ == "__main__":
     sys.exit(fuzzing.main(valid, WAYS, int(sys.argv[1]), int(sys.argv[2])))
