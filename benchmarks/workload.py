@@ -185,6 +185,7 @@ class Pretraining:
             self.bundle.target_encoder = training.frozen_copy(self.bundle.context_encoder)
         self.bundle.to(self.workload.device)
         self.optimizer = training.build_optimizer(self.bundle, cfg)
+        self._teacher = self.optimizer.teacher
 
     def config(self, group: Group, config: VariantConfig | None = None) -> training.StepConfig:
         """The group's step with the baseline's objectives, or with those of a variant."""
@@ -211,6 +212,7 @@ class Pretraining:
             mark("objective")
             training.backward(loss)
             mark("backward")
+            self.optimizer.teacher = self._teacher if group.target == "ema" else None
             training.update(training.TrainState(self.bundle, self.optimizer, cfg))
             mark("optimiser")
         return mark.seconds()

@@ -24,11 +24,16 @@ from jepa.objectives import Denominators, FeatureDims, ObjectiveContext, build_h
 from jepa.schedules import ScheduleConfig, parameter_groups, set_rates
 from jepa.target import frozen_copy, standardise, update_ema
 from jepa.variants import VariantConfig, parse_variant
+from jepa_kernels.nn import EMATeacher
+from jepa_kernels.optim import AdamWEMA
 
 
 @dataclass(frozen=True)
 class StepConfig:
-    """Everything a step depends on besides the weights and the batch."""
+    """Everything a step depends on besides the weights and the batch.
+
+    `optimizer`: ``adamw_ema`` moves parameters and EMA target in one pass over memory; ``adamw`` is torch's fused AdamW, then the EMA.
+    """
 
     model: ModelConfig = field(default_factory=lambda: SIZES["micro"], metadata=parsed_by(parse_model))
     variant: VariantConfig = field(default_factory=VariantConfig, metadata=parsed_by(parse_variant))
@@ -36,6 +41,7 @@ class StepConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     loss_exponent: float = 1.0
     clip_gradient: float | None = None
+    optimizer: Literal["adamw_ema", "adamw"] = "adamw_ema"
 
 
 class ModelBundle(nn.Module):
@@ -189,11 +195,20 @@ def new_state(cfg: StepConfig, device: torch.device | str = "cpu") -> TrainState
 
 
 def build_optimizer(bundle: ModelBundle, cfg: StepConfig) -> torch.optim.Optimizer:
-    """AdamW with the published groups. The fused one: the others read their step counts back, and cannot skip a step on the device."""
+    """AdamW with the published groups; with an EMA target, `AdamWEMA` holds it as its teacher. Both skip a step by a flag on the device."""
     groups = parameter_groups(bundle.trained(), bundle.heads.values())
     schedule = cfg.schedule
     set_rates(groups, schedule.learning_rate(1), schedule.decay(1))
-    return torch.optim.AdamW(groups, lr=schedule.learning_rate(1), betas=(0.9, 0.999), eps=1e-8, fused=True)
+    rate, betas, eps = schedule.learning_rate(1), (0.9, 0.999), 1e-8
+    if cfg.optimizer == "adamw":
+        # The fused one: the others read their step counts back.
+        return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=True)
+    teacher = None
+    if cfg.variant.target.kind == "ema":
+        teacher = EMATeacher(bundle.context_encoder, schedule.ema_momentum(1), module=bundle.target_encoder)
+    # Step counts have to be where the flag of a skipped step is.
+    on_device = next(bundle.parameters()).device.type != "cpu"
+    return AdamWEMA(groups, lr=rate, betas=betas, eps=eps, capturable=on_device, teacher=teacher)
 
 
 def train_step(state: TrainState, batch: Batch | Sequence[Batch]) -> tuple[TrainState, dict[str, Tensor]]:
@@ -241,13 +256,16 @@ def update(state: TrainState, loss: Tensor | None = None) -> dict[str, Tensor]:
         # This process's share of the loss; the norm is already that of all.
         bad = torch.isfinite(loss).logical_not().to(torch.float32)
         skipped = torch.maximum(skipped, (bad if state.reduce is None else state.reduce(bad)).clamp(max=1.0))
-    state.optimizer.found_inf = skipped
-    state.optimizer.grad_scale = None
-    state.optimizer.step()
-    if state.cfg.variant.target.kind == "ema":
+    optimizer = state.optimizer
+    optimizer.found_inf, optimizer.grad_scale = skipped, None
+    teacher, follows = getattr(optimizer, "teacher", None), state.cfg.variant.target.kind == "ema"
+    if teacher is not None:
+        teacher.momentum = schedule.ema_momentum(step)
+    optimizer.step()
+    if follows and teacher is None:
         momentum = torch.where(skipped > 0, torch.ones_like(skipped), schedule.ema_momentum(step))
         update_ema(state.bundle.target_encoder, state.bundle.context_encoder, momentum)
-    state.optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
     state.step = step
     return {"gradient_norm": norm, "skipped": skipped}
 

@@ -80,17 +80,18 @@ class EMATeacher(nn.Module):
         warmup: bool = False,
         debias: bool = False,
         seed: int = 0,
+        module: nn.Module | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        _check(student, momentum, rounding, warmup or debias)
+        _check(student, module, momentum, rounding, warmup or debias)
         self._student = (student,)  # in a tuple: not a submodule
         self.momentum, self.rounding, self.average_buffers = momentum, rounding, average_buffers
         self.warmup, self.debias, self.seed, self.backend = warmup, debias, seed, backend
         self.num_updates = 0
         self.history_weight = 0.0
-        self.module = copy.deepcopy(student).requires_grad_(False)
-        if master_dtype is not None:
+        self.module = (copy.deepcopy(student) if module is None else module).requires_grad_(False)
+        if master_dtype is not None and module is None:
             _cast(self.module, lambda dtype: master_dtype if dtype in _HALF else dtype)
         self.forward_copy = self._make_forward_copy(student, forward_dtype)
         self.compensation = copy.deepcopy(self.module) if rounding == "kahan" else None
@@ -104,6 +105,19 @@ class EMATeacher(nn.Module):
     @property
     def student(self) -> nn.Module:
         return self._student[0]
+
+    @property
+    def num_updates(self) -> int:
+        """Updates done, without those that a flag skipped. Flags on a device are only added up there, and read when this is."""
+        if self._skipped is not None:
+            self._counted -= int(self._skipped)
+            self._skipped = None
+        return self._counted
+
+    @num_updates.setter
+    def num_updates(self, value: int) -> None:
+        self._counted: int = value
+        self._skipped: torch.Tensor | None = None
 
     def _make_forward_copy(self, student: nn.Module, forward_dtype: torch.dtype | None) -> nn.Module | None:
         def rule(dtype: torch.dtype) -> torch.dtype:
@@ -160,14 +174,26 @@ class EMATeacher(nn.Module):
         """The seed of stochastic rounding for the coming update; `part` tells apart two calls of one update."""
         return (self.seed << 32) + 2 * self.num_updates + part if self.rounding == "stochastic" else None
 
-    def count_update(self) -> None:
-        """Advances schedule, warm-up and debiasing. `update` calls it; so does an optimizer that updates the teacher itself."""
+    def count_update(self, skipped: torch.Tensor | None = None) -> None:
+        """Advances schedule, warm-up and debiasing. `update` calls it; so does an optimizer that updates the teacher itself.
+
+        Args:
+            skipped: one number that is not 0 if the update was skipped, which then does not count. It is read where a history is kept
+                (`debias`), else only with `num_updates`: a number or a tensor as momentum never waits for it, a schedule or `warmup` does
+                at the next update.
+        """
         if self.debias and not isinstance(self.momentum, torch.Tensor):
+            if skipped is not None and bool(skipped):
+                return
+            skipped = None
             momentum = float(self.momentum(self.num_updates)) if callable(self.momentum) else float(self.momentum)
             if self.warmup:
                 momentum = min(momentum, (1 + self.num_updates) / (10 + self.num_updates))
             self.history_weight = momentum * self.history_weight + (1 - momentum)
-        self.num_updates += 1
+        self._counted += 1
+        if skipped is not None:
+            flag = (skipped.detach().reshape(()) != 0).to(torch.int64)
+            self._skipped = flag if self._skipped is None else self._skipped + flag
 
     def update(self) -> None:
         """One update of every parameter and buffer, in one pass over the list. Call it after the optimizer's step."""
@@ -224,13 +250,19 @@ class EMATeacher(nn.Module):
         self.num_updates, self.history_weight = int(state[0]), float(state[1])
 
 
-def _check(student: nn.Module, momentum: object, rounding: str, uses_count: bool) -> None:
+def _check(student: nn.Module, module: nn.Module | None, momentum: object, rounding: str, uses_count: bool) -> None:
     if not isinstance(student, nn.Module):
         raise TypeError(checks.sentence(_NAME, "student", "be a module", checks.type_name(student)))
+    if module is not None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(checks.sentence(_NAME, "module", "be a module or None", checks.type_name(module)))
+        shapes = [[(name, tuple(p.shape)) for name, p in one.named_parameters()] for one in (student, module)]
+        if module is student or shapes[0] != shapes[1]:
+            raise ValueError(checks.sentence(_NAME, "module", "be a copy of the student, with its parameters' names and shapes", "another"))
     if rounding not in ROUNDINGS:
         raise ValueError(checks.sentence(_NAME, "rounding", f"be one of {', '.join(ROUNDINGS)}", repr(rounding)))
     for name, parameter in student.named_parameters():
-        if is_sharded(parameter):
+        if module is None and is_sharded(parameter):
             hint = "Build the teacher first, then call fully_shard on student and teacher.module."
             raise ValueError(checks.sentence(_NAME, "student", "be copied before it is sharded", f"the sharded parameter {name}", hint))
     if isinstance(momentum, torch.Tensor):

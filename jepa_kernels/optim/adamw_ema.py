@@ -31,9 +31,10 @@ class AdamWEMA(torch.optim.AdamW):
 
     Notes:
         ``state_dict`` is that of torch.optim.AdamW (step, exp_avg, exp_avg_sq), and either loads the other's; the teacher saves itself.
-        A step that a GradScaler skips moves neither parameters, moments, step counts nor the teacher. Where the flag is on a device, it is not
-        read back, so ``teacher.num_updates`` counts that step. With ``capturable=True`` step counts live on the device and lr may be a tensor
-        there; give the teacher a device tensor as momentum, since numbers are fixed when a CUDA graph is captured.
+        A step that ``found_inf`` or a GradScaler skips moves neither parameters, moments, step counts nor the teacher, and is not counted in
+        ``teacher.num_updates``. The flag is not read back (for a teacher's schedule, see `EMATeacher.count_update`). With
+        ``capturable=True`` step counts live on the device and lr may be a tensor there; give the teacher a device tensor as momentum, since
+        numbers are fixed when a CUDA graph is captured.
 
     Example:
         >>> import torch
@@ -107,8 +108,6 @@ class AdamWEMA(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf != 0):
-            return loss
         pairs = [] if self.teacher is None else self.teacher.pairs()
         momentum = 1.0 if self.teacher is None else self.teacher.next_momentum()
         follower = {id(pair.source): pair for pair in pairs if pair.is_float}
@@ -116,21 +115,19 @@ class AdamWEMA(torch.optim.AdamW):
         for device, work in works.items():
             self._check_capture(device)
             scale, flag = (None if t is None else t.to(device, torch.float32, non_blocking=True) for t in (grad_scale, found_inf))
-            # A tensor: the number 1 would be wrapped anew for each of the step counts on the host.
-            one = torch.ones(()) if work.steps[0].device.type == "cpu" else 1
-            torch._foreach_add_(work.steps, one)
-            if flag is not None and device.type != "cpu":
-                torch._foreach_sub_(work.steps, (flag != 0).to(torch.float32).reshape(()))
+            _count(work.steps, flag)
             self._update(work, device, momentum, scale, flag)
         if self.teacher is not None:
             done = {id(pair) for work in works.values() for pair in work.pairs}
             rest = [pair for pair in pairs if id(pair) not in done]
-            if found_inf is not None and found_inf.device.type != "cpu":
+            if found_inf is not None:
                 momentum = torch.where(
                     found_inf.reshape(()) != 0, 1.0, torch.as_tensor(momentum, dtype=torch.float64, device=found_inf.device)
                 )
             self.teacher.update_pairs(rest, momentum, part=1)
-            self.teacher.count_update()
+            # A flag in a graph's memory changes at every replay, and the count on the host at none.
+            captured = found_inf is not None and found_inf.is_cuda and torch.cuda.is_current_stream_capturing()
+            self.teacher.count_update(None if captured else found_inf)
         return loss
 
     def _check_capture(self, device: torch.device) -> None:
@@ -203,6 +200,17 @@ class _Work:
         self.steps = [entry[2]["step"] for entry in entries]
         self.groups = [entry[3] for entry in entries]
         self.pairs = [entry[4] for entry in entries if entry[4] is not None]
+
+
+def _count(steps: list[torch.Tensor], flag: torch.Tensor | None) -> None:
+    """Adds 1 to every step count, or 0 where `flag` skips the step, which is not read."""
+    on_host = steps[0].device.type == "cpu"
+    if flag is not None:
+        # As a list: a foreach function reads a tensor that is given in the place of a number.
+        torch._foreach_add_(steps, [(flag == 0).to(steps[0].device, torch.float32).reshape(())] * len(steps))
+    else:
+        # A tensor: the number 1 would be wrapped anew for each of the step counts on the host.
+        torch._foreach_add_(steps, torch.ones(()) if on_host else 1)
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -30,10 +30,13 @@ def saved(folder, step):
     }
 
 
-@pytest.mark.parametrize("name", ["hw_ld", "kinematic", "motion_guided"])
-def test_a_resumed_run_is_bitwise_equal(tmp_path, name):
+RESUMED = [("hw_ld", "adamw_ema"), ("hw_ld", "adamw"), ("kinematic", "adamw_ema"), ("motion_guided", "adamw_ema")]
+
+
+@pytest.mark.parametrize(("name", "optimizer"), RESUMED)
+def test_a_resumed_run_is_bitwise_equal(tmp_path, name, optimizer):
     """Also under accumulation, clipping, and with a checkpoint in the middle of a log interval."""
-    options = dict(name=name, steps=4, accumulate=2, clip_gradient=1.0, log_every=3, checkpoint_every=2, batch_size=1)
+    options = dict(name=name, optimizer=optimizer, steps=4, accumulate=2, clip_gradient=1.0, log_every=3, checkpoint_every=2, batch_size=1)
     pretrain.run(tiny_run(tmp_path / "whole", **options))
     cfg = tiny_run(tmp_path / "parts", **options)
     stopped = pretrain.run(replace(cfg, schedule=replace(cfg.schedule, total_steps=2, decay_scale=2.0)))
@@ -44,6 +47,18 @@ def test_a_resumed_run_is_bitwise_equal(tmp_path, name):
         (line["step"], line["loss"]) for line in lines(tmp_path / "parts")
     ]
     assert [line["step"] for line in lines(tmp_path / "parts")] == [2, 3, 4]
+
+
+def test_a_run_goes_on_with_the_other_optimiser(tmp_path, caplog):
+    """Either reads the other's moments and step counts."""
+    for first, second in (("adamw", "adamw_ema"), ("adamw_ema", "adamw")):
+        folder = tmp_path / first
+        pretrain.run(tiny_run(folder, steps=1, optimizer=first))
+        with caplog.at_level(logging.WARNING):
+            state = pretrain.run(tiny_run(folder, steps=2, optimizer=second))
+        assert "another value of optimizer" in caplog.text
+        assert {int(entry["step"]) for entry in state.optimizer.state.values()} == {2}
+        caplog.clear()
 
 
 def test_workers_do_not_change_a_run(tmp_path):

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jepa_kernels.nn import EMATeacher, LinearMomentum
 from jepa_kernels.optim import AdamWEMA
+from tests.conftest import missing
 from tests.ops.lists import BACKENDS, GPU, one_thread  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -208,6 +210,78 @@ def test_grad_scaler_scales_and_skips(backend):
     assert teacher.num_updates == 2 and float(optimizer.state[ours[0].weight]["step"]) == 2.0
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+SCHEDULES = {
+    "number": {"momentum": 0.9},
+    "schedule": {"momentum": LinearMomentum(0.5, 0.99, 4)},
+    "warmup": {"momentum": 0.99, "warmup": True},
+    "debias": {"momentum": LinearMomentum(0.5, 0.99, 4), "debias": True},
+}
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_skipped_steps_leave_no_trace(backend, schedule):
+    """Flags by attribute, as a training loop sets them: what is left is a run without those steps, momentum included."""
+    ours, theirs = model(), model()
+    flagged, plain = ((m, EMATeacher(m, **SCHEDULES[schedule])) for m in (ours, theirs))
+    optimizers = [AdamWEMA(groups(m), teacher=teacher, backend=backend) for m, teacher in (flagged, plain)]
+    for skipped in (True, False, True, True, False, False):
+        for (module, _), optimizer in zip((flagged, plain), optimizers, strict=True):
+            optimizer.zero_grad()
+            module(torch.ones(2, 5)).square().mean().backward()
+        optimizers[0].found_inf = torch.tensor(float(skipped))
+        optimizers[0].step()
+        if not skipped:
+            optimizers[1].step()
+    for a, b in zip((*ours.parameters(), *flagged[1].parameters()), (*theirs.parameters(), *plain[1].parameters()), strict=True):
+        assert torch.equal(a, b)
+    assert all(int(state["step"]) == 3 for state in optimizers[0].state.values())
+    assert flagged[1].num_updates == 3
+    assert flagged[1].next_momentum() == plain[1].next_momentum()
+    assert torch.equal(flagged[1].get_extra_state(), plain[1].get_extra_state())
+
+
+def test_the_flag_of_a_skipped_step_is_not_read():
+    if "cpu" not in BACKENDS:
+        missing("the native library is not built; torch's composition reads a flag on a CPU")
+
+    class Reads(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen += "_local_scalar_dense" in str(func)
+            return func(*args, **(kwargs or {}))
+
+    ours = model()
+    teacher = EMATeacher(ours, 0.9)
+    optimizer = AdamWEMA(groups(ours), teacher=teacher, backend="cpu")
+    ours(torch.ones(2, 5)).square().mean().backward()
+    with Reads() as reads:
+        for skipped in (1.0, 0.0):
+            optimizer.found_inf = torch.full((), skipped)
+            optimizer.step()
+        assert reads.seen == 0
+        assert teacher.num_updates == 1
+        assert reads.seen == 1
+
+
+def test_a_teacher_takes_a_copy_that_is_there_already():
+    student = model()
+    copied = copy.deepcopy(student)
+    teacher = EMATeacher(student, 0.5, module=copied)
+    assert teacher.module is copied
+    assert not any(p.requires_grad for p in copied.parameters())
+    with torch.no_grad():
+        student[0].weight.add_(1.0)
+    teacher.update()
+    torch.testing.assert_close(student[0].weight - copied[0].weight, torch.full_like(copied[0].weight, 0.5))
+    for wrong in (student, nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match="EMATeacher: module must be a copy of the student"):
+            EMATeacher(student, module=wrong)
+    with pytest.raises(TypeError, match="EMATeacher: module must be a module or None"):
+        EMATeacher(student, module=3)
 
 
 def test_clipping_hooks_closures_and_zero_grad_work_as_in_torch():
