@@ -7,12 +7,13 @@ with patch("vjepa2"): ...      # for code that builds its own models: swaps on t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 from torch import nn
 
 from ..checks import sentence
-from . import ijepa, replace, transformers_ijepa, transformers_vjepa2, vjepa1, vjepa2, vjepa2_1
+from . import eb_jepa, ijepa, lightly_ijepa, replace, transformers_ijepa, transformers_vjepa2, vjepa1, vjepa2, vjepa2_1
 from .replace import CodeBase, Report, restore
 
 CODE_BASES: tuple[CodeBase, ...] = (
@@ -22,22 +23,27 @@ CODE_BASES: tuple[CodeBase, ...] = (
     vjepa2_1.BASE,
     vjepa1.BASE,
     ijepa.BASE,
+    lightly_ijepa.BASE,
+    eb_jepa.BASE,
 )
 
 __all__ = ["CODE_BASES", "Report", "accelerate", "patch", "restore"]
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, *, options: Sequence[str] = ()) -> Report:
     """Swaps the attention modules of a known JEPA model for the fused op, in place; parameters and state dict stay as they are.
 
     Args:
         model: any module that contains attention of a known code base.
+        options: work of the original to leave out where results stay the same. ``"unsorted_predictor"``: the predictor neither sorts its
+            tokens by position nor restores their order, and reads its mask token in place (transformers VJEPA2, V-JEPA 2).
 
     Returns:
         What was replaced, and what was left with the reasons. Print it.
 
     Raises:
-        TypeError: not a module. ValueError: no module of a known code base, with the list of what is known and what was found.
+        TypeError: not a module. ValueError: no module of a known code base, with the list of what is known and what was found; an
+        option that is not known, or that nothing in the model has.
 
     Notes:
         Attention probabilities are not computed: where the original returns them, the fused forward returns None, as SDPA does.
@@ -52,20 +58,23 @@ def accelerate(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(sentence("accelerate", "model", "be a torch.nn.Module", type(model).__name__))
-    return replace.accelerate(model, CODE_BASES)
+    return replace.accelerate(model, CODE_BASES, options)
 
 
-def patch(*names: str) -> AbstractContextManager[list[str]]:
+def patch(*names: str, options: Sequence[str] = ()) -> AbstractContextManager[list[str]]:
     """A context in which the classes of the named code bases (all, without names) use the fused op.
 
     Args:
         names: of `CODE_BASES`.
+        options: those of `accelerate`.
 
     Raises:
-        ValueError: no code base of that name.
+        ValueError: no code base or option of that name.
     """
     by_name = {base.name: base for base in CODE_BASES}
     for name in names:
         if name not in by_name:
             raise ValueError(sentence("patch", "name", f"be one of {', '.join(by_name)}", repr(name)))
-    return replace.patched([by_name[name] for name in names] or CODE_BASES)
+    bases = [by_name[name] for name in names] or CODE_BASES
+    replace.check_options("patch", bases, options)
+    return replace.patched(bases, options)

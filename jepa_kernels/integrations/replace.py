@@ -1,7 +1,7 @@
 """Replaces the attention of other people's models: recognises modules by class name, binds a fused forward, and can undo it.
 
-A module keeps its parameters, buffers, hooks and state dict; only its `forward` changes. Foreign packages are never imported here: a class is
-known by its module path and name, so that nothing happens on import and nothing need be installed.
+A module keeps its parameters, buffers, hooks and state dict; only its `forward` (or the method its target names) changes. Foreign packages
+are never imported here: a class is known by its module path and name, so that nothing happens on import and nothing need be installed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
+
+from ..checks import sentence
 
 _MARK = "_jepa_kernels_fused"
 
@@ -27,6 +29,8 @@ class Target:
         obstacles: why this instance must keep its own forward; empty when it need not.
         fuses: what the new forward does in one op, for reports and docs.
         marker: an attribute that an instance must have, where releases use one name for different classes; empty: any instance.
+        method: the method that is replaced.
+        option: the name to ask `accelerate` for this target by; empty: it is always replaced.
 
     Notes:
         `obstacles` must return new lists, and `forward` must be a function of a module, so that an accelerated model can be pickled.
@@ -37,6 +41,8 @@ class Target:
     obstacles: Callable[[nn.Module], list[str]]
     fuses: str
     marker: str = ""
+    method: str = "forward"
+    option: str = ""
 
     def fits(self, module: nn.Module) -> bool:
         return not self.marker or hasattr(module, self.marker)
@@ -75,22 +81,31 @@ def full_name(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
-def find(kind: type, bases: Sequence[CodeBase]) -> tuple[CodeBase, Target] | None:
-    """The target that a class, or one it derives from without a forward of its own, matches."""
+def find(kind: type, bases: Sequence[CodeBase], options: Sequence[str] = ()) -> tuple[CodeBase, Target] | None:
+    """The target that a class, or one it derives from without a method of its own in the place of what is replaced, matches."""
+    own: set[str] = set()
     for parent in kind.__mro__:
         name = full_name(parent)
         for base in bases:
             for target in base.targets:
-                if name in target.names:
-                    return base, target
-        if "forward" in vars(parent):
-            return None
+                if name in target.names and (not target.option or target.option in options):
+                    return None if target.method in own else (base, target)
+        own |= vars(parent).keys()
     return None
 
 
-def accelerate(model: nn.Module, bases: Sequence[CodeBase]) -> Report:
+def check_options(name: str, bases: Sequence[CodeBase], options: Sequence[str]) -> None:
+    known = sorted({target.option for base in bases for target in base.targets if target.option})
+    for option in options:
+        if option not in known:
+            raise ValueError(sentence(name, "options", f"name some of {', '.join(known)}", repr(option)))
+
+
+def accelerate(model: nn.Module, bases: Sequence[CodeBase], options: Sequence[str] = ()) -> Report:
     """Binds fused forwards in place. See `jepa_kernels.integrations.accelerate`."""
+    check_options("accelerate", bases, options)
     report = Report()
+    met: set[str] = set()
     attentions = []
     left_out = {name: reason for base in bases for name, reason in base.left_out.items()}
     inside: set[nn.Module] = set()
@@ -103,24 +118,29 @@ def accelerate(model: nn.Module, bases: Sequence[CodeBase]) -> Report:
             report.left[name] = [left_out[full_name(type(module))]]
             inside.update(module.modules())
             continue
-        found = find(type(module), bases)
+        found = find(type(module), bases, options)
         if found is None or not found[1].fits(module):
             continue
         base, target = found
+        met.add(target.option)
         reasons = target.obstacles(module)
-        if "forward" in vars(module) and not hasattr(module, _MARK):
-            reasons = [*reasons, "its forward is already replaced by something else"]
+        if target.method in vars(module) and not hasattr(module, _MARK):
+            reasons = [*reasons, f"its {target.method} is already replaced by something else"]
         if reasons:
             report.left[name] = reasons
             continue
         # A partial, not a bound method: copies bind to the copy either way, and only a partial can be pickled.
-        module.forward = functools.partial(target.forward, module)
-        setattr(module, _MARK, True)
+        setattr(module, target.method, functools.partial(target.forward, module))
+        setattr(module, _MARK, target.method)
         report.replaced.setdefault(base.name, []).append(name)
     if not report.replaced and not report.left:
         known = "; ".join(f"{base.name} ({', '.join(t.names[0].rpartition(':')[2] for t in base.targets)})" for base in bases)
         has = f"its attention classes are {', '.join(sorted(set(attentions)))}" if attentions else "it has no attention module"
         raise ValueError(f"accelerate: model must be of a known code base: {known}; got {full_name(type(model))}, and {has}.")
+    for option in options:
+        if option not in met:
+            restore(model)
+            raise ValueError(sentence("accelerate", "options", "name what the model has", f"{option!r} for {full_name(type(model))}"))
     return report
 
 
@@ -129,35 +149,37 @@ def restore(model: nn.Module) -> int:
     count = 0
     for module in model.modules():
         if hasattr(module, _MARK):
-            del module.forward
+            delattr(module, getattr(module, _MARK))
             delattr(module, _MARK)
             count += 1
     return count
 
 
 @contextmanager
-def patched(bases: Sequence[CodeBase]) -> Iterator[list[str]]:
+def patched(bases: Sequence[CodeBase], options: Sequence[str] = ()) -> Iterator[list[str]]:
     """Replaces forwards on the classes themselves, for code that builds its own models; yields the names of the patched classes.
 
     An instance with an obstacle keeps its own forward, call by call.
     """
-    undo: list[tuple[type, Callable]] = []
+    undo: list[tuple[type, str, Callable]] = []
     names = []
     try:
         for base in bases:
             for target in base.targets:
+                if target.option and target.option not in options:
+                    continue
                 for name in target.names:
-                    kind = _installed(name)
-                    if kind is None or any(kind is done for done, _ in undo):
+                    kind = _installed(name, target.method)
+                    if kind is None or any(kind is done for done, _, _ in undo):
                         continue
-                    original = kind.__dict__["forward"]
-                    undo.append((kind, original))
-                    kind.forward = _choosing(target, original)
+                    original = kind.__dict__[target.method]
+                    undo.append((kind, target.method, original))
+                    setattr(kind, target.method, _choosing(target, original))
                     names.append(name)
         yield names
     finally:
-        for kind, original in reversed(undo):
-            kind.forward = original
+        for kind, method, original in reversed(undo):
+            setattr(kind, method, original)
 
 
 def _choosing(target: Target, original: Callable) -> Callable:
@@ -168,7 +190,7 @@ def _choosing(target: Target, original: Callable) -> Callable:
     return forward
 
 
-def _installed(name: str) -> type | None:
+def _installed(name: str, method: str) -> type | None:
     path, _, kind = name.partition(":")
     try:
         found = getattr(importlib.import_module(path), kind, None)
@@ -177,7 +199,7 @@ def _installed(name: str) -> type | None:
         if error.name is not None and path.startswith(error.name):
             return None
         raise
-    return found if isinstance(found, type) and full_name(found) == name and "forward" in vars(found) else None
+    return found if isinstance(found, type) and full_name(found) == name and method in vars(found) else None
 
 
 def dropout_obstacles(module: nn.Module, **probabilities: float) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -52,17 +54,89 @@ def _cross_forward(
     return masked_attention(query, key, value, scale=self.scale).flatten(-2), None
 
 
+def encode_context(encoder: nn.Module, pixel_values_videos: Tensor, context_mask: Sequence[Tensor]) -> Tensor:
+    """The encoder on the kept tokens alone, as V-JEPA trains it: **another function** than the model's own forward.
+
+    The model's forward encodes every token and drops those outside `context_mask` afterwards, so its context tokens have seen the targets.
+    Here they are dropped ahead of the first layer and see one another only; attention costs (kept / all) squared of it.
+
+    Args:
+        encoder: `VJEPA2Model.encoder`, accelerated or not.
+        pixel_values_videos: [B, frames, channels, height, width].
+        context_mask: M tensors [B, Nc] of token ids.
+
+    Returns:
+        [M * B, Nc, D] features, for `predict_targets`.
+    """
+    tokens = encoder.embeddings(pixel_values_videos)
+    ids = torch.cat([mask.to(tokens.device) for mask in context_mask])
+    tokens = _kept(tokens, context_mask)
+    for layer in encoder.layer:
+        tokens = layer(tokens, ids)[0]
+    return encoder.layernorm(tokens)
+
+
+def predict_targets(
+    predictor: nn.Module, context: Tensor, context_mask: Sequence[Tensor], target_mask: Sequence[Tensor], **kwargs
+) -> Tensor:
+    """The predictor on features of kept tokens, in the order they come in: what its forward computes, without sorting and unsorting.
+
+    Args:
+        predictor: `VJEPA2Model.predictor`, accelerated or not.
+        context: [M * B, Nc, D] features of the context alone (`encode_context`, or the encoder's features at `context_mask`).
+        context_mask, target_mask: M tensors [B, Nc] and [B, Nt] of token ids.
+        kwargs: for the layers.
+
+    Returns:
+        [M * B, Nt, D] predictions.
+    """
+    embeddings = predictor.embeddings
+    tokens = embeddings.predictor_embeddings(context)
+    ids = torch.cat([torch.cat(tuple(masks)).to(tokens.device) for masks in (context_mask, target_mask)], dim=1)
+    token = embeddings.mask_tokens[1 % embeddings.num_mask_tokens]
+    kept = tokens.shape[1]
+    tokens = torch.cat((tokens, token.expand(ids.shape[0], ids.shape[1] - kept, -1).to(tokens.dtype)), dim=1)
+    for layer in predictor.layer:
+        tokens = layer(tokens, ids, **kwargs)[0]
+    # Every layer but attention treats tokens alone: what is not asked for is dropped ahead of norm and projection.
+    return predictor.proj(predictor.layernorm(tokens[:, kept:]))
+
+
+def _kept(tokens: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tokens.gather(1, mask.to(tokens.device)[..., None].expand(-1, -1, tokens.shape[-1])) for mask in masks])
+
+
+def _predictor_forward(
+    self: nn.Module,
+    encoder_hidden_states: Tensor,
+    context_mask: list[Tensor],
+    target_mask: list[Tensor],
+    head_mask: None = None,
+    output_attentions: bool = False,
+    output_hidden_states: bool = False,
+    **kwargs,
+):
+    from transformers.modeling_outputs import BaseModelOutput
+
+    _refuse(head_mask=head_mask, output_attentions=output_attentions, output_hidden_states=output_hidden_states)
+    context = _kept(encoder_hidden_states, context_mask)
+    return BaseModelOutput(last_hidden_state=predict_targets(self, context, context_mask, target_mask, **kwargs))
+
+
 def _refuse(**arguments: object) -> None:
     """Of what releases since 4.52 can pass, masks and attention probabilities are not part of the fused op."""
     for name, value in arguments.items():
         if value is not None and value is not False:
-            raise ValueError(
-                f"VJEPA2 attention: {name} must be None or False with the fused op. Undo it with restore(model) to use {name}."
-            )
+            raise ValueError(f"VJEPA2: {name} must be None or False with the fused op. Undo it with restore(model) to use {name}.")
 
 
 def _rope_obstacles(module: nn.Module) -> list[str]:
     return dropout_obstacles(module, attention_probs_dropout_prob=module.dropout_prob)
+
+
+def _predictor_obstacles(module: nn.Module) -> list[str]:
+    """Whole layers take their own attention; only stochastic depth could tell tokens apart, and it draws per clip."""
+    return []
 
 
 def _pooler_obstacles(module: nn.Module) -> list[str]:
@@ -77,5 +151,6 @@ BASE = CodeBase(
         Target((f"{_PATH}:VJEPA2RopeAttention",), _rope_forward, _rope_obstacles, "six rotations, concatenations and attention"),
         Target((f"{_PATH}:VJEPA2PoolerSelfAttention",), _self_forward, _pooler_obstacles, "attention"),
         Target((f"{_PATH}:VJEPA2PoolerCrossAttention",), _cross_forward, _pooler_obstacles, "cross-attention"),
+        Target((f"{_PATH}:VJEPA2Predictor",), _predictor_forward, _predictor_obstacles, "no sorting", option="unsorted_predictor"),
     ),
 )

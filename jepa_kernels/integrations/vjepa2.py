@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..ops.masked_attention import masked_attention
 from ..rope3d import Rope3D
@@ -11,6 +12,7 @@ from .replace import CodeBase, Target, dropout_obstacles
 
 # Where the modules are published: the repository's own packages, and the one on the package index.
 _PATHS = ("src.models.utils.modules", "vjepa2.models.utils.modules")
+_PREDICTORS = ("src.models.predictor:VisionTransformerPredictor", "vjepa2.models.predictor:VisionTransformerPredictor")
 # Frames (in tubelets) that ids of a masked call may reach: the module extrapolates beyond the length it is configured for.
 FRAMES = 256
 
@@ -55,6 +57,33 @@ def cross_forward(self, q, x):
     return masked_attention(query, key, value).flatten(-2)
 
 
+def _predictor_forward(self, x, masks_x, masks_y, mask_index=1, has_cls=False):
+    """The predictor's forward without sorting, unsorting and a mask token for every position of the clip."""
+    if has_cls:
+        raise ValueError("V-JEPA 2: has_cls must be False with the unsorted predictor, got True. Call restore(model) to use it.")
+    masks_x, masks_y = (masks if isinstance(masks, list) else [masks] for masks in (masks_x, masks_y))
+    x = self.predictor_embed(x).repeat(len(masks_x), 1, 1)
+    context = x.shape[1]
+    ids = torch.cat((torch.cat(masks_x), torch.cat(masks_y)), dim=1)
+    token = self.mask_tokens[mask_index % self.num_mask_tokens]
+    x = torch.cat((x, token.expand(ids.shape[0], ids.shape[1] - context, -1).to(x.dtype)), dim=1)
+    for block in self.predictor_blocks:
+        if self.use_activation_checkpointing:
+            x = checkpoint(block, x, ids, None, use_reentrant=False)
+        else:
+            x = block(x, mask=ids, attn_mask=None)
+    return self.predictor_proj(self.predictor_norm(x[:, context:]))
+
+
+def _predictor_obstacles(module: nn.Module) -> list[str]:
+    wanted = {"use_rope": True, "return_all_tokens": False, "chop_last_n_tokens": 0}
+    return [
+        f"{name} must be {value}, got {getattr(module, name)} (its order of tokens matters)"
+        for name, value in wanted.items()
+        if getattr(module, name) != value
+    ]
+
+
 def obstacles(module: nn.Module) -> list[str]:
     reasons = dropout_obstacles(module, attn_drop=module.attn_drop.p, proj_drop=module.proj_drop_prob)
     if module.is_causal:
@@ -80,6 +109,7 @@ BASE = CodeBase(
         Target(tuple(f"{p}:RoPEAttention" for p in _PATHS), _rope_forward, obstacles, "six rotations, concatenations and attention"),
         Target(tuple(f"{p}:Attention" for p in _PATHS), _plain_forward, obstacles, "attention"),
         Target(tuple(f"{p}:CrossAttention" for p in _PATHS), cross_forward, no_obstacles, "cross-attention"),
+        Target(_PREDICTORS, _predictor_forward, _predictor_obstacles, "no sorting", option="unsorted_predictor"),
     ),
     _LEFT_OUT,
 )

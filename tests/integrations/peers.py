@@ -6,7 +6,7 @@ import copy
 import importlib
 import importlib.util
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,9 @@ def results(model: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], x: Te
     return {"out": out.detach(), **{f"grad {name}": grad for name, grad in used.items()}}
 
 
-def check(model: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Report:
+def check(
+    model: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], x: Tensor, dtype: torch.dtype, options: Sequence[str] = ()
+) -> Report:
     """Holds an accelerated copy of `model` in `dtype` to the budgets, against the untouched one in float64 on the same rounded weights.
 
     In float64 the op runs on its reference, whose rotations are float64 too: the two models must agree to the last digits.
@@ -60,7 +62,7 @@ def check(model: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], x: Tens
     x = x.to(dtype)
     oracle = results(copy.deepcopy(model).double(), call, x.double())
     untouched = results(model, call, x)
-    report = accelerate(model)
+    report = accelerate(model, options=options)
     assert report.replaced
     with use_backend("reference" if dtype == torch.float64 else "auto"):
         actual = results(model, call, x)

@@ -139,6 +139,26 @@ def test_an_unknown_model_is_told_what_is_known():
         accelerate("vit")
 
 
+def test_options_that_are_unknown_or_not_there():
+    with pytest.raises(ValueError, match=r"accelerate: options must name some of .*unsorted_predictor.*, got 'fast'"):
+        accelerate(nn.Linear(2, 2), options=("fast",))
+    with pytest.raises(ValueError, match="patch: options must name some of"):
+        patch("vjepa2", options=("fast",))
+    base = CodeBase("toy", "this file", (*BASE.targets, Target((f"{_HERE}:Causal",), fused, lambda module: [], "more", option="more")))
+    whole = nn.Sequential(Attention())
+    with pytest.raises(ValueError, match=r"options must name what the model has, got 'more' for .*Sequential"):
+        replace.accelerate(whole, (base,), ("more",))
+    assert restore(whole) == 0
+    whole = nn.Sequential(Causal())
+    assert replace.accelerate(whole, (base,)).replaced == {"toy": ["0.attn"]}
+    assert replace.accelerate(whole, (base,), ("more",)).replaced == {"toy": ["0", "0.attn"]}
+    original = Causal.forward
+    with replace.patched((base,), ("more",)) as names:
+        assert f"{_HERE}:Causal" in names
+        assert Causal.forward is not original
+    assert Causal.forward is original
+
+
 def test_an_unknown_name_is_told_the_names():
     with pytest.raises(ValueError, match=r"patch: name must be one of .*vjepa2.*, got 'vjepa9'"):
         patch("vjepa9")

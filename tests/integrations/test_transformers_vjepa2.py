@@ -7,7 +7,10 @@ import copy
 import pytest
 import torch
 
-from jepa_kernels.integrations import accelerate, patch
+from jepa_kernels import use_backend
+from jepa_kernels.integrations import accelerate, patch, restore
+from jepa_kernels.integrations.transformers_vjepa2 import encode_context, predict_targets
+from jepa_kernels.testing import assert_within_budget
 from tests.integrations.peers import DTYPES, check, peer, randomised, results, steps_apart
 
 GRID = (2, 3, 3)
@@ -151,3 +154,91 @@ def test_patch_reaches_models_built_inside():
     assert modeling.VJEPA2RopeAttention.forward is original
     torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
     assert torch.equal(kept, plain)
+
+
+def sorted_masked(model, x):
+    """Ids in the order of positions, where the original's sorting changes nothing."""
+    context, target = torch.arange(8).expand(2, -1), torch.arange(8, 13).expand(2, -1)
+    return model(pixel_values_videos=x, context_mask=[context], target_mask=[target]).predictor_output.last_hidden_state
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("call", [masked, sorted_masked], ids=["shuffled", "in order"])
+def test_unsorted_predictor(call, dtype):
+    report = check(model(), call, clips(), dtype, options=("unsorted_predictor",))
+    assert "predictor" in report.replaced["transformers-vjepa2"]
+
+
+def test_unsorted_predictor_of_the_whole_clip_and_undone():
+    """Without masks the model predicts every token from every token."""
+    whole = model()
+    x = clips()
+    before = whole(pixel_values_videos=x).predictor_output.last_hidden_state
+    accelerate(whole, options=("unsorted_predictor",))
+    torch.testing.assert_close(whole(pixel_values_videos=x).predictor_output.last_hidden_state, before, rtol=1e-4, atol=1e-5)
+    restore(whole)
+    assert torch.equal(whole(pixel_values_videos=x).predictor_output.last_hidden_state, before)
+
+
+def test_unsorted_predictor_never_sorts(monkeypatch):
+    whole = model()
+    accelerate(whole, options=("unsorted_predictor",))
+    monkeypatch.setattr(torch, "argsort", lambda *_, **__: pytest.fail("it sorts"))
+    masked(whole, clips())
+    restore(whole)
+    with pytest.raises(pytest.fail.Exception, match="it sorts"):
+        masked(whole, clips())
+
+
+def context_of(encoder, x, ids):
+    """V-JEPA's context encoder, written out: drop tokens ahead of the layers, attend with rotations of the kept positions."""
+    modeling = peer("transformers", "transformers.models.vjepa2.modeling_vjepa2")
+    tokens = torch.stack([clip[kept] for clip, kept in zip(encoder.embeddings(x), ids)])
+    for layer in encoder.layer:
+        attention, normed = layer.attention, layer.norm1(tokens)
+        query, key, value = (
+            projection(normed).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+            for projection in (attention.query, attention.key, attention.value)
+        )
+        rotated = []
+        for x in (query, key):
+            parts, first = [], 0
+            for position, width in zip((ids // 9, ids % 9 // 3, ids % 3), (attention.d_dim, attention.h_dim, attention.w_dim)):
+                piece = x[..., first : first + width]
+                parts.append(modeling.rotate_queries_or_keys(piece, position[:, None].expand(-1, x.shape[1], -1)))
+                first += width
+            rotated.append(torch.cat([*parts, x[..., first:]], dim=-1))
+        weights = torch.softmax(rotated[0] @ rotated[1].mT * attention.scaling, dim=-1)
+        tokens = tokens + attention.proj((weights @ value).transpose(1, 2).flatten(2))
+        tokens = tokens + layer.mlp(layer.norm2(tokens))
+    return encoder.layernorm(tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_context_alone_against_a_plain_restatement(dtype):
+    ids = torch.stack([torch.randperm(18, generator=torch.Generator().manual_seed(seed))[:8] for seed in (3, 4)])
+    plain = model().encoder.to(dtype)
+    fused = copy.deepcopy(plain)
+    accelerate(fused)
+    x = clips().to(dtype)
+    oracle = results(copy.deepcopy(plain).double(), lambda module, x: context_of(module, x, ids), x.double())
+    with use_backend("reference" if dtype == torch.float64 else "auto"):
+        for encoder in (plain, fused):
+            ours = results(encoder, lambda module, x: encode_context(module, x, [ids]), x)
+            assert set(ours) == set(oracle)
+            for name, value in ours.items():
+                assert_within_budget(name, value, oracle[name], gradient=name.startswith("grad"))
+
+
+def test_context_alone_is_another_function_and_its_predictions_are_the_predictors():
+    ids = torch.arange(18).expand(2, -1)
+    context, target = ids[:, :8], ids[:, 8:13]
+    whole, x = model(), clips()
+    accelerate(whole)
+    alone = encode_context(whole.encoder, x, [context])
+    after = encoder(whole, x)[:, :8]
+    assert (alone - after).norm() > 0.01 * after.norm()
+    # Without a mask the two are one function.
+    torch.testing.assert_close(encode_context(whole.encoder, x, [ids]), encoder(whole, x), rtol=1e-4, atol=1e-5)
+    predicted = predict_targets(whole.predictor, after, [context], [target])
+    torch.testing.assert_close(predicted, sorted_masked(whole, x), rtol=1e-4, atol=1e-5)

@@ -36,6 +36,14 @@ class Pair(nn.Module):
         return self.predictor(self.encoder(x, context), context, targets)
 
 
+class Unordered(Pair):
+    """As above, with target ids in no order, a mask token of its own choice and activation checkpointing."""
+
+    def forward(self, x):
+        ids = torch.stack([torch.randperm(18, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
+        return self.predictor(self.encoder(x, ids[:, :8]), [ids[:, :8]], [ids[:, 8:13]], mask_index=2)
+
+
 def clips(frames: int = 4, height: int = 12, width: int = 12):
     return torch.randn(2, 3, frames, height, width)
 
@@ -54,6 +62,21 @@ def test_encoder(rope, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masked_training_pair(dtype):
     check(Pair(), call, clips(), dtype)
+
+
+@pytest.mark.parametrize("kind, dtype", [*((Pair, dtype) for dtype in DTYPES), (Unordered, torch.float64), (Unordered, torch.float32)])
+def test_unsorted_predictor(kind, dtype):
+    pair = kind()
+    pair.predictor.use_activation_checkpointing = kind is Unordered
+    report = check(pair, call, clips(), dtype, options=("unsorted_predictor",))
+    assert "predictor" in report.replaced["vjepa2"]
+
+
+def test_predictors_whose_order_matters_stay():
+    pair = Pair()
+    pair.predictor.chop_last_n_tokens, pair.predictor.return_all_tokens = 2, True
+    reasons = accelerate(pair, options=("unsorted_predictor",)).left["predictor"]
+    assert [reason.partition(" must")[0] for reason in reasons] == ["return_all_tokens", "chop_last_n_tokens"]
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 20), (6, 16, 8), (8, 12, 12)], ids=str)
