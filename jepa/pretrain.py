@@ -99,6 +99,7 @@ class PretrainConfig(StepConfig):
         height, width = (self.height, self.width) if self.data.kind == "moving_shapes" else self.views.canvas()
         return LoaderConfig(
             batch_size=self.batch_size,
+            rank_independent_seed=self.variant.quirks.rank_independent_seed,
             clip=ClipSpec(self.frames, self.stride, self.fps, height, width),
             views=self.views,
             masks=self.variant.mask_policy,
@@ -163,7 +164,7 @@ def run(cfg: PretrainConfig) -> TrainState:
     Raises:
         ConfigError, MissingDataError: before anything is written. NotFiniteError, TooManyBadFilesError: during the run.
     """
-    picker = build_picker(cfg.data)
+    picker = build_picker(replace(cfg.data, repeat_stills=cfg.data.repeat_stills or cfg.variant.quirks.repeat_stills))
     world = distributed.start(cfg.device)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
@@ -306,6 +307,8 @@ def _plain(cfg: PretrainConfig) -> dict[str, Any]:
 def _restore(state: TrainState, checkpoints: Checkpoints, cfg: PretrainConfig) -> int:
     """Goes on from the newest checkpoint; returns how many updates had been skipped before."""
     model, moments, saved = checkpoints.load()
+    if cfg.variant.quirks.resume_drops_heads:
+        model, moments = _without_heads(state.bundle, model, moments)
     load_model_tensors(state.bundle, model)
     try:
         torch.set_rng_state(moments.pop("rng/cpu"))
@@ -318,6 +321,15 @@ def _restore(state: TrainState, checkpoints: Checkpoints, cfg: PretrainConfig) -
         _log.warning("resuming with another value of %s than the run was started with", key)
     _log.info("resumed from step %d of %s", state.step, checkpoints.folder)
     return saved.get("skipped", 0)
+
+
+def _without_heads(
+    bundle: ModelBundle, model: dict[str, Tensor], moments: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A checkpoint whose heads are as new: the bundle's present weights, and no moments. A quirk of the published code."""
+    fresh = {name: whole(value) for name, value in bundle.state_dict().items() if name.startswith("heads.")}
+    kept = {name: value for name, value in moments.items() if not name.partition("/")[2].startswith("heads.")}
+    return {**model, **fresh}, kept
 
 
 def _changed(then: Any, now: Any, path: str = "") -> list[str]:

@@ -34,7 +34,7 @@ class Quirks:
     shared_block_size: bool = _quirk("D10", "all samples of a batch share one block size, which makes truncation bearable")
     shared_mask_token: bool = _quirk("D11", "all mask sets share mask token 0; the others never train")
     repeat_stills: bool = _quirk("D11", "a still becomes a clip of equal frames, so the image path never trains")
-    rank_independent_seed: bool = _quirk("-", "all ranks draw the same random numbers")
+    rank_independent_seed: bool = _quirk("-", "all ranks draw the same crops, clip starts and masks")
 
     @classmethod
     def published(cls) -> Quirks:

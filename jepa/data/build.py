@@ -41,7 +41,7 @@ class DataConfig:
         at: where it is; not needed for moving_shapes.
         ucf101, ssv2, imagenet100: where the three parts of ``mixed`` are.
         size, test_size: clips of moving_shapes. target: its factor that labels give.
-        fold: split of UCF-101. repeat_stills: the published treatment of images in ``mixed``.
+        fold: split of UCF-101. repeat_stills: stills become clips of equal frames, as in the published code (also a quirk of that name).
     """
 
     kind: Kind = "moving_shapes"
@@ -74,7 +74,7 @@ def build_dataset(config: DataConfig, split: Literal["train", "test"] = "train")
 def build_picker(config: DataConfig) -> Picker:
     """What pre-training draws from: epochs of one data set, or the mixed regime."""
     if config.kind != "mixed":
-        return Epochs(build_dataset(config))
+        return Epochs(build_dataset(config), repeat_stills=config.repeat_stills)
     parts = [_at(kind, getattr(config, kind), "train", config.fold, f"data.{kind}") for kind in ("ucf101", "ssv2", "imagenet100")]
     return mixed_regime(*parts, repeat_stills=config.repeat_stills)
 

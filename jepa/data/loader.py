@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from jepa.batch import Batch, MaskBatch, Views
 from jepa.counter_rng import Stream, stream_id, uniforms
 from jepa.data.clip import BadClipError, Clip, ClipSpec
-from jepa.data.mixture import Mixture, Pick, Picker
+from jepa.data.mixture import Pick, Picker
 from jepa.data.transforms import ViewSpec, centre_views, random_views
 from jepa.masks import MaskPolicy, motion_maps, sample_masks
 from jepa.masks.motion import Box
@@ -31,7 +31,8 @@ class LoaderConfig:
     """What a batch looks like and how it is read.
 
     `views` None leaves clips whole; `random` False takes centred views and the middle of each video. `masks` None samples none. Ranks
-    share one global batch: rank r of `world` reads places r*batch_size .. (r+1)*batch_size-1.
+    share one global batch: rank r of `world` reads places r*batch_size .. (r+1)*batch_size-1, and each place has random numbers of its own.
+    With `rank_independent_seed` (a quirk of the published code) all ranks draw those of rank 0 for their own samples.
     """
 
     batch_size: int = 8
@@ -45,6 +46,7 @@ class LoaderConfig:
     seed: int = 0
     rank: int = 0
     world: int = 1
+    rank_independent_seed: bool = False
     workers: int = 0
     prefetch: int = 2
     pin_memory: bool = False
@@ -117,6 +119,8 @@ class StepDataset(Dataset):
         if not picks:
             raise IndexError(f"StepDataset: step must have samples, got step {step} past the end of the list.")
         slots = slots[: len(picks)]
+        if config.rank_independent_seed:
+            slots = slots - config.rank * config.batch_size
         starts = np.full(len(picks), 0.5)
         if config.random:
             starts = uniforms(config.seed, step, slots, stream_id(Stream.CLIP_START), 1)[:, 0]
@@ -147,7 +151,7 @@ class StepDataset(Dataset):
 
     def _frames(self, clips: list[Clip]) -> np.ndarray:
         frames = [clip.frames for clip in clips]
-        if isinstance(self.picker, Mixture) and self.picker.repeat_stills:
+        if self.picker.repeat_stills:
             length = self.config.clip.frames
             frames = [np.repeat(one, length, axis=0) if len(one) == 1 else one for one in frames]
         return np.stack(frames)

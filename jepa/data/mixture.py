@@ -27,6 +27,7 @@ class Picker(Protocol):
     """Chooses the samples of a step. `slots` are places in the global batch; one call sees one rank's."""
 
     datasets: Sequence[ClipDataset]
+    repeat_stills: bool  # stills become clips of equal frames (a quirk of the published code)
 
     def pick(self, seed: int, step: int, slots: NDArray[np.int64], global_batch: int) -> list[Pick]: ...
 
@@ -39,8 +40,9 @@ def _order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
 class Epochs:
     """Every sample once per epoch, in a new random order each time; an epoch may end inside a batch."""
 
-    def __init__(self, dataset: ClipDataset) -> None:
+    def __init__(self, dataset: ClipDataset, *, repeat_stills: bool = False) -> None:
         self.datasets: Sequence[ClipDataset] = (dataset,)
+        self.repeat_stills = repeat_stills
 
     def pick(self, seed: int, step: int, slots: NDArray[np.int64], global_batch: int) -> list[Pick]:
         dataset = self.datasets[0]
@@ -54,6 +56,8 @@ class Epochs:
 
 class InOrder:
     """Every sample once, in the order of the list; the last step may be short and later ones are empty. For evaluation."""
+
+    repeat_stills = False
 
     def __init__(self, dataset: ClipDataset) -> None:
         self.datasets: Sequence[ClipDataset] = (dataset,)

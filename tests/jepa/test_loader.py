@@ -106,6 +106,17 @@ def test_two_ranks_share_the_batch_of_one():
             assert torch.equal(one, half.context_ids[half.context_cu[there] : half.context_cu[there + 1]])
 
 
+@pytest.mark.parametrize("quirk", [False, True])
+def test_ranks_draw_numbers_of_their_own_unless_the_quirk_is_on(quirk):
+    config = changed(SHAPES, batch_size=2, world=2, rank_independent_seed=quirk, masks=mask_policy("blocks"))
+    first, second = (batches(changed(config, rank=rank), 2, 3)[0] for rank in (0, 1))
+    assert not set(first.sample_ids.tolist()) & set(second.sample_ids.tolist())
+    assert torch.equal(first.views.boxes, second.views.boxes) == quirk
+    assert (first.masks.context_ids.tolist() == second.masks.context_ids.tolist()) == quirk
+    alone = batches(changed(config, rank_independent_seed=False), 2, 3)[0]
+    assert_same(first, alone)
+
+
 def test_motion_masks_see_the_view_that_the_model_sees():
     """The map is that of the cropped and mirrored picture: compare with a clip that is cut out first."""
     config = changed(SHAPES, views=ViewSpec(16, 16, scale=(0.3, 0.6)), clip=ClipSpec(8, 1, None, 64, 64))
@@ -164,6 +175,14 @@ def test_stills_have_one_step_in_time_or_are_repeated():
     assert {b.clips.shape[1] for b in repeated} == {8}
     still = [(clip == clip[:1]).all().item() for b in repeated for clip in b.clips]
     assert 0 < sum(still) < len(still)
+
+
+def test_epochs_of_stills_can_be_repeated_too():
+    config = changed(SHAPES, masks=mask_policy("blocks"))
+    for repeat in (False, True):
+        batch = batches(config, 0, 1, Epochs(Noise(9, frames=1, still=True), repeat_stills=repeat))[0]
+        assert batch.clips.shape[1] == (8 if repeat else 1)
+        assert batch.masks.grid[0] == (4 if repeat else 1)
 
 
 def test_real_clips_for_evaluation(shared_dir):

@@ -9,12 +9,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from jepa import cli, distributed, pretrain
 from jepa.checkpoint import CheckpointError, Checkpoints
 from jepa.config import ConfigError
+from jepa.data.build import DataConfig, Location
+from jepa.distributed import World
 from jepa.monitor import MonitorConfig, collapse_metrics, effective_rank, warnings
 from jepa.pretrain import NotFiniteError, load_config
+from jepa.quirks import Quirks
 from jepa.step import new_state, train_step
 from tests.jepa.run_cases import tiny_run
 from tests.jepa.training_cases import joined, make_batch, small_model, step_config
@@ -59,6 +63,49 @@ def test_a_run_goes_on_with_the_other_optimiser(tmp_path, caplog):
         assert "another value of optimizer" in caplog.text
         assert {int(entry["step"]) for entry in state.optimizer.state.values()} == {2}
         caplog.clear()
+
+
+@pytest.mark.parametrize("quirks", [[], ["resume_drops_heads"]])
+def test_resuming_keeps_the_heads_unless_the_quirk_drops_them(tmp_path, quirks):
+    cfg = tiny_run(tmp_path, steps=2, name="ld")
+    cfg = replace(cfg, variant=replace(cfg.variant, quirks=Quirks.of(quirks)))
+    trained = pretrain.run(cfg).bundle.state_dict()
+    state = pretrain.run(cfg)
+    torch.manual_seed(cfg.seed)
+    fresh = new_state(cfg).bundle.state_dict()
+    for name, value in state.bundle.state_dict().items():
+        dropped = name.startswith("heads.") and bool(quirks)
+        assert torch.equal(value, (fresh if dropped else trained)[name]), name
+    heads = list(state.bundle.heads.parameters())
+    assert heads
+    assert all(bool(state.optimizer.state.get(p)) == (not quirks) for p in heads)
+    assert all(state.optimizer.state[p] for p in state.bundle.predictor.predictor_blocks.parameters())
+    later = pretrain.run(replace(cfg, schedule=replace(cfg.schedule, total_steps=3)))
+    assert {int(later.optimizer.state[p]["step"]) for p in later.bundle.heads.parameters()} == {1 if quirks else 3}
+
+
+@pytest.mark.parametrize("quirks", [[], ["repeat_stills"]])
+def test_stills_are_images_unless_the_quirk_repeats_them(tmp_path, monkeypatch, quirks):
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (70, 80)).save(tmp_path / "images" / name / "x.png")
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    data = DataConfig(kind="imagenet100", at=Location(files=tmp_path / "images", classes=tmp_path / "classes.txt"))
+    seen = []
+    monkeypatch.setattr(pretrain, "train_step", lambda state, batches: seen.append(batches[0]) or train_step(state, batches))
+    cfg = tiny_run(tmp_path / "run", steps=1, name="ld", data=data)
+    pretrain.run(replace(cfg, variant=replace(cfg.variant, quirks=Quirks.of(quirks))))
+    assert seen[0].clips.shape[2] == (4 if quirks else 1)
+    assert seen[0].masks.grid == (2 if quirks else 1, 4, 4)
+    if quirks:
+        assert all(torch.equal(seen[0].clips[:, :, 0], seen[0].clips[:, :, t]) for t in range(4))
+
+
+def test_the_seed_quirk_reaches_the_loader(tmp_path):
+    cfg = tiny_run(tmp_path)
+    world = World(1, 2, torch.device("cpu"), None)
+    assert not cfg.loader(world).rank_independent_seed
+    assert replace(cfg, variant=replace(cfg.variant, quirks=Quirks.of(["rank_independent_seed"]))).loader(world).rank_independent_seed
 
 
 def test_workers_do_not_change_a_run(tmp_path):
