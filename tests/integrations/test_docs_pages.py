@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from jepa_kernels.integrations import CODE_BASES
+from jepa_kernels.integrations import CODE_BASES, accelerate
 from tests.integrations.peers import peer
 
 RUNNABLE = {"transformers-vjepa2": "transformers", "transformers-ijepa": "transformers", "vjepa2": "vjepa2", "vjepa1": "vjepa"}
@@ -28,6 +28,21 @@ def test_the_lines_run(root, name, capsys):
     peer(package, f"{package}.models")
     exec(blocks(root, name)[0], {})
     assert f"{name}: fused " in capsys.readouterr().out
+
+
+def test_doing_less(root):
+    """The lines of the two pages that offer it, on what their first lines build."""
+    peer("transformers", "transformers.models")
+    accelerated, options, context, *_ = [block for block in blocks(root, "transformers-vjepa2") if "ema_update_" not in block]
+    ids = torch.arange(8).expand(1, -1)
+    given = {"pixel_values_videos": torch.randn(1, 4, 3, 32, 32), "context_ids": ids[:, :5], "target_ids": ids[:, 5:]}
+    exec(accelerated + options + context, given)
+    assert given["predicted"].shape == (1, 3, 48)
+    predictor = peer("vjepa2", "vjepa2.models.predictor").VisionTransformerPredictor(
+        img_size=32, num_frames=4, embed_dim=48, predictor_embed_dim=48, depth=1, num_heads=2, use_mask_tokens=True, use_rope=True
+    )
+    exec(blocks(root, "vjepa2")[2], {"accelerate": accelerate, "predictor": predictor})
+    assert hasattr(predictor, "_jepa_kernels_fused")
 
 
 @pytest.mark.parametrize("name", NAMES)
