@@ -34,6 +34,11 @@ from matplotlib import pyplot
 
 SHAPES_VARIANTS = ("baseline", "kinematic", "ld", "fwm_hw_ld")
 REAL_VARIANTS = ("baseline", "fwm_hw_ld")
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999", "#E69F00", "#56B4E9", "#F0E442")
+STYLES = ("-", "--", ":")
+# Options that change what is measured of a finished run.
+MEASURED_WITH = ("probe_seeds", "probe_epochs", "train_clips", "test_clips", "finetune_steps")
 CURVES = ("loss", "effective_rank", "teacher_student_cosine", "step")
 
 
@@ -66,14 +71,26 @@ def pretraining(part: Part, name: str, runs: Path, seed: int, batch_size: int) -
 
 
 def measured(part: Part, name: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """One variant: curves, probes and, on real clips, fine-tuning with and without its start."""
+    """One variant: curves, probes and, on real clips, fine-tuning with and without its start. What the same options measured is kept."""
     cfg = pretraining(part, name, options.runs, seed, options.batch_size)
+    asked = {key: getattr(options, key) for key in MEASURED_WITH}
+    kept = cfg.output / "measured.json"
+    if kept.exists():
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        if found["asked"] == asked:
+            return dict(found["record"])
+    record = _measured(part, name, options, cfg)
+    write_json(kept, {"asked": asked, "record": record})
+    return record
+
+
+def _measured(part: Part, name: str, options: argparse.Namespace, cfg: pretrain.PretrainConfig) -> dict[str, Any]:
     pretrain.run(cfg)
     lines = [json.loads(line) for line in (cfg.output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     record: dict[str, Any] = {
         "part": part.name,
         "variant": name,
-        "seed": seed,
+        "seed": cfg.seed,
         "steps": part.steps,
         "samples": part.steps * options.batch_size,
         "side_px": part.side,
@@ -113,41 +130,57 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
 
 
 def plotted(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Curves of every part, and what its probes answered beside chance."""
+    """Curves of every part, and what its probes answered beside chance. A colour is a variant, a line style a seed."""
     written = []
     for name in sorted({record["part"] for record in records}):
         own = [record for record in records if record["part"] == name]
-        figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-        for record in own:
-            label = f"{record['variant']} (seed {record['seed']})"
-            axes[0].plot(record["curves"]["step"], record["curves"]["loss"], label=label)
-            axes[1].plot(record["curves"]["step"], record["curves"]["effective_rank"], label=label)
-        for axis, title in zip(axes, ("loss (its own sum of terms)", "effective rank of the teacher's features")):
-            axis.set(title=title, xlabel="optimiser step")
-            axis.legend()
-        _bars(axes[2], own)
+        variants = list(dict.fromkeys(record["variant"] for record in own))
+        seeds = list(dict.fromkeys(record["seed"] for record in own))
+        figure, axes = pyplot.subplot_mosaic([["loss", "rank", "cosine"], ["bars"] * 3], figsize=(13, 8), layout="constrained")
+        curves = {
+            "loss": ("loss", "loss (its own sum of terms)"),
+            "rank": ("effective_rank", "effective rank of the teacher's features"),
+            "cosine": ("teacher_student_cosine", "teacher-student cosine"),
+        }
+        for key, (curve, title) in curves.items():
+            for record in own:
+                colour, style = COLOURS[variants.index(record["variant"])], STYLES[seeds.index(record["seed"]) % len(STYLES)]
+                label = record["variant"] if len(seeds) == 1 else f"{record['variant']}, seed {record['seed']}"
+                axes[key].plot(record["curves"]["step"], record["curves"][curve], color=colour, linestyle=style, label=label)
+            axes[key].set(title=title, xlabel="optimiser step")
+        axes["loss"].legend(fontsize="small")
+        _bars(axes["bars"], own, variants)
         path = folder / f"study_{name}.png"
-        figure.savefig(path, dpi=110)
+        figure.savefig(path, dpi=100)
         pyplot.close(figure)
         written.append(path)
     return written
 
 
-def _bars(axis: Any, records: Sequence[dict[str, Any]]) -> None:
-    sources = [(f"{r['variant']} {r['seed']}", r["probe"]["results"]["trained"]) for r in records]
-    sources += [(name, records[0]["probe"]["results"][name]) for name in ("untrained", "pixels")]
-    questions = list(sources[0][1])
+def _bars(axis: Any, records: Sequence[dict[str, Any]], variants: Sequence[str]) -> None:
+    """A bar per encoder and question: the mean over seeds of pre-training (dots), with the mean of their intervals."""
+    sources = [(name, [r["probe"]["results"]["trained"] for r in records if r["variant"] == name]) for name in variants]
+    sources += [(name, [records[0]["probe"]["results"][name]]) for name in ("untrained", "pixels")]
+    questions = list(sources[0][1][0])
     width = 0.8 / len(sources)
-    for i, (label, result) in enumerate(sources):
-        values = [result[q]["top1"] for q in questions]
-        low, high = zip(*(result[q]["interval"] for q in questions))
-        error = [[v - a for v, a in zip(values, low)], [b - v for v, b in zip(values, high)]]
-        axis.bar([x + i * width for x in range(len(questions))], values, width, yerr=error, label=label, error_kw={"linewidth": 0.7})
+    for i, (label, results) in enumerate(sources):
+        places = [x + i * width for x in range(len(questions))]
+        values = [_mean([r[q]["top1"] for r in results]) for q in questions]
+        below = [v - _mean([r[q]["interval"][0] for r in results]) for q, v in zip(questions, values)]
+        above = [_mean([r[q]["interval"][1] for r in results]) - v for q, v in zip(questions, values)]
+        axis.bar(places, values, width, yerr=[below, above], label=label, color=COLOURS[i], error_kw={"linewidth": 0.7})
+        if len(results) > 1:
+            for result in results:
+                axis.plot(places, [result[q]["top1"] for q in questions], ".", color="black", markersize=4)
     for x, question in enumerate(questions):
-        axis.hlines(sources[0][1][question]["chance"], x - width / 2, x + 0.8 - width / 2, color="black", linewidth=1)
-    axis.set_xticks([x + 0.4 - width / 2 for x in range(len(questions))], questions, rotation=45, ha="right")
-    axis.set(title="probe top-1, 95 % intervals, black: chance", ylim=(0, 1))
-    axis.legend(fontsize="small")
+        axis.hlines(sources[0][1][0][question]["chance"], x - width / 2, x + 0.8 - width / 2, color="black", linewidth=1)
+    axis.set_xticks([x + 0.4 - width / 2 for x in range(len(questions))], questions)
+    axis.set(title="probe top-1, 95 % intervals, black line: chance", ylim=(0, 1))
+    axis.legend(fontsize="small", ncols=len(sources), loc="upper right")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
