@@ -22,6 +22,7 @@ import matplotlib
 import torch
 
 from benchmarks.machine import device_key, provenance
+from benchmarks.plot import PALETTE
 from jepa import finetune, pretrain, probe
 from jepa.checkpoint import write_json
 from jepa.data.build import DataConfig, Location
@@ -34,8 +35,6 @@ from matplotlib import pyplot
 
 SHAPES_VARIANTS = ("baseline", "kinematic", "ld", "fwm_hw_ld")
 REAL_VARIANTS = ("baseline", "fwm_hw_ld")
-# Okabe and Ito's colours, which colour-blind readers tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999", "#E69F00", "#56B4E9", "#F0E442")
 STYLES = ("-", "--", ":")
 # Options that change what is measured of a finished run.
 MEASURED_WITH = ("probe_seeds", "probe_epochs", "train_clips", "test_clips", "finetune_steps")
@@ -144,7 +143,7 @@ def plotted(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
         }
         for key, (curve, title) in curves.items():
             for record in own:
-                colour, style = COLOURS[variants.index(record["variant"])], STYLES[seeds.index(record["seed"]) % len(STYLES)]
+                colour, style = PALETTE[variants.index(record["variant"])], STYLES[seeds.index(record["seed"]) % len(STYLES)]
                 label = record["variant"] if len(seeds) == 1 else f"{record['variant']}, seed {record['seed']}"
                 axes[key].plot(record["curves"]["step"], record["curves"][curve], color=colour, linestyle=style, label=label)
             axes[key].set(title=title, xlabel="optimiser step")
@@ -168,7 +167,7 @@ def _bars(axis: Any, records: Sequence[dict[str, Any]], variants: Sequence[str])
         values = [_mean([r[q]["top1"] for r in results]) for q in questions]
         below = [v - _mean([r[q]["interval"][0] for r in results]) for q, v in zip(questions, values)]
         above = [_mean([r[q]["interval"][1] for r in results]) - v for q, v in zip(questions, values)]
-        axis.bar(places, values, width, yerr=[below, above], label=label, color=COLOURS[i], error_kw={"linewidth": 0.7})
+        axis.bar(places, values, width, yerr=[below, above], label=label, color=PALETTE[i], error_kw={"linewidth": 0.7})
         if len(results) > 1:
             for result in results:
                 axis.plot(places, [result[q]["top1"] for q in questions], ".", color="black", markersize=4)
