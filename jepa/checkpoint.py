@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY = ".writing-"
 _TENSOR_FILES = ("model", "optimizer")
+_RANDOM = "rng/cpu"
 FORMAT = 1
 
 
@@ -77,6 +78,28 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
         state.setdefault(parameter, {})[key] = sharded_like(placed, parameter) if value.dim() else placed
     optimizer.state.clear()
     optimizer.state.update(state)
+
+
+def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What training goes on from: (weights, moments and the random state of the CPU), gathered where sharded (then every process must call)."""
+    weights = {name: whole(value) for name, value in model.state_dict().items()}
+    moments = {name: whole(value) for name, value in optimizer_tensors(model, optimizer).items()}
+    return weights, {**moments, _RANDOM: torch.get_rng_state()}
+
+
+def load_training_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]
+) -> None:
+    """The inverse of `training_tensors`.
+
+    Raises:
+        CheckpointError: what is there is not of this model, or the random state is missing.
+    """
+    load_model_tensors(model, weights)
+    if _RANDOM not in moments:
+        raise CheckpointError(f"checkpoint: optimizer.safetensors must hold {_RANDOM}, got none.")
+    load_optimizer_tensors(model, optimizer, {name: value for name, value in moments.items() if name != _RANDOM})
+    torch.set_rng_state(moments[_RANDOM])
 
 
 def whole(value: Tensor) -> Tensor:

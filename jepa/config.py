@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -136,6 +137,20 @@ def to_dict(config: Any) -> Any:
     if isinstance(config, list | tuple):
         return [to_dict(value) for value in config]
     return str(config) if isinstance(config, Path) else config
+
+
+def changed_keys(then: Any, now: Any, path: str = "") -> list[str]:
+    """Dotted keys whose values differ between two configurations as plain mappings."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        return [
+            found for key in sorted(then.keys() | now.keys()) for found in changed_keys(then.get(key), now.get(key), _joined(path, key))
+        ]
+    return [] if then == now else [path]
+
+
+def to_json(config: Any) -> Any:
+    """`to_dict` as JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(to_dict(config)))
 
 
 def to_yaml(config: Any) -> str:

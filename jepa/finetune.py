@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +15,8 @@ from torch.nn import functional
 
 from jepa import distributed
 from jepa.batch import Batch
-from jepa.checkpoint import write_json
-from jepa.config import ConfigError
+from jepa.checkpoint import Checkpoints, load_training_tensors, read_state, training_tensors, warn_of_differences, write_json
+from jepa.config import ConfigError, changed_keys, to_json
 from jepa.data.build import DataConfig, build_dataset
 from jepa.data.clip import ClipDataset
 from jepa.data.loader import Loader
@@ -41,7 +42,9 @@ class FinetuneConfig:
         steps, batch_size, warmup_steps, rate, layer_decay, weight_decay: AdamW; block i of n trains at rate * layer_decay^(n - i).
         objective_weight: 0 trains on labels alone; otherwise the variant's whole loss is added with this weight, EMA included.
         heads: of the pooler. seed: of the new weights, data order, crops and masks.
-        output: JSON file of the results, None for `finetune.json` in the run's folder.
+        output: JSON file of the results, None for `finetune.json` in the run's folder. Checkpoints lie beside it, in a folder of its name.
+        checkpoint_every: in steps. resume: go on from the newest checkpoint where it is of this configuration and these weights; those of
+            another one are removed, as its results are.
     """
 
     run: Path = Path("runs/pretrain")
@@ -67,9 +70,11 @@ class FinetuneConfig:
     device: str = "auto"
     threads: int | None = None
     output: Path | None = None
+    checkpoint_every: int = 50
+    resume: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("train_clips", "test_clips", "steps", "batch_size", "heads"):
+        for name in ("train_clips", "test_clips", "steps", "batch_size", "heads", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"config: {name} must be at least 1, got {getattr(self, name)}.")
         if not 0.0 < self.layer_decay <= 1.0:
@@ -139,7 +144,10 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
     )
     bundle = bundle.to(world.device)
     head = Probe("attentive", trained_with.model.width, cfg.heads, {"class": train.num_classes}).to(world.device)
-    losses, began = _train(cfg, step_cfg, bundle, head, train, world), time.perf_counter()
+    path = cfg.run / "finetune.json" if cfg.output is None else cfg.output
+    tuned = nn.ModuleDict({"bundle": bundle, "head": head})
+    checkpoints = _checkpoints(cfg, path, digest)
+    losses, began = _train(cfg, step_cfg, tuned, train, world, checkpoints, digest), time.perf_counter()
     spec = InputSpec.of(step_cfg, data.kind)
     right = _right(bundle, head, step_cfg, spec, test, world.device)
     report = {
@@ -157,7 +165,6 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
         "interval": wilson(right, len(test)),
         "test_s": time.perf_counter() - began,
     }
-    path = cfg.run / "finetune.json" if cfg.output is None else cfg.output
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, report)
     low, high = report["interval"]
@@ -165,18 +172,43 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
     return report
 
 
+def _identity(cfg: FinetuneConfig, digest: str) -> dict[str, Any]:
+    """What makes a fine-tuning the one that a checkpoint is of."""
+    settings = {key: value for key, value in to_json(cfg).items() if key not in ("device", "threads", "workers", "output", "resume")}
+    return {**settings, "weights": digest}
+
+
+def _checkpoints(cfg: FinetuneConfig, output: Path, digest: str) -> Checkpoints:
+    """Where this fine-tuning keeps its checkpoints, with none in it but its own."""
+    checkpoints = Checkpoints(output.with_suffix("") / "checkpoints", keep_last=1)
+    steps = checkpoints.steps()
+    if steps:
+        others = changed_keys(read_state(checkpoints.path(steps[-1])).get("identity"), _identity(cfg, digest))
+        reason = f"it was of another value of {', '.join(others)}" if others else "resume is off"
+        if others or not cfg.resume:
+            _log.warning("starting over, not from step %d of %s: %s", steps[-1], checkpoints.folder, reason)
+            shutil.rmtree(checkpoints.folder)
+    return checkpoints
+
+
 def _train(
-    cfg: FinetuneConfig, step_cfg: PretrainConfig, bundle: ModelBundle, head: Probe, train: ClipDataset, world: distributed.World
+    cfg: FinetuneConfig,
+    step_cfg: PretrainConfig,
+    tuned: nn.ModuleDict,
+    train: ClipDataset,
+    world: distributed.World,
+    checkpoints: Checkpoints,
+    digest: str,
 ) -> list[float]:
     """Cross-entropy (and objective) training; mean losses of ten stretches, each read once."""
+    bundle, head = tuned["bundle"], tuned["head"]
     keeps = cfg.objective_weight > 0.0
     optimizer = torch.optim.AdamW(layer_groups(bundle, head, cfg, keeps), lr=cfg.rate)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    start, means, pending = _restored(tuned, optimizer, checkpoints)
     loader_cfg = step_cfg.loader(world)
-    loader = Loader(Epochs(train), loader_cfg if keeps else replace(loader_cfg, masks=None), 0, cfg.steps)
-    means: list[float] = []
-    pending: list[Tensor] = []
-    for number, fetched in enumerate(loader, start=1):
+    loader = Loader(Epochs(train), loader_cfg if keeps else replace(loader_cfg, masks=None), start, cfg.steps)
+    for number, fetched in enumerate(loader, start=start + 1):
         batch: Batch = prepared(fetched.batch, step_cfg, world.device, number - 1)
         loss = functional.cross_entropy(logits_of(bundle, head, batch.clips, step_cfg), batch.labels)
         pending.append(loss.detach())
@@ -195,7 +227,24 @@ def _train(
             means.append(float(torch.stack(pending).mean()))
             _log.info("step %d/%d  label loss %.4f", number, cfg.steps, means[-1])
             pending = []
+        if number % cfg.checkpoint_every == 0 or number == cfg.steps:
+            weights, moments = training_tensors(tuned, optimizer)
+            losses = {"means": means, "pending": [float(value) for value in pending]}
+            checkpoints.save(number, weights, moments, {"identity": _identity(cfg, digest), "losses": losses})
     return means
+
+
+def _restored(tuned: nn.ModuleDict, optimizer: torch.optim.Optimizer, checkpoints: Checkpoints) -> tuple[int, list[float], list[Tensor]]:
+    """Goes on from the newest checkpoint: steps done, mean losses, and the losses since the last mean."""
+    if not checkpoints.steps():
+        return 0, [], []
+    weights, moments, saved = checkpoints.load()
+    load_training_tensors(tuned, optimizer, weights, moments)
+    warn_of_differences(saved["environment"])
+    _log.info("resumed from step %d of %s", saved["step"], checkpoints.folder)
+    device = next(tuned.parameters()).device
+    # A float32 survives JSON: it is written as the double that it equals.
+    return saved["step"], list(saved["losses"]["means"]), [torch.tensor(value, device=device) for value in saved["losses"]["pending"]]
 
 
 @torch.inference_mode()

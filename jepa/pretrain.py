@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,14 @@ from torch import Tensor
 from jepa import distributed
 from jepa.batch import Batch
 from jepa.checkpoint import (
-    CheckpointError,
     Checkpoints,
-    load_model_tensors,
-    load_optimizer_tensors,
-    optimizer_tensors,
+    load_training_tensors,
+    training_tensors,
     warn_of_differences,
     whole,
     write_json,
 )
-from jepa.config import ConfigError, load, to_dict, to_yaml
+from jepa.config import ConfigError, changed_keys, load, to_json, to_yaml
 from jepa.data.build import DataConfig, build_picker
 from jepa.data.clip import ClipSpec
 from jepa.data.loader import Fetched, Loader, LoaderConfig
@@ -292,16 +290,10 @@ def save(
     state: TrainState, checkpoints: Checkpoints, cfg: PretrainConfig, world: distributed.World, score: float | None = None, skipped: int = 0
 ) -> None:
     """Writes a checkpoint from the first process."""
-    model = {name: whole(value) for name, value in state.bundle.state_dict().items()}
-    moments = {name: whole(value) for name, value in optimizer_tensors(state.bundle, state.optimizer).items()}
-    moments["rng/cpu"] = torch.get_rng_state()
+    model, moments = training_tensors(state.bundle, state.optimizer)
     if world.leads:
-        checkpoints.save(state.step, model, moments, {"skipped": skipped, "config": _plain(cfg)}, score)
+        checkpoints.save(state.step, model, moments, {"skipped": skipped, "config": to_json(cfg)}, score)
     world.barrier()
-
-
-def _plain(cfg: PretrainConfig) -> dict[str, Any]:
-    return json.loads(json.dumps(to_dict(cfg)))
 
 
 def _restore(state: TrainState, checkpoints: Checkpoints, cfg: PretrainConfig) -> int:
@@ -309,15 +301,10 @@ def _restore(state: TrainState, checkpoints: Checkpoints, cfg: PretrainConfig) -
     model, moments, saved = checkpoints.load()
     if cfg.variant.quirks.resume_drops_heads:
         model, moments = _without_heads(state.bundle, model, moments)
-    load_model_tensors(state.bundle, model)
-    try:
-        torch.set_rng_state(moments.pop("rng/cpu"))
-    except KeyError as error:
-        raise CheckpointError(f"checkpoint: optimizer.safetensors of step {saved['step']} must hold rng/cpu, got none.") from error
-    load_optimizer_tensors(state.bundle, state.optimizer, moments)
+    load_training_tensors(state.bundle, state.optimizer, model, moments)
     state.step = saved["step"]
     warn_of_differences(saved["environment"])
-    for key in _changed(saved.get("config", {}), _plain(cfg)):
+    for key in changed_keys(saved.get("config", {}), to_json(cfg)):
         _log.warning("resuming with another value of %s than the run was started with", key)
     _log.info("resumed from step %d of %s", state.step, checkpoints.folder)
     return saved.get("skipped", 0)
@@ -330,14 +317,6 @@ def _without_heads(
     fresh = {name: whole(value) for name, value in bundle.state_dict().items() if name.startswith("heads.")}
     kept = {name: value for name, value in moments.items() if not name.partition("/")[2].startswith("heads.")}
     return {**model, **fresh}, kept
-
-
-def _changed(then: Any, now: Any, path: str = "") -> list[str]:
-    """Dotted keys whose values differ."""
-    if isinstance(then, Mapping) and isinstance(now, Mapping):
-        keys = sorted(then.keys() | now.keys())
-        return [found for key in keys for found in _changed(then.get(key), now.get(key), f"{path}.{key}" if path else key)]
-    return [] if then == now else [path]
 
 
 def _summary(cfg: PretrainConfig, state: TrainState, world: distributed.World) -> dict[str, Any]:

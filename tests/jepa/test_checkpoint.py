@@ -167,26 +167,41 @@ def test_another_environment_is_warned_of(caplog):
     assert "threads 99 then" in caplog.text
 
 
-@pytest.mark.timeout(600)
-def test_twenty_kills_change_nothing(tmp_path, root):
-    """SIGKILL at random moments of a run that saves at every step; see killed_runs.py."""
+def killed(folder: Path, root: Path, kills: int, kind: str) -> tuple[dict, Path, Path]:
+    """SIGKILL at random moments of a run that saves at every step (killed_runs.py), compared file by file with one that was left alone."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.jepa.killed_runs", str(tmp_path), "20"]
+    command = [sys.executable, "-m", "tests.jepa.killed_runs", str(folder), str(kills), kind]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["kills"] == 20
-    assert report["inside_a_save"] >= 1
+    assert report["kills"] == kills
     assert report["resumed_from"] == sorted(report["resumed_from"])
-    whole, killed = (tmp_path / name / "checkpoints" for name in ("whole", "killed"))
-    assert Checkpoints(whole).steps() == Checkpoints(killed).steps()
-    assert Checkpoints(whole).best() == Checkpoints(killed).best()
-    for step in Checkpoints(whole).steps():
+    whole, survivor = folder / "whole", folder / "killed"
+    (first,), (second,) = (list(place.rglob("checkpoints")) for place in (whole, survivor))
+    assert Checkpoints(first).steps() == Checkpoints(second).steps()
+    assert Checkpoints(first).best() == Checkpoints(second).best()
+    for step in Checkpoints(first).steps():
         for file in ("model.safetensors", "optimizer.safetensors"):
             name = f"step_{step:08d}/{file}"
-            assert (whole / name).read_bytes() == (killed / name).read_bytes()
-    first, second = (_lines(tmp_path / name / "log.jsonl") for name in ("whole", "killed"))
-    assert first == second
+            assert (first / name).read_bytes() == (second / name).read_bytes()
+    return report, whole, survivor
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_twenty_kills_change_nothing(tmp_path, root):
+    report, whole, survivor = killed(tmp_path, root, 20, "pretrain")
+    assert report["inside_a_save"] >= 1
+    assert _lines(whole / "log.jsonl") == _lines(survivor / "log.jsonl")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_five_kills_do_not_change_a_fine_tuning(tmp_path, root):
+    report, whole, survivor = killed(tmp_path, root, 5, "finetune")
+    assert report["resumed_from"][-1] >= 1
+    first, second = (json.loads((place / "result.json").read_text()) for place in (whole, survivor))
+    assert {key: value for key, value in first.items() if key != "test_s"} == {k: v for k, v in second.items() if k != "test_s"}
 
 
 def _lines(path: Path) -> list[dict]:

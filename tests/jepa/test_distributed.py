@@ -17,7 +17,7 @@ from jepa.step import backward, global_denominators, loss_step, new_state, train
 from tests.jepa.training_cases import joined
 from tests.jepa.two_processes import VARIANTS, case_config, part
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 CASES = [f"{how}-{name}-1" for name in VARIANTS for how in ("ddp", "fsdp2")] + ["ddp-fwm_hw_ld-2", "fsdp2-fwm_hw_ld-2"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 
 import numpy as np
@@ -142,6 +143,49 @@ def test_finetuning_learns_with_and_without_the_objective(tiny, tmp_path, weight
     assert report["loss_last"] < 0.8 * report["loss_first"]
     assert json.loads((tmp_path / "result.json").read_text())["test_clips"] == 4
     assert 0.0 <= report["interval"][0] <= report["top1"] <= report["interval"][1] <= 1.0
+
+
+def test_a_resumed_fine_tuning_is_bitwise_equal_and_another_one_starts_over(tiny, tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    cfg = FinetuneConfig(
+        run=tiny, train_clips=8, test_clips=4, steps=7, batch_size=2, objective_weight=0.5, threads=1, checkpoint_every=2,
+        data=DataConfig(target="colour"), output=tmp_path / "whole.json",
+    )  # fmt: skip
+    whole = finetune.run(cfg)
+
+    class StoppedError(Exception):
+        pass
+
+    def stops(fraction, inner=finetune.learning_rate):
+        def rate(cfg, step):
+            if step > fraction:
+                raise StoppedError
+            return inner(cfg, step)
+
+        return rate
+
+    parts = replace(cfg, output=tmp_path / "parts.json", workers=1)
+    for last in (3, 5):
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune, "learning_rate", stops(last))
+            with pytest.raises(StoppedError):
+                finetune.run(parts)
+    report = finetune.run(parts)
+    assert "resumed from step 2 of" in caplog.text
+    assert "resumed from step 4 of" in caplog.text
+    assert {**report, "test_s": 0} == {**whole, "test_s": 0}
+    first, second = (Checkpoints(tmp_path / name / "checkpoints") for name in ("whole", "parts"))
+    assert first.steps() == second.steps() == [7]
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert (first.path(7) / file).read_bytes() == (second.path(7) / file).read_bytes()
+    assert finetune.run(parts)["top1"] == whole["top1"]
+    assert "starting over" not in caplog.text
+    finetune.run(replace(parts, rate=2e-3, steps=1))
+    assert "starting over" in caplog.text
+    assert "another value of rate, steps" in caplog.text
+    assert second.steps() == [1]
+    finetune.run(replace(parts, rate=2e-3, steps=1, resume=False))
+    assert "resume is off" in caplog.text
 
 
 def test_rates_fall_layer_by_layer(tiny):

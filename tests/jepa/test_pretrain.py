@@ -220,6 +220,7 @@ def test_checkpointed_activations_give_the_same_gradient():
     assert torch.equal(*norms)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_gradient():
     """Traced as torch.compile traces them, for two token counts; compiling proper takes minutes of a CPU."""
     torch._dynamo.reset()
