@@ -46,7 +46,8 @@ class InputSpec:
         cls, cfg: PretrainConfig, kind: str, frames: int | None = None, height: int | None = None, width: int | None = None
     ) -> InputSpec:
         """The input of a run, with what is given in its place. Generated clips are shown whole."""
-        size = (cfg.height if height is None else height, cfg.width if width is None else width)
+        trained = cfg.final_size
+        size = (trained[0] if height is None else height, trained[1] if width is None else width)
         return cls(cfg.frames if frames is None else frames, cfg.stride, cfg.fps, *size, kind == "moving_shapes")
 
     @property

@@ -137,10 +137,19 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
     if data.kind == "moving_shapes":
         data = replace(data, size=cfg.train_clips, test_size=cfg.test_clips)
     train, test = (build_dataset(data, split) for split in ("train", "test"))
-    size = {key: getattr(cfg, key) for key in ("frames", "height", "width") if getattr(cfg, key) is not None}
+    size = dict(zip(("height", "width"), trained_with.final_size, strict=True))
+    size |= {key: getattr(cfg, key) for key in ("frames", "height", "width") if getattr(cfg, key) is not None}
     schedule = replace(trained_with.schedule, total_steps=cfg.steps)
     step_cfg = replace(
-        trained_with, data=data, batch_size=cfg.batch_size, accumulate=1, seed=cfg.seed, workers=cfg.workers, schedule=schedule, **size
+        trained_with,
+        data=data,
+        batch_size=cfg.batch_size,
+        accumulate=1,
+        seed=cfg.seed,
+        workers=cfg.workers,
+        schedule=schedule,
+        resize=(),
+        **size,
     )
     bundle = bundle.to(world.device)
     head = Probe("attentive", trained_with.model.width, cfg.heads, {"class": train.num_classes}).to(world.device)

@@ -26,7 +26,7 @@ from jepa.checkpoint import (
 from jepa.config import ConfigError, changed_keys, load, to_json, to_yaml
 from jepa.data.build import DataConfig, build_picker
 from jepa.data.clip import ClipSpec
-from jepa.data.loader import Fetched, Loader, LoaderConfig
+from jepa.data.loader import Fetched, Loader, LoaderConfig, Stage
 from jepa.data.mixture import Picker
 from jepa.data.transforms import ViewSpec, model_input
 from jepa.logs import RunLog
@@ -47,6 +47,7 @@ class PretrainConfig(StepConfig):
         data: what to train on. output: folder of checkpoints, logs and the resolved configuration.
         batch_size: clips per process and micro-batch. accumulate: micro-batches per optimiser step.
         frames, stride, fps: of a clip. height, width: pixels that the model sees.
+        resize: (step, height, width), by rising step: after so many optimiser steps the model sees another size. The last one is evaluated.
         crop_scale, crop_aspect: of the random resized crop. flip: its probability of mirroring.
         seed: of weights, data order, crops and masks. workers: loader processes.
         device: ``auto``, ``cpu`` or ``cuda``. distributed: ``auto`` (DDP when torchrun starts several), ``ddp`` or ``fsdp2``.
@@ -68,6 +69,7 @@ class PretrainConfig(StepConfig):
     fps: float | None = None
     height: int = 64
     width: int = 64
+    resize: tuple[tuple[int, int, int], ...] = ()
     crop_scale: tuple[float, float] = (0.3, 1.0)
     crop_aspect: tuple[float, float] = (0.75, 1.35)
     flip: float = 0.5
@@ -88,18 +90,36 @@ class PretrainConfig(StepConfig):
         for name in ("batch_size", "accumulate", "frames", "height", "width", "log_every", "checkpoint_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"config: {name} must be at least 1, got {getattr(self, name)}.")
+        steps = [step for step, _, _ in self.resize]
+        if steps != sorted(set(steps)) or any(value < 1 for stage in self.resize for value in stage):
+            raise ConfigError(f"config: resize must be (step, height, width) of at least 1 each, by rising step, got {list(self.resize)}.")
+
+    def size_at(self, step: int) -> tuple[int, int]:
+        """(height, width) after `step` optimiser steps."""
+        return next(((height, width) for begin, height, width in reversed(self.resize) if begin <= step), (self.height, self.width))
 
     @property
-    def views(self) -> ViewSpec:
-        return ViewSpec(self.height, self.width, scale=self.crop_scale, aspect_ratio=self.crop_aspect, flip=self.flip)
+    def final_size(self) -> tuple[int, int]:
+        """(height, width) at the end of the run: what probes and fine-tuning use."""
+        return self.size_at(self.schedule.total_steps - 1)
+
+    def views_at(self, step: int) -> ViewSpec:
+        """What the model sees of a clip after `step` optimiser steps."""
+        return ViewSpec(*self.size_at(step), scale=self.crop_scale, aspect_ratio=self.crop_aspect, flip=self.flip)
+
+    def _read_at(self, step: int) -> tuple[ClipSpec, ViewSpec]:
+        views = self.views_at(step)
+        canvas = self.size_at(step) if self.data.kind == "moving_shapes" else views.canvas()
+        return ClipSpec(self.frames, self.stride, self.fps, *canvas), views
 
     def loader(self, world: distributed.World) -> LoaderConfig:
-        height, width = (self.height, self.width) if self.data.kind == "moving_shapes" else self.views.canvas()
+        clip, views = self._read_at(0)
         return LoaderConfig(
             batch_size=self.batch_size,
             rank_independent_seed=self.variant.quirks.rank_independent_seed,
-            clip=ClipSpec(self.frames, self.stride, self.fps, height, width),
-            views=self.views,
+            clip=clip,
+            views=views,
+            stages=tuple(Stage(step * self.accumulate, *self._read_at(step)) for step, _, _ in self.resize),
             masks=self.variant.mask_policy,
             patch_size=self.model.patch_size,
             tubelet_size=self.model.tubelet_size,
@@ -238,7 +258,7 @@ def compile_blocks(bundle: ModelBundle, backend: str = "inductor") -> None:
 def prepared(batch: Batch, cfg: PretrainConfig, device: torch.device, step: int) -> Batch:
     """A loader's batch on the device: views cut out and normalised there, and numbered by the optimiser step."""
     batch = batch.to(device, non_blocking=True)
-    return replace(batch, clips=model_input(batch, cfg.views), views=None, step=step)
+    return replace(batch, clips=model_input(batch, cfg.views_at(step)), views=None, step=step)
 
 
 def _grouped(fetched: Iterator[Fetched], size: int) -> Iterator[list[Fetched]]:
@@ -325,7 +345,8 @@ def _summary(cfg: PretrainConfig, state: TrainState, world: distributed.World) -
     return {
         "objectives": ", ".join(f"{name} x {c.weight:g}" for name, c in cfg.variant.objectives.items() if c.weight),
         "target": cfg.variant.target.kind,
-        "data": f"{cfg.data.kind}, {cfg.frames} frames of {cfg.height} x {cfg.width}",
+        "data": f"{cfg.data.kind}, {cfg.frames} frames of {cfg.height} x {cfg.width}"
+        + "".join(f", of {height} x {width} after step {step}" for step, height, width in cfg.resize),
         "model": f"{sum(p.numel() for p in state.bundle.context_encoder.parameters()) / 1e6:.2f} M encoder parameters",
         "steps": f"{schedule.total_steps} of {clips} clips ({schedule.total_steps * clips} samples), from step {state.step}",
         "rate": f"{schedule.initial_rate:g} -> {schedule.rate:g} over {schedule.warmup_steps} steps -> {schedule.final_rate:g}",

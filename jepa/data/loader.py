@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -27,12 +27,22 @@ _REPLACEMENTS = 20
 
 
 @dataclass(frozen=True)
+class Stage:
+    """From loader step `step` on, clips and views are of another size."""
+
+    step: int
+    clip: ClipSpec
+    views: ViewSpec | None
+
+
+@dataclass(frozen=True)
 class LoaderConfig:
     """What a batch looks like and how it is read.
 
     `views` None leaves clips whole; `random` False takes centred views and the middle of each video. `masks` None samples none. Ranks
     share one global batch: rank r of `world` reads places r*batch_size .. (r+1)*batch_size-1, and each place has random numbers of its own.
-    With `rank_independent_seed` (a quirk of the published code) all ranks draw those of rank 0 for their own samples.
+    With `rank_independent_seed` (a quirk of the published code) all ranks draw those of rank 0 for their own samples. `stages`, by rising
+    step, change the size within a run.
     """
 
     batch_size: int = 8
@@ -52,8 +62,14 @@ class LoaderConfig:
     pin_memory: bool = False
     max_bad_share: float = 0.05
     judge_after: int = 100
+    stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
+        steps = [stage.step for stage in self.stages]
+        if steps != sorted(set(steps)) or (steps and steps[0] < 0):
+            raise ValueError(f"LoaderConfig: stages must begin at rising steps from 0 on, got {steps}.")
+        for step in steps:
+            self.at(step)
         for name in ("batch_size", "patch_size", "tubelet_size", "horizon", "world", "prefetch", "judge_after"):
             if getattr(self, name) < 1:
                 raise ValueError(f"LoaderConfig: {name} must be at least 1, got {getattr(self, name)}.")
@@ -68,6 +84,11 @@ class LoaderConfig:
             raise ValueError(f"LoaderConfig: frame must be whole patches of {self.patch_size} px, got {height} x {width}.")
         if self.masks is not None and self.clip.frames % self.tubelet_size and self.clip.frames != 1:
             raise ValueError(f"LoaderConfig: clip.frames must be whole tubelets of {self.tubelet_size}, got {self.clip.frames}.")
+
+    def at(self, step: int) -> LoaderConfig:
+        """What is in force at a loader step."""
+        begun = [stage for stage in self.stages if stage.step <= step]
+        return replace(self, clip=begun[-1].clip, views=begun[-1].views, stages=()) if begun else self
 
     def frame_size(self) -> tuple[int, int]:
         """(height, width) that the model sees."""
@@ -113,7 +134,7 @@ class StepDataset(Dataset):
         self.picker, self.config = picker, config
 
     def __getitem__(self, step: int) -> _Step:
-        config = self.config
+        config = self.config.at(step)
         slots = config.rank * config.batch_size + np.arange(config.batch_size, dtype=np.int64)
         picks = self.picker.pick(config.seed, step, slots, config.world * config.batch_size)
         if not picks:
@@ -125,39 +146,38 @@ class StepDataset(Dataset):
         if config.random:
             starts = uniforms(config.seed, step, slots, stream_id(Stream.CLIP_START), 1)[:, 0]
         bad: list[str] = []
-        read = [self._read(pick, int(slot), step, start, bad) for pick, slot, start in zip(picks, slots, starts, strict=True)]
+        read = [self._read(config, pick, int(slot), step, start, bad) for pick, slot, start in zip(picks, slots, starts, strict=True)]
         picks, clips = [pick for pick, _ in read], [clip for _, clip in read]
-        views = self._views(step, slots, picks, clips)
-        frames = self._frames(clips)
+        views = self._views(config, step, slots, picks, clips)
+        frames = self._frames(config, clips)
         labels = torch.tensor([pick.dataset.label(pick.index) for pick in picks], dtype=torch.int64)
         ids = torch.tensor([pick.sample_id for pick in picks], dtype=torch.int64)
-        masks = self._masks(step, slots, frames, views)
+        masks = self._masks(config, step, slots, frames, views)
         return _Step(Batch(torch.from_numpy(frames), labels, ids, masks, step, views), tuple(bad))
 
-    def _read(self, pick: Pick, slot: int, step: int, start: float, bad: list[str]) -> tuple[Pick, Clip]:
+    def _read(self, config: LoaderConfig, pick: Pick, slot: int, step: int, start: float, bad: list[str]) -> tuple[Pick, Clip]:
         """The clip of a pick; a bad file makes way for other samples of the same data set, in an order fixed by the keys."""
         first = pick
         for attempt in range(_REPLACEMENTS + 1):
             try:
-                return pick, pick.dataset.read(pick.index, self.config.clip, float(start))
+                return pick, pick.dataset.read(pick.index, config.clip, float(start))
             except BadClipError as error:
                 bad.append(str(error))
-                number = uniforms(self.config.seed, step, np.int64(slot), stream_id(Stream.REPLACEMENT), 1, 2 * attempt).item()
+                number = uniforms(config.seed, step, np.int64(slot), stream_id(Stream.REPLACEMENT), 1, 2 * attempt).item()
                 index = int(number * len(first.dataset))
                 pick = Pick(first.dataset, index, first.sample_id - first.index + index)
         raise TooManyBadFilesError(
             f"{first.dataset.name}: {_REPLACEMENTS + 1} samples in a row could not be read at step {step}; the last was {bad[-1]}."
         )
 
-    def _frames(self, clips: list[Clip]) -> np.ndarray:
+    def _frames(self, config: LoaderConfig, clips: list[Clip]) -> np.ndarray:
         frames = [clip.frames for clip in clips]
         if self.picker.repeat_stills:
-            length = self.config.clip.frames
+            length = config.clip.frames
             frames = [np.repeat(one, length, axis=0) if len(one) == 1 else one for one in frames]
         return np.stack(frames)
 
-    def _views(self, step: int, slots: np.ndarray, picks: list[Pick], clips: list[Clip]) -> Views | None:
-        config = self.config
+    def _views(self, config: LoaderConfig, step: int, slots: np.ndarray, picks: list[Pick], clips: list[Clip]) -> Views | None:
         if config.views is None:
             return None
         sizes = [(clip.source_height, clip.source_width) for clip in clips]
@@ -166,8 +186,7 @@ class StepDataset(Dataset):
         may_flip = [pick.dataset.may_flip(pick.index) for pick in picks]
         return random_views(config.views, seed=config.seed, step=step, samples=slots, source_sizes=sizes, may_flip=may_flip)
 
-    def _masks(self, step: int, slots: np.ndarray, frames: np.ndarray, views: Views | None) -> MaskBatch | None:
-        config = self.config
+    def _masks(self, config: LoaderConfig, step: int, slots: np.ndarray, frames: np.ndarray, views: Views | None) -> MaskBatch | None:
         if config.masks is None:
             return None
         grid = config.grid(frames.shape[1])

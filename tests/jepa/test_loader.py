@@ -13,7 +13,7 @@ from torch.nn import functional
 from jepa.batch import Batch, MaskBatch, Views
 from jepa.data.clip import BadClipError, Clip, ClipSpec
 from jepa.data.files import FileClips
-from jepa.data.loader import Loader, LoaderConfig, TooManyBadFilesError
+from jepa.data.loader import Loader, LoaderConfig, Stage, TooManyBadFilesError
 from jepa.data.mixture import Epochs, InOrder, Mixture
 from jepa.data.moving_shapes import MovingShapes
 from jepa.data.pathlist import pathlist
@@ -115,6 +115,18 @@ def test_ranks_draw_numbers_of_their_own_unless_the_quirk_is_on(quirk):
     assert (first.masks.context_ids.tolist() == second.masks.context_ids.tolist()) == quirk
     alone = batches(changed(config, rank_independent_seed=False), 2, 3)[0]
     assert_same(first, alone)
+
+
+def test_stages_change_the_size_from_their_step_on():
+    small = Stage(2, ClipSpec(8, 1, None, 24, 24), ViewSpec(8, 16))
+    staged = batches(changed(SHAPES, stages=(small,)), 0, 4)
+    assert_same(staged[1], batches(SHAPES, 1, 2)[0])
+    assert_same(staged[3], batches(changed(SHAPES, clip=small.clip, views=small.views), 3, 4)[0])
+    assert [batch.masks.grid for batch in staged] == [(4, 2, 3), (4, 2, 3), (4, 1, 2), (4, 1, 2)]
+    with pytest.raises(ValueError, match=r"stages must begin at rising steps from 0 on, got \[2, 2\]"):
+        changed(SHAPES, stages=(small, small))
+    with pytest.raises(ValueError, match="frame must be whole patches of 8 px, got 9 x 16"):
+        changed(SHAPES, stages=(Stage(1, small.clip, ViewSpec(9, 16)),))
 
 
 def test_motion_masks_see_the_view_that_the_model_sees():

@@ -16,6 +16,7 @@ from jepa.checkpoint import CheckpointError, Checkpoints
 from jepa.config import ConfigError
 from jepa.data.build import DataConfig, Location
 from jepa.distributed import World
+from jepa.evaluation import InputSpec, load_bundle
 from jepa.monitor import MonitorConfig, collapse_metrics, effective_rank, warnings
 from jepa.pretrain import NotFiniteError, load_config
 from jepa.quirks import Quirks
@@ -106,6 +107,59 @@ def test_the_seed_quirk_reaches_the_loader(tmp_path):
     world = World(1, 2, torch.device("cpu"), None)
     assert not cfg.loader(world).rank_independent_seed
     assert replace(cfg, variant=replace(cfg.variant, quirks=Quirks.of(["rank_independent_seed"]))).loader(world).rank_independent_seed
+
+
+def grids(monkeypatch) -> list[tuple]:
+    """Collects the token grid of every step."""
+    seen = []
+    inner = pretrain.train_step
+    monkeypatch.setattr(pretrain, "train_step", lambda state, batches: seen.append(batches[0].masks.grid) or inner(state, batches))
+    return seen
+
+
+def test_a_run_goes_on_at_another_resolution(tmp_path, monkeypatch, caplog):
+    """Positions come from token ids, so a checkpoint of one size trains, resumes and is evaluated at any other."""
+    seen = grids(monkeypatch)
+    pretrain.run(tiny_run(tmp_path, steps=2, name="fwm_hw_ld"))
+    with caplog.at_level(logging.WARNING):
+        state = pretrain.run(tiny_run(tmp_path, steps=4, name="fwm_hw_ld", height=96, width=48))
+    assert "another value of height" in caplog.text
+    assert seen == [(2, 4, 4), (2, 4, 4), (2, 6, 3), (2, 6, 3)]
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    assert all(np.isfinite(line["loss"]) for line in lines(tmp_path))
+    bundle, cfg, _ = load_bundle(tmp_path)
+    assert cfg.final_size == (96, 48)
+    for size in ((32, 80), (96, 48)):
+        clips = torch.rand(1, 3, 4, *size)
+        with torch.no_grad():
+            assert torch.equal(bundle.context_encoder(clips), state.bundle.context_encoder(clips))
+
+
+def test_the_resolution_changes_within_a_run_and_resumes_bitwise(tmp_path, monkeypatch):
+    seen = grids(monkeypatch)
+    options = dict(steps=5, name="ld", accumulate=2, batch_size=1, resize=((2, 32, 48), (4, 80, 80)))
+    cfg = tiny_run(tmp_path / "whole", **options)
+    pretrain.run(cfg)
+    assert seen == [(2, 4, 4), (2, 4, 4), (2, 2, 3), (2, 2, 3), (2, 5, 5)]
+    parts = tiny_run(tmp_path / "parts", **options, workers=1)
+    pretrain.run(replace(parts, schedule=replace(parts.schedule, total_steps=3, decay_scale=5 / 3)))
+    assert load_config(parts.output).final_size == (32, 48)
+    pretrain.run(parts)
+    assert seen[5:] == seen[:5]
+    assert saved(cfg.output, 5) == saved(parts.output, 5)
+    assert cfg.final_size == (80, 80)
+    assert InputSpec.of(cfg, "moving_shapes").height == 80
+
+
+@pytest.mark.parametrize("resize", [((3, 64, 64), (2, 64, 64)), ((2, 64, 64), (2, 32, 32)), ((0, 64, 64),), ((2, 0, 64),)])
+def test_a_wrong_resize_is_refused(tmp_path, resize):
+    with pytest.raises(ConfigError, match=r"resize must be \(step, height, width\) of at least 1 each, by rising step, got"):
+        tiny_run(tmp_path, resize=resize)
+
+
+def test_a_size_that_is_no_whole_number_of_patches_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="frame must be whole patches of 16 px, got 40 x 64"):
+        pretrain.run(tiny_run(tmp_path, resize=((2, 40, 64),)))
 
 
 def test_workers_do_not_change_a_run(tmp_path):
