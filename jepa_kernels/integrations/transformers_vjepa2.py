@@ -111,14 +111,16 @@ def _predictor_forward(
     encoder_hidden_states: Tensor,
     context_mask: list[Tensor],
     target_mask: list[Tensor],
-    head_mask: None = None,
+    head_mask: Sequence[None] | None = None,
     output_attentions: bool = False,
     output_hidden_states: bool = False,
     **kwargs,
 ):
     from transformers.modeling_outputs import BaseModelOutput
 
-    _refuse(head_mask=head_mask, output_attentions=output_attentions, output_hidden_states=output_hidden_states)
+    # Release 4 passes a mask of heads for every layer, None where there is none.
+    masked = head_mask is not None and any(mask is not None for mask in head_mask)
+    _refuse(head_mask=masked, output_attentions=output_attentions, output_hidden_states=output_hidden_states)
     context = _kept(encoder_hidden_states, context_mask)
     return BaseModelOutput(last_hidden_state=predict_targets(self, context, context_mask, target_mask, **kwargs))
 
