@@ -24,6 +24,9 @@ def sound(kernel: str, row: dict[str, int]) -> None:
     assert row["spills"] == 0, f"{kernel} spills registers: {row}"
     assert row["stack"] == 0, f"{kernel} keeps an array in memory: {row}"
     assert row["registers"] <= MOST_REGISTERS, f"{kernel}: {row}"
+    if kernel.startswith("latent_rollout"):
+        for instruction in ("HMMA", "LDSM"):
+            assert (row[instruction] > 0) == (not kernel.endswith("<float>")), f"{kernel} uses the wrong units: {row}"
     if not kernel.startswith(("masked_attention_fwd", "masked_attention_bwd")):
         return
     assert row["LDGSTS"] > 0, f"{kernel} does not load asynchronously: {row}"

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .arithmetic import add_matmul
+from .problem import Problem
 
 
 def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:

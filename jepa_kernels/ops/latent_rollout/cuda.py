@@ -1,0 +1,39 @@
+"""CUDA C++ backend: csrc/latent_rollout/cuda.cu behind its C ABI, plain matrix products through torch."""
+
+from __future__ import annotations
+
+import torch
+
+from ... import native
+from . import hidden_space, state_space
+from .call import Call, dtype_reasons
+from .native_kernels import NativeKernels
+from .problem import LOW_PRECISION, Problem
+
+SAVES_SIGNS = False
+
+# Widths whose tiles of 16 rows fit 99 KiB of shared memory beside the stage of a product.
+WIDEST = {"residual_mlp": 448, "hamiltonian": 448, "gru": 640}
+
+
+def unsupported_reasons(call: Call) -> list[str]:
+    reasons = []
+    library = native.cuda_reason()
+    if library is not None:
+        reasons.append(library)
+    if call.device_type != "cuda":
+        reasons.append(f"tensors must be on a CUDA device, got {call.device_type}")
+    widest = WIDEST[call.cell]
+    if max(call.hidden) > widest:
+        reasons.append(f"hidden width of a {call.cell} must be at most {widest}, got {max(call.hidden)}")
+    return reasons + dtype_reasons(call, (torch.float32, *LOW_PRECISION))
+
+
+def forward(problem: Problem) -> tuple[torch.Tensor, ...]:
+    composition = state_space if problem.cell == "gru" else hidden_space
+    return composition.forward(problem, NativeKernels())
+
+
+def backward(problem: Problem, grad_out: torch.Tensor, saved: tuple[torch.Tensor, ...], needs_targets: bool) -> hidden_space.Gradients:
+    composition = state_space if problem.cell == "gru" else hidden_space
+    return composition.backward(problem, NativeKernels(), grad_out, saved, needs_targets)

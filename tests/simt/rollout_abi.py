@@ -1,0 +1,234 @@
+"""The CUDA kernels of latent_rollout on the SIMT executor, under the names that the native torch ops have: ctypes over CPU tensors.
+
+Sanitized children need only `Library` and NumPy arrays: torch is imported by `SimtOps` alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Pointer, Int64, Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
+
+
+class Rows(ctypes.Structure):
+    _fields_ = [("data", Pointer), ("index", Pointer), ("stride", Int64), ("dtype", Int64)]
+
+
+class Table(NamedTuple):
+    """A jk_rollout_rows by its arrays: rows of `data`, all in turn or those of `index`."""
+
+    data: Any
+    index: Any
+    stride: int
+    dtype: int
+
+
+def _structure(name: str, *fields: tuple[str, str]):
+    kinds = {"i": Int64, "f": Float, "p": Pointer, "r": Rows}
+    listed = [(field, kinds[kind]) for kind, names in fields for field in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": listed})
+
+
+Mlp = _structure(
+    "Mlp", ("i", "rows hidden horizon kept operand"), ("p", "start coupling drift sums inputs grad_sums grad_inputs activations")
+)
+Hamiltonian = _structure(
+    "Hamiltonian",
+    ("i", "rows hidden middle horizon kept operand"),
+    ("f", "time_step"),
+    ("p", "start weight bias energy coupling sums inputs"),
+)
+HamiltonianStep = _structure(
+    "HamiltonianStep",
+    ("i", "rows hidden middle operand transposed"),
+    ("f", "time_step"),
+    ("p", "weight coupling bias energy input following carried force activation grad_returned pulled grad_middle grad_energy"),
+)
+Readout = _structure(
+    "Readout",
+    ("i", "rows hidden channels steps first_step operand"),
+    ("p", "sums weight"),
+    ("i", "weight_row_stride weight_column_stride"),
+    ("p", "bias"),
+    ("r", "base"),
+    ("p", "out"),
+    ("i", "out_step_stride out_row_stride out_dtype"),
+    ("r", "targets"),
+    ("i", "target_step_stride"),
+    ("f", "exponent"),
+    ("p", "errors signs grad_errors grad grad_base"),
+    ("i", "grad_base_stride"),
+)
+Gru = _structure(
+    "Gru",
+    ("i", "rows channels actions horizon kept operand"),
+    ("f", "epsilon"),
+    ("p", "start"),
+    ("i", "start_stride"),
+    ("p", "action weight_input weight_state bias_input bias_state norm_weight norm_bias states gates grad_states"),
+    ("i", "every_step"),
+    ("p", "grad_gates grad_start grad_norm"),
+)
+
+_FUNCTIONS = {
+    "mlp_fwd": Mlp, "mlp_bwd": Mlp, "hamiltonian_fwd": Hamiltonian, "hamiltonian_bwd": HamiltonianStep, "readout": Readout,
+    "readout_gradient": Readout, "gru_fwd": Gru, "gru_bwd": Gru,
+}  # fmt: skip
+
+
+class Library:
+    """The C ABI of csrc/latent_rollout/cuda.cu, built for the executor."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        for name, params in _FUNCTIONS.items():
+            function = getattr(self.library, f"jk_latent_rollout_cuda_{name}")
+            function.argtypes, function.restype = [ctypes.POINTER(params), Pointer], ctypes.c_char_p
+        self.library.jk_latent_rollout_cuda_gru_tiles.argtypes = [Int64]
+        self.library.jk_latent_rollout_cuda_gru_tiles.restype = Int64
+
+    def tiles(self, rows: int) -> int:
+        return self.library.jk_latent_rollout_cuda_gru_tiles(rows)
+
+    def call(self, name: str, **values) -> None:
+        """Runs one function; a value is a number, a Table, or something with an address (array or tensor)."""
+        params = _FUNCTIONS[name]()
+        for field, value in values.items():
+            setattr(params, field, _field(value))
+        error = getattr(self.library, f"jk_latent_rollout_cuda_{name}")(ctypes.byref(params), None)
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+
+def _field(value):
+    if isinstance(value, (int, float)):
+        return value
+    return Rows(_address(value.data), _address(value.index), value.stride, value.dtype) if isinstance(value, Table) else _address(value)
+
+
+def _address(value) -> int | None:
+    if value is None:
+        return None
+    return value.data_ptr() if hasattr(value, "data_ptr") else value.ctypes.data
+
+
+class SimtOps:
+    """What `NativeKernels.ops` offers, on the executor. New tensors hold NaN, so that an element nobody writes is seen."""
+
+    def __init__(self, library: Library) -> None:
+        import torch
+
+        self.library, self.torch = library, torch
+        self.codes = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+
+    def _new(self, *shape: int):
+        return self.torch.full(shape, self.torch.nan)
+
+    def _rows(self, table, index) -> Table:
+        return Table(table, index, table.stride(-2), self.codes[table.dtype])
+
+    def latent_rollout_mlp_fwd(self, start, coupling, drift, horizon, keep_all, save, isa):
+        rows, hidden = start.shape
+        kept = horizon if keep_all else 1
+        sums, inputs = self._new(kept, rows, hidden), self._new(horizon, rows, hidden) if save else self._new(0)
+        self.library.call(
+            "mlp_fwd", rows=rows, hidden=hidden, horizon=horizon, kept=kept, operand=self.codes[coupling.dtype], start=start, coupling=coupling,
+            drift=drift, sums=sums, inputs=inputs if save else None,
+        )  # fmt: skip
+        return inputs, sums
+
+    def latent_rollout_mlp_bwd(self, inputs, coupling, grad_sums, isa):
+        horizon, rows, hidden = inputs.shape
+        grad_inputs, activations = self._new(horizon, rows, hidden), self._new(horizon - 1, rows, hidden)
+        operand = FLOAT32 if coupling is None else self.codes[coupling.dtype]
+        self.library.call(
+            "mlp_bwd", rows=rows, hidden=hidden, horizon=horizon, kept=grad_sums.shape[0], operand=operand, coupling=coupling, inputs=inputs,
+            grad_sums=grad_sums, grad_inputs=grad_inputs, activations=activations,
+        )  # fmt: skip
+        return grad_inputs, activations
+
+    def latent_rollout_hamiltonian_fwd(self, start, weight, bias, energy, coupling, time_step, horizon, keep_all, save, isa):
+        rows, hidden = start.shape
+        kept = horizon if keep_all else 1
+        sums, inputs = self._new(2, kept, rows, hidden), self._new(2 * horizon, rows, hidden) if save else self._new(0)
+        self.library.call(
+            "hamiltonian_fwd", rows=rows, hidden=hidden, middle=weight.shape[0], horizon=horizon, kept=kept, operand=self.codes[weight.dtype],
+            time_step=time_step, start=start, weight=weight, bias=bias, energy=energy, coupling=coupling, sums=sums,
+            inputs=inputs if save else None,
+        )  # fmt: skip
+        return inputs, sums
+
+    def latent_rollout_hamiltonian_bwd(self, input, weight, bias, energy, coupling, time_step, transposed, following, carried, isa):
+        rows, hidden = input.shape
+        middle = weight.shape[0]
+        force, left, right, grad_energy = (self._new(*s) for s in ((rows, hidden), (2, rows, middle), (2, rows, hidden), (rows, middle)))
+        self.library.call(
+            "hamiltonian_bwd", rows=rows, hidden=hidden, middle=middle, operand=self.codes[weight.dtype], transposed=int(transposed),
+            time_step=time_step, weight=weight, coupling=coupling, bias=bias, energy=energy, input=input, following=following, carried=carried,
+            force=force, activation=right[1], grad_returned=right[0], pulled=left[0], grad_middle=left[1], grad_energy=grad_energy,
+        )  # fmt: skip
+        return force, left, right, grad_energy
+
+    def _readout(self, name, sums, weight, bias, base, base_rows, first_step, **values) -> None:
+        steps, rows, hidden = sums.shape
+        self.library.call(
+            name, rows=rows, hidden=hidden, channels=weight.shape[1], steps=steps, first_step=first_step, operand=self.codes[weight.dtype],
+            sums=sums, weight=weight, weight_row_stride=weight.stride(0), weight_column_stride=weight.stride(1), bias=bias,
+            base=self._rows(base, base_rows), **values,
+        )  # fmt: skip
+
+    def latent_rollout_readout(self, sums, weight, bias, base, base_rows, first_step, out, isa):
+        self._readout(
+            "readout", sums, weight, bias, base, base_rows, first_step, out=out, out_step_stride=out.stride(0), out_row_stride=out.stride(1),
+            out_dtype=self.codes[out.dtype],
+        )  # fmt: skip
+
+    def _targets(self, targets, target_rows, exponent) -> dict:
+        step = targets.stride(0) if target_rows is None else 0
+        return {"targets": self._rows(targets, target_rows), "target_step_stride": step, "exponent": exponent}
+
+    def latent_rollout_errors(self, sums, weight, bias, base, base_rows, targets, target_rows, exponent, save_signs, isa):
+        errors = self._new(*sums.shape[:2])
+        self._readout("readout", sums, weight, bias, base, base_rows, 1, errors=errors, **self._targets(targets, target_rows, exponent))
+        return errors, None
+
+    def latent_rollout_errors_gradient(
+        self, sums, weight, bias, base, base_rows, targets, target_rows, exponent, signs, first_step, grad_errors, grad_base, isa
+    ):
+        grad = self._new(*sums.shape[:2], weight.shape[1])
+        self._readout(
+            "readout_gradient", sums, weight, bias, base, base_rows, first_step, grad_errors=grad_errors, grad=grad, grad_base=grad_base,
+            grad_base_stride=grad_base.stride(0), **self._targets(targets, target_rows, exponent),
+        )  # fmt: skip
+        return grad
+
+    def _gru(self, name, start, actions, weights, epsilon, **values) -> None:
+        horizon, rows, width = actions.shape
+        names = ("weight_input", "weight_state", "bias_input", "bias_state", "norm_weight", "norm_bias")
+        self.library.call(
+            name, rows=rows, channels=start.shape[1], actions=width, horizon=horizon, operand=self.codes[weights[0].dtype], epsilon=epsilon,
+            start=start, start_stride=start.stride(0), action=actions, **dict(zip(names, weights, strict=True)), **values,
+        )  # fmt: skip
+
+    def latent_rollout_gru_fwd(self, start, actions, weights, epsilon, keep_all, save, isa):
+        horizon, rows, _ = actions.shape
+        kept = horizon if keep_all else 1
+        states = self._new(kept, rows, start.shape[1])
+        gates = self._new(horizon, rows, 4 * start.shape[1]) if save else self._new(0)
+        self._gru("gru_fwd", start, actions, weights, epsilon, kept=kept, states=states, gates=gates if save else None)
+        return states, gates
+
+    def latent_rollout_gru_bwd(self, start, actions, states, gates, weights, epsilon, grad_states, every_step, isa):
+        horizon, rows, _ = actions.shape
+        width = start.shape[1]
+        grad_gates, grad_start, grad_norm = (
+            self._new(*shape) for shape in ((horizon, rows, 4 * width), (rows, width), (self.library.tiles(rows), 2, width))
+        )
+        self._gru(
+            "gru_bwd", start, actions, weights, epsilon, kept=horizon, states=states, gates=gates, grad_states=grad_states,
+            every_step=int(every_step), grad_gates=grad_gates, grad_start=grad_start, grad_norm=grad_norm,
+        )  # fmt: skip
+        return grad_gates, grad_start, grad_norm

@@ -1,0 +1,99 @@
+"""Calls of latent_rollout's C ABI in a file, and their replay in a child without torch: ``python rollout_saved.py LIBRARY CALLS.npz SANITIZER``.
+
+Every array is saved as the flat span of memory from its first to its last element, so that in the child it lies between the guard bytes of
+the address sanitizer whatever its strides are.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from itertools import cycle
+
+import numpy as np
+
+from tests.simt.build import ORDERS, configure
+from tests.simt.rollout_abi import Library, Table
+
+
+def span(tensor) -> np.ndarray:
+    """A copy of the memory of a tensor, 16-bit floats as their bits."""
+    import torch
+
+    length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    flat = torch.as_strided(tensor.detach(), (length,), (1,)).clone()
+    return (flat.view(torch.int16) if flat.dtype in (torch.bfloat16, torch.float16) else flat).numpy()
+
+
+class Recorder:
+    """A Library that keeps what it was given and what came out."""
+
+    def __init__(self, library: Library) -> None:
+        self.library, self.arrays, self.count = library, {}, 0
+
+    def tiles(self, rows: int) -> int:
+        return self.library.tiles(rows)
+
+    def call(self, name: str, **values) -> None:
+        tensors = {}
+        for field, value in values.items():
+            where = f"{self.count:03d}/{name}/{field}"
+            if isinstance(value, Table):
+                self.arrays[f"{where}/table"] = np.array([value.stride, value.dtype])
+                tensors |= {f"{where}/data": value.data} | ({} if value.index is None else {f"{where}/index": value.index})
+            elif isinstance(value, (int, float)):
+                self.arrays[f"{where}/number"] = np.array(value)
+            elif value is not None:
+                tensors[f"{where}/array"] = value
+        self.arrays |= {f"{where}/before": span(tensor) for where, tensor in tensors.items()}
+        self.library.call(name, **values)
+        self.arrays |= {f"{where}/after": span(tensor) for where, tensor in tensors.items()}
+        self.count += 1
+
+
+def _call(library: Library, name: str, values: dict) -> None:
+    try:
+        library.call(name, **values)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+
+
+def replay(path: str, calls: str, sanitizer: str) -> None:
+    """Each call in the next thread order; results must be those of the plain library up to rounding: its compiler fuses other operations."""
+    library = Library(path)
+    with np.load(calls) as saved:
+        groups: dict[str, dict[str, np.ndarray]] = {}
+        for key in saved.files:
+            number, name, rest = key.split("/", 2)
+            groups.setdefault(f"{number}/{name}", {})[rest] = saved[key]
+    for (label, entries), order in zip(sorted(groups.items()), cycle(ORDERS)):
+        name, values, written = label.split("/")[1], {}, {}
+        arrays = {key.removesuffix("/before"): entries[key].copy() for key in entries if key.endswith("/before")}
+        for key, entry in entries.items():
+            field, kind = key.split("/")[:2]
+            if kind == "number":
+                values[field] = entry.item()
+            elif kind == "array":
+                values[field] = arrays[f"{field}/array"]
+            elif kind == "table":
+                values[field] = Table(arrays[f"{field}/data"], arrays.get(f"{field}/index"), *(int(v) for v in entry))
+            if key.endswith("/after"):
+                written[key.removesuffix("/after")] = entry
+        configure(library.library, order, seed=5)
+        if sanitizer == "tsan":
+            # In a thread of its own: TSan takes NumPy's reuse of a stack that the executor's fibers have read for a race.
+            fresh = threading.Thread(target=_call, args=(library, name, values))
+            fresh.start()
+            fresh.join()
+        else:
+            _call(library, name, values)
+        for key, wanted in written.items():
+            actual, same = arrays[key], 1e-4
+            if wanted.dtype == np.int16:
+                actual, wanted, same = (*((a.astype(np.uint32) << 16).view(np.float32) for a in (actual, wanted)), 2e-2)
+            np.testing.assert_allclose(actual, wanted, rtol=same, atol=same, err_msg=f"{label} {key} {order}")
+    print(f"{len(groups)} calls agree")
+
+
+if __name__ == "__main__":
+    replay(*sys.argv[1:])
