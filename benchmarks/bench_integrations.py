@@ -62,9 +62,7 @@ def timed(module: nn.Module, call: Callable, x: Tensor, pass_name: str) -> Calla
     """The output, or after forward and backward the gradient of the input; parameters get theirs too, as in training."""
     leaf = x.detach().requires_grad_()
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    with torch.no_grad():
-        # Random: the last norm gives no gradient to a constant.
-        cotangent = torch.randn_like(_first(call(module, x)), generator=torch.Generator(x.device).manual_seed(1))
+    cotangents: list[Tensor] = []
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -72,7 +70,10 @@ def timed(module: nn.Module, call: Callable, x: Tensor, pass_name: str) -> Calla
 
     def both() -> Tensor:
         out = _first(call(module, leaf))
-        return torch.autograd.grad(out, [leaf, *parameters], cotangent, allow_unused=True)[0]
+        if not cotangents:
+            # Random: the last norm gives no gradient to a constant. Made by the first call, which is never timed.
+            cotangents.append(torch.randn_like(out, generator=torch.Generator(out.device).manual_seed(1)))
+        return torch.autograd.grad(out, [leaf, *parameters], cotangents[0], allow_unused=True)[0]
 
     return forward if pass_name == "forward" else both
 
