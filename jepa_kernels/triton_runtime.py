@@ -13,10 +13,13 @@ SUPPORTED = "3.6 to 3.9"
 _OLDEST_CAPABILITY = (8, 0)
 
 
-@functools.cache
+# Asked at import, not behind functools.cache: Dynamo of torch 2.11 traces through the cache and refuses find_spec.
+_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
 def installed() -> bool:
     """True where `import triton` would find something. Never imports it: that costs seconds."""
-    return importlib.util.find_spec("triton") is not None
+    return _INSTALLED
 
 
 def interpreting() -> bool:
