@@ -15,6 +15,7 @@ from jepa.batch import MaskBatch
 from jepa.config import ConfigError
 from jepa.objectives import Denominators, Factorisation, FeatureDims, build_heads, compute_all, get, parse_objectives
 from jepa.objectives.base import segment_softmax_weights
+from jepa.objectives.orthogonality import mean_square_covariance
 from jepa.objectives.sigreg import characteristic_distance
 from jepa.quirks import Quirks
 from tests.jepa.training_cases import GRID, LEVELS, WIDTH, ragged_masks, random_context
@@ -350,6 +351,16 @@ def test_orthogonality_loop(split):
         x = x - x.mean(0)
         total.append(((x[:, chosen].T @ x[:, ~chosen] / (len(x) - 1)) ** 2).mean())
     assert value == pytest.approx(np.mean(total), rel=1e-10)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 40])
+def test_covariance_of_few_and_of_many_rows(rows):
+    """Few rows take the product of Gram matrices instead of the covariance: the same number and gradients, means far from 0 included."""
+    generator = torch.Generator().manual_seed(rows)
+    leaves = [(torch.randn(rows, width, generator=generator, dtype=torch.float64) + 9.0).requires_grad_() for width in (5, 7)]
+    centred = [leaf - leaf.mean(0) for leaf in leaves]
+    expected = (centred[0].t() @ centred[1] / (rows - 1)).square().mean()
+    assert_same_loss_and_gradients(mean_square_covariance(*leaves), expected, leaves)
 
 
 def test_action_loop():
