@@ -168,12 +168,40 @@ def study(_: str | None) -> str:
     return "\n".join(lines).strip() or "No record is committed yet."
 
 
+def integration(name: str | None) -> str:
+    """What acceleration does to one code base: attention alone and an encoder step, times and peak memory of both sides."""
+    lines: list[str] = []
+    for device in devices():
+        path = device / "integrations.json"
+        records = [r for r in newest(path) if r["baseline"] == name and r["status"] == "ok"] if path.exists() else []
+        if not records:
+            continue
+        how = sorted({f"{r['threads']} thread{'s' * (r['threads'] > 1)}, {r['clock']} time" for r in records})
+        lines += [
+            "",
+            f"{records[0]['device']} ({device.name}), torch {records[0]['torch']}, {'; '.join(how)}; record: `{path.relative_to(ROOT)}`",
+            "",
+            "| what | size | pixels, tokens | dtype | pass | untouched ms | accelerated ms | ratio of times | peak MiB, untouched, accelerated |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for record in records:
+            _, part, width, *_ = record["case"].split("/")
+            details = record["details"]
+            times = [f"{record[side]['median_ms']:.1f}" for side in ("reference", "candidate")]
+            peaks = [record[f"{side}_peak_bytes"] for side in ("reference", "candidate")]
+            memory = ", ".join("unknown" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks)
+            cells = [part, width, f"{details['resolution']}, {details['tokens']}", record["dtype"], record["pass"], *times, ratio(record)]
+            lines.append(f"| {' | '.join(cells)} | {memory} |")
+    return "\n".join(lines).strip() or "No record is committed yet."
+
+
 PARTS: dict[str, Callable[[str | None], str]] = {
     "support": lambda _: support_table(),
     "measured": measured,
     "headlines": headlines,
     "sweep": sweep,
     "study": study,
+    "integration": integration,
 }
 
 
