@@ -14,7 +14,18 @@ from torch import nn
 
 import jepa_kernels
 from jepa_kernels import BackendUnsupportedError, native
-from jepa_kernels.ops.latent_rollout import GRU, Hamiltonian, HardRegion, ResidualMLP, latent_rollout, latent_rollout_loss, op, reference
+from jepa_kernels.ops.latent_rollout import (
+    GRU,
+    Hamiltonian,
+    HardRegion,
+    ResidualMLP,
+    latent_rollout,
+    latent_rollout_loss,
+    op,
+    reference,
+    state_space,
+)
+from jepa_kernels.ops.latent_rollout.arithmetic import inside
 from jepa_kernels.ops.latent_rollout.testing import CELLS, check_rollout, rollout_case, run_rollout
 from jepa_kernels.testing import RESULT_FAULTS, assert_within_budget, planted_fault
 from tests.conftest import missing
@@ -387,6 +398,13 @@ def test_saved_memory_is_bounded(backend):
         assert sum(saved.values()) <= 4 * (2 * halves * rows * hidden * horizon + rows * channels)
 
 
+@pytest.mark.parametrize("output", ("states", "last", 2.0))
+def test_gru_backward_in_pieces(backend, output, monkeypatch):
+    """Long rollouts form their gate gradients a few steps at a time."""
+    monkeypatch.setattr(state_space, "_chunks", lambda problem, start: [(3, 5), (1, 3), (0, 1)])
+    check_rollout(rollout_case("gru", output, horizon=5), backend)
+
+
 def test_inference_saves_nothing(backend):
     inputs = _op_inputs("residual_mlp", 1.0, backend, False)
     _, *saved = torch.ops.jepa_kernels.latent_rollout_fwd(*inputs)
@@ -536,6 +554,18 @@ def test_planning_reads_one_state_for_all_candidates(backend):
     gathered = latent_rollout(state, gru, 4, rows=torch.zeros(9, dtype=torch.int32), actions=actions, output="last", backend=backend)
     torch.testing.assert_close(expanded, wanted)
     torch.testing.assert_close(gathered, wanted)
+
+
+class _OnAGpu(torch.Tensor):
+    device = torch.device("cuda")
+
+
+def test_rows_on_a_gpu_stay_inside_their_table():
+    """There nobody waits to check them, so kernels that read a table directly get them clamped."""
+    wrong, table = torch.tensor([-3, 0, 4, 9]), torch.zeros(2, 5, 3)
+    assert inside(wrong.as_subclass(_OnAGpu), table).tolist() == [0, 0, 4, 4]
+    assert inside(wrong, table) is wrong
+    assert inside(None, table) is None
 
 
 def test_loss_equals_the_loss_of_the_rollout(backend):

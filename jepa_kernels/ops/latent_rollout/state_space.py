@@ -57,26 +57,47 @@ def backward(problem: Problem, kernels: Kernels, grad_out: torch.Tensor, saved: 
         grad_targets = -grad_states if needs_targets else None
     else:
         grad_states = grad_out.to(total)
-    grad_gates, grad_start, grad_norm_weight, grad_norm_bias = kernels.gru_recurrence_backward(
-        start, problem.actions, states, gates, problem.parameters, problem.scalar, grad_states, problem.output != "last"
-    )
     weight_input = problem.parameters[0]
     width, actions = problem.channels, problem.actions
-    # grad_gates holds r, u, n and m_n: the action reaches r, u, n; the state reaches r, u, m_n.
-    from_action = grad_gates[..., : 3 * width].flatten(0, 1)
-    flat = grad_gates.flatten(0, 1)
-    # Few columns: the other way round a BLAS takes ten times as long.
-    grad_weight_input = matmul(actions.flatten(0, 1).mT, from_action, operand).mT
-    grad_weight_state = torch.zeros((3 * width, width), dtype=total, device=start.device)
-    first = problem.num_rows
-    for grads, state in ((flat[:first], start), (flat[first:], states[:-1].flatten(0, 1))):
-        add_matmul(grad_weight_state[: 2 * width], grads[:, : 2 * width].mT, state, operand)
-        add_matmul(grad_weight_state[2 * width :], grads[:, 3 * width :].mT, state, operand)
-    sums = flat.sum(0)
+    new = start.new_zeros
+    grad_weight_input, grad_weight_state = new(weight_input.shape), new(3 * width, width)
+    grad_actions, sums, grad_norm = new(actions.shape), new(4 * width), (new(width), new(width))
+    every_step = problem.output != "last"
+    carried = None if every_step else grad_states
+    for begin, end in _chunks(problem, start):
+        before = states[begin - 1] if begin else start
+        given = carried
+        if every_step:
+            given = grad_states[begin:end]
+            if carried is not None:
+                given = given.clone()
+                given[-1] += carried
+        grad_gates, carried, *norms = kernels.gru_recurrence_backward(
+            *(before, actions[begin:end], states[begin:end], gates[begin:end]),
+            *(problem.parameters, problem.scalar, given, every_step),
+        )
+        for sum_, part in zip(grad_norm, norms, strict=True):
+            sum_ += part
+        # grad_gates holds r, u, n and m_n: the action reaches r, u, n; the state reaches r, u, m_n.
+        from_action, flat = grad_gates[..., : 3 * width].flatten(0, 1), grad_gates.flatten(0, 1)
+        # Few columns: the other way round a BLAS takes ten times as long.
+        grad_weight_input += matmul(actions[begin:end].flatten(0, 1).mT, from_action, operand).mT
+        first = problem.num_rows
+        for grads, state in ((flat[:first], before), (flat[first:], states[begin : end - 1].flatten(0, 1))):
+            add_matmul(grad_weight_state[: 2 * width], grads[:, : 2 * width].mT, state, operand)
+            add_matmul(grad_weight_state[2 * width :], grads[:, 3 * width :].mT, state, operand)
+        sums += flat.sum(0)
+        grad_actions[begin:end] = matmul(from_action, weight_input, operand).view(actions[begin:end].shape)
     grad_bias_state = torch.cat((sums[: 2 * width], sums[3 * width :]))
-    grad_actions = matmul(from_action, weight_input, operand).view(actions.shape)
-    parameters = [grad_weight_input, grad_weight_state, sums[: 3 * width].clone(), grad_bias_state, grad_norm_weight, grad_norm_bias]
-    return Gradients(grad_start, parameters, grad_actions, None, grad_targets)
+    parameters = [grad_weight_input, grad_weight_state, sums[: 3 * width].clone(), grad_bias_state, *grad_norm]
+    return Gradients(carried, parameters, grad_actions, None, grad_targets)
+
+
+def _chunks(problem: Problem, start: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """Steps whose gate gradients are formed together, last first: on a CPU few enough that their memory stays in use instead of being fresh."""
+    size = problem.horizon if start.is_cuda else max(1, 2**22 // max(1, 4 * problem.channels * problem.num_rows))
+    for end in range(problem.horizon, 0, -size):
+        yield max(0, end - size), end
 
 
 def _residuals(problem: Problem, states: torch.Tensor) -> Iterator[torch.Tensor]:
