@@ -29,6 +29,12 @@ def take(table: torch.Tensor, rows: torch.Tensor | None, start: int, stop: int) 
     return table if rows is None else table.index_select(0, rows)
 
 
+def inside(rows: torch.Tensor | None, table: torch.Tensor) -> torch.Tensor | None:
+    """Row indices of `table` for a kernel that reads it directly. The op checks them on a CPU; a GPU would have to wait, so there they are
+    clamped: a wrong index gives a wrong row, never memory outside of the table."""
+    return rows if rows is None or rows.device.type == "cpu" else rows.clamp(0, max(table.shape[-2] - 1, 0))
+
+
 def power_mean(residual: torch.Tensor, exponent: float) -> torch.Tensor:
     """mean over the last dimension of ``|residual| ** exponent / exponent``."""
     magnitude = residual.abs()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .arithmetic import add_matmul
+from .arithmetic import add_matmul, inside
 from .problem import Problem
 
 
@@ -73,19 +73,23 @@ class NativeKernels:
         return carried, grad_weight, grad_bias, grad_energy
 
     def readout(self, problem, part, sums, out):
-        base, rows = problem.base()
+        base, rows = self._base(problem)
         step = problem.horizon if problem.output == "last" else 1
         self.ops.latent_rollout_readout(sums, part.weight, _float(part.bias), base[:, part.start : part.stop], rows, step, out, self.isa)
+
+    def _base(self, problem):
+        base, rows = problem.base()
+        return base, inside(rows, base)
 
     def _targets(self, problem, part, k=None):
         """The targets of a part, of every step or of step k alone, and the rows to take of them."""
         targets, rows = problem.targets, problem.target_rows
         if k is not None:
             targets, rows = (targets[k : k + 1], None) if rows is None else (targets, rows[k])
-        return targets[..., part.start : part.stop], rows
+        return targets[..., part.start : part.stop], inside(rows, targets)
 
     def errors(self, problem, part, sums):
-        base, rows = problem.base()
+        base, rows = self._base(problem)
         save = self.keep_signs and problem.save and problem.exponent == 1.0
         values, signs = self.ops.latent_rollout_errors(
             *(sums, part.weight, _float(part.bias), base[:, part.start : part.stop], rows, *self._targets(problem, part)),
@@ -94,7 +98,7 @@ class NativeKernels:
         return values, signs if save else None
 
     def residual_gradient(self, problem, part, k, sums, signs, grad_errors, grad_base):
-        base, rows = problem.base()
+        base, rows = self._base(problem)
         return self.ops.latent_rollout_errors_gradient(
             *(sums[None], part.weight, _float(part.bias), base[:, part.start : part.stop], rows, *self._targets(problem, part, k)),
             *(problem.exponent, None if signs is None else signs[k], k + 1, grad_errors[None].contiguous(), grad_base, self.isa),

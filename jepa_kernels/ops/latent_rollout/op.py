@@ -17,7 +17,7 @@ from .cells import KINDS, Cell, Hamiltonian, ResidualMLP, channel_ranges
 from .preferences import PREFERENCES
 from .problem import Problem, saved_shapes
 
-PRIORITY = ("cuda", "cpu", "torch", "reference")
+PRIORITY = ("cuda", "triton", "cpu", "torch", "reference")
 
 _NAME = "latent_rollout"
 _library = torch.library.Library("jepa_kernels", "FRAGMENT")
