@@ -10,6 +10,7 @@ record's details is the state space's FLOP over the hidden space's for the docum
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -196,6 +197,12 @@ def published_case(side: int, channels: int, objective: str, dtype: torch.dtype,
         return call
 
     def dense(features: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():  # The published forces need a graph even where nothing is trained.
+            features = features.detach().requires_grad_()
+        with torch.enable_grad() if objective == "hamiltonian" else nullcontext():
+            return objective_of(features, parameters)
+
+    def objective_of(features: torch.Tensor, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
         sets = [part.view(BATCH, -1, channels) for part in features.split(list(masks.context_sizes))]
         now = eager_objectives.Features(grid, sets, [], [], ids, [], targets, features)
         given = dict(zip(names, parameters, strict=True))
@@ -205,8 +212,7 @@ def published_case(side: int, channels: int, objective: str, dtype: torch.dtype,
 
         if objective == "ld":
             return eager_objectives.latent_dynamics(now, module, 0, None)
-        with torch.enable_grad():
-            return eager_objectives.hamiltonian(now, module, 0.1)
+        return eager_objectives.hamiltonian(now, module, 0.1)
 
     tensors = [context, *(p.detach() for p in head.parameters())]
     cell = (ResidualMLP if objective == "ld" else Hamiltonian)(*tensors[1:])
