@@ -9,6 +9,8 @@ TRITON ?= triton==3.7.1
 OTHER_TORCH ?= torch==2.14.1
 # Other people's JEPA code for tests/integrations, without dependencies: those would bring torchvision and another torch.
 PEERS ?= cc-vjepa2==0.0.3 vjepa==0.1.2
+# Needs a torchvision; one that does not fit this torch would break transformers, so it lives apart and only its own tests see it.
+APART ?= lightly==1.6.0 torchvision==0.28.0 timm==1.0.31
 READY := $(VENV)/.ready
 # A hang is a failure; through the environment, so that the suite also runs where the plugin is absent.
 export PYTEST_TIMEOUT ?= 300
@@ -28,6 +30,7 @@ $(READY): pyproject.toml setup.py
 	$(PY) -m pip install --quiet "$(TORCH)" "$(TRITON)" "setuptools>=77" wheel pybind11 ninja numpy
 	$(PY) -m pip install --quiet --no-build-isolation --editable '.[dev,integrations]'
 	$(PY) -m pip install --quiet --no-deps $(PEERS)
+	$(PY) -m pip install --quiet --no-deps --upgrade --target $(VENV)/apart $(APART)
 	touch $@
 
 # The native libraries follow their sources; ninja compiles only what changed.
