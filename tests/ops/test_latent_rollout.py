@@ -361,6 +361,18 @@ def test_weighted_losses(backend, form):
     torch.testing.assert_close(torch.autograd.grad(loss, leaves[0])[0], wanted, rtol=1e-4, atol=1e-7)
 
 
+def test_strided_row_indices(backend):
+    case = rollout_case("residual_mlp", 1.0, rows=8, dtype=torch.float32)
+    wide = torch.stack((case.rows, case.rows + 0), 1)[:, 0], torch.stack((case.target_rows, case.target_rows), 2)[..., 0]
+    assert not any(index.is_contiguous() for index in wide)
+    anchor = {"anchor": case.anchor, "anchor_rows": case.anchor_rows}
+    expected = latent_rollout_loss(
+        case.states, case.cell, case.targets, rows=case.rows, target_rows=case.target_rows, **anchor, backend=backend
+    )
+    strided = latent_rollout_loss(case.states, case.cell, case.targets, rows=wide[0], target_rows=wide[1], **anchor, backend=backend)
+    assert torch.equal(strided, expected)
+
+
 def test_no_rows_give_a_loss_of_zero(backend):
     case = rollout_case("residual_mlp", 1.0, rows=0, gathered=False, anchored=False)
     cell = op.with_parameters(case.cell, [p.float().requires_grad_() for p in case.cell.parameters()])

@@ -46,7 +46,7 @@ def run(
     exponent: float,
 ) -> torch.Tensor:
     """Runs a checked call on `backend`; `reference` uses its own autograd. Predictions, or errors ``[horizon, rows]`` with targets."""
-    rows, anchor_rows, target_rows = (None if index is None else index.long() for index in (rows, anchor_rows, target_rows))
+    rows, anchor_rows, target_rows = (None if index is None else index.long().contiguous() for index in (rows, anchor_rows, target_rows))
     if backend == "reference":
         reference = ROOM.modules["reference"]
         _check_values(states, rows, anchor, anchor_rows, targets, target_rows)
