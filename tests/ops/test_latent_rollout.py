@@ -362,15 +362,14 @@ def test_weighted_losses(backend, form):
 
 
 def test_strided_row_indices(backend):
-    case = rollout_case("residual_mlp", 1.0, rows=8, dtype=torch.float32)
-    wide = torch.stack((case.rows, case.rows + 0), 1)[:, 0], torch.stack((case.target_rows, case.target_rows), 2)[..., 0]
-    assert not any(index.is_contiguous() for index in wide)
-    anchor = {"anchor": case.anchor, "anchor_rows": case.anchor_rows}
-    expected = latent_rollout_loss(
-        case.states, case.cell, case.targets, rows=case.rows, target_rows=case.target_rows, **anchor, backend=backend
-    )
-    strided = latent_rollout_loss(case.states, case.cell, case.targets, rows=wide[0], target_rows=wide[1], **anchor, backend=backend)
-    assert torch.equal(strided, expected)
+    case = rollout_case("residual_mlp", 1.0, rows=8)
+    cell = op.with_parameters(case.cell, [p.float() for p in case.cell.parameters()])
+    tensors = (case.states.float(), cell, case.targets.float())
+    rows, target_rows = torch.stack((case.rows,) * 2, 1)[:, 0], torch.stack((case.target_rows,) * 2, 2)[..., 0]
+    assert not (rows.is_contiguous() or target_rows.is_contiguous())
+    anchor = {"anchor": case.anchor.float(), "anchor_rows": case.anchor_rows}
+    expected = latent_rollout_loss(*tensors, rows=case.rows, target_rows=case.target_rows, **anchor, backend=backend)
+    assert torch.equal(latent_rollout_loss(*tensors, rows=rows, target_rows=target_rows, **anchor, backend=backend), expected)
 
 
 def test_no_rows_give_a_loss_of_zero(backend):
