@@ -28,7 +28,8 @@ $(READY): pyproject.toml setup.py
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet "$(TORCH)" "$(TRITON)" "setuptools>=77" wheel pybind11 ninja numpy
-	$(PY) -m pip install --quiet --no-build-isolation --editable '.[dev,integrations]'
+	@# Without the native libraries: the next target builds them where ninja keeps their objects.
+	JEPA_KERNELS_NATIVE=0 $(PY) -m pip install --quiet --no-build-isolation --editable '.[dev,integrations]'
 	$(PY) -m pip install --quiet --no-deps $(PEERS)
 	$(PY) -m pip install --quiet --no-deps --upgrade --target $(VENV)/apart $(APART)
 	touch $@
