@@ -46,7 +46,7 @@ bench: dev ## the main job: throughput of every variant against frame resolution
 	$(PY) -m benchmarks.sweep --main-job
 
 # A process for each part, so that compiled graphs, process groups and patched peers of one do not reach another. Longest first.
-PARTS := jepa ops interpret simt integrations conformance benchmarks core native gates
+PARTS := jepa ops gates interpret simt integrations conformance benchmarks core native
 JOBS ?= 2
 test: dev ## everything that needs no GPU (under 12 minutes on 2 cores)
 	@echo "parts, $(JOBS) at a time, each printed when it is done: $(PARTS)"
@@ -54,8 +54,8 @@ test: dev ## everything that needs no GPU (under 12 minutes on 2 cores)
 
 part-core: dev
 	$(PYTEST) tests/test_*.py tests/nn
-part-interpret: test-interpret
-part-conformance: conformance
+part-interpret: test-interpret ;
+part-conformance: conformance ;
 part-%: dev
 	$(PYTEST) tests/$*
 
