@@ -209,9 +209,14 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def filled(text: str) -> str:
-    """A page's text with every generated block made anew."""
-    return BLOCK.sub(lambda match: f"{match[1]}{PARTS[match[2]](match[3])}\n{match[5]}", text)
+def filled(text: str, folder: Path) -> str:
+    """The text of a page in `folder`, with every generated block made anew; its links lead from there."""
+    up = "../" * len(folder.relative_to(ROOT).parts)
+
+    def made(match: re.Match[str]) -> str:
+        return f"{match[1]}{PARTS[match[2]](match[3]).replace('](benchmarks/', f']({up}benchmarks/')}\n{match[5]}"
+
+    return BLOCK.sub(made, text)
 
 
 def main() -> int:
@@ -221,7 +226,7 @@ def main() -> int:
     stale = []
     for path in pages():
         before = path.read_text(encoding="utf-8")
-        after = filled(before)
+        after = filled(before, path.parent)
         if before != after:
             stale.append(path)
             if not check:
