@@ -150,22 +150,32 @@ def study(_: str | None) -> str:
     for path in sorted(RESULTS.glob("*/study.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         for part in sorted({row["part"] for row in content["summary"]}):
+            records = [record for record in content["records"] if record["part"] == part]
+            steps = " / ".join(map(str, sorted({record["steps"] for record in records})))
+            lines += ["", f"**{part}**, {steps} steps of pre-training, top-1 in % (`{path.relative_to(ROOT)}`):", ""]
             rows = [row for row in content["summary"] if row["part"] == part]
-            groups = [name for name in ("class", "appearance", "motion") if name in rows[0]]
-            steps = {record["steps"] for record in content["records"] if record["part"] == part}
-            lines += [
-                "",
-                f"{part}, {' / '.join(map(str, sorted(steps)))} steps of pre-training, probe top-1 in % (`{path.relative_to(ROOT)}`):",
-                "",
-                f"| variant, seed | encoder | {' | '.join(groups)} |",
-                f"|---|---|{'---|' * len(groups)}",
-            ]
-            for row in rows:
-                lines.append(
-                    f"| {row['variant']}, {row['seed']} | {row['encoder']} | {' | '.join(f'{100 * row[g]:.1f}' for g in groups)} |"
-                )
+            lines += _study_rows(rows, records)
         lines += ["", *(f"![{plot.stem.replace('_', ' ')}]({plot.relative_to(ROOT)})" for plot in sorted(path.parent.glob("study_*.png")))]
     return "\n".join(lines).strip() or "No record is committed yet."
+
+
+def _study_rows(rows: list[dict[str, Any]], records: list[dict[str, Any]]) -> list[str]:
+    groups = [name for name in ("class", "appearance", "motion") if name in rows[0]]
+    tunings = [name for name in ("finetune", "finetune_scratch", "finetune_objective") if any(name in record for record in records)]
+    head = ["variant, seed", "encoder", *(f"probe: {group}" for group in groups), *(name.replace("_", ": ") for name in tunings)]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    tuned = {(record["variant"], record["seed"]): record for record in records}
+    # The untrained encoder and the pixels are the same beside every variant: shown once, at the end.
+    beside = {row["encoder"]: row for row in reversed(rows) if row["encoder"] != "trained"}
+    for row in [*(row for row in rows if row["encoder"] == "trained"), *reversed(beside.values())]:
+        record = tuned[row["variant"], row["seed"]]
+        cells = [f"{100 * row[group]:.1f}" for group in groups]
+        for name in tunings:
+            shown = row["encoder"] == "trained" and name in record
+            cells.append(f"{100 * record[name]['top1']:.1f}" if shown else "")
+        name = f"{row['variant']}, {row['seed']}" if row["encoder"] == "trained" else "-"
+        lines.append(f"| {name} | {row['encoder']} | {' | '.join(cells)} |")
+    return lines
 
 
 def integration(name: str | None) -> str:

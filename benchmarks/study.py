@@ -102,7 +102,7 @@ def _measured(part: Part, name: str, options: argparse.Namespace, cfg: pretrain.
         train_clips=options.train_clips,
         test_clips=options.test_clips,
     )
-    record["probe"] = probe.run(probing)
+    record["probe"] = {**probe.run(probing), "run": str(cfg.output.relative_to(options.runs))}
     if part.name == "ucf101" and options.finetune_steps > 0:
         tuning = finetune.FinetuneConfig(run=cfg.output, steps=options.finetune_steps, warmup_steps=max(1, options.finetune_steps // 10))
         kept = 0.0 if name == "baseline" else 0.1
@@ -229,6 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for seed in options.seeds:
                 records.append(measured(part, name, options, seed))
                 plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+                del plain["runs"], plain["results"]
                 head = {"schema": 1, "time": datetime.now(UTC).isoformat(timespec="seconds"), "options": plain, "environment": provenance()}
                 # Rewritten after every run, so that a study that is cut off leaves what it has.
                 write_json(folder / "study.json", {**head, "summary": summary(records), "records": records})
