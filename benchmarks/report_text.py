@@ -82,7 +82,7 @@ def _finetuning(record: Row) -> str | None:
     )
     frozen = _at(record, "frozen", sweep_record.ANY_VARIANT, sizes[-1]["resolution"])
     if frozen is not None:
-        sentence += f"; with frozen features {_rate(frozen['clips_per_s'])}"
+        sentence += f"; with frozen features {_rate(frozen['clips_per_s'])} clips/s"
     return sentence + "."
 
 
@@ -93,7 +93,9 @@ def _kernels(record: Row) -> str | None:
         cell = _at(record, "pretrain", first, row["resolution"])
         if cell is not None and cell.get("speedup"):
             low, high = cell["speedup_interval"]
-            parts.append(f"{cell['speedup']:.2f}x [{low:.2f}, {high:.2f}] at {row['resolution']} px")
+            # One round gives one ratio and no interval.
+            interval = f" [{low:.2f}, {high:.2f}]" if high > low else ""
+            parts.append(f"{cell['speedup']:.2f}x{interval} at {row['resolution']} px")
     if not parts:
         return None
     return f"Speed-up of backend {sweep_tables.ours(record)} over torch for a whole {first} step: {', '.join(parts)}."

@@ -70,6 +70,10 @@ def throughput(record: Row, mode: str) -> str:
     return f"clips/s, {mode}, backend {backend}\n" + table(header, rows)
 
 
+def _interval(low: float, high: float) -> str:
+    return f"[{low:.2f}, {high:.2f}]" if high > low else "one round"
+
+
 def overheads(record: Row) -> str:
     """What objectives add to a step, the worst first, at the largest resolution."""
     backend = ours(record)
@@ -80,7 +84,7 @@ def overheads(record: Row) -> str:
         [
             cell["variant"],
             f"{cell['objective_added_ms']:.2f}",
-            f"[{cell['objective_interval_ms'][0]:.2f}, {cell['objective_interval_ms'][1]:.2f}]",
+            _interval(*cell["objective_interval_ms"]),
             f"{100 * cell['overhead']:.1f} %",
         ]
         for cell in cells
