@@ -45,9 +45,16 @@ HEADLINES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("vit_b", "step", "stream"),
     ),
     "latent_rollout": (
-        ("mlp/r2048/d3072/k16/last", "forward+backward", "eager"),
-        ("mlp/r2048/d1536/k4/loss", "forward+backward", "eager"),
-        ("gru/r1024/d256/k16", "forward+backward", "eager"),
+        ("residual_mlp/last/D3072/K16/2048rows", "forward+backward", "state_space"),
+        ("residual_mlp/loss/D1536/K4/2048rows", "forward+backward", "state_space"),
+        ("residual_mlp/last/D768/K1/2048rows", "forward+backward", "state_space"),
+        ("gru/last/D256/K16/1024rows", "forward+backward", "nn_gru_layer_norm"),
+        ("published/ld/D3072/112px/16f", "forward+backward", "eager_dense_grid"),
+    ),
+    "integrations": (
+        ("transformers-vjepa2/encoder/vit_s/224px/16f", "forward+backward", "transformers-vjepa2"),
+        ("vjepa2/attention/vit_s/224px/16f", "forward+backward", "vjepa2"),
+        ("transformers-ijepa/encoder/vit_s/112px/16f", "forward+backward", "transformers-ijepa"),
     ),
     "step": (
         ("tiny/112px/16f", "step", "published"),
@@ -117,10 +124,9 @@ def headlines(_: str | None) -> str:
                 continue
             found = {(r["case"], r["pass"], r["baseline"]): r for r in newest(path)}
             for case, pass_name, baseline in wanted:
-                record = found.get((case, pass_name, baseline))
-                if record is not None:
-                    where = f"{device.name}, {record['threads']}, {record.get('clock', 'wall')}"
-                    lines.append(f"| {op} | {case} {record['dtype']} | {pass_name} | {baseline} | {where} | {ratio(record)} |")
+                record = found[case, pass_name, baseline]
+                where = f"{device.name}, {record['threads']}, {record.get('clock', 'wall')}"
+                lines.append(f"| {op} | {case} {record['dtype']} | {pass_name} | {baseline} | {where} | {ratio(record)} |")
     return "\n".join(lines) if len(lines) > 2 else "No record is committed yet."
 
 
