@@ -54,6 +54,23 @@ def cuda_reason() -> str | None:
     return None
 
 
+def cpu_unavailable_reasons(device_type: str) -> list[str]:
+    """Why the C++ kernels cannot run on tensors of `device_type` here; empty when they can."""
+    reasons = [] if _reason is None else [_reason]
+    if device_type != "cpu":
+        reasons.append(f"tensors must be on a CPU, got {device_type}")
+    return reasons
+
+
+def cuda_unavailable_reasons(device_type: str) -> list[str]:
+    """Why the CUDA C++ kernels cannot run on tensors of `device_type` here; empty when they can."""
+    missing = cuda_reason()
+    reasons = [] if missing is None else [missing]
+    if device_type != "cuda":
+        reasons.append(f"tensors must be on a CUDA device, got {device_type}")
+    return reasons
+
+
 def _validated_isa() -> int:
     name = os.environ.get("JEPA_KERNELS_ISA", "auto")
     if name == "auto":

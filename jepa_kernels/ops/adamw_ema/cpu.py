@@ -10,12 +10,7 @@ from .call import Call
 
 
 def unsupported_reasons(call: Call) -> list[str]:
-    reasons = []
-    if not native.available():
-        reasons.append(str(native.reason()))
-    if call.device_type != "cpu":
-        reasons.append(f"tensors must be on a CPU, got {call.device_type}")
-    return reasons + dtype_reasons(call.dtypes)
+    return native.cpu_unavailable_reasons(call.device_type) + dtype_reasons(call.dtypes)
 
 
 def forward(lists, hyper, groups, momentum, streams, rounding, seed, grad_scale, found_inf) -> None:

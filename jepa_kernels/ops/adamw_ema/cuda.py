@@ -10,13 +10,7 @@ from .call import Call
 
 
 def unsupported_reasons(call: Call) -> list[str]:
-    reasons = []
-    library = native.cuda_reason()
-    if library is not None:
-        reasons.append(library)
-    if call.device_type != "cuda":
-        reasons.append(f"tensors must be on a CUDA device, got {call.device_type}")
-    return reasons + dtype_reasons(call.dtypes)
+    return native.cuda_unavailable_reasons(call.device_type) + dtype_reasons(call.dtypes)
 
 
 def forward(lists, hyper, groups, momentum, streams, rounding, seed, grad_scale, found_inf) -> None:

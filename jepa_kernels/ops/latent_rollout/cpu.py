@@ -17,12 +17,7 @@ SAVES_SIGNS = True
 
 
 def unsupported_reasons(call: Call) -> list[str]:
-    reasons = []
-    if not native.available():
-        reasons.append(str(native.reason()))
-    if call.device_type != "cpu":
-        reasons.append(f"tensors must be on a CPU, got {call.device_type}")
-    return reasons + dtype_reasons(call, (torch.float32, *LOW_PRECISION))
+    return native.cpu_unavailable_reasons(call.device_type) + dtype_reasons(call, (torch.float32, *LOW_PRECISION))
 
 
 def forward(problem: Problem) -> tuple[torch.Tensor, ...]:

@@ -22,12 +22,7 @@ WIDEST = {"residual_mlp": 448, "hamiltonian": 448, "gru": 640}
 
 
 def unsupported_reasons(call: Call) -> list[str]:
-    reasons = []
-    library = native.cuda_reason()
-    if library is not None:
-        reasons.append(library)
-    if call.device_type != "cuda":
-        reasons.append(f"tensors must be on a CUDA device, got {call.device_type}")
+    reasons = native.cuda_unavailable_reasons(call.device_type)
     widest = WIDEST[call.cell]
     if max(call.hidden) > widest:
         reasons.append(f"hidden width of a {call.cell} must be at most {widest}, got {max(call.hidden)}")

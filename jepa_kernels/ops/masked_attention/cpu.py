@@ -9,12 +9,7 @@ from .call import Call, dtype_reasons, head_dim_reasons
 
 
 def unsupported_reasons(call: Call) -> list[str]:
-    reasons = []
-    if not native.available():
-        reasons.append(str(native.reason()))
-    if call.device_type != "cpu":
-        reasons.append(f"tensors must be on a CPU, got {call.device_type}")
-    return reasons + dtype_reasons(call, (torch.float32, torch.bfloat16)) + head_dim_reasons(call)
+    return native.cpu_unavailable_reasons(call.device_type) + dtype_reasons(call, (torch.float32, torch.bfloat16)) + head_dim_reasons(call)
 
 
 def forward(query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope_table, grid, scale):

@@ -9,12 +9,7 @@ from .call import Call, dtype_reasons, head_dim_reasons
 
 
 def unsupported_reasons(call: Call) -> list[str]:
-    reasons = []
-    library = native.cuda_reason()
-    if library is not None:
-        reasons.append(library)
-    if call.device_type != "cuda":
-        reasons.append(f"tensors must be on a CUDA device, got {call.device_type}")
+    reasons = native.cuda_unavailable_reasons(call.device_type)
     return reasons + dtype_reasons(call, (torch.float32, torch.bfloat16, torch.float16)) + head_dim_reasons(call)
 
 
