@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from ... import native
-from . import hidden_space, state_space
+from . import composition
 from .call import Call, dtype_reasons
 from .native_kernels import NativeKernels
 from .problem import LOW_PRECISION, Problem
@@ -30,10 +30,8 @@ def unsupported_reasons(call: Call) -> list[str]:
 
 
 def forward(problem: Problem) -> tuple[torch.Tensor, ...]:
-    composition = state_space if problem.cell == "gru" else hidden_space
     return composition.forward(problem, NativeKernels())
 
 
-def backward(problem: Problem, grad_out: torch.Tensor, saved: tuple[torch.Tensor, ...], needs_targets: bool) -> hidden_space.Gradients:
-    composition = state_space if problem.cell == "gru" else hidden_space
+def backward(problem: Problem, grad_out: torch.Tensor, saved: tuple[torch.Tensor, ...], needs_targets: bool) -> composition.Gradients:
     return composition.backward(problem, NativeKernels(), grad_out, saved, needs_targets)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from . import hidden_space, state_space
+from . import composition
 from .arithmetic import add_matmul, matmul, power_mean, power_mean_gradient, take
 from .call import Call
 from .cost import hidden_is_cheaper
@@ -24,13 +24,11 @@ def unsupported_reasons(call: Call) -> list[str]:
 
 
 def forward(problem: Problem) -> tuple[torch.Tensor, ...]:
-    composition = state_space if problem.cell == "gru" else hidden_space
     out, *saved = composition.forward(_native(problem), Eager())
     return out if problem.output == "errors" else out.to(problem.states.dtype), *saved
 
 
-def backward(problem: Problem, grad_out: torch.Tensor, saved: tuple[torch.Tensor, ...], needs_targets: bool) -> hidden_space.Gradients:
-    composition = state_space if problem.cell == "gru" else hidden_space
+def backward(problem: Problem, grad_out: torch.Tensor, saved: tuple[torch.Tensor, ...], needs_targets: bool) -> composition.Gradients:
     return composition.backward(_native(problem), Eager(), grad_out, saved, needs_targets)
 
 

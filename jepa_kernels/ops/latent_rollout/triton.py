@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ... import triton_runtime
-from . import hidden_space, state_space
+from . import composition
 from .arithmetic import add_matmul, inside, matmul
 from .call import Call, dtype_reasons
 from .problem import LOW_PRECISION, Problem
@@ -39,13 +39,11 @@ def unsupported_reasons(call: Call) -> list[str]:
 
 
 def forward(problem: Problem) -> tuple[torch.Tensor, ...]:
-    composition = state_space if problem.cell == "gru" else hidden_space
     with _device(problem.states):
         return composition.forward(problem, TritonKernels())
 
 
-def backward(problem: Problem, grad_out: torch.Tensor, saved: tuple[torch.Tensor, ...], needs_targets: bool) -> hidden_space.Gradients:
-    composition = state_space if problem.cell == "gru" else hidden_space
+def backward(problem: Problem, grad_out: torch.Tensor, saved: tuple[torch.Tensor, ...], needs_targets: bool) -> composition.Gradients:
     with _device(problem.states):
         return composition.backward(problem, TritonKernels(), grad_out, saved, needs_targets)
 
