@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,7 +61,7 @@ class Case:
     tensors: list[torch.Tensor]
     cotangent: torch.Tensor
     ours: Callable[[str], Call]
-    supported: Callable[[], list[str]]
+    supported: list[str]
     baselines: dict[str, Callable[[bool], Call]]
     flop: float
     details: dict[str, object] = field(default_factory=dict)
@@ -73,7 +74,7 @@ def target_ratio(cell: str, channels: int, horizon: int, output: str) -> float:
     if cell == "gru":
         return 1.5
     if output == "last":
-        return max(1.0, 0.7 * 2 * horizon / (2 + horizon * HIDDEN / channels))
+        return max(1.0, 0.7 * flop_ratio(channels, horizon, output))
     return 1.4 if output == "loss" and horizon >= 4 and channels >= 1536 else 1.0
 
 
@@ -81,6 +82,12 @@ def flop_ratio(channels: int, horizon: int, output: str) -> float:
     if output == "last":
         return 2 * horizon / (2 + horizon * HIDDEN / channels)
     return 2 * horizon / (horizon * (1 + HIDDEN / channels) + 1)
+
+
+def kernels_for(call: Any) -> list[str]:
+    """The backends with kernels of their own that take this call here."""
+    room = ROOMS[OP]
+    return [name for name in room.priority if name not in ("torch", "reference") and not room.reasons(name, call)]
 
 
 def new_cell(kind: str, channels: int, make: Callable[..., torch.Tensor]) -> ResidualMLP | Hamiltonian | GRU:
@@ -158,9 +165,7 @@ def rollout_case(kind: str, rows: int, channels: int, horizon: int, output: str,
         tensors=tensors,
         cotangent=cotangent,
         ours=ours,
-        supported=lambda: [
-            name for name in ROOMS[OP].priority if name not in ("torch", "reference") and not ROOMS[OP].reasons(name, described)
-        ],
+        supported=kernels_for(described),
         baselines=baselines,
         flop=described.flop("state" if kind == "gru" else "hidden"),
         details=details,
@@ -226,9 +231,7 @@ def published_case(side: int, channels: int, objective: str, dtype: torch.dtype,
         tensors=tensors,
         cotangent=torch.ones((), device=options.device),
         ours=ours,
-        supported=lambda: [
-            name for name in ROOMS[OP].priority if name not in ("torch", "reference") and not ROOMS[OP].reasons(name, described)
-        ],
+        supported=kernels_for(described),
         baselines={"eager_dense_grid": lambda gradient: dense},
         flop=described.flop("hidden"),
         details=details,
@@ -270,7 +273,7 @@ def gate(case: Case, backend: str, baseline: Call, dtype: str, pass_name: str) -
 def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
     for case in cases(options):
         dtype = str(case.tensors[0].dtype).removeprefix("torch.")
-        for backend in options.backends or case.supported() or ["torch"]:
+        for backend in options.backends or case.supported or ["torch"]:
             for pass_name in ("forward", "forward+backward"):
                 for baseline, build in case.baselines.items():
                     if not options.wants(baseline=baseline, pass_name=pass_name):

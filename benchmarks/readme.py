@@ -12,7 +12,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,14 @@ HEADLINES: dict[str, tuple[tuple[str, str, str], ...]] = {
 }
 
 
-def newest(path: Path) -> list[dict[str, Any]]:
-    """The latest record of every comparison in a file, in the order of their first appearance."""
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def newest(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The latest record of every comparison in a file's content, in the order of their first appearance."""
     latest: dict[tuple[str, ...], dict[str, Any]] = {}
-    for record in json.loads(path.read_text(encoding="utf-8"))["records"]:
+    for record in content["records"]:
         latest[tuple(record[k] for k in KEYS)] = record
     return list(latest.values())
 
@@ -85,9 +89,18 @@ def ratio(record: dict[str, Any]) -> str:
     return f"{record['ratio']:.2f} [{low:.2f}, {high:.2f}]{mark}"
 
 
+def how(record: dict[str, Any]) -> str:
+    """Threads and clock of a measurement."""
+    return f"{record['threads']}, {record.get('clock', 'wall')}"
+
+
+def pictures(paths: Iterable[Path]) -> list[str]:
+    return [f"![{path.stem.replace('_', ' ')}]({path.relative_to(ROOT)})" for path in paths]
+
+
 def _row(record: dict[str, Any]) -> str:
     names = ("case", "dtype", "pass", "baseline", "backend")
-    cells = [*(record[name] for name in names), f"{record['threads']}, {record.get('clock', 'wall')}"]
+    cells = [*(record[name] for name in names), how(record)]
     return f"| {' | '.join(cells)} | {ratio(record)} |"
 
 
@@ -96,10 +109,10 @@ def measured(_: str | None) -> str:
     lines: list[str] = []
     for device in devices():
         for path in sorted(device.glob("*.json")):
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(content, dict) or not all("baseline" in r for r in content.get("records", [{}])):
+            content = read(path)
+            if not all("baseline" in r for r in content.get("records", [{}])):
                 continue
-            records = newest(path)
+            records = newest(content)
             load = max(r.get("load_average") or 0.0 for r in records)
             lines += [
                 "",
@@ -122,10 +135,10 @@ def headlines(_: str | None) -> str:
             path = device / f"{op}.json"
             if not path.exists():
                 continue
-            found = {(r["case"], r["pass"], r["baseline"]): r for r in newest(path)}
+            found = {(r["case"], r["pass"], r["baseline"]): r for r in newest(read(path))}
             for case, pass_name, baseline in wanted:
                 record = found[case, pass_name, baseline]
-                where = f"{device.name}, {record['threads']}, {record.get('clock', 'wall')}"
+                where = f"{device.name}, {how(record)}"
                 lines.append(f"| {op} | {case} {record['dtype']} | {pass_name} | {baseline} | {where} | {ratio(record)} |")
     return "\n".join(lines) if len(lines) > 2 else "No record is committed yet."
 
@@ -137,7 +150,7 @@ def sweep(name: str | None) -> str:
         path = device / f"{name}.json"
         if not path.exists():
             continue
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read(path)
         at = record["settings"]
         lines += [
             "",
@@ -145,8 +158,7 @@ def sweep(name: str | None) -> str:
             "",
         ]
         lines += [f"- {sentence}" for sentence in report_text.findings(record)]
-        plots = [p for part in ("throughput", "overhead") if (p := device / f"{name}_{part}.png").exists()]
-        lines += ["", *(f"![{plot.stem.replace('_', ' ')}]({plot.relative_to(ROOT)})" for plot in plots)]
+        lines += ["", *pictures(p for part in ("throughput", "overhead") if (p := device / f"{name}_{part}.png").exists())]
     return "\n".join(lines).strip() or "No record is committed yet."
 
 
@@ -154,14 +166,14 @@ def study(_: str | None) -> str:
     """Accuracies of the study: real clips by class; generated clips by the mean over appearance and over motion questions."""
     lines = []
     for path in sorted(RESULTS.glob("*/study.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read(path)
         for part in sorted({row["part"] for row in content["summary"]}):
             records = [record for record in content["records"] if record["part"] == part]
             steps = " / ".join(map(str, sorted({record["steps"] for record in records})))
             lines += ["", f"**{part}**, {steps} steps of pre-training, top-1 in % (`{path.relative_to(ROOT)}`):", ""]
             rows = [row for row in content["summary"] if row["part"] == part]
             lines += _study_rows(rows, records)
-        lines += ["", *(f"![{plot.stem.replace('_', ' ')}]({plot.relative_to(ROOT)})" for plot in sorted(path.parent.glob("study_*.png")))]
+        lines += ["", *pictures(sorted(path.parent.glob("study_*.png")))]
     return "\n".join(lines).strip() or "No record is committed yet."
 
 
@@ -189,13 +201,13 @@ def integration(name: str | None) -> str:
     lines: list[str] = []
     for device in devices():
         path = device / "integrations.json"
-        records = [r for r in newest(path) if r["baseline"] == name and r["status"] == "ok"] if path.exists() else []
+        records = [r for r in newest(read(path)) if r["baseline"] == name and r["status"] == "ok"] if path.exists() else []
         if not records:
             continue
-        how = sorted({f"{r['threads']} thread{'s' * (r['threads'] > 1)}, {r['clock']} time" for r in records})
+        measured_with = sorted({f"{r['threads']} thread{'s' * (r['threads'] > 1)}, {r['clock']} time" for r in records})
         lines += [
             "",
-            f"{records[0]['device']} ({device.name}), torch {records[0]['torch']}, {'; '.join(how)}; record: `{path.relative_to(ROOT)}`",
+            f"{records[0]['device']} ({device.name}), torch {records[0]['torch']}, {'; '.join(measured_with)}; record: `{path.relative_to(ROOT)}`",
             "",
             "| what | size | pixels, tokens | dtype | pass | untouched ms | accelerated ms | ratio of times | peak MiB, untouched, accelerated |",
             "|---|---|---|---|---|---|---|---|---|",

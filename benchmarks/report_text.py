@@ -92,13 +92,11 @@ def _kernels(record: Row) -> str | None:
     for row in record["sizes"]:
         cell = _at(record, "pretrain", first, row["resolution"])
         if cell is not None and cell.get("speedup"):
-            low, high = cell["speedup_interval"]
-            # One round gives one ratio and no interval.
-            interval = f" [{low:.2f}, {high:.2f}]" if high > low else ""
-            parts.append(f"{cell['speedup']:.2f}x{interval} at {row['resolution']} px")
+            interval = sweep_tables.interval(*cell["speedup_interval"])
+            parts.append(f"{cell['speedup']:.2f}x at {row['resolution']} px, {interval}")
     if not parts:
         return None
-    return f"Speed-up of backend {sweep_tables.ours(record)} over torch for a whole {first} step: {', '.join(parts)}."
+    return f"Speed-up of backend {sweep_tables.ours(record)} over torch for a whole {first} step: {'; '.join(parts)}."
 
 
 def _caution(record: Row) -> str | None:

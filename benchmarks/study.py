@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -164,9 +165,9 @@ def _bars(axis: Any, records: Sequence[dict[str, Any]], variants: Sequence[str])
     width = 0.8 / len(sources)
     for i, (label, results) in enumerate(sources):
         places = [x + i * width for x in range(len(questions))]
-        values = [_mean([r[q]["top1"] for r in results]) for q in questions]
-        below = [v - _mean([r[q]["interval"][0] for r in results]) for q, v in zip(questions, values)]
-        above = [_mean([r[q]["interval"][1] for r in results]) - v for q, v in zip(questions, values)]
+        values = [fmean([r[q]["top1"] for r in results]) for q in questions]
+        below = [v - fmean([r[q]["interval"][0] for r in results]) for q, v in zip(questions, values)]
+        above = [fmean([r[q]["interval"][1] for r in results]) - v for q, v in zip(questions, values)]
         axis.bar(places, values, width, yerr=[below, above], label=label, color=PALETTE[i], error_kw={"linewidth": 0.7})
         if len(results) > 1:
             for result in results:
@@ -178,10 +179,6 @@ def _bars(axis: Any, records: Sequence[dict[str, Any]], variants: Sequence[str])
     axis.legend(fontsize="small", ncols=len(sources), loc="upper right")
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row per encoder: mean accuracy over appearance and over motion questions, or of the class."""
     rows = []
@@ -191,7 +188,7 @@ def summary(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             for question, value in result.items():
                 group = question if question == "class" else "appearance" if question in APPEARANCE else "motion"
                 groups.setdefault(group, []).append(value["top1"])
-            means = {group: sum(values) / len(values) for group, values in groups.items()}
+            means = {group: fmean(values) for group, values in groups.items()}
             rows.append({"part": record["part"], "variant": record["variant"], "seed": record["seed"], "encoder": source, **means})
     return rows
 

@@ -70,7 +70,8 @@ def throughput(record: Row, mode: str) -> str:
     return f"clips/s, {mode}, backend {backend}\n" + table(header, rows)
 
 
-def _interval(low: float, high: float) -> str:
+def interval(low: float, high: float) -> str:
+    """An interval for a table; one round gives one value and none."""
     return f"[{low:.2f}, {high:.2f}]" if high > low else "one round"
 
 
@@ -84,7 +85,7 @@ def overheads(record: Row) -> str:
         [
             cell["variant"],
             f"{cell['objective_added_ms']:.2f}",
-            _interval(*cell["objective_interval_ms"]),
+            interval(*cell["objective_interval_ms"]),
             f"{100 * cell['overhead']:.1f} %",
         ]
         for cell in cells
