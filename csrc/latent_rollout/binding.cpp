@@ -34,7 +34,11 @@ int64_t operand(const Tensor& t) { return dtype_code("latent_rollout", t); }
 const float* numbers(const Tensor& t) { return t.const_data_ptr<float>(); }
 float* filled(Tensor& t) { return t.mutable_data_ptr<float>(); }
 
-Tensor floats(const Tensor& like, std::vector<int64_t> shape) { return torch::stable::new_empty(like, shape, ScalarType::Float); }
+Tensor floats(const Tensor& like, std::vector<int64_t> shape) {
+  Tensor fresh = torch::stable::new_empty(like, shape, ScalarType::Float);
+  advise_huge_pages(fresh);
+  return fresh;
+}
 
 // The C function of an op on the processor or, by name, on the GPU of `like`.
 struct Device {

@@ -147,7 +147,7 @@ JK_EXPORT const char* jk_latent_rollout_cpu_hamiltonian_fwd(const jk_rollout_ham
   if (kernels == nullptr) return kNoIsa;
   Packer pack(*kernels, parallel_for);
   const Packed packed = pack_hamiltonian(pack, p->weight, p->coupling, p->hidden, p->middle);
-  over_tiles(parallel_for, p->rows, kWideTileRows, [&](int64_t, int64_t first, int64_t rows) {
+  over_tiles(parallel_for, p->rows, kTileRows, [&](int64_t, int64_t first, int64_t rows) {
     kernels->hamiltonian_forward(*p, packed, first, rows, scratch_of(kernels->hamiltonian_scratch(p->hidden, p->middle)));
   });
   return nullptr;
@@ -159,7 +159,7 @@ JK_EXPORT const char* jk_latent_rollout_cpu_hamiltonian_bwd(const jk_rollout_ham
   if (kernels == nullptr) return kNoIsa;
   Packer pack(*kernels, parallel_for);
   const Packed packed = pack_hamiltonian(pack, p->weight, p->coupling, p->hidden, p->middle);
-  over_tiles(parallel_for, p->rows, kWideTileRows, [&](int64_t, int64_t first, int64_t rows) {
+  over_tiles(parallel_for, p->rows, kTileRows, [&](int64_t, int64_t first, int64_t rows) {
     kernels->hamiltonian_backward(*p, packed, first, rows, scratch_of(kernels->hamiltonian_scratch(p->hidden, p->middle)));
   });
   return nullptr;
@@ -170,7 +170,7 @@ JK_EXPORT const char* jk_latent_rollout_cpu_readout(const jk_rollout_readout_par
   if (kernels == nullptr) return kNoIsa;
   Packer pack(*kernels, parallel_for);
   const Packed packed = pack_readout(pack, *p);
-  over_tiles(parallel_for, p->rows, readout_tile(p->steps), [&](int64_t, int64_t first, int64_t rows) {
+  over_tiles(parallel_for, p->rows, kTileRows, [&](int64_t, int64_t first, int64_t rows) {
     kernels->readout(*p, packed, first, rows, scratch_of(kernels->readout_scratch(*p)));
   });
   return nullptr;
@@ -185,14 +185,14 @@ JK_EXPORT const char* jk_latent_rollout_cpu_readout_gradient(const jk_rollout_re
   return nullptr;
 }
 
-JK_EXPORT int64_t jk_latent_rollout_cpu_gru_tiles(int64_t rows) { return (rows + kWideTileRows - 1) / kWideTileRows; }
+JK_EXPORT int64_t jk_latent_rollout_cpu_gru_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 
 JK_EXPORT const char* jk_latent_rollout_cpu_gru_fwd(const jk_rollout_gru_params* p, int isa, jk_parallel_for parallel_for) {
   const Kernels* kernels = kernels_of(isa);
   if (kernels == nullptr) return kNoIsa;
   Packer pack(*kernels, parallel_for);
   const Packed packed = pack_gru(pack, *kernels, *p, false);
-  over_tiles(parallel_for, p->rows, kWideTileRows, [&](int64_t, int64_t first, int64_t rows) {
+  over_tiles(parallel_for, p->rows, kTileRows, [&](int64_t, int64_t first, int64_t rows) {
     kernels->gru_forward(*p, packed, first, rows, scratch_of(kernels->gru_scratch(*p)));
   });
   return nullptr;
@@ -203,7 +203,7 @@ JK_EXPORT const char* jk_latent_rollout_cpu_gru_bwd(const jk_rollout_gru_params*
   if (kernels == nullptr) return kNoIsa;
   Packer pack(*kernels, parallel_for);
   const Packed packed = pack_gru(pack, *kernels, *p, true);
-  over_tiles(parallel_for, p->rows, kWideTileRows, [&](int64_t tile, int64_t first, int64_t rows) {
+  over_tiles(parallel_for, p->rows, kTileRows, [&](int64_t tile, int64_t first, int64_t rows) {
     kernels->gru_backward(*p, packed, first, rows, p->grad_norm + tile * 2 * p->channels, scratch_of(kernels->gru_scratch(*p)));
   });
   return nullptr;

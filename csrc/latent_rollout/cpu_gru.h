@@ -16,7 +16,7 @@ template <class V>
 int64_t gru_scratch(const jk_rollout_gru_params& p) {
   const int64_t wide = Block<V>::padded(p.channels);
   const int64_t depth = 3 * wide > p.actions ? 3 * wide : p.actions;
-  return (7 * kWideTileRows + 9) * wide + Block<V>::kRows * depth;
+  return (7 * kTileRows + 9) * wide + Block<V>::kRows * depth;
 }
 
 template <class V>
@@ -42,7 +42,7 @@ JK_INLINE void moments(const float* row, int64_t width, int64_t wide, float epsi
 
 template <class V>
 void gru_forward(const jk_rollout_gru_params& p, const Packed& packed, int64_t first, int64_t rows, float* scratch) {
-  const int64_t d = p.channels, wide = Block<V>::padded(d), tile = kWideTileRows * wide, gates = 3 * wide;
+  const int64_t d = p.channels, wide = Block<V>::padded(d), tile = kTileRows * wide, gates = 3 * wide;
   float *state = scratch, *gate = state + tile, *hidden = gate + 3 * tile;  // gate: rows of [r, u, n]; hidden: W_s z + b_s of n
   float *bias = hidden + tile, *bias_state = bias + gates, *weight = bias_state + gates, *shift = weight + wide, *spare = shift + wide;
   for (int g = 0; g < 3; ++g) {
@@ -98,7 +98,7 @@ void gru_forward(const jk_rollout_gru_params& p, const Packed& packed, int64_t f
 
 template <class V>
 void gru_backward(const jk_rollout_gru_params& p, const Packed& packed, int64_t first, int64_t rows, float* grad_norm, float* scratch) {
-  const int64_t d = p.channels, wide = Block<V>::padded(d), tile = kWideTileRows * wide;
+  const int64_t d = p.channels, wide = Block<V>::padded(d), tile = kTileRows * wide;
   float *carried = scratch, *grad = carried + tile, *mixed = grad + 3 * tile, *before = mixed + tile;  // grad: rows of [r, u, W_s z of n]
   float *weight = before + wide, *part = weight + wide, *grad_weight = part + 4 * wide, *grad_shift = grad_weight + wide,
         *spare = grad_shift + wide;

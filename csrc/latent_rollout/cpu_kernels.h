@@ -35,10 +35,8 @@ extern const Kernels kPortable;
 extern const Kernels kAvx2, kAvx512;
 #endif
 
-// Rows of a tile: its hidden states and one matrix of a usual width (256) fit the L2 cache together.
+// Rows of a tile: few enough that its states and one matrix of a usual width (256) share the L2 cache and that usual row counts give every
+// thread as many tiles as any other; a multiple of the rows of a register block on every instruction set.
 constexpr int64_t kTileRows = 48;
-constexpr int64_t kWideTileRows = 96;
-// A readout streams its weight once per tile: the sums of all steps of a tile (256 wide) take 200 KiB of the L2 cache, or 48 rows.
-constexpr int64_t readout_tile(int64_t steps) { return steps >= 4 ? 48 : 192 / steps; }
 
 }  // namespace jk::rollout

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "../simd/bf16.h"
+#include "cpu_kernels.h"
 
 namespace jk::rollout {
 namespace {
@@ -52,13 +53,20 @@ void pack_panel(const Strided& b, int64_t depth, int64_t columns, int64_t panel,
   }
 }
 
-// c[r] = rows r of a (lda apart) times one panel.
+// A product goes over the depth in steps of at most so many: a step's panel (16 KiB with 8 lanes) stays in the L1 cache while all rows of
+// the tile pass by.
+constexpr int64_t kDepth = 256;
+
+// result[r] = rows r of a (lda apart) times one panel, added to `before` (kColumns a row) unless that is null.
 template <class V>
-JK_INLINE void multiply_block(const float* a, int64_t lda, int64_t depth, const float* panel,
+JK_INLINE void multiply_block(const float* a, int64_t lda, int64_t depth, const float* panel, const float* before,
                               typename V::Vec (&result)[Block<V>::kRows][2]) {
   constexpr int kRows = Block<V>::kRows, kColumns = Block<V>::kColumns;
   typename V::Vec c[kRows][2];  // of its own, so that the compiler keeps it in registers
-  JK_UNROLL for (int r = 0; r < kRows; ++r) c[r][0] = c[r][1] = V::zero();
+  JK_UNROLL for (int r = 0; r < kRows; ++r) {
+    c[r][0] = before == nullptr ? V::zero() : V::load(before + r * kColumns);
+    c[r][1] = before == nullptr ? V::zero() : V::load(before + r * kColumns + V::kLanes);
+  }
   for (int64_t k = 0; k < depth; ++k) {
     const typename V::Vec b0 = V::load(panel), b1 = V::load(panel + V::kLanes);
     JK_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -74,23 +82,54 @@ JK_INLINE void multiply_block(const float* a, int64_t lda, int64_t depth, const 
   }
 }
 
+// The first `depth` of a product, into kColumns numbers for each row of `partial`.
+template <class V>
+void multiply_part(const float* a, int64_t lda, int64_t groups, int64_t depth, const float* panel, bool add, float* partial) {
+  constexpr int kRows = Block<V>::kRows, kColumns = Block<V>::kColumns;
+  for (int64_t row = 0; row < groups * kRows; row += kRows) {
+    typename V::Vec c[kRows][2];
+    float* sums = partial + row * kColumns;
+    multiply_block<V>(a + row * lda, lda, depth, panel, add ? sums : nullptr, c);
+    JK_UNROLL for (int r = 0; r < kRows; ++r) {
+      V::store(sums + r * kColumns, c[r][0]);
+      V::store(sums + r * kColumns + V::kLanes, c[r][1]);
+    }
+  }
+}
+
 // store(row, column, left, right) for every row and block of kColumns columns of a [rows, depth] times one packed panel.
 // `spare` holds kRows * depth floats for a last group with fewer rows; ahead(row, column) runs before a row's product, for prefetches.
 template <class V, class Store, class Ahead>
 JK_INLINE void multiply_panel(const float* a, int64_t lda, int64_t rows, int64_t depth, const float* panel, int64_t column, float* spare,
                               const Store& store, const Ahead& ahead) {
-  constexpr int kRows = Block<V>::kRows;
+  constexpr int kRows = Block<V>::kRows, kColumns = Block<V>::kColumns;
+  static_assert(kTileRows % kRows == 0, "a last group with fewer rows must fit in");
+  alignas(64) float partial[kTileRows * kColumns];
+  const int64_t whole = rows / kRows;
+  if (whole * kRows < rows) {
+    memset(spare, 0, sizeof(float) * kRows * depth);
+    for (int64_t r = whole * kRows; r < rows; ++r) memcpy(spare + (r - whole * kRows) * depth, a + r * lda, sizeof(float) * depth);
+  }
+  const float *before = nullptr, *left = spare;
+  const int64_t steps = (depth + kDepth - 1) / kDepth, step = steps > 1 ? (depth + steps - 1) / steps : depth;
+  int64_t deep = depth;
+  for (; deep > step; deep -= step) {
+    multiply_part<V>(a, lda, whole, step, panel, before != nullptr, partial);
+    if (whole * kRows < rows) multiply_part<V>(left, depth, 1, step, panel, before != nullptr, partial + whole * kRows * kColumns);
+    before = partial;
+    a += step;
+    left += step;
+    panel += step * kColumns;
+  }
   typename V::Vec c[kRows][2];
   int64_t row = 0;
   for (; row + kRows <= rows; row += kRows) {
     JK_UNROLL for (int r = 0; r < kRows; ++r) ahead(row + r, column);
-    multiply_block<V>(a + row * lda, lda, depth, panel, c);
+    multiply_block<V>(a + row * lda, lda, deep, panel, before == nullptr ? nullptr : before + row * kColumns, c);
     JK_UNROLL for (int r = 0; r < kRows; ++r) store(row + r, column, c[r][0], c[r][1]);
   }
   if (row == rows) return;
-  memset(spare, 0, sizeof(float) * kRows * depth);
-  for (int64_t r = row; r < rows; ++r) memcpy(spare + (r - row) * depth, a + r * lda, sizeof(float) * depth);
-  multiply_block<V>(spare, depth, depth, panel, c);
+  multiply_block<V>(left, depth, deep, panel, before == nullptr ? nullptr : before + row * kColumns, c);
   JK_UNROLL for (int r = 0; r < kRows; ++r) {
     if (row + r < rows) store(row + r, column, c[r][0], c[r][1]);
   }

@@ -104,7 +104,7 @@ JK_INLINE void store_signs(const jk_rollout_readout_params& p, int64_t row, int6
 
 template <class V>
 int64_t readout_scratch(const jk_rollout_readout_params& p) {
-  return Block<V>::kRows * p.hidden + p.steps * readout_tile(p.steps) * V::kLanes;
+  return Block<V>::kRows * p.hidden + p.steps * kTileRows * V::kLanes;
 }
 
 inline const float* target_row(const jk_rollout_readout_params& p, int64_t k, int64_t row) {
@@ -117,7 +117,7 @@ inline const float* target_row(const jk_rollout_readout_params& p, int64_t k, in
 template <class V>
 void readout(const jk_rollout_readout_params& p, const Packed& packed, int64_t first, int64_t rows, float* scratch) {
   constexpr int kColumns = Block<V>::kColumns;
-  const int64_t tile = readout_tile(p.steps);
+  const int64_t tile = kTileRows;
   float *spare = scratch, *totals = spare + Block<V>::kRows * p.hidden;
   if (p.errors != nullptr) memset(totals, 0, sizeof(float) * p.steps * tile * V::kLanes);
   for (int64_t column = 0; column < p.channels; column += kColumns) {

@@ -97,7 +97,7 @@ void mlp_backward(const jk_rollout_mlp_params& p, const Packed& packed, int64_t 
 template <class V>
 int64_t hamiltonian_scratch(int64_t hidden, int64_t middle) {
   const int64_t wide = Block<V>::padded(hidden), deep = Block<V>::padded(middle);
-  return (7 * kWideTileRows + Block<V>::kRows) * wide + (4 * kWideTileRows + Block<V>::kRows + 2) * deep;
+  return (7 * kTileRows + Block<V>::kRows) * wide + (4 * kTileRows + Block<V>::kRows + 2) * deep;
 }
 
 // Packed matrices of both Hamiltonian functions: W2^T [h, middle], W2 [middle, h], C^T and C.
@@ -127,10 +127,10 @@ JK_INLINE void pull(const float* activation, int64_t wide, int64_t rows, int64_t
 template <class V>
 void hamiltonian_forward(const jk_rollout_hamiltonian_params& p, const Packed& packed, int64_t first, int64_t rows, float* scratch) {
   const int64_t h = p.hidden, m = p.middle, wide = Block<V>::padded(h), deep = Block<V>::padded(m), step = p.rows * h, count = rows * wide;
-  const int64_t tile = kWideTileRows * wide;
+  const int64_t tile = kTileRows * wide;
   float *a = scratch, *activation = a + tile, *slope = activation + tile, *force = slope + tile,
         *sums[2] = {force + tile, force + 2 * tile};
-  float *pulled = force + 3 * tile, *bias = pulled + kWideTileRows * deep, *energy = bias + deep, *spare = energy + deep;
+  float *pulled = force + 3 * tile, *bias = pulled + kTileRows * deep, *energy = bias + deep, *spare = energy + deep;
   load_tile(a, wide, p.start + first * h, h, rows);
   memset(sums[0], 0, sizeof(float) * 2 * tile);
   load_vector(bias, deep, p.bias, m);
@@ -172,7 +172,7 @@ void hamiltonian_forward(const jk_rollout_hamiltonian_params& p, const Packed& p
 template <class V>
 void hamiltonian_backward(const jk_rollout_hamiltonian_step_params& p, const Packed& packed, int64_t first, int64_t rows, float* scratch) {
   const int64_t h = p.hidden, m = p.middle, wide = Block<V>::padded(h), deep = Block<V>::padded(m), count = rows * wide;
-  const int64_t tile = kWideTileRows * wide, deep_tile = kWideTileRows * deep, here = first * h;
+  const int64_t tile = kTileRows * wide, deep_tile = kTileRows * deep, here = first * h;
   float *carried = scratch, *into = carried + tile, *activation = into + tile, *slope = activation + tile, *curvature = slope + tile;
   float *force = curvature + tile, *returned = force + tile;
   float *pulled = returned + tile, *slopes = pulled + deep_tile, *curvatures = slopes + deep_tile, *grad_middle = curvatures + deep_tile;

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+from ... import native
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, operand: torch.dtype) -> torch.Tensor:
@@ -21,6 +25,14 @@ def add_matmul(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, ope
     if operand in (torch.float32, torch.float64):
         return total.addmm_(a.to(operand), b.to(operand))
     return total.add_(matmul(a, b, operand))
+
+
+def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialised tensor; a large one on a CPU in huge pages, where there are any (csrc/binding.h says why)."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu" and native.available():
+        torch.ops.jepa_kernels_native.advise_huge_pages(tensor)
+    return tensor
 
 
 def take(table: torch.Tensor, rows: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:

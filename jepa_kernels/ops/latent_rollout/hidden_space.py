@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from .arithmetic import add_matmul, matmul
+from .arithmetic import add_matmul, fresh, matmul
 from .problem import Problem
 
 Tensors = tuple[torch.Tensor, ...]
@@ -148,7 +148,7 @@ def forward(problem: Problem, kernels: Kernels) -> Tensors:
             signs = torch.stack(kept)
     else:
         shape = [problem.kept_steps, problem.num_rows, problem.channels]
-        out = torch.empty(shape, dtype=problem.states.dtype, device=a.device)
+        out = fresh(shape, problem.states.dtype, a.device)
         for i, part in enumerate(ranges):
             kernels.readout(problem, part, sums[i], out[..., part.start : part.stop])
         out = out if keep_all else out[0]
@@ -181,11 +181,11 @@ def backward(problem: Problem, kernels: Kernels, grad_out: torch.Tensor, saved: 
     if problem.output == "errors":
         grad_base = torch.zeros((problem.num_rows, problem.channels), dtype=total, device=hidden.device)
         if needs_targets:
-            grad_targets = torch.empty((problem.horizon, problem.num_rows, problem.channels), dtype=total, device=hidden.device)
+            grad_targets = fresh((problem.horizon, problem.num_rows, problem.channels), total, hidden.device)
     else:
         grad_out = grad_out.to(total) if problem.output == "states" else grad_out.to(total)[None]
         grad_base = grad_out[0] if problem.kept_steps == 1 else grad_out.sum(0)
-    grad_sums = torch.empty(sums.shape, dtype=total, device=hidden.device)
+    grad_sums = fresh(sums.shape, total, hidden.device)
     read_gradients = []
     for i, part in enumerate(parts(problem)):
         planes = signs[i] if signs.numel() else None

@@ -268,6 +268,7 @@ def _setup_context(ctx, inputs, output) -> None:
     problem, ctx.backend = _problem(inputs)
     _, *saved = output
     ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)  # or it fills zeros as large as what is saved
     ctx.count = len(problem.parameters)
     tensors = (problem.states, problem.rows, problem.actions, problem.anchor, problem.anchor_rows, problem.targets, problem.target_rows)
     ctx.save_for_backward(*tensors, *problem.parameters, *saved)
@@ -275,6 +276,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_out, *unused):
+    if grad_out is None:
+        return None, None, [None] * ctx.count, *([None] * 13)
     states, rows, actions, anchor, anchor_rows, targets, target_rows, *rest = ctx.saved_tensors
     parameters, saved = rest[: ctx.count], rest[ctx.count :]
     need_states, _, need_parameters, need_actions, need_anchor, _, need_targets, *_ = ctx.needs_input_grad
