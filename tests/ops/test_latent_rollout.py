@@ -587,3 +587,14 @@ def test_loss_equals_the_loss_of_the_rollout(backend):
     half = states.shape[1] // 2
     wanted = F.l1_loss(predictions[..., :half], targets[..., :half]) + F.l1_loss(predictions[..., half:], targets[..., half:])
     torch.testing.assert_close(latent_rollout_loss(states, cell, targets, backend=backend), wanted)
+
+
+def test_backward_fills_nothing_as_large_as_what_is_saved(backend):
+    """autograd would otherwise hand backward zeros for every saved tensor: for a GRU, the gates of all steps."""
+    rows, width, gates, horizon = 64, 32, 96, 6
+    cell = GRU(*(torch.randn(size, requires_grad=True) for size in ((gates, 2), (gates, width), gates, gates, width, width)))
+    out = latent_rollout(torch.randn(rows, width), cell, horizon, actions=torch.randn(horizon, rows, 2), output="last", backend=backend)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        out.sum().backward()
+    filled = [event.input_shapes[0] for event in profile.events() if event.name == "aten::zero_"]
+    assert max(np.prod(shape, dtype=int) for shape in filled) < horizon * rows * width, f"filled {filled}"
