@@ -42,8 +42,10 @@ $(VENV)/.built: $(READY) $(NATIVE_SOURCES)
 
 dev: $(VENV)/.built ## the development environment, with the native libraries built in place
 
+# More flags for the main job, such as BENCH="--budget 120" for a shorter one.
+BENCH ?=
 bench: dev ## the main job: throughput of every variant against frame resolution, the op table, and a report to open
-	$(PY) -m benchmarks.sweep --main-job
+	$(PY) -m benchmarks.sweep --main-job $(BENCH)
 
 # A process for each part, so that compiled graphs, process groups and patched peers of one do not reach another. Longest first.
 PARTS := jepa ops gates interpret simt integrations conformance benchmarks core native
