@@ -25,13 +25,16 @@ def _pretraining(record: Row) -> str | None:
     small, large = (_at(record, "pretrain", first, row["resolution"]) for row in (sizes[0], sizes[-1]))
     if small is None or large is None:
         return None
+    if len(sizes) == 1:
+        rate = _rate(small["clips_per_s"])
+        return f"At {small['resolution']} px pre-training ({first}) runs at {rate} clips/s; one resolution tells nothing of scaling."
     made = sweep_record.find(record["fits"], mode="pretrain", variant=first, backend=sweep_tables.ours(record))
     sentence = (
         f"From {small['resolution']} to {large['resolution']} px a clip has {large['tokens'] / small['tokens']:.1f} times the tokens, and "
         f"pre-training ({first}) falls from {_rate(small['clips_per_s'])} to {_rate(large['clips_per_s'])} clips/s, "
         f"{small['clips_per_s'] / large['clips_per_s']:.1f} times fewer"
     )
-    if made is not None and len(sizes) > 1:
+    if made is not None:
         sentence += (
             f": step time grows as tokens to the power {made['exponents'][0]:.2f} at {small['resolution']} px "
             f"and {made['exponents'][-1]:.2f} at {large['resolution']} px"
@@ -75,11 +78,13 @@ def _finetuning(record: Row) -> str | None:
     if ends[0] is None or ends[1] is None:
         return None
     made = sweep_record.find(record["fits"], mode="finetune", variant=sweep_record.ANY_VARIANT, backend=sweep_tables.ours(record))
-    power = f", exponent {made['exponents'][-1]:.2f}" if made is not None and len(sizes) > 1 else ""
     sentence = (
         f"Fine-tuning costs the same for every variant, since only the encoder remains: {_rate(ends[0]['clips_per_s'])} clips/s at "
-        f"{ends[0]['resolution']} px and {_rate(ends[1]['clips_per_s'])} at {ends[1]['resolution']} px{power}"
+        f"{ends[0]['resolution']} px"
     )
+    if len(sizes) > 1:
+        power = f", exponent {made['exponents'][-1]:.2f}" if made is not None else ""
+        sentence += f" and {_rate(ends[1]['clips_per_s'])} at {ends[1]['resolution']} px{power}"
     frozen = _at(record, "frozen", sweep_record.ANY_VARIANT, sizes[-1]["resolution"])
     if frozen is not None:
         sentence += f"; with frozen features {_rate(frozen['clips_per_s'])} clips/s"

@@ -113,6 +113,16 @@ def test_sentences_come_from_the_cells(record: dict) -> None:
     assert f"{cell['speedup']:.2f}x" in sentences[3]
 
 
+def test_one_resolution_is_not_compared_with_itself(record: dict) -> None:
+    alone = copy.deepcopy(record)
+    alone["sizes"] = alone["sizes"][-1:]
+    name = alone["sizes"][0]["resolution"]
+    cell = sweep_record.find(alone["cells"], mode="pretrain", variant="baseline", resolution=name, backend="auto")
+    sentences = report_text.findings(alone)
+    assert sentences[0].startswith(f"At {name} px pre-training (baseline) runs at {cell['clips_per_s']:.3g} clips/s")
+    assert not any(f"{name} px and" in sentence or f"to {name} px" in sentence for sentence in sentences)
+
+
 def test_text_from_outside_is_escaped(record: dict) -> None:
     hostile = copy.deepcopy(record)
     hostile["command"] = "python <script>alert(1)</script> & 'x'"
