@@ -82,11 +82,11 @@ JK_INLINE void multiply_block(const float* a, int64_t lda, int64_t depth, const 
   }
 }
 
-// The first `depth` of a product, into kColumns numbers for each row of `partial`.
+// A step of a product, into kColumns numbers for each row of `partial` (added to them with `add`), by whole groups of kRows rows.
 template <class V>
-void multiply_part(const float* a, int64_t lda, int64_t groups, int64_t depth, const float* panel, bool add, float* partial) {
+void multiply_part(const float* a, int64_t lda, int64_t rows, int64_t depth, const float* panel, bool add, float* partial) {
   constexpr int kRows = Block<V>::kRows, kColumns = Block<V>::kColumns;
-  for (int64_t row = 0; row < groups * kRows; row += kRows) {
+  for (int64_t row = 0; row < rows; row += kRows) {
     typename V::Vec c[kRows][2];
     float* sums = partial + row * kColumns;
     multiply_block<V>(a + row * lda, lda, depth, panel, add ? sums : nullptr, c);
@@ -105,17 +105,17 @@ JK_INLINE void multiply_panel(const float* a, int64_t lda, int64_t rows, int64_t
   constexpr int kRows = Block<V>::kRows, kColumns = Block<V>::kColumns;
   static_assert(kTileRows % kRows == 0, "a last group with fewer rows must fit in");
   alignas(64) float partial[kTileRows * kColumns];
-  const int64_t whole = rows / kRows;
-  if (whole * kRows < rows) {
+  const int64_t whole = rows / kRows * kRows;
+  if (whole < rows) {
     memset(spare, 0, sizeof(float) * kRows * depth);
-    for (int64_t r = whole * kRows; r < rows; ++r) memcpy(spare + (r - whole * kRows) * depth, a + r * lda, sizeof(float) * depth);
+    for (int64_t r = whole; r < rows; ++r) memcpy(spare + (r - whole) * depth, a + r * lda, sizeof(float) * depth);
   }
   const float *before = nullptr, *left = spare;
   const int64_t steps = (depth + kDepth - 1) / kDepth, step = steps > 1 ? (depth + steps - 1) / steps : depth;
   int64_t deep = depth;
   for (; deep > step; deep -= step) {
     multiply_part<V>(a, lda, whole, step, panel, before != nullptr, partial);
-    if (whole * kRows < rows) multiply_part<V>(left, depth, 1, step, panel, before != nullptr, partial + whole * kRows * kColumns);
+    multiply_part<V>(left, depth, rows - whole, step, panel, before != nullptr, partial + whole * kColumns);
     before = partial;
     a += step;
     left += step;

@@ -70,6 +70,7 @@ def test_matches_the_reference(backend, cell, output, dtype):
         {"horizon": 1, "split": False},
         {"magnitude": 6.0},
         {"channels": 10, "hidden": 64},
+        {"rows": 53, "channels": 300, "hidden": 270, "horizon": 2},
     ),
     ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()),
 )
@@ -591,10 +592,9 @@ def test_loss_equals_the_loss_of_the_rollout(backend):
 
 def test_backward_fills_nothing_as_large_as_what_is_saved(backend):
     """autograd would otherwise hand backward zeros for every saved tensor: for a GRU, the gates of all steps."""
-    rows, width, gates, horizon = 64, 32, 96, 6
-    cell = GRU(*(torch.randn(size, requires_grad=True) for size in ((gates, 2), (gates, width), gates, gates, width, width)))
-    out = latent_rollout(torch.randn(rows, width), cell, horizon, actions=torch.randn(horizon, rows, 2), output="last", backend=backend)
+    rows, width, horizon = 64, 32, 6
+    case = rollout_case("gru", "last", rows=rows, channels=width, horizon=horizon)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
-        out.sum().backward()
+        run_rollout(case, backend)
     filled = [event.input_shapes[0] for event in profile.events() if event.name == "aten::zero_"]
     assert max(np.prod(shape, dtype=int) for shape in filled) < horizon * rows * width, f"filled {filled}"

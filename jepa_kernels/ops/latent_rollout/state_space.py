@@ -90,13 +90,13 @@ def backward(problem: Problem, kernels: Kernels, grad_out: torch.Tensor, saved: 
         add_matmul(grad_small, F.pad(given_actions, (1, 0), value=1.0).mT, flat, operand)
         grad_actions[begin:end] = matmul(flat[:, : 3 * width], weight_input, operand).view(actions[begin:end].shape)
     grad_bias = grad_small[0]
-    biases = [grad_bias[: 3 * width], torch.cat((grad_bias[: 2 * width], grad_bias[3 * width :]))]
+    biases = [grad_bias[: 3 * width].clone(), torch.cat((grad_bias[: 2 * width], grad_bias[3 * width :]))]
     parameters = [grad_small[1:, : 3 * width].mT, grad_weight_state, *biases, *grad_norm]
     return Gradients(carried, parameters, grad_actions, None, grad_targets)
 
 
 def _chunks(problem: Problem, start: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """Steps whose gate gradients are formed together, last first: on a CPU few enough that their memory stays in use instead of being fresh."""
+    """Steps whose gate gradients are formed together, last first: on a CPU as many as fill the 32 MiB from which memory lies in huge pages."""
     size = problem.horizon if start.is_cuda else max(1, 2**23 // max(1, 4 * problem.channels * problem.num_rows))
     for end in range(problem.horizon, 0, -size):
         yield max(0, end - size), end
