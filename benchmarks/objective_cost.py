@@ -22,6 +22,8 @@ from jepa.objectives import Denominators, FeatureDims, build_heads, compute_all
 from jepa.variants import VariantConfig
 from jepa_kernels import use_backend
 
+LEAST_OBJECTIVE_ROUNDS = 3  # whatever the budget: their differences are small beside their noise
+
 
 @dataclass(frozen=True)
 class ObjectiveCost:
@@ -87,7 +89,9 @@ def measure(pretraining: Pretraining, group: Group, config: VariantConfig, batch
         ours = objectives_call(pretraining, group, config, batch, features)
         plain = objectives_call(pretraining, group, None, batch, features)
         clock = pretraining.workload.clock
-        settings = harness.Settings(rounds=rounds, min_rounds=min(3, rounds), warmup=1, min_sample_s=0.0, budget_s=budget_s, clock=clock)
+        settings = harness.Settings(
+            rounds=rounds, min_rounds=min(LEAST_OBJECTIVE_ROUNDS, rounds), warmup=1, min_sample_s=0.0, budget_s=budget_s, clock=clock
+        )
         pair = harness.time_pair(ours, plain, settings, device)
         added: int | None = None
         if memory:

@@ -34,6 +34,7 @@ from jepa_kernels.backend import CHOICES
 
 MODES = ("pretrain", "finetune", "finetune+objective", "frozen")
 DEFAULT_OUTPUT = machine.REPOSITORY / "runs" / "bench" / "sweep.json"
+STEP_SHARE = 0.6  # of a resolution's time; the rest is for the objectives
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -161,7 +162,7 @@ def fresh_record(arguments: argparse.Namespace, configs: dict[str, VariantConfig
 def measure_resolution(
     record: dict[str, Any], work: Workload, configs: dict[str, VariantConfig], arguments: argparse.Namespace, budget_s: float
 ) -> None:
-    """Adds one resolution's rows to the record. Steps get three fifths of the time, objectives the rest."""
+    """Adds one resolution's rows to the record."""
     started = time.perf_counter()
     pretrains = any(mode in ("pretrain", "finetune+objective") for mode in arguments.modes)
     groups = list(dict.fromkeys(Group.of(config, arguments.truncate) for config in configs.values())) if pretrains else []
@@ -174,7 +175,7 @@ def measure_resolution(
         record["left_out"].append({"resolution": work.resolution.name, "tokens": work.tokens, "reason": ": ".join(problem)})
         return
     sides = list(bench.sides(arguments.backends))
-    time_sides(sides, arguments.rounds, min(3, arguments.rounds), 0.6 * budget_s)
+    time_sides(sides, arguments.rounds, STEP_SHARE * budget_s)
     record["measured"] += [side_row(side, work) for side in sides]
     jobs = {}
     for group in groups:

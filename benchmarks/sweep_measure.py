@@ -117,13 +117,15 @@ def _lengths(batch: Batch) -> tuple[list[int], list[int]]:
     return batch.masks.context_cu.diff().tolist(), batch.masks.target_cu.diff().tolist()
 
 
-def time_sides(sides: Sequence[Side], rounds: int, min_rounds: int, budget_s: float) -> None:
-    """Warm every side, then palindromic rounds until `rounds` or the budget is reached (but at least `min_rounds`)."""
+def time_sides(sides: Sequence[Side], rounds: int, budget_s: float) -> None:
+    """Warm every side, then palindromic rounds until `rounds`, or until one more would pass the budget (but at least one)."""
+    deadline = time.perf_counter() + budget_s
     for side in sides:
         side.attempt(0)
-    deadline = time.perf_counter() + budget_s
+    longest = 0.0
     for number in range(rounds):
-        if number >= min_rounds and time.perf_counter() > deadline:
+        started = time.perf_counter()
+        if number > 0 and started + longest > deadline:
             break
         alive = [side for side in sides if side.problem is None]
         first = [side.attempt(number) for side in alive]
@@ -133,6 +135,7 @@ def time_sides(sides: Sequence[Side], rounds: int, min_rounds: int, budget_s: fl
                 phases = _mean(one, two)
                 side.phases.append(phases)
                 side.rounds.append(sum(phases.values()))
+        longest = max(longest, time.perf_counter() - started)
 
 
 def side_row(side: Side, workload: Workload) -> Row:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks import flop
-from benchmarks.objective_cost import is_baseline, signature
+from benchmarks.objective_cost import LEAST_OBJECTIVE_ROUNDS, is_baseline, signature
 from benchmarks.workload import Group, Workload
 from jepa.variants import VariantConfig
 
@@ -20,6 +20,8 @@ OVERHEAD_S = 0.02  # a step of no tokens: Python, launches, optimiser
 OBJECTIVE_SHARE = 0.12  # of a step, on average over the objectives
 SAVED_FLOATS_PER_TOKEN_AND_WIDTH = 22  # what a block keeps for its backward, in units of the width
 CONTEXT_SHARE = 0.4  # of the tokens, over both mask sets
+FEW_ROUNDS = 2  # with which a resolution still has an interval; one is the least
+MARGIN = 1.25  # kept for later resolutions beyond what they are expected to take
 
 
 def memory_limit(device: str) -> int:
@@ -63,7 +65,7 @@ class Plan:
         """Expected time of one resolution."""
         step = OVERHEAD_S + step_flop(work) / self.rate
         passes = (2 * rounds + 2) * self.steps_per_pass
-        objectives = (2 * rounds + 4) * self.objectives * (0.005 + OBJECTIVE_SHARE * step)
+        objectives = (2 * max(LEAST_OBJECTIVE_ROUNDS, rounds) + 4) * self.objectives * (0.005 + OBJECTIVE_SHARE * step)
         return len(self.arguments.backends) * (passes * step + objectives) + 1.0
 
     def remaining(self) -> float:
@@ -74,15 +76,21 @@ class Plan:
         need, have = step_bytes(work), memory_limit(work.device)
         if need > 0.8 * have:
             return f"it would need about {need / 2**30:.1f} GB of memory, this device has {have / 2**30:.1f} GB"
-        least = self.seconds(work, min(2, self.arguments.rounds))
+        least = self.seconds(work, 1)
         if self.record["sizes"] and least > self.remaining():
             return f"it would take at least {least:.0f} s, {max(0.0, self.remaining()):.0f} s of the budget are left"
         return None
 
     def share(self, todo: Sequence[Workload]) -> float:
-        """Seconds for the first of what is left, in proportion to its expected cost."""
-        wanted = [self.seconds(work, self.arguments.rounds) for work in todo if self.refusal(work) is None]
-        return self.remaining() * wanted[0] / sum(wanted) if wanted else 0.0
+        """Seconds for the first of what is left: in proportion to its expected cost, but rounds are given up before a later resolution is."""
+        first, *later = (work for work in todo if self.refusal(work) is None)
+        wanted = [self.seconds(work, self.arguments.rounds) for work in (first, *later)]
+        fair = self.remaining() * wanted[0] / sum(wanted)
+        for rounds in (min(FEW_ROUNDS, self.arguments.rounds), 1):
+            spare = self.remaining() - MARGIN * sum(self.seconds(work, rounds) for work in later)
+            if spare >= self.seconds(first, rounds):
+                return min(fair, spare)
+        return min(fair, self.seconds(first, 1))
 
     def learn(self, work: Workload) -> None:
         """Corrects the rate from the baseline steps just measured."""
@@ -100,7 +108,7 @@ class Plan:
         ]
         spent = 0.0
         for work in todo:
-            wanted, least = self.seconds(work, self.arguments.rounds), self.seconds(work, min(2, self.arguments.rounds))
+            wanted, least = self.seconds(work, self.arguments.rounds), self.seconds(work, 1)
             if spent + wanted <= self.arguments.budget:
                 fits = "fits"
             elif spent + least <= self.arguments.budget:

@@ -105,6 +105,48 @@ def test_what_does_not_fit_the_budget_is_named(finished: tuple[Path, dict], tmp_
     assert "left out unless" in plan.describe([far])
 
 
+def fake_clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr(sweep_plan.time, "perf_counter", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize("share", (1.0, 0.8, 0.55))
+def test_rounds_are_given_up_before_a_resolution(finished: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """Where the budget is only a share of what all rounds of every resolution would take, every resolution is still measured."""
+    now = fake_clock(monkeypatch)
+    record = copy.deepcopy(finished[1])
+    record["measured"], record["sizes"] = [], []
+    arguments = sweep.parser().parse_args(["--backends", "torch,auto", "--budget", "1"])
+    plan = sweep_plan.Plan(record, {name: variant(name) for name in arguments.variants}, arguments)
+    todo = [workload.Workload(parse_resolution(name), SIZES["micro"], batch=2) for name in arguments.resolutions]
+    plan.deadline = share * sum(plan.seconds(work, arguments.rounds) for work in todo)
+    for number, work in enumerate(todo):
+        assert plan.refusal(work) is None
+        budget = plan.share(todo[number:])
+        rounds = max(r for r in range(1, arguments.rounds + 1) if r == 1 or plan.seconds(work, r) <= budget)
+        assert rounds >= (2 if share > 0.6 else 1)
+        now[0] += plan.seconds(work, rounds)
+        record["sizes"].append({"resolution": work.resolution.name})
+    assert now[0] <= plan.deadline
+
+
+def test_rounds_stop_before_the_one_that_would_pass_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = fake_clock(monkeypatch)
+
+    def run(_: int) -> dict[str, float]:
+        now[0] += 1.0
+        return {"target": 1.0}
+
+    def rounds(budget_s: float) -> int:
+        side = sweep_measure.Side("pretrain", "blocks/ema", "torch", run, {}, 0.0)
+        sweep_measure.time_sides([side], 5, budget_s)
+        return len(side.rounds)
+
+    # The warm-up takes one second, a round two.
+    assert [rounds(budget) for budget in (0.5, 4.9, 5.1, 100.0)] == [1, 1, 2, 5]
+
+
 def test_failures_become_reasons_and_others_propagate() -> None:
     def boom(error: BaseException) -> sweep_measure.Side:
         def run(_: int) -> dict[str, float]:
@@ -114,14 +156,14 @@ def test_failures_become_reasons_and_others_propagate() -> None:
 
     good = sweep_measure.Side("pretrain", "blocks/ema", "torch", lambda _: {"target": 0.001}, {}, 0.0)
     memory, refused = boom(MemoryError("no room")), boom(BackendUnsupportedError("cannot run on backend 'cuda'"))
-    sweep_measure.time_sides([memory, good, refused], 2, 1, 5.0)
+    sweep_measure.time_sides([memory, good, refused], 2, 5.0)
     assert memory.problem == ("out of memory", "no room") and refused.problem[0] == "unsupported"
     assert len(good.rounds) == 2 and not memory.rounds
     work = workload.Workload(parse_resolution("32"), SIZES["micro"])
     row = sweep_measure.side_row(memory, work)
     assert row["status"] == "out of memory" and row["reason"] == "no room" and "rounds_s" not in row
     with pytest.raises(RuntimeError, match="a bug"):
-        sweep_measure.time_sides([boom(RuntimeError("a bug"))], 1, 1, 1.0)
+        sweep_measure.time_sides([boom(RuntimeError("a bug"))], 1, 1.0)
 
 
 def test_a_failed_cell_keeps_its_reason_and_the_others_stand(finished: tuple[Path, dict]) -> None:
