@@ -15,6 +15,7 @@ import torch
 from benchmarks import eager_twin, flop, harness
 from benchmarks.resolutions import Resolution, parse_resolution
 from jepa import step as training
+from jepa.allocator import keep_freed_memory
 from jepa.batch import Batch, MaskBatch
 from jepa.masks import MaskPolicy, sample_masks
 from jepa.models.sizes import SIZES
@@ -96,6 +97,8 @@ def step_flop(size: str, masks: MaskBatch) -> float:
 
 
 def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
+    if options.device == "cpu":
+        keep_freed_memory()  # as jepa.pretrain does; for both sides alike
     size = "micro" if options.quick else "tiny"
     sizes = ("64",) if options.quick else ("112", "224")
     for dtype in options.dtypes or ("float32",):

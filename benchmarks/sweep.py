@@ -28,6 +28,7 @@ from benchmarks.objective_cost import is_baseline, signature
 from benchmarks.resolutions import Resolution, parse_frames, parse_resolution
 from benchmarks.sweep_measure import Bench, failure, objective_rows, side_row, time_sides
 from benchmarks.workload import Group, Workload
+from jepa.allocator import keep_freed_memory
 from jepa.models.sizes import SIZES
 from jepa.variants import VARIANTS, VariantConfig, variant
 from jepa_kernels.backend import CHOICES
@@ -208,6 +209,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     timer(arguments.clock, arguments.device)
+    if arguments.device == "cpu":
+        keep_freed_memory()  # as jepa.pretrain does; for every backend alike
     record = fresh_record(arguments, configs)
     if arguments.output.exists() and not arguments.fresh:
         earlier = sweep_record.load(arguments.output)

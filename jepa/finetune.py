@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jepa import distributed
+from jepa.allocator import keep_freed_memory
 from jepa.batch import Batch
 from jepa.checkpoint import Checkpoints, load_training_tensors, read_state, training_tensors, warn_of_differences, write_json
 from jepa.config import ConfigError, changed_keys, to_json
@@ -127,6 +128,8 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
         raise ConfigError(f"config: fine-tuning must run in one process, got {world.size}.")
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(cfg.seed)
     bundle, trained_with, digest = load_bundle(cfg.run, cfg.checkpoint)
     if cfg.scratch:

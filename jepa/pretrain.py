@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from jepa import distributed
+from jepa.allocator import keep_freed_memory
 from jepa.batch import Batch
 from jepa.checkpoint import (
     Checkpoints,
@@ -186,6 +187,8 @@ def run(cfg: PretrainConfig) -> TrainState:
     world = distributed.start(cfg.device)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(cfg.seed)
     try:
         return _run(cfg, picker, world)
