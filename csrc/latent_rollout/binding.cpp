@@ -320,17 +320,22 @@ std::vector<Tensor> gru_bwd(const Tensor& start, const Tensor& actions, const Te
   check(grad_states.numel() == (every_step ? p.horizon : 1) * p.rows * p.channels, "grad_states", "have one gradient per kept state");
   const int64_t tiles = start.is_cpu() ? jk_latent_rollout_cpu_gru_tiles(p.rows)
                                        : reinterpret_cast<int64_t (*)(int64_t)>(cuda_symbol("jk_latent_rollout_cuda_gru_tiles"))(p.rows);
-  Tensor grad_gates = floats(start, {p.horizon, p.rows, 4 * p.channels}), grad_start = floats(start, {p.rows, p.channels});
+  const bool cpu = start.is_cpu();
+  Tensor grad_gates = floats(start, {p.horizon, p.rows, (cpu ? 3 : 4) * p.channels}), grad_start = floats(start, {p.rows, p.channels});
   Tensor grad_norm = floats(start, {tiles, 2, p.channels});
+  Tensor grad_actions = floats(start, {cpu ? p.horizon : 0, p.rows, p.actions});
+  Tensor grad_small = floats(start, {cpu ? tiles : 0, 1 + p.actions, 4 * p.channels});
   p.states = const_cast<float*>(numbers(states));
   p.gates = const_cast<float*>(numbers(gates));
   p.grad_states = numbers(grad_states);
   p.every_step = every_step;
   p.grad_gates = filled(grad_gates);
+  p.grad_actions = filled(grad_actions);
+  p.grad_small = filled(grad_small);
   p.grad_start = filled(grad_start);
   p.grad_norm = filled(grad_norm);
   device_of(start, isa).run(p, jk_latent_rollout_cpu_gru_bwd, "jk_latent_rollout_cuda_gru_bwd", start);
-  return {grad_gates, grad_start, grad_norm};
+  return {grad_gates, grad_start, grad_norm, grad_actions, grad_small};
 }
 
 }  // namespace

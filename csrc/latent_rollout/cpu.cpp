@@ -2,6 +2,8 @@
 // caller's threads. A tile computes the same bits wherever and whenever it runs, so results do not depend on the thread count.
 #include <stdlib.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <new>
 #include <vector>
 
@@ -90,7 +92,7 @@ Packed pack_readout(Packer& pack, const jk_rollout_readout_params& p) {
   return {{pack(p.weight, p.weight_row_stride, p.weight_column_stride, p.hidden, p.channels), nullptr, nullptr, nullptr}};
 }
 
-// The three gates side by side, each padded to whole panels: transposed [depth, 3 wide] for forward, stacked [3 wide, D] for backward.
+// The three gates side by side, each padded to whole panels: transposed [depth, 3 wide] for forward, stacked [3 wide, ...] for backward.
 Packed pack_gru(Packer& pack, const Kernels& kernels, const jk_rollout_gru_params& p, bool backward) {
   const int64_t d = p.channels, wide = kernels.packed_size(1, d);
   Packed packed{};
@@ -105,11 +107,17 @@ Packed pack_gru(Packer& pack, const Kernels& kernels, const jk_rollout_gru_param
     }
     return packed;
   }
-  const float* weight = (const float*)p.weight_state;
-  std::vector<float> stacked((size_t)(3 * wide * d), 0.f);
-  for (int gate = 0; gate < 3; ++gate)
-    for (int64_t i = 0; i < d * d; ++i) stacked[(size_t)(gate * wide * d + i)] = weight[gate * d * d + i];
-  packed.matrix[2] = pack(stacked.data(), d, 1, 3 * wide, d);
+  const auto stacked = [&](const void* data, int64_t columns, std::initializer_list<int> order) {
+    std::vector<float> rows((size_t)(3 * wide * columns), 0.f);
+    int64_t place = 0;
+    for (int gate : order) {
+      const float* from = (const float*)data + gate * d * columns;
+      std::copy(from, from + d * columns, rows.begin() + place++ * wide * columns);
+    }
+    return pack(rows.data(), columns, 1, 3 * wide, columns);
+  };
+  packed.matrix[2] = stacked(p.weight_state, d, {0, 1, 2});
+  packed.matrix[3] = stacked(p.weight_input, p.actions, {2, 0, 1});
   return packed;
 }
 
@@ -204,7 +212,7 @@ JK_EXPORT const char* jk_latent_rollout_cpu_gru_bwd(const jk_rollout_gru_params*
   Packer pack(*kernels, parallel_for);
   const Packed packed = pack_gru(pack, *kernels, *p, true);
   over_tiles(parallel_for, p->rows, kTileRows, [&](int64_t tile, int64_t first, int64_t rows) {
-    kernels->gru_backward(*p, packed, first, rows, p->grad_norm + tile * 2 * p->channels, scratch_of(kernels->gru_scratch(*p)));
+    kernels->gru_backward(*p, packed, first, rows, tile, scratch_of(kernels->gru_scratch(*p)));
   });
   return nullptr;
 }

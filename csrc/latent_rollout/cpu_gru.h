@@ -9,14 +9,29 @@
 namespace jk::rollout {
 namespace {
 
-// Packed matrices: W_i^T [A, 3 D] and W_s^T [D, 3 D] by gate, each gate padded to whole blocks; backward: W_s [3 wide, D].
-enum { kFromAction, kFromState, kToState };
+// Packed matrices: W_i^T [A, 3 D] and W_s^T [D, 3 D] by gate, each gate padded to whole blocks; backward: W_s [3 wide, D] with its gates
+// in the order r, u, n, and W_i [3 wide, A] in the order n, r, u.
+enum { kFromAction, kFromState, kToState, kToAction };
+
+// Backward keeps a row of gradients as n, r, u, W_s z + b_s of n, so that either matrix finds its three side by side. The block between
+// rows spreads the columns of a tile over all sets of the L1 cache.
+template <class V>
+int64_t gru_gradient_stride(int64_t wide) {
+  return 4 * wide + Block<V>::kColumns;
+}
+// Rows of [1 | action]^T: whole groups of a product.
+template <class V>
+int64_t gru_small_rows(const jk_rollout_gru_params& p) {
+  return (p.actions + Block<V>::kRows) / Block<V>::kRows * Block<V>::kRows;
+}
 
 template <class V>
 int64_t gru_scratch(const jk_rollout_gru_params& p) {
-  const int64_t wide = Block<V>::padded(p.channels);
+  const int64_t wide = Block<V>::padded(p.channels), small = gru_small_rows<V>(p);
   const int64_t depth = 3 * wide > p.actions ? 3 * wide : p.actions;
-  return (7 * kTileRows + 9) * wide + Block<V>::kRows * depth;
+  const int64_t forward = (5 * kTileRows + 8) * wide;
+  const int64_t backward = kTileRows * (wide + gru_gradient_stride<V>(wide) + small) + 9 * wide + small * 4 * wide;
+  return (forward > backward ? forward : backward) + Block<V>::kRows * depth;
 }
 
 template <class V>
@@ -96,73 +111,101 @@ void gru_forward(const jk_rollout_gru_params& p, const Packed& packed, int64_t f
   }
 }
 
+// The gradients of one row of gates, before the products: of the new state (`into`) and what the LayerNorm's parameters get.
 template <class V>
-void gru_backward(const jk_rollout_gru_params& p, const Packed& packed, int64_t first, int64_t rows, float* grad_norm, float* scratch) {
-  const int64_t d = p.channels, wide = Block<V>::padded(d), tile = kTileRows * wide;
-  float *carried = scratch, *grad = carried + tile, *mixed = grad + 3 * tile, *before = mixed + tile;  // grad: rows of [r, u, W_s z of n]
-  float *weight = before + wide, *part = weight + wide, *grad_weight = part + 4 * wide, *grad_shift = grad_weight + wide,
-        *spare = grad_shift + wide;
+void gru_row_backward(const jk_rollout_gru_params& p, const float* before, const float* const (&gate)[4], const float* weight, int64_t wide,
+                      float* into, float* mixed, float* to, float* grad_weight, float* grad_shift) {
+  const float *reset = gate[0], *update = gate[1], *candidate = gate[2], *from_state = gate[3];
+  const int64_t d = p.channels;
+  for (int64_t i = 0; i < wide; i += V::kLanes)
+    V::store(mixed + i, V::fma(V::load(update + i), V::sub(V::load(before + i), V::load(candidate + i)), V::load(candidate + i)));
+  float mean, inverse;
+  moments<V>(mixed, d, wide, p.epsilon, mean, inverse);
+  const typename V::Vec m = V::set1(mean), s = V::set1(inverse);
+  typename V::Vec plain = V::zero(), along = V::zero();
+  for (int64_t i = 0; i < wide; i += V::kLanes) {
+    const typename V::Vec normal = V::mul(V::sub(V::load(mixed + i), m), s), g = V::load(into + i), scaled = V::mul(g, V::load(weight + i));
+    add_to<V>(grad_weight + i, V::mul(g, normal));
+    add_to<V>(grad_shift + i, g);
+    V::store(mixed + i, normal);
+    plain = V::add(plain, scaled);
+    along = V::fma(scaled, normal, along);
+  }
+  const typename V::Vec plain_mean = V::set1(V::sum(plain) / (float)d), along_mean = V::set1(V::sum(along) / (float)d), one = V::set1(1.f);
+  float *to_candidate = to, *to_reset = to_candidate + wide, *to_update = to_reset + wide, *to_state = to_update + wide;
+  for (int64_t i = 0; i < wide; i += V::kLanes) {
+    const typename V::Vec scaled = V::mul(V::load(into + i), V::load(weight + i));
+    const typename V::Vec mix = V::mul(s, V::sub(V::sub(scaled, plain_mean), V::mul(V::load(mixed + i), along_mean)));
+    const typename V::Vec u = V::load(update + i), n = V::load(candidate + i), q = V::load(reset + i);
+    const typename V::Vec of_candidate = V::mul(V::mul(mix, V::sub(one, u)), V::sub(one, V::mul(n, n)));
+    V::store(to_candidate + i, of_candidate);
+    V::store(to_reset + i, V::mul(V::mul(of_candidate, V::load(from_state + i)), V::mul(q, V::sub(one, q))));
+    V::store(to_update + i, V::mul(V::mul(mix, V::sub(V::load(before + i), n)), V::mul(u, V::sub(one, u))));
+    V::store(to_state + i, V::mul(of_candidate, q));
+    V::store(into + i, V::mul(mix, u));
+  }
+  // Beyond the edge only `normal` is not zero; nothing of it may reach a product or the next step.
+  for (float* row : {to_candidate, to_reset, to_update, to_state, into}) memset(row + d, 0, sizeof(float) * (wide - d));
+}
+
+template <class V>
+void gru_backward(const jk_rollout_gru_params& p, const Packed& packed, int64_t first, int64_t rows, int64_t piece, float* scratch) {
+  const int64_t d = p.channels, wide = Block<V>::padded(d), stride = gru_gradient_stride<V>(wide), small_rows = gru_small_rows<V>(p);
+  float *carried = scratch, *grad = carried + kTileRows * wide, *given = grad + kTileRows * stride, *small = given + small_rows * kTileRows;
+  float *mixed = small + small_rows * 4 * wide, *before = mixed + wide, *part = before + wide, *weight = part + 4 * wide,
+        *grad_weight = weight + wide, *grad_shift = grad_weight + wide, *spare = grad_shift + wide;
   load_vector(weight, wide, p.norm_weight, d);
   memset(grad_weight, 0, sizeof(float) * 2 * wide);
   memset(carried, 0, sizeof(float) * rows * wide);
-  memset(before, 0, sizeof(float) * wide);
-  memset(part, 0, sizeof(float) * 4 * wide);
+  memset(before, 0, sizeof(float) * 5 * wide);
+  memset(small, 0, sizeof(float) * small_rows * 4 * wide);
+  memset(given, 0, sizeof(float) * small_rows * kTileRows);
+  for (int64_t r = 0; r < rows; ++r) given[r] = 1.f;
   for (int64_t k = p.horizon - 1; k >= 0; --k) {
     const int64_t at = k * p.rows + first;
     for (int64_t r = 0; r < rows; ++r) {
-      float *into = carried + r * wide, *h = mixed + r * wide;
+      float *into = carried + r * wide, *to = grad + r * stride;
       if (p.every_step || k + 1 == p.horizon) {
         const float* from = p.grad_states + ((p.every_step ? at : first) + r) * d;
         for (int64_t i = 0; i < d; ++i) into[i] += from[i];
       }
       const float* z = k > 0 ? p.states + (at - p.rows + r) * d : p.start + (first + r) * p.start_stride;
-      memcpy(before, z, sizeof(float) * d);
-      for (int g = 0; g < 4; ++g) memcpy(part + g * wide, p.gates + ((at + r) * 4 + g) * d, sizeof(float) * d);
-      const float *reset = part, *update = part + wide, *candidate = part + 2 * wide, *from_state = part + 3 * wide;
-      for (int64_t i = 0; i < wide; i += V::kLanes)
-        V::store(h + i, V::fma(V::load(update + i), V::sub(V::load(before + i), V::load(candidate + i)), V::load(candidate + i)));
-      float mean, inverse;
-      moments<V>(h, d, wide, p.epsilon, mean, inverse);
-      const typename V::Vec m = V::set1(mean), s = V::set1(inverse);
-      typename V::Vec plain = V::zero(), along = V::zero();
-      for (int64_t i = 0; i < wide; i += V::kLanes) {
-        const typename V::Vec normal = V::mul(V::sub(V::load(h + i), m), s), g = V::load(into + i), scaled = V::mul(g, V::load(weight + i));
-        add_to<V>(grad_weight + i, V::mul(g, normal));
-        add_to<V>(grad_shift + i, g);
-        plain = V::add(plain, scaled);
-        along = V::fma(scaled, normal, along);
+      const float* gate[4];
+      for (int g = 0; g < 4; ++g) gate[g] = p.gates + ((at + r) * 4 + g) * d;
+      if (d < wide) {  // with zeros beyond the edge; where there is no edge, tensors are read in place
+        memcpy(before, z, sizeof(float) * d);
+        z = before;
+        for (int g = 0; g < 4; ++g) {
+          memcpy(part + g * wide, gate[g], sizeof(float) * d);
+          gate[g] = part + g * wide;
+        }
       }
-      const typename V::Vec plain_mean = V::set1(V::sum(plain) / (float)d), along_mean = V::set1(V::sum(along) / (float)d),
-                            one = V::set1(1.f);
-      float *to_reset = grad + r * 3 * wide, *to_update = to_reset + wide, *to_state = to_update + wide;
-      for (int64_t i = 0; i < wide; i += V::kLanes) {
-        const typename V::Vec normal = V::mul(V::sub(V::load(h + i), m), s), scaled = V::mul(V::load(into + i), V::load(weight + i));
-        const typename V::Vec mix = V::mul(s, V::sub(V::sub(scaled, plain_mean), V::mul(normal, along_mean)));
-        const typename V::Vec u = V::load(update + i), n = V::load(candidate + i), q = V::load(reset + i);
-        const typename V::Vec of_candidate = V::mul(V::mul(mix, V::sub(one, u)), V::sub(one, V::mul(n, n)));
-        V::store(to_update + i, V::mul(V::mul(mix, V::sub(V::load(before + i), n)), V::mul(u, V::sub(one, u))));
-        V::store(to_reset + i, V::mul(V::mul(of_candidate, V::load(from_state + i)), V::mul(q, V::sub(one, q))));
-        V::store(to_state + i, V::mul(of_candidate, q));
-        V::store(h + i, of_candidate);
-        V::store(into + i, V::mul(mix, u));
-      }
-      // Beyond the edge only `normal` is not zero; nothing of it may reach the product or the next step.
-      for (float* row : {to_reset, to_update, to_state, into}) memset(row + d, 0, sizeof(float) * (wide - d));
-      float* to = p.grad_gates + (at + r) * 4 * d;
-      memcpy(to, to_reset, sizeof(float) * d);
-      memcpy(to + d, to_update, sizeof(float) * d);
-      memcpy(to + 2 * d, h, sizeof(float) * d);
-      memcpy(to + 3 * d, to_state, sizeof(float) * d);
+      gru_row_backward<V>(p, z, gate, weight, wide, into, mixed, to, grad_weight, grad_shift);
+      for (int g = 0; g < 3; ++g) memcpy(p.grad_gates + ((at + r) * 3 + g) * d, to + (1 + g) * wide, sizeof(float) * d);
+      for (int64_t i = 0; i < p.actions; ++i) given[(1 + i) * kTileRows + r] = p.action[(at + r) * p.actions + i];
     }
-    multiply<V>(grad, 3 * wide, rows, 3 * wide, packed.matrix[kToState], d, spare,
+    add_outer<V>(given, kTileRows, small_rows, rows, grad, stride, 4 * wide, small);
+    multiply<V>(grad, stride, rows, 3 * wide, packed.matrix[kToAction], p.actions, spare,
+                [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
+                  alignas(64) float row[Block<V>::kColumns];
+                  V::store(row, left);
+                  V::store(row + V::kLanes, right);
+                  const int64_t count = p.actions - c < Block<V>::kColumns ? p.actions - c : Block<V>::kColumns;
+                  memcpy(p.grad_actions + (at + r) * p.actions + c, row, sizeof(float) * count);
+                });
+    multiply<V>(grad + wide, stride, rows, 3 * wide, packed.matrix[kToState], d, spare,
                 [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
                   add_to<V>(carried + r * wide + c, left);
                   add_to<V>(carried + r * wide + c + V::kLanes, right);
                 });
   }
   store_tile(p.grad_start + first * d, d, carried, wide, rows);
-  memcpy(grad_norm, grad_weight, sizeof(float) * d);
-  memcpy(grad_norm + d, grad_shift, sizeof(float) * d);
+  memcpy(p.grad_norm + piece * 2 * d, grad_weight, sizeof(float) * d);
+  memcpy(p.grad_norm + piece * 2 * d + d, grad_shift, sizeof(float) * d);
+  constexpr int kOrder[] = {1, 2, 0, 3};  // r, u, n, W_s z + b_s of n
+  for (int64_t i = 0; i <= p.actions; ++i)
+    for (int g = 0; g < 4; ++g)
+      memcpy(p.grad_small + ((piece * (1 + p.actions) + i) * 4 + g) * d, small + (i * 4 + kOrder[g]) * wide, sizeof(float) * d);
 }
 
 }  // namespace

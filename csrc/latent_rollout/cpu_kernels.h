@@ -27,7 +27,8 @@ struct Kernels {
   void (*gradient_from_signs)(const jk_rollout_readout_params& p, int64_t first, int64_t rows);
   int64_t (*gru_scratch)(const jk_rollout_gru_params& p);
   void (*gru_forward)(const jk_rollout_gru_params& p, const Packed& packed, int64_t first, int64_t rows, float* scratch);
-  void (*gru_backward)(const jk_rollout_gru_params& p, const Packed& packed, int64_t first, int64_t rows, float* grad_norm, float* scratch);
+  // `piece`: which of the pieces of grad_norm and grad_small this tile writes.
+  void (*gru_backward)(const jk_rollout_gru_params& p, const Packed& packed, int64_t first, int64_t rows, int64_t piece, float* scratch);
 };
 
 extern const Kernels kPortable;

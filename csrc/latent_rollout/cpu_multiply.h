@@ -143,5 +143,34 @@ JK_INLINE void multiply(const float* a, int64_t lda, int64_t rows, int64_t depth
     multiply_panel<V>(a, lda, rows, depth, packed + column * depth, column, spare, store, [](int64_t, int64_t) {});
 }
 
+// total[i * columns + c] += left[i * lda + r] * right[r * ldb + c], summed over the rows r of a tile: the gradient of a narrow matrix.
+// i runs over whole groups of kRows, c over whole blocks.
+template <class V>
+void add_outer(const float* left, int64_t lda, int64_t count, int64_t rows, const float* right, int64_t ldb, int64_t columns,
+               float* total) {
+  constexpr int kRows = Block<V>::kRows, kColumns = Block<V>::kColumns;
+  for (int64_t column = 0; column < columns; column += kColumns)
+    for (int64_t first = 0; first < count; first += kRows) {
+      float* sums = total + first * columns + column;
+      typename V::Vec c[kRows][2];
+      JK_UNROLL for (int i = 0; i < kRows; ++i) {
+        c[i][0] = V::load(sums + i * columns);
+        c[i][1] = V::load(sums + i * columns + V::kLanes);
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        const typename V::Vec b0 = V::load(right + r * ldb + column), b1 = V::load(right + r * ldb + column + V::kLanes);
+        JK_UNROLL for (int i = 0; i < kRows; ++i) {
+          const typename V::Vec x = V::broadcast(left + (first + i) * lda + r);
+          c[i][0] = V::fma(x, b0, c[i][0]);
+          c[i][1] = V::fma(x, b1, c[i][1]);
+        }
+      }
+      JK_UNROLL for (int i = 0; i < kRows; ++i) {
+        V::store(sums + i * columns, c[i][0]);
+        V::store(sums + i * columns + V::kLanes, c[i][1]);
+      }
+    }
+}
+
 }  // namespace
 }  // namespace jk::rollout

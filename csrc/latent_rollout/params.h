@@ -97,7 +97,10 @@ typedef struct {
   float* gates;                             // [horizon, rows, 4 D] or NULL
   const float* grad_states;                 // backward: [kept_gradients, rows, D]
   int64_t every_step;                       // whether every step has a gradient, or the last alone
-  float* grad_gates;                        // [horizon, rows, 4 D]: of r, u, n before their functions, and of W_s z + b_s of n
+  float* grad_gates;                        // of r, u, n before their functions and of W_s z + b_s of n: GPU [horizon, rows, 4 D]; CPU
+                                            // [horizon, rows, 3 D] without that of n, whose products are the next two
+  float* grad_actions;                      // CPU: [horizon, rows, A]
+  float* grad_small;                        // CPU: [tiles, 1 + A, 4 D], the same four summed over rows and steps, then times each action
   float* grad_start;                        // [rows, D]
   float* grad_norm;                         // [tiles, 2, D], one piece per tile of rows, see the tile function
 } jk_rollout_gru_params;
@@ -112,7 +115,7 @@ JK_EXPORT const char* jk_latent_rollout_cpu_readout(const jk_rollout_readout_par
 JK_EXPORT const char* jk_latent_rollout_cpu_readout_gradient(const jk_rollout_readout_params* p, int isa, jk_parallel_for parallel_for);
 JK_EXPORT const char* jk_latent_rollout_cpu_gru_fwd(const jk_rollout_gru_params* p, int isa, jk_parallel_for parallel_for);
 JK_EXPORT const char* jk_latent_rollout_cpu_gru_bwd(const jk_rollout_gru_params* p, int isa, jk_parallel_for parallel_for);
-// Pieces of grad_norm that a backward pass over so many rows writes.
+// Pieces of grad_norm and grad_small that a backward pass over so many rows writes.
 JK_EXPORT int64_t jk_latent_rollout_cpu_gru_tiles(int64_t rows);
 
 // The same on a GPU, on `stream`. Widths that a block's shared memory cannot hold are refused.

@@ -23,7 +23,6 @@ from jepa_kernels.ops.latent_rollout import (
     latent_rollout_loss,
     op,
     reference,
-    state_space,
 )
 from jepa_kernels.ops.latent_rollout.arithmetic import inside
 from jepa_kernels.ops.latent_rollout.testing import CELLS, check_rollout, rollout_case, run_rollout
@@ -408,13 +407,6 @@ def test_saved_memory_is_bounded(backend):
         assert out.requires_grad
         halves = 2 if cell == "hamiltonian" else 1
         assert sum(saved.values()) <= 4 * (2 * halves * rows * hidden * horizon + rows * channels)
-
-
-@pytest.mark.parametrize("output", ("states", "last", 2.0))
-def test_gru_backward_in_pieces(backend, output, monkeypatch):
-    """Long rollouts form their gate gradients a few steps at a time."""
-    monkeypatch.setattr(state_space, "_chunks", lambda problem, start: [(3, 5), (1, 3), (0, 1)])
-    check_rollout(rollout_case("gru", output, horizon=5), backend)
 
 
 def test_inference_saves_nothing(backend):

@@ -70,7 +70,7 @@ Gru = _structure(
     ("i", "start_stride"),
     ("p", "action weight_input weight_state bias_input bias_state norm_weight norm_bias states gates grad_states"),
     ("i", "every_step"),
-    ("p", "grad_gates grad_start grad_norm"),
+    ("p", "grad_gates grad_actions grad_small grad_start grad_norm"),
 )
 
 _FUNCTIONS = {
@@ -231,4 +231,4 @@ class SimtOps:
             "gru_bwd", start, actions, weights, epsilon, kept=horizon, states=states, gates=gates, grad_states=grad_states,
             every_step=int(every_step), grad_gates=grad_gates, grad_start=grad_start, grad_norm=grad_norm,
         )  # fmt: skip
-        return grad_gates, grad_start, grad_norm
+        return grad_gates, grad_start, grad_norm, self._new(0, rows, actions.shape[2]), self._new(0, 1 + actions.shape[2], 4 * width)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from .arithmetic import add_matmul, inside
 from .problem import Problem
+from .state_space import GateGradients, with_action_products
 
 
 def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -108,7 +109,10 @@ class NativeKernels:
         return self.ops.latent_rollout_gru_fwd(start, _float(actions), _gru_weights(weights), epsilon, keep_all, save, self.isa)
 
     def gru_recurrence_backward(self, start, actions, states, gates, weights, epsilon, grad_states, every_step):
-        grad_gates, grad_start, grad_norm = self.ops.latent_rollout_gru_bwd(
+        grad_gates, grad_start, grad_norm, grad_actions, grad_small = self.ops.latent_rollout_gru_bwd(
             start, _float(actions), states, gates, _gru_weights(weights), epsilon, grad_states.contiguous(), every_step, self.isa
         )
-        return grad_gates, grad_start, grad_norm[:, 0].sum(0), grad_norm[:, 1].sum(0)
+        norms = grad_norm[:, 0].sum(0), grad_norm[:, 1].sum(0)
+        if grad_gates.shape[-1] == 4 * start.shape[1]:  # on a GPU
+            return with_action_products(grad_gates, grad_start, *norms, actions, weights[0])
+        return GateGradients([grad_gates], grad_start, grad_actions, grad_small.sum(0), *norms)

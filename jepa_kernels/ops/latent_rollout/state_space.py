@@ -7,7 +7,7 @@ z' = LayerNorm((1 - u) n + u z). Saved for backward: r, u, n and m_n of every st
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,17 @@ from .problem import Problem
 Tensors = tuple[torch.Tensor, ...]
 
 
+class GateGradients(NamedTuple):
+    """What the backward pass of some steps yields. Products with the states, one matrix product over all rows, are left to `backward`."""
+
+    of_state: list[torch.Tensor]  # gradients of W_s z + b_s, ``[steps, rows, *]``: parts that make 3 D side by side
+    start: torch.Tensor  # [rows, D]
+    actions: torch.Tensor  # [steps, rows, A]
+    small: torch.Tensor  # [1 + A, 4 D]: those of r, u, n and m_n summed over rows and steps, then times each action
+    norm_weight: torch.Tensor  # [D]
+    norm_bias: torch.Tensor  # [D]
+
+
 class Kernels(Protocol):
     """What a backend computes for a GRU. States are ``[horizon, rows, D]`` (``[1, rows, D]`` the last one), gates ``[horizon, rows, 4 D]``."""
 
@@ -26,19 +37,37 @@ class Kernels(Protocol):
 
     def gru_recurrence_backward(
         self, start, actions, states, gates, weights: list[torch.Tensor], epsilon: float, grad_states, every_step: bool
-    ) -> Tensors: ...
+    ) -> GateGradients: ...
+
+
+def with_action_products(
+    grad_gates: torch.Tensor, start: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor,
+    actions: torch.Tensor, weight_input: torch.Tensor,
+) -> GateGradients:  # fmt: skip
+    """For kernels that return the gradients of r, u, n and m_n, ``[steps, rows, 4 D]``, and leave the products with actions to a BLAS."""
+    width, operand = start.shape[1], weight_input.dtype
+    flat = grad_gates.flatten(0, 1)
+    # The biases and W_i in one pass. The other way round a BLAS takes ten times as long.
+    small = matmul(F.pad(actions.flatten(0, 1), (1, 0), value=1.0).mT, flat, operand)
+    # Transposed in memory: with so few columns a BLAS is faster that way.
+    into = matmul(flat[:, : 3 * width], weight_input.mT.contiguous().mT, operand).view(actions.shape)
+    of_state = [grad_gates[..., : 2 * width], grad_gates[..., 3 * width :]]
+    return GateGradients(of_state, start, into, small, norm_weight, norm_bias)
 
 
 def forward(problem: Problem, kernels: Kernels) -> Tensors:
     """The output, then what backward needs: nothing, gates and states."""
     keep_all = problem.output != "last"
     start = problem.start().to(problem.accumulate_dtype)
+    if problem.output == "errors" and not problem.save:
+        no_signs, no_gates, no_states = start.new_empty(0, dtype=torch.uint8), start.new_empty(0), start.new_empty(0)
+        return _errors_alone(problem, kernels, start), no_signs, no_gates, no_states
     states, gates = kernels.gru_recurrence(
         start, problem.actions, problem.parameters, problem.scalar, keep_all or problem.save, problem.save
     )
     nothing = start.new_empty(0)
     if problem.output == "errors":
-        out = torch.stack([power_mean(residual, problem.exponent) for residual in _residuals(problem, states)])
+        out = torch.stack([power_mean(residual, problem.exponent) for residual in _residuals(problem, states, 0)])
     else:
         # The op's output must not be the tensor that is saved: it would be one alias of the other.
         out = (states if keep_all else states[-1]).to(problem.states.dtype, copy=problem.save)
@@ -53,13 +82,11 @@ def backward(problem: Problem, kernels: Kernels, grad_out: torch.Tensor, saved: 
     grad_targets = None
     if problem.output == "errors":
         grad_states = fresh(states.shape, total, states.device)
-        for k, residual in enumerate(_residuals(problem, states)):
+        for k, residual in enumerate(_residuals(problem, states, 0)):
             grad_states[k] = power_mean_gradient(residual, grad_out[k], problem.exponent)
         grad_targets = -grad_states if needs_targets else None
     else:
         grad_states = grad_out.to(total)
-    # Transposed in memory: with so few columns a BLAS is faster that way.
-    weight_input = problem.parameters[0].mT.contiguous().mT
     width, actions = problem.channels, problem.actions
     new = start.new_zeros
     grad_weight_state, grad_small = new(3 * width, width), new(1 + actions.shape[-1], 4 * width)
@@ -74,34 +101,49 @@ def backward(problem: Problem, kernels: Kernels, grad_out: torch.Tensor, saved: 
             if carried is not None:
                 given = given.clone()
                 given[-1] += carried
-        grad_gates, carried, *norms = kernels.gru_recurrence_backward(
+        step = kernels.gru_recurrence_backward(
             *(before, actions[begin:end], states[begin:end], gates[begin:end]),
             *(problem.parameters, problem.scalar, given, every_step),
         )
-        for sum_, part in zip(grad_norm, norms, strict=True):
+        carried = step.start
+        grad_actions[begin:end] = step.actions
+        for sum_, part in zip((grad_small, *grad_norm), (step.small, step.norm_weight, step.norm_bias), strict=True):
             sum_ += part
-        # grad_gates holds r, u, n and m_n: the action reaches r, u, n; the state reaches r, u, m_n.
-        flat, given_actions = grad_gates.flatten(0, 1), actions[begin:end].flatten(0, 1)
-        first = problem.num_rows
-        for grads, state in ((flat[:first], before), (flat[first:], states[begin : end - 1].flatten(0, 1))):
-            add_matmul(grad_weight_state[: 2 * width], grads[:, : 2 * width].mT, state, operand)
-            add_matmul(grad_weight_state[2 * width :], grads[:, 3 * width :].mT, state, operand)
-        # The biases and W_i in one pass. The other way round a BLAS takes ten times as long.
-        add_matmul(grad_small, F.pad(given_actions, (1, 0), value=1.0).mT, flat, operand)
-        grad_actions[begin:end] = matmul(flat[:, : 3 * width], weight_input, operand).view(actions[begin:end].shape)
+        for seen, state in ((slice(0, 1), before), (slice(1, None), states[begin : end - 1].flatten(0, 1))):
+            row = 0
+            for part in step.of_state:
+                grads = part[seen].flatten(0, 1)
+                add_matmul(grad_weight_state[row : row + grads.shape[1]], grads.mT, state, operand)
+                row += grads.shape[1]
     grad_bias = grad_small[0]
     biases = [grad_bias[: 3 * width].clone(), torch.cat((grad_bias[: 2 * width], grad_bias[3 * width :]))]
     parameters = [grad_small[1:, : 3 * width].mT, grad_weight_state, *biases, *grad_norm]
     return Gradients(carried, parameters, grad_actions, None, grad_targets)
 
 
+def _steps_at_once(problem: Problem, floats_per_row: int) -> int:
+    """On a CPU as many as fill the 32 MiB from which memory lies in huge pages."""
+    return max(1, 2**23 // max(1, floats_per_row * problem.num_rows))
+
+
 def _chunks(problem: Problem, start: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """Steps whose gate gradients are formed together, last first: on a CPU as many as fill the 32 MiB from which memory lies in huge pages."""
-    size = problem.horizon if start.is_cuda else max(1, 2**23 // max(1, 4 * problem.channels * problem.num_rows))
+    """Steps whose gate gradients are formed together, last first."""
+    size = problem.horizon if start.is_cuda else _steps_at_once(problem, 4 * problem.channels)
     for end in range(problem.horizon, 0, -size):
         yield max(0, end - size), end
 
 
-def _residuals(problem: Problem, states: torch.Tensor) -> Iterator[torch.Tensor]:
-    for k, state in enumerate(states):
+def _errors_alone(problem: Problem, kernels: Kernels, state: torch.Tensor) -> torch.Tensor:
+    """Errors of every step where no gradient is wanted: a few states at a time, whatever the horizon."""
+    size, errors = _steps_at_once(problem, problem.channels), []
+    for begin in range(0, problem.horizon, size):
+        actions = problem.actions[begin : begin + size]
+        states, _ = kernels.gru_recurrence(state, actions, problem.parameters, problem.scalar, True, False)
+        errors += [power_mean(residual, problem.exponent) for residual in _residuals(problem, states, begin)]
+        state = states[-1]
+    return torch.stack(errors)
+
+
+def _residuals(problem: Problem, states: torch.Tensor, first_step: int) -> Iterator[torch.Tensor]:
+    for k, state in enumerate(states, first_step):
         yield state - take(*problem.target(k), 0, problem.channels)

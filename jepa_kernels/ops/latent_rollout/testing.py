@@ -39,6 +39,7 @@ def rollout_case(
     rows: int = 37,
     channels: int = 20,
     hidden: int = 12,
+    action_channels: int = 5,
     horizon: int = 3,
     dtype: torch.dtype = torch.float32,
     gathered: bool = True,
@@ -54,7 +55,7 @@ def rollout_case(
     """A random case.
 
     Args:
-        cell: one of CELLS; `hidden` is its width (a Hamiltonian has a second layer two units wider; a GRU takes 5 action channels).
+        cell: one of CELLS; `hidden` is its width (a Hamiltonian has a second layer two units wider). action_channels: of a GRU.
         gathered: take initial states, anchor and targets from tables by (repeating) row indices.
         anchored: give an anchor (never for a GRU). split: a residual MLP that reads two ranges of channels. strided: rows with gaps.
         magnitude: standard deviation of states, anchor and targets. gain: factor of the weights (large ones make the dynamics chaotic).
@@ -78,7 +79,7 @@ def rollout_case(
     if cell != "gru" and anchored:
         numbers["anchor"], numbers["anchor_rows"] = table()
     if cell == "gru":
-        numbers["actions"] = values(horizon, rows, 5)
+        numbers["actions"] = values(horizon, rows, action_channels)
     if not isinstance(output, str):
         if gathered:
             numbers["targets"] = values(rows + 5, channels, spread=magnitude)
@@ -86,28 +87,29 @@ def rollout_case(
         else:
             numbers["targets"] = values(horizon, rows, channels, spread=magnitude)
     shape = {"states": (horizon, rows, channels), "last": (rows, channels)}.get(output, (horizon, rows))
-    parameters = _cell(cell, values, channels, hidden, split, time_step, gain)
+    parameters = _cell(cell, values, channels, action_channels if cell == "gru" else hidden, split, time_step, gain)
     return RolloutCase(states, parameters, horizon, output, dtype, values(*shape), **numbers)
 
 
-def _cell(cell: str, values, channels: int, hidden: int, split: bool, time_step: float, gain: float) -> Cell:
-    fan = gain / channels**0.5, gain / hidden**0.5
+def _cell(cell: str, values, channels: int, width: int, split: bool, time_step: float, gain: float) -> Cell:
+    """`width`: hidden units, or the action channels of a GRU."""
+    fan = gain / channels**0.5, gain / width**0.5
     if cell == "residual_mlp":
         ranges = ((1, channels // 3), (channels // 2, channels)) if split else None
-        width = channels // 3 - 1 + channels - channels // 2 if split else channels
+        inputs = channels // 3 - 1 + channels - channels // 2 if split else channels
         tensors = (
-            values(hidden, width, spread=fan[0]),
-            values(hidden, spread=0.3),
-            values(channels, hidden, spread=fan[1]),
+            values(width, inputs, spread=fan[0]),
+            values(width, spread=0.3),
+            values(channels, width, spread=fan[1]),
             values(channels),
         )
         return ResidualMLP(*tensors, ranges)
     if cell == "hamiltonian":
-        first = values(hidden, channels, spread=fan[0]), values(hidden, spread=0.3)
-        second = values(hidden + 2, hidden, spread=fan[1]), values(hidden + 2, spread=0.3), values(1, hidden + 2)
+        first = values(width, channels, spread=fan[0]), values(width, spread=0.3)
+        second = values(width + 2, width, spread=fan[1]), values(width + 2, spread=0.3), values(1, width + 2)
         return Hamiltonian(*first, *second, time_step)
     gates = 3 * channels
-    weights = values(gates, 5, spread=0.4), values(gates, channels, spread=fan[0])
+    weights = values(gates, width, spread=0.4), values(gates, channels, spread=fan[0])
     return GRU(
         *weights,
         values(gates, spread=0.2),

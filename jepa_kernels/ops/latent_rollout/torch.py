@@ -13,6 +13,7 @@ from .arithmetic import add_matmul, matmul, power_mean, power_mean_gradient, tak
 from .call import Call
 from .cost import hidden_is_cheaper
 from .problem import LOW_PRECISION, Problem
+from .state_space import with_action_products
 
 SAVES_SIGNS = False
 
@@ -207,4 +208,4 @@ class Eager:
             carried = grad_mixed * update
             carried = carried + matmul(grad_gates[k][:, : 2 * width], weight_state[: 2 * width], operand)
             carried = carried + matmul(into_state, weight_state[2 * width :], operand)
-        return grad_gates, carried, grad_norm_weight, grad_norm_bias
+        return with_action_products(grad_gates, carried, grad_norm_weight, grad_norm_bias, actions, weights[0])

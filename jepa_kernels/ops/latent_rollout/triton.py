@@ -20,6 +20,7 @@ from . import composition
 from .arithmetic import add_matmul, inside, matmul
 from .call import Call, dtype_reasons
 from .problem import LOW_PRECISION, Problem
+from .state_space import with_action_products
 
 SAVES_SIGNS = False
 
@@ -235,4 +236,4 @@ class TritonKernels:
             )
             carried = add_matmul(carried, grad_gates[k][:, : 2 * width], weight_state[: 2 * width], operand)
             carried = add_matmul(carried, grad_gates[k][:, 3 * width :], weight_state[2 * width :], operand)
-        return grad_gates, carried, grad_norm[:, 0].sum(0), grad_norm[:, 1].sum(0)
+        return with_action_products(grad_gates, carried, grad_norm[:, 0].sum(0), grad_norm[:, 1].sum(0), actions, weights[0])

@@ -1,0 +1,66 @@
+"""What only a GRU's rollout has: products with actions inside the backward kernel, and steps taken a few at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from jepa_kernels import native
+from jepa_kernels.ops.latent_rollout import latent_rollout_loss, native_kernels, op, state_space
+from jepa_kernels.ops.latent_rollout import torch as eager
+from jepa_kernels.ops.latent_rollout.testing import check_rollout, rollout_case
+from tests.conftest import missing
+
+HERE = [name for name in op.PRIORITY if name in ("cpu", "torch")]
+
+
+@pytest.fixture(params=HERE)
+def backend(request) -> str:
+    if request.param == "cpu" and not native.available():
+        missing(str(native.reason()))
+    return request.param
+
+
+@pytest.mark.parametrize("output", ("states", "last", 2.0))
+def test_backward_in_pieces(backend, output, monkeypatch):
+    """Long rollouts form their gate gradients a few steps at a time."""
+    monkeypatch.setattr(state_space, "_chunks", lambda problem, start: [(3, 5), (1, 3), (0, 1)])
+    check_rollout(rollout_case("gru", output, horizon=5), backend)
+
+
+@pytest.mark.parametrize("actions", (1, 6, 16, 17, 40))
+@pytest.mark.parametrize("channels", (20, 32))
+@pytest.mark.parametrize("isa", ("auto", "portable"))
+def test_any_number_of_action_channels(actions, channels, isa, monkeypatch):
+    """Below, at and above a block of the kernel's products, with and without an edge, on the first and on the last instruction set."""
+    if not native.available():
+        missing(str(native.reason()))
+    if isa == "portable":
+        create = native_kernels.NativeKernels.__init__
+        monkeypatch.setattr(native_kernels.NativeKernels, "__init__", lambda self, *_, **options: create(self, 0, **options))
+    check_rollout(rollout_case("gru", "states", action_channels=actions, channels=channels, rows=51), "cpu")
+
+
+def test_errors_without_gradients_keep_few_states(backend, monkeypatch):
+    """Where nothing is saved, states are thrown away a few steps after they were needed; the errors are the same bits."""
+    case = rollout_case("gru", 1.0, rows=16, horizon=9)
+    asked = []
+    kernels = {"cpu": native_kernels.NativeKernels, "torch": eager.Eager}
+    real = kernels[backend].gru_recurrence
+
+    def counting(self, start, actions, *rest):
+        asked.append(actions.shape[0])
+        return real(self, start, actions, *rest)
+
+    monkeypatch.setattr(kernels[backend], "gru_recurrence", counting)
+
+    def errors() -> torch.Tensor:
+        arguments = case.states.float(), type(case.cell)(*(p.float() for p in case.cell.parameters())), case.targets.float()
+        options = {"rows": case.rows, "actions": case.actions.float(), "target_rows": case.target_rows}
+        with torch.no_grad():
+            return latent_rollout_loss(*arguments, **options, reduction="none", backend=backend)
+
+    whole = errors()
+    monkeypatch.setattr(state_space, "_steps_at_once", lambda problem, floats_per_row: 4)
+    assert torch.equal(errors(), whole)
+    assert asked == [9, 4, 4, 1]
