@@ -47,12 +47,14 @@ JK_INLINE void moments(const float* row, int64_t width, int64_t wide, float epsi
   mean = row_sum<V>(row, wide) / (float)width;
   typename V::Vec total = V::zero();
   const typename V::Vec m = V::set1(mean);
-  for (int64_t i = 0; i < wide; i += V::kLanes) {
+  int64_t i = 0;
+  for (; i + V::kLanes <= width; i += V::kLanes) {
     const typename V::Vec d = V::sub(V::load(row + i), m);
     total = V::fma(d, d, total);
   }
-  const float beyond = (float)(wide - width) * mean * mean;  // what the zeros added
-  inverse = 1.f / sqrtf((V::sum(total) - beyond) / (float)width + epsilon);
+  float rest = 0.f;  // one by one: what the zeros would add may be far more than the variance of a narrow row, and leaves a rounding error
+  for (; i < width; ++i) rest += (row[i] - mean) * (row[i] - mean);
+  inverse = 1.f / sqrtf((V::sum(total) + rest) / (float)width + epsilon);
 }
 
 template <class V>
