@@ -1,0 +1,273 @@
+"""latent_rollout's C++ CPU kernels through their C ABI: every instruction set, AVX-512 on an emulation, sanitized, in any thread order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jepa_kernels.ops.latent_rollout import cpu as backend
+from jepa_kernels.ops.latent_rollout import native_kernels
+from jepa_kernels.ops.latent_rollout.testing import CELLS, RolloutCase, check_rollout, rollout_case, run_rollout
+from tests.conftest import missing
+from tests.native.attention_library import serial, threaded
+from tests.native.rollout_harness import CpuOps, Fences, build, patch
+from tests.native.rollout_library import ISAS, CpuLibrary
+from tests.simt.build import ROOT, SANITIZER_STATUS, run_sanitized
+from tests.simt.rollout_saved import Recorder
+
+OUTPUTS = ("states", "last", 1.0, 2.0, 2.5)
+each_cell = pytest.mark.parametrize("cell", CELLS)
+
+
+@pytest.fixture(scope="session")
+def folder(pytestconfig) -> Path:
+    """Where builds are kept between runs."""
+    if not Path("/usr/include/simde/x86/avx512.h").exists():
+        missing("the SIMDe headers are not installed (apt-get install libsimde-dev)")
+    return Path(pytestconfig.cache.mkdir("native_kernels"))
+
+
+@pytest.fixture(scope="session")
+def built(folder) -> Path:
+    return build(folder)
+
+
+@pytest.fixture(params=list(ISAS))
+def library(request, built) -> CpuLibrary:
+    return CpuLibrary(built, ISAS[request.param], serial())
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The shapes are tiny: torch's threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def use(monkeypatch) -> Callable[[CpuLibrary | Recorder], None]:
+    """Lets the CPU backend run on a library, with every tensor between fences."""
+    create = native_kernels.NativeKernels.__init__
+
+    def chosen(library: CpuLibrary | Recorder) -> None:
+        def created(self, *arguments, **options) -> None:
+            create(self, *arguments, **options)
+            self.ops = CpuOps(Fences(library))
+
+        monkeypatch.setattr(native_kernels.NativeKernels, "__init__", created)
+        monkeypatch.setattr(backend, "unsupported_reasons", lambda call: [])
+
+    return chosen
+
+
+def poison(library: CpuLibrary) -> None:
+    """Leaves NaN in the scratch of this thread, more than any case here needs: what a kernel has not written yet must not count."""
+    start, sums = torch.full((48, 4096), torch.nan), torch.zeros(49, 4096)  # a row to spare: one fault here is to write it
+    library.call("mlp_fwd", rows=48, hidden=4096, horizon=1, kept=1, start=start, sums=sums)
+    assert sums[:48].isnan().all()
+
+
+@pytest.fixture
+def check(use, library) -> Callable[[RolloutCase], None]:
+    use(library)
+
+    def checked(case: RolloutCase) -> None:
+        poison(library)
+        check_rollout(case, "cpu")
+
+    return checked
+
+
+@each_cell
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_matches_the_reference(check, cell, output):
+    check(rollout_case(cell, output))
+
+
+# `width`: of the hidden layer, and for a GRU of its state.
+SHAPES = (
+    {"rows": 0},
+    {"rows": 1, "horizon": 1},
+    {"rows": 49, "width": 15, "action_channels": 1},
+    {"rows": 97, "width": 17, "horizon": 2, "action_channels": 16},
+    {"rows": 49, "width": 1},
+    {"rows": 49, "width": 1, "magnitude": 100.0},  # a GRU's LayerNorm: no variance, however large the mean
+    {"rows": 3, "width": 16, "action_channels": 40},
+    {"rows": 11, "width": 33, "action_channels": 33},
+    {"rows": 7, "width": 136},
+    {"rows": 13, "width": 300, "horizon": 2},
+    {"rows": 5, "width": 530, "horizon": 2},
+    {"gathered": False, "strided": True},
+    {"magnitude": 6.0},
+)
+
+
+def shaped(cell: str, output: str | float, width: int | None = None, **options) -> RolloutCase:
+    if width is not None:
+        # As many channels as hidden units, so that each width is also one of a readout: a Hamiltonian has two halves.
+        if cell == "gru" or width < 200:
+            options["channels"] = 2 * width if cell == "hamiltonian" else width
+        options |= {"hidden": width, "split": width >= 6}
+    return rollout_case(cell, output, **options)
+
+
+@each_cell
+@pytest.mark.parametrize("options", SHAPES, ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()))
+def test_shapes_and_layouts(check, cell, options):
+    for output in ("states", 1.0):
+        check(shaped(cell, output, **options))
+
+
+@each_cell
+def test_same_bits_for_any_number_of_threads_and_order_of_tiles(use, library, cell):
+    use(library)
+    for output in ("states", "last", 1.0):
+        case = rollout_case(cell, output, rows=131, channels=70, hidden=40, action_channels=9)
+        library.parallel_for = serial()
+        poison(library)
+        expected = run_rollout(case, "cpu")
+        for parallel_for in (serial(3), serial(5, lambda pieces: pieces[::-1]), threaded(3)):
+            library.parallel_for = parallel_for
+            for name, tensor in run_rollout(case, "cpu").items():
+                assert torch.equal(tensor, expected[name]), name
+
+
+def test_same_bits_in_any_company(library):
+    """A row gives the same alone, in another place of another tile, and whatever its neighbours are."""
+    ops, rows, width, some = CpuOps(Fences(library)), 61, 33, torch.tensor([60, 2, 47])
+    start, square, vector = torch.randn(rows, width), torch.randn(width, width) / 6, torch.randn(width)
+    gates = [torch.randn(3 * width, 9), torch.randn(3 * width, width), *torch.randn(2, 3 * width), *torch.randn(2, width)]
+    actions, grads = torch.randn(3, rows, 9), torch.randn(3, rows, width)
+
+    def everything(rows: torch.Tensor) -> list[torch.Tensor]:
+        """Tensors [steps, rows, width]."""
+        inputs, sums = ops.latent_rollout_mlp_fwd(start[rows], square, vector, 3, True, True, -1)
+        results = [inputs, sums, *ops.latent_rollout_mlp_bwd(inputs, square, grads[:, rows], -1)]
+        layers = (square, vector, vector[None], square)
+        inputs, sums = ops.latent_rollout_hamiltonian_fwd(start[rows], *layers, 0.1, 3, True, True, -1)
+        carried = grads[1][rows]
+        ops.latent_rollout_hamiltonian_bwd(inputs[0], *layers, 0.1, True, grads[0][rows], carried, -1)
+        results += [inputs, sums.flatten(0, 1), carried[None]]
+        states, saved = ops.latent_rollout_gru_fwd(start[rows], actions[:, rows], gates, 1e-5, True, True, -1)
+        of_gates, of_start, _, of_actions, _ = ops.latent_rollout_gru_bwd(
+            start[rows], actions[:, rows], states, saved, gates, 1e-5, grads[:, rows], True, -1
+        )
+        return [*results, states, of_gates, of_start[None], of_actions]
+
+    for i, (alone, together) in enumerate(zip(everything(some), everything(torch.arange(rows)), strict=True)):
+        assert together.isfinite().all() and torch.equal(alone, together[:, some]), i
+
+
+def test_gradient_of_errors_is_the_same_with_and_without_signs(library):
+    ops = CpuOps(Fences(library))
+    steps, rows, hidden, channels = 2, 49, 20, 45
+    sums, weight, bias = torch.randn(steps, rows, hidden), torch.randn(channels, hidden).mT, torch.randn(channels)
+    base, targets, grad_errors = torch.randn(rows, channels), torch.randn(steps, rows, channels), torch.randn(steps, rows)
+    targets[0, :, 7] = torch.nan
+    targets[1, 3] = ops_predictions(ops, sums, weight, bias, base)[1, 3]  # no residual: neither sign
+    errors, signs = ops.latent_rollout_errors(sums, weight, bias, base, None, targets, None, 1.0, True, -1)
+    assert errors[0].isnan().all() and (errors[1, 3] == 0)
+    results = {}
+    for saved in (signs, None):
+        grad_base = torch.zeros(rows, channels)
+        grad = ops.latent_rollout_errors_gradient(sums, weight, bias, base, None, targets, None, 1.0, saved, 1, grad_errors, grad_base, -1)
+        results[saved is None] = grad, grad_base
+    known = torch.arange(channels) != 7  # a NaN has neither sign, but a NaN for a gradient where residuals are formed again
+    for with_signs, without in zip(results[False], results[True], strict=True):
+        assert torch.equal(with_signs[..., known], without[..., known])
+    assert (results[False][0][1, 3] == 0).all()
+
+
+def ops_predictions(ops: CpuOps, sums, weight, bias, base) -> torch.Tensor:
+    out = torch.empty(*sums.shape[:2], base.shape[1])
+    ops.latent_rollout_readout(sums, weight, bias, base, None, 1, out, -1)
+    return out
+
+
+def test_refuses_an_instruction_set_that_is_not_there(built):
+    library = CpuLibrary(built, 7, serial())
+    with pytest.raises(RuntimeError, match="latent_rollout: isa must be one that this processor has"):
+        poison(library)
+
+
+EDGE = "memset(before, 0, sizeof(float) * 5 * wide);"
+# Fault: the cell and options that show it, the file, what stands there and what is put in its place.
+FAULTS = {
+    "a step without its drift": ("residual_mlp", {}, "cpu_recurrence.h", "V::add(left, V::load(drift + c))", "left"),
+    "a half-step the wrong way": ("hamiltonian", {}, "cpu_recurrence.h", "which ? -p.time_step : p.time_step", "p.time_step"),
+    "gates with the bias of one": ("gru", {}, "cpu_gru.h", "p.bias_state + g * d, d", "p.bias_state, d"),
+    "old numbers beyond the edge": ("gru", {}, "cpu_gru.h", EDGE, ""),
+    "sums that start with old ones": ("residual_mlp", {}, "cpu_recurrence.h", "memset(sum, 0, sizeof(float) * count);", ""),
+    "negative signs from the positive": ("residual_mlp", {"output": 1.0}, "cpu_readout.h", "negate<V>(residual[0])", "residual[0]"),
+    "a step of the depth twice": ("residual_mlp", {"hidden": 300}, "cpu_multiply.h", "panel += step * kColumns;", ""),
+    "every tile the first piece": ("gru", {"rows": 49}, "cpu_gru.h", "p.grad_norm + piece * 2 * d", "p.grad_norm"),
+    "a row too many": ("hamiltonian", {}, "cpu_recurrence.h", "r < rows; ++r) memcpy(to", "r <= rows; ++r) memcpy(to"),
+}
+
+
+def with_fault(name: str, folder: Path, copy: Path, sanitizer: str | None = None) -> Path:
+    return build(folder, sanitizer, {"cpu_portable": patch(copy, *FAULTS[name][2:])})
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_a_kernel_is_noticed(use, folder, built, tmp_path, fault):
+    cell, options, *_ = FAULTS[fault]
+    case = rollout_case(cell, **options)
+    sound, broken = CpuLibrary(built, 0, serial()), CpuLibrary(with_fault(fault, folder, tmp_path), 0, serial())
+    use(sound)
+    poison(sound)
+    check_rollout(case, "cpu")
+    use(broken)
+    poison(broken)
+    with pytest.raises(AssertionError):
+        check_rollout(case, "cpu")
+
+
+@pytest.fixture(scope="module")
+def saved_calls(built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every kernel, with a tile that is full and one that is not, no rows at all, and a product in steps."""
+    recorder = Recorder(CpuLibrary(built, ISAS["avx2"], serial()))
+    create = native_kernels.NativeKernels.__init__
+
+    def created(self, *arguments, **options) -> None:
+        create(self, *arguments, **options)
+        self.ops = CpuOps(recorder)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(native_kernels.NativeKernels, "__init__", created)
+        monkeypatch.setattr(backend, "unsupported_reasons", lambda call: [])
+        for cell in CELLS:
+            run_rollout(rollout_case(cell, "last", rows=49, channels=18, hidden=33, horizon=2, action_channels=1), "cpu")
+            run_rollout(rollout_case(cell, 1.0, rows=50, channels=34, hidden=15, horizon=2, action_channels=16), "cpu")
+            run_rollout(rollout_case(cell, 2.5, rows=0), "cpu")
+        run_rollout(rollout_case("residual_mlp", 2.5, rows=5, channels=9, hidden=300, horizon=2), "cpu")
+    path = tmp_path_factory.mktemp("calls") / "calls.npz"
+    np.savez(path, **recorder.arrays)
+    return path
+
+
+def replay(library: Path, calls: Path, sanitizer: str, isas: str, *more: str):
+    return run_sanitized([str(ROOT / "tests" / "native" / "rollout_sanitized.py"), str(library), str(calls), isas, *more], sanitizer)
+
+
+@pytest.mark.parametrize(("sanitizer", "isas"), (("asan_ubsan", "portable,avx2,avx512"), ("tsan", "portable,avx2")))
+def test_sanitizers_find_nothing(folder, saved_calls, sanitizer, isas):
+    library = build(folder, sanitizer)
+    done = replay(library, saved_calls, sanitizer, isas)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.count("calls agree") == 2 * (1 + isas.count(","))
+    if sanitizer == "tsan":
+        # The same run with tiles that overlap, or finding nothing would prove nothing.
+        done = replay(library, saved_calls, sanitizer, "portable", "overlap")
+        assert done.returncode == SANITIZER_STATUS and "data race" in done.stderr, done.stderr[-4000:]
+
+
+def test_address_sanitizer_notices_a_row_too_many(folder, tmp_path, saved_calls):
+    done = replay(with_fault("a row too many", folder, tmp_path, "asan_ubsan"), saved_calls, "asan_ubsan", "portable")
+    assert done.returncode == SANITIZER_STATUS and "heap-buffer-overflow" in done.stderr, done.stderr[-4000:]
