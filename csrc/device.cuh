@@ -47,6 +47,15 @@ inline const char* allow_dynamic_shared(Kernel kernel, size_t bytes) {
   return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
 }
 
+// The dynamic shared memory that a block may ask for on the current device, with `allow_dynamic_shared`. If the device does not
+// answer, what every device has: `launch_error` then says what is wrong.
+inline size_t most_dynamic_shared() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 48 * 1024;
+  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 48 * 1024;
+  return static_cast<size_t>(bytes);
+}
+
 JK_DEVICE int lane_id() { return static_cast<int>(threadIdx.x & 31); }
 JK_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
@@ -170,6 +179,8 @@ inline const char* allow_dynamic_shared(Kernel kernel, size_t bytes) {
   simt::allowed_shared[reinterpret_cast<const void*>(kernel)] = bytes;
   return nullptr;
 }
+
+inline size_t most_dynamic_shared() { return simt::settings.shared_limit; }
 
 inline int lane_id() { return int(simt::lane()); }
 inline float exp2_fast(float x) { return std::exp2(x); }

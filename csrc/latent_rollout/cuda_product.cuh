@@ -1,114 +1,155 @@
-// The product at the heart of every kernel here: kTile rows of hidden units times 64 columns of a matrix, by one block of 256 threads.
+// The product at the heart of every kernel here: kTile rows of hidden units times a matrix, by one block of 256 threads.
 #pragma once
-#include "../device.cuh"
-#include "params.h"
+#include "cuda_weights.cuh"
 
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kTile = 16;     // rows of a block: one mma tile
-constexpr int kColumns = 64;  // columns of one product: eight of each warp
-constexpr int kDepth = 32;    // terms staged in shared memory at a time
-
-// Staging in shared memory. Rows are padded so that neither ldmatrix nor column reads meet in one bank.
-template <class T>
-struct Stage {
-  static constexpr int kStride = kDepth + (sizeof(T) == 2 ? 8 : 1);
-  alignas(16) T left[kTile * kStride];
-  alignas(16) T right[kColumns * kStride];
-};
-
-// A matrix whose element (column, term) is at column * column_stride + term * term_stride.
-template <class T>
-struct Matrix {
-  const T* data;
-  int64_t column_stride, term_stride;
-};
-
-// Which of the 16 x 64 results a thread holds: four, at (row(i), column(i)).
+// Which elements of a kTile x kBlock result a thread holds: number i of half b is at (row(i), column(b, i)).
 template <class T>
 struct Place {
-  JK_DEVICE static int row(int i) { return sizeof(T) == 2 ? (jk::lane_id() >> 2) + 8 * (i >> 1) : int(threadIdx.x >> 4); }
-  JK_DEVICE static int column(int i) {
-    return sizeof(T) == 2 ? int(threadIdx.x >> 5) * 8 + (jk::lane_id() & 3) * 2 + (i & 1) : int(threadIdx.x & 15) + 16 * i;
+  static constexpr int kRows = sizeof(T) == 2 ? 2 : 4;  // that a thread sees
+  JK_DEVICE static int which_row(int i) { return sizeof(T) == 2 ? i >> 1 : i; }
+  JK_DEVICE static int row(int i) { return sizeof(T) == 2 ? (jk::lane_id() >> 2) + 8 * (i >> 1) : (jk::lane_id() >> 3) + 4 * i; }
+  JK_DEVICE static int column(int b, int i) { return 8 * b + (sizeof(T) == 2 ? (jk::lane_id() & 3) * 2 + (i & 1) : jk::lane_id() & 7); }
+};
+
+// The left side of one step of a product: kTerms terms of every row, as this lane needs them.
+template <class T>
+struct Left {
+  uint32_t a[4];
+  JK_DEVICE void load(const Tile<T>& tile, int term) {
+    const int lane = jk::lane_id();
+    jk::ldmatrix_x4(a, &tile(lane & 15, term + (lane >> 4) * 8));
+  }
+};
+template <>
+struct Left<float> {
+  // Four rows by eight terms would take 32 registers: each half is read when it is needed.
+  const float* at;
+  int rows_apart;
+  JK_DEVICE void load(const Tile<float>& tile, int term) {
+    at = &tile(Place<float>::row(0), term);
+    rows_apart = 4 * tile.stride;
   }
 };
 
-JK_DEVICE void multiply_stage(const Stage<float>& stage, float (&acc)[4]) {
-  const float* left = stage.left + (threadIdx.x >> 4) * Stage<float>::kStride;
-  const float* right = stage.right + (threadIdx.x & 15) * Stage<float>::kStride;
-#pragma unroll
-  for (int k = 0; k < kDepth; k++) {
-    const float x = left[k];
-#pragma unroll
-    for (int i = 0; i < 4; i++) acc[i] = fmaf(x, right[16 * i * Stage<float>::kStride + k], acc[i]);
+// acc += left * one tile of a matrix, whose lines are `stride` numbers apart; in a slot of the ring they are packed.
+template <bool kTransposed, bool kSlot, class T>
+JK_DEVICE void add_tile(float (&acc)[2][4], const Left<T>& left, const T* tile, int stride) {
+  const int lane = jk::lane_id(), high = lane >> 4, middle = lane >> 3 & 1;
+  const int line = (lane & 7) + 8 * (kTransposed ? middle : high), chunk = kTransposed ? high : middle;
+  const int swapped = kSlot ? chunk ^ (line >> 2 & 1) : chunk;
+  const T* at = tile + line * (kSlot ? kBlock : stride) + swapped * 8;
+  uint32_t b[4];
+  if (kTransposed) {
+    jk::ldmatrix_x4_trans(b, at);
+  } else {
+    jk::ldmatrix_x4(b, at);
   }
+  jk::mma_16816<T>(acc[0], left.a, b[0], b[1]);
+  jk::mma_16816<T>(acc[1], left.a, b[2], b[3]);
 }
 
-template <class T>
-JK_DEVICE void multiply_stage(const Stage<T>& stage, float (&acc)[4]) {
-  const int lane = jk::lane_id(), warp = threadIdx.x >> 5;
+template <bool kTransposed, bool kSlot>
+JK_DEVICE void add_tile(float (&acc)[2][4], const Left<float>& left, const float* tile, int stride) {
+  const int column = jk::lane_id() & 7, swapped = kSlot ? column >> 2 & 1 : 0;
+#pragma unroll 1
+  for (int half = 0; half < 2; half++) {
+    float4 x[4];
 #pragma unroll
-  for (int k = 0; k < kDepth; k += 16) {
-    uint32_t a[4];
-    jk::ldmatrix_x4(a, stage.left + (lane & 15) * Stage<T>::kStride + k + (lane >> 4) * 8);
-    const T* b = stage.right + (warp * 8 + (lane >> 2)) * Stage<T>::kStride + k + (lane & 3) * 2;
-    uint32_t pair[2];
-    pair[0] = uint32_t(b[0].bits) | uint32_t(b[1].bits) << 16;
-    pair[1] = uint32_t(b[8].bits) | uint32_t(b[9].bits) << 16;
-    jk::mma_16816<T>(acc, a, pair[0], pair[1]);
-  }
-}
-
-template <class T>
-JK_DEVICE T zero_of() {
-  return jk::from_float<T>(0.f);
-}
-
-// acc += left(row, term) * matrix(first_column + column, term) over `depth` terms; columns from `columns` on count as zero.
-// left is called for rows 0 .. kTile - 1. Every thread of the block takes part; on return the stage may be overwritten.
-template <class T, class Left>
-JK_DEVICE void product(Stage<T>& stage, const Left& left, const Matrix<T>& matrix, int64_t depth, int64_t first_column, int64_t columns,
-                       float (&acc)[4]) {
-  const bool along_terms = matrix.term_stride == 1;
-  for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
-    for (int i = threadIdx.x; i < kTile * kDepth; i += kThreads) {
-      const int row = i / kDepth, k = i % kDepth;
-      stage.left[row * Stage<T>::kStride + k] = k0 + k < depth ? jk::from_float<T>(left(row, k0 + k)) : zero_of<T>();
-    }
-    for (int i = threadIdx.x; i < kColumns * kDepth; i += kThreads) {
-      // Neighbouring threads read neighbouring numbers of memory.
-      const int column = along_terms ? i / kDepth : i % kColumns, k = along_terms ? i % kDepth : i / kColumns;
-      const bool inside = first_column + column < columns && k0 + k < depth;
-      const int64_t at = (first_column + column) * matrix.column_stride + (k0 + k) * matrix.term_stride;
-      stage.right[column * Stage<T>::kStride + k] = inside ? matrix.data[at] : zero_of<T>();
-    }
-    __syncthreads();
-    multiply_stage(stage, acc);
-    __syncthreads();
-  }
-}
-
-// finish(row, column, value) for every element of left (rows x depth) times matrix, rows 0 .. rows - 1 and columns 0 .. columns - 1.
-template <class T, class Left, class Finish>
-JK_DEVICE void multiply(Stage<T>& stage, int rows, const Left& left, const Matrix<T>& matrix, int64_t depth, int64_t columns,
-                        const Finish& finish) {
-  for (int64_t first = 0; first < columns; first += kColumns) {
-    float acc[4] = {0.f, 0.f, 0.f, 0.f};
-    product(stage, left, matrix, depth, first, columns, acc);
+    for (int i = 0; i < 4; i++) x[i] = *reinterpret_cast<const float4*>(left.at + i * left.rows_apart + 4 * half);
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int64_t column = first + Place<T>::column(i);
-      if (Place<T>::row(i) < rows && column < columns) finish(Place<T>::row(i), column, acc[i]);
+    for (int b = 0; b < 2; b++) {
+      float4 w;
+      if (kTransposed) {
+        const float* at = tile + 4 * half * (kSlot ? kBlock : stride) + column + 8 * b;
+        const int step = kSlot ? kBlock : stride;
+        w = make_float4(at[0], at[step], at[2 * step], at[3 * step]);
+      } else {
+        w = *reinterpret_cast<const float4*>(tile + (column + 8 * b) * (kSlot ? kTerms<float> : stride) + 4 * (half ^ swapped));
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        acc[b][i] = fmaf(x[i].w, w.w, fmaf(x[i].z, w.z, fmaf(x[i].y, w.y, fmaf(x[i].x, w.x, acc[b][i]))));
+      }
     }
   }
-  __syncthreads();
 }
 
-// fn(row, column) for every element of a rows x columns tile.
-template <class F>
-JK_DEVICE void each(int rows, int64_t columns, const F& fn) {
-  for (int64_t i = threadIdx.x; i < rows * columns; i += kThreads) fn(int(i / columns), i % columns);
+// The last of kTiles sums of a pass goes to acc[kLast].
+template <int kTiles, int kLast, bool kTransposed, class T, int kSums>
+JK_DEVICE void product_kept(const Tile<T>& left, const T* kept, int at, int to_tile, int stride, int terms, float (&acc)[kSums][2][4]) {
+  const int to_term = kTerms<T> * (kTransposed ? stride : 1);
+#pragma unroll(sizeof(T) == 2 && kTiles < 3 ? 2 : 1)
+  for (int k = 0; k < terms; k += kTerms<T>) {
+    Left<T> a;
+    a.load(left, k);
+#pragma unroll
+    for (int j = 0; j < kTiles; j++) add_tile<kTransposed, false>(acc[j + 1 == kTiles ? kLast : j], a, kept + (at + j * to_tile), stride);
+    at += to_term;
+  }
+}
+
+template <int kLast, bool kTransposed, class T, int kTiles, int kSums>
+JK_DEVICE void product(Ring<T>& ring, const Tile<T>& left, const View<T, kTiles>& view, int first, float (&acc)[kSums][2][4]) {
+  const Weights<T>& weights = view.weights;
+  const int tiles = view.tiles(first);
+  if (weights.is_kept) {
+    const int column = first + int(threadIdx.x >> 5) * kBlock;
+    const int at = column * (kTransposed ? 1 : weights.stride);
+    const int to_tile = kTransposed ? view.columns_apart() : view.lines_apart() * weights.stride;
+    if (tiles == kTiles) {
+      product_kept<kTiles, kLast, kTransposed>(left, weights.kept, at, to_tile, weights.stride, view.terms, acc);
+    } else if (kTiles == 2 && tiles == 1) {
+      product_kept<1, 0, kTransposed>(left, weights.kept, at, to_tile, weights.stride, view.terms, acc);
+    }
+    return;
+  }
+  if (tiles == 0) return;
+#pragma unroll 1
+  for (int k = 0; k < view.terms; k += kTerms<T>) {
+    Left<T> a;
+    a.load(left, k);
+#pragma unroll
+    for (int j = 0; j < kTiles; j++)
+      if (j < tiles) add_tile<kTransposed, true>(acc[j + 1 == kTiles ? kLast : j], a, ring.take(), 0);
+  }
+}
+
+// acc += left * the columns of a pass, which the ring must have begun if the matrix streams. A warp needs no barrier in here.
+template <int kLast, class T, int kTiles, int kSums>
+JK_DEVICE void add_product(Ring<T>& ring, const Tile<T>& left, const View<T, kTiles>& view, int first, float (&acc)[kSums][2][4]) {
+  if (view.transposed) {
+    product<kLast, true>(ring, left, view, first, acc);
+  } else {
+    product<kLast, false>(ring, left, view, first, acc);
+  }
+}
+
+// finish(row, column, value) for every element of left times a matrix, rows 0 .. rows - 1, each by the thread that has it. ahead() is
+// called when the last tile has been taken, to begin the next product while this one is finished. The tile that finish writes must not
+// be `left`: other warps may still read it, until the next barrier.
+template <class T, class Ahead, class Finish>
+JK_DEVICE void multiply(Ring<T>& ring, int rows, const Tile<T>& left, const View<T>& view, const Ahead& ahead, const Finish& finish) {
+  constexpr int kTiles = kTilesOfPass<T>;
+  for (int first = 0; first < view.columns; first += View<T>::kPass) {
+    float acc[kTiles][2][4] = {};
+    add_product<kTiles - 1>(ring, left, view, first, acc);
+    if (first + View<T>::kPass < view.columns) {
+      ring.begin(view, first + View<T>::kPass);
+    } else {
+      ahead();
+    }
+#pragma unroll
+    for (int j = 0; j < kTiles; j++)
+#pragma unroll
+      for (int b = 0; b < 2; b++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int row = Place<T>::row(i), column = first + (j * kWarps + int(threadIdx.x >> 5)) * kBlock + Place<T>::column(b, i);
+          if (row < rows && column < view.columns) finish(row, column, acc[j][b][i]);
+        }
+  }
 }
 
 // gelu(x) = x Phi(x) and its derivatives, exact (erf) form.

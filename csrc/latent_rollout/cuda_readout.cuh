@@ -30,26 +30,49 @@ JK_DEVICE float power_slope(float x, float exponent) {
   return exponent == 1.f ? sign : sign * powf(fabsf(x), exponent - 1.f);
 }
 
+// A block reads a weight once, so it streams. What each thread has summed of a row waits beside the operand.
+constexpr int kPartial = 64;
+template <class T>
+size_t readout_tiles(int64_t hidden) {
+  return operand_bytes<T>(hidden) + number_bytes(kTile * kPartial);
+}
+
 // One kernel for the three uses: p.out, p.errors or p.grad_errors is given.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) latent_rollout_readout_kernel(const jk_rollout_readout_params p) {
-  JK_DYNAMIC_SHARED(float, partial);  // kTile x kColumns: what each place of a product has summed
-  Stage<T>& stage = stage_after<T>(partial, kTile * kColumns);
-  const int64_t first = int64_t(blockIdx.x) * kTile, k = blockIdx.y;
-  const int rows = int(p.rows - first < kTile ? p.rows - first : kTile);
+__global__ void __launch_bounds__(kThreads, 2) latent_rollout_readout_kernel(const jk_rollout_readout_params p, const Placement placement) {
+  JK_DYNAMIC_SHARED(unsigned char, memory);
+  const int h = int(p.hidden), channels = int(p.channels);
+  const Rows rows(p.rows);
+  const int64_t k = blockIdx.y;
+  Arena arena{memory};
+  const Tile<T> operand = arena.operand<T>(h);
+  float* partial = arena.numbers(kTile * kPartial);
+  Ring<T> ring(arena, placement.slots);
+  // Lines are whatever lies side by side in memory: the terms of a channel, or the channels of a term.
+  const bool transposed = p.weight_row_stride != 1 && p.weight_column_stride == 1;
+  const View<T> weight{weights_of<T>(p.weight, transposed ? p.weight_row_stride : p.weight_column_stride,
+                                     transposed ? p.weight_column_stride : p.weight_row_stride, transposed ? channels : h),
+                       transposed, h, channels};
   const float times = float(p.first_step + k);
-  const float* sums = p.sums + (k * p.rows + first) * p.hidden;
-  const Matrix<T> weight{static_cast<const T*>(p.weight), p.weight_column_stride, p.weight_row_stride};
-  float total[4] = {0.f, 0.f, 0.f, 0.f};
-  for (int64_t column = 0; column < p.channels; column += kColumns) {
-    float acc[4] = {0.f, 0.f, 0.f, 0.f};
-    product(stage, [&](int r, int64_t c) { return r < rows ? sums[r * p.hidden + c] : 0.f; }, weight, p.hidden, column, p.channels, acc);
+  const float* sums = p.sums + (k * p.rows + rows.first) * h;
+  ring.begin(weight, 0);
+  clear_padding(operand, rows.count, h);
+  each(rows.count, h, [&](int r, int c) { operand(r, c) = jk::from_float<T>(sums[int64_t(r) * h + c]); });
+  __syncthreads();
+  constexpr int kTiles = kTilesOfPass<T>;
+  float total[Place<T>::kRows] = {};
+  for (int column = 0; column < channels; column += View<T>::kPass) {
+    float acc[kTiles][2][4] = {};
+    add_product<kTiles - 1>(ring, operand, weight, column, acc);
+    if (column + View<T>::kPass < channels) ring.begin(weight, column + View<T>::kPass);
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int64_t c = column + Place<T>::column(i), row = first + Place<T>::row(i), at = k * p.rows + row;
-      if (row >= p.rows || c >= p.channels) continue;
-      const int64_t base = p.base.index == nullptr ? row : p.base.index[row];
-      const float y = number(p.base.data, p.base.dtype, base * p.base.stride + c) + (p.bias == nullptr ? 0.f : times * p.bias[c]) + acc[i];
+    for (int n = 0; n < 8 * kTiles; n++) {
+      const int b = n / 4 % 2, i = n % 4, r = Place<T>::row(i);
+      const int c = column + (n / 8 * kWarps + int(threadIdx.x >> 5)) * kBlock + Place<T>::column(b, i);
+      if (r >= rows.count || c >= channels) continue;
+      const int64_t row = rows.first + r, at = k * p.rows + row, base = p.base.index == nullptr ? row : p.base.index[row];
+      const float y =
+          number(p.base.data, p.base.dtype, base * p.base.stride + c) + (p.bias == nullptr ? 0.f : times * p.bias[c]) + acc[n / 8][b][i];
       if (p.out != nullptr) {
         set_number(p.out, p.out_dtype, k * p.out_step_stride + row * p.out_row_stride + c, y);
         continue;
@@ -58,22 +81,26 @@ __global__ void __launch_bounds__(kThreads, 2) latent_rollout_readout_kernel(con
           p.targets.index == nullptr ? k * p.target_step_stride + row * p.targets.stride : p.targets.index[at] * p.targets.stride;
       const float residual = y - number(p.targets.data, p.targets.dtype, target + c);
       if (p.errors != nullptr) {
-        total[i] += power(residual, p.exponent);
+        total[Place<T>::which_row(i)] += power(residual, p.exponent);
         continue;
       }
-      const float grad = power_slope(residual, p.exponent) * p.grad_errors[at] / float(p.channels);
-      p.grad[at * p.channels + c] = grad;
+      const float grad = power_slope(residual, p.exponent) * p.grad_errors[at] / float(channels);
+      p.grad[at * channels + c] = grad;
       p.grad_base[row * p.grad_base_stride + c] += grad;
     }
   }
   if (p.errors == nullptr) return;
+  // Lanes that see the same rows take a place each.
+  constexpr int kLanes = sizeof(T) == 2 ? 4 : 8;
 #pragma unroll
-  for (int i = 0; i < 4; i++) partial[Place<T>::row(i) * kColumns + Place<T>::column(i)] = total[i];
+  for (int i = 0; i < 4; i++)
+    partial[Place<T>::row(i) * kPartial + int(threadIdx.x >> 5) * kLanes + jk::lane_id() % kLanes] = total[Place<T>::which_row(i)];
   __syncthreads();
-  if (int(threadIdx.x) < rows) {
-    float sum = 0.f;
-    for (int c = 0; c < kColumns; c++) sum += partial[threadIdx.x * kColumns + c];
-    p.errors[k * p.rows + first + threadIdx.x] = sum / float(p.channels);
+  for (int r = threadIdx.x >> 5; r < rows.count; r += kWarps) {
+    float sum = partial[r * kPartial + jk::lane_id()];
+    if (kLanes == 8) sum += partial[r * kPartial + 32 + jk::lane_id()];
+    sum = jk::warp_sum(sum);
+    if (jk::lane_id() == 0) p.errors[k * p.rows + rows.first + r] = sum / float(channels);
   }
 }
 

@@ -25,6 +25,7 @@ def sound(kernel: str, row: dict[str, int]) -> None:
     assert row["stack"] == 0, f"{kernel} keeps an array in memory: {row}"
     assert row["registers"] <= MOST_REGISTERS, f"{kernel}: {row}"
     if kernel.startswith("latent_rollout"):
+        assert row["LDGSTS"] > 0, f"{kernel} does not load its matrices asynchronously: {row}"
         for instruction in ("HMMA", "LDSM"):
             assert (row[instruction] > 0) == (not kernel.endswith("<float>")), f"{kernel} uses the wrong units: {row}"
     if not kernel.startswith(("masked_attention_fwd", "masked_attention_bwd")):

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "simt"
@@ -105,6 +106,27 @@ def load(cu_path: str | Path, defines: Mapping[str, str | int] | None = None) ->
 def configure(library: ctypes.CDLL, order: str = "forward", seed: int = 1, host_threads: int = 0) -> None:
     """Choose the order in which threads and blocks run ("forward", "reverse", "shuffled") for later launches."""
     library.simt_configure(ORDERS[order], seed, host_threads)
+
+
+def limit_shared(library: ctypes.CDLL, kibibytes: int = 0) -> None:
+    """Dynamic shared memory that later launches may ask for, as a device would say (227 on sm_90); 0: the 99 KiB of sm_120."""
+    library.simt_limit_shared(ctypes.c_size_t(kibibytes * 1024))
+
+
+class Counts(NamedTuple):
+    """What launches did, all blocks together: block barriers passed, and bytes that cp.async read."""
+
+    launches: int
+    most_shared_bytes: int
+    barriers: int
+    async_bytes: int
+
+
+def take_counts(library: ctypes.CDLL) -> Counts:
+    """The counts since the last call."""
+    numbers = (ctypes.c_uint64 * len(Counts._fields))()
+    library.simt_take_counts(numbers)
+    return Counts(*numbers)
 
 
 def run_sanitized(arguments: Sequence[str], sanitizer: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:

@@ -115,6 +115,20 @@ def _address(value) -> int | None:
     return value.data_ptr() if hasattr(value, "data_ptr") else value.ctypes.data
 
 
+def run_cuda_on(monkeypatch, library) -> None:
+    """The CUDA backend runs on `library` (or a Recorder of it), and takes CPU tensors."""
+    from jepa_kernels.ops.latent_rollout import cuda, native_kernels
+
+    create = native_kernels.NativeKernels.__init__
+
+    def created(self, *arguments, **options) -> None:
+        create(self, *arguments, **options)
+        self.ops = SimtOps(library)
+
+    monkeypatch.setattr(native_kernels.NativeKernels, "__init__", created)
+    monkeypatch.setattr(cuda, "unsupported_reasons", lambda call: [])
+
+
 class SimtOps:
     """What `NativeKernels.ops` offers, on the executor. New tensors hold NaN, so that an element nobody writes is seen."""
 

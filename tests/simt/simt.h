@@ -33,7 +33,7 @@ namespace simt {
 
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kGuardBytes = 4096;
-constexpr size_t kMaxSharedBytes = 99 * 1024;      // the smallest opt-in limit among the shipped architectures (sm_120)
+constexpr size_t kLeastSharedLimit = 99 * 1024;    // the smallest opt-in limit among the shipped architectures (sm_120)
 constexpr size_t kDefaultSharedBytes = 48 * 1024;  // more needs jk::allow_dynamic_shared
 constexpr size_t kPayloadBytes = 32;               // what a lane can hand to a warp collective
 constexpr size_t kCanaryBytes = 256;
@@ -45,8 +45,15 @@ struct Settings {
   std::atomic<int> order{kForward};
   std::atomic<unsigned> seed{1};
   std::atomic<int> host_threads{0};  // 0: as many as the machine has
+  std::atomic<size_t> shared_limit{kLeastSharedLimit};
 };
 inline Settings settings;
+
+// What the launches since the last `simt_take_counts` did, in all blocks together.
+struct Counts {
+  std::atomic<uint64_t> launches{0}, most_shared_bytes{0}, barriers{0}, async_bytes{0};
+};
+inline Counts counts;
 
 struct Site {
   const char* what;
@@ -169,6 +176,7 @@ inline int block_barrier(int vote, Site site) {
   key.release();
   b.votes += vote != 0;
   if (++b.arrived == b.count) {
+    counts.barriers++;
     b.voted = b.votes;
     b.votes = 0;
     b.arrived = 0;
@@ -418,8 +426,8 @@ inline std::string launch_refusal(const void* kernel, dim3 grid, dim3 threads, s
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
     return "simt: a grid must have 1 to 2147483647 x 65535 x 65535 blocks, got " + std::to_string(grid.x) + " x " + std::to_string(grid.y) +
            " x " + std::to_string(grid.z) + ".";
-  if (shared_bytes > kMaxSharedBytes)
-    return "simt: dynamic shared memory must be at most " + std::to_string(kMaxSharedBytes) + " bytes, got " +
+  if (shared_bytes > settings.shared_limit)
+    return "simt: dynamic shared memory must be at most " + std::to_string(settings.shared_limit) + " bytes, got " +
            std::to_string(shared_bytes) + ".";
   auto allowed = allowed_shared.find(kernel);
   if (shared_bytes > kDefaultSharedBytes && (allowed == allowed_shared.end() || allowed->second < shared_bytes))
@@ -430,6 +438,8 @@ inline std::string launch_refusal(const void* kernel, dim3 grid, dim3 threads, s
 inline void launch(const void* kernel, dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& body) {
   const std::string refusal = launch_refusal(kernel, grid, threads, shared_bytes);
   if (!refusal.empty()) return report(refusal);
+  counts.launches++;
+  counts.most_shared_bytes = std::max<uint64_t>(counts.most_shared_bytes, shared_bytes);
   const uint64_t total = uint64_t(grid.x) * grid.y * grid.z;
   const int order = settings.order;
   const uint32_t seed = settings.seed;
@@ -486,4 +496,12 @@ extern "C" __attribute__((visibility("default"), used)) inline void simt_configu
   simt::settings.order = order;
   simt::settings.seed = seed;
   simt::settings.host_threads = host_threads;
+}
+extern "C" __attribute__((visibility("default"), used)) inline void simt_limit_shared(size_t bytes) {
+  simt::settings.shared_limit = bytes ? bytes : simt::kLeastSharedLimit;
+}
+extern "C" __attribute__((visibility("default"), used)) inline void simt_take_counts(uint64_t* to) {
+  std::atomic<uint64_t>* const from[] = {&simt::counts.launches, &simt::counts.most_shared_bytes, &simt::counts.barriers,
+                                         &simt::counts.async_bytes};
+  for (int i = 0; i < 4; i++) to[i] = from[i]->exchange(0);
 }

@@ -79,6 +79,7 @@ inline void async_copy(void* to, const void* from, uint32_t bytes, uint32_t vali
     fail("simt: " + site.text() + " needs addresses aligned to its " + std::to_string(bytes) + " bytes.");
   std::memset(to, kPoison, bytes);
   Quiet quiet;
+  counts.async_bytes += valid_bytes;
   fiber->copies.push_back({to, from, bytes, valid_bytes, fiber->copy_group});
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.simt.build import ORDERS, SANITIZER_STATUS, build, configure, run_sanitized
+from tests.simt.build import ORDERS, SANITIZER_STATUS, build, configure, limit_shared, run_sanitized, take_counts
 
 PROBE = Path(__file__).with_name("probe.cu")
 
@@ -161,6 +161,13 @@ def test_launch_limits_are_checked(probe: ctypes.CDLL) -> None:
     assert b"need jk::allow_dynamic_shared" in probe.probe_shared_bytes(*arguments, 64 * 1024, 0)
     assert b"at most 101376 bytes" in probe.probe_shared_bytes(*arguments, 128 * 1024, 1)
     assert probe.probe_shared_bytes(*arguments, 64 * 1024, 1) is None
+    limit_shared(probe, 227)
+    take_counts(probe)
+    assert probe.probe_shared_bytes(*arguments, 128 * 1024, 1) is None
+    assert b"at most 232448 bytes" in probe.probe_shared_bytes(*arguments, 228 * 1024, 1)
+    limit_shared(probe)
+    assert take_counts(probe)[:2] == (1, 128 * 1024)
+    assert b"at most 101376 bytes" in probe.probe_shared_bytes(*arguments, 128 * 1024, 1)
     assert probe.probe_block_sum(*arguments, 1, 32, 0) is None
 
 

@@ -10,17 +10,20 @@ import pytest
 import torch
 
 from jepa_kernels.ops.latent_rollout import cuda as backend
-from jepa_kernels.ops.latent_rollout import latent_rollout, native_kernels
+from jepa_kernels.ops.latent_rollout import latent_rollout
 from jepa_kernels.ops.latent_rollout.api import prepare
 from jepa_kernels.ops.latent_rollout.op import with_parameters
 from jepa_kernels.ops.latent_rollout.testing import CELLS, check_rollout, rollout_case, run_rollout
 from jepa_kernels.testing import RESULT_FAULTS, planted_fault
 from tests.simt.build import ORDERS, ROOT, build, configure, run_sanitized
-from tests.simt.rollout_abi import Library, SimtOps
+from tests.simt.rollout_abi import Library, SimtOps, run_cuda_on
 from tests.simt.rollout_saved import Recorder
 
 SOURCE = "csrc/latent_rollout/cuda.cu"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Fewer instances compile faster.
+ONLY_FLOAT = {"JK_INSTANCES(name)": "name<float>,name<float>,name<float>"}
+WITHOUT_HALF = {"JK_INSTANCES(name)": "name<float>,name<jk::bfloat16>,name<jk::bfloat16>"}
 OUTPUTS = ("states", "last", 1.0, 2.5)
 each_cell = pytest.mark.parametrize("cell", CELLS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -32,21 +35,9 @@ def library() -> Library:
     return Library(build(SOURCE))
 
 
-def use(monkeypatch: pytest.MonkeyPatch, library: Library | Recorder) -> None:
-    """The CUDA backend runs on `library`, and takes CPU tensors."""
-    create = native_kernels.NativeKernels.__init__
-
-    def created(self, *arguments, **options) -> None:
-        create(self, *arguments, **options)
-        self.ops = SimtOps(library)
-
-    monkeypatch.setattr(native_kernels.NativeKernels, "__init__", created)
-    monkeypatch.setattr(backend, "unsupported_reasons", lambda call: [])
-
-
 @pytest.fixture(autouse=True)
 def _on_the_executor(monkeypatch: pytest.MonkeyPatch, library: Library):
-    use(monkeypatch, library)
+    run_cuda_on(monkeypatch, library)
     yield
     configure(library.library)
 
@@ -130,11 +121,15 @@ def test_comparison_notices_planted_faults(fault, phase):
 
 
 KERNEL_FAULTS = {
-    "a step without its drift": ("residual_mlp", "cuda_recurrence.cuh", "v + p.drift[c]", "v"),
+    "a step without its drift": ("residual_mlp", "cuda_recurrence.cuh", "(v + p.drift[c])", "v"),
     "a half-step the wrong way": ("hamiltonian", "cuda_recurrence.cuh", "which ? -p.time_step : p.time_step", "p.time_step"),
-    "a gate without its bias": ("gru", "cuda_gru.cuh", " + p.bias_state[2 * d + c]", ""),
-    "a product whose left side is not complete": ("residual_mlp", "cuda_product.cuh", "__syncthreads();", ""),
-}
+    "a gate without its bias": ("gru", "cuda_gru.cuh", "acc[2][b][i] = p.bias_state[2 * d + at]", "acc[2][b][i] = 0.f"),
+    "a product whose left side is not complete": ("residual_mlp", "cuda_recurrence.cuh", "    __syncthreads();\n    multiply(", "    multiply("),
+    "a kept matrix that has not arrived": ("residual_mlp", "cuda_weights.cuh", "jk::cp_async_wait<0>();", ""),
+    "a slot that has not arrived": ("residual_mlp", "cuda_weights.cuh", "jk::cp_async_wait<kManySlots - 2>();", ""),
+    "a slot that other lanes have yet to fill": ("residual_mlp", "cuda_weights.cuh", "__syncwarp();  // every lane's", "// every lane's"),
+    "a slot filled again too early": ("residual_mlp", "cuda_weights.cuh", "int i = 1; i < count; i++", "int i = 0; i < count; i++"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", KERNEL_FAULTS)
@@ -147,20 +142,22 @@ def test_a_fault_in_a_kernel_is_noticed(monkeypatch, tmp_path: Path, fault):
     text = path.read_text()
     assert sound in text
     path.write_text(text.replace(sound, broken))
-    use(monkeypatch, Library(build(tmp_path / "latent_rollout" / "cuda.cu")))
+    run_cuda_on(monkeypatch, Library(build(tmp_path / "latent_rollout" / "cuda.cu", defines=ONLY_FLOAT)))
     with pytest.raises(AssertionError):
-        check_rollout(rollout_case(cell, "states", hidden=40), "cuda")
+        check_rollout(rollout_case(cell, "states", hidden=72, horizon=4), "cuda")
 
 
 @pytest.fixture(scope="module")
 def saved_calls(library: Library, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every kernel, in float32 and bfloat16, with sizes that fill a tile and sizes that do not."""
+    """Every kernel, in float32 and bfloat16: sizes that fill a tile and sizes that do not, matrices that stay and wide ones that stream."""
     recorder = Recorder(library)
     with pytest.MonkeyPatch.context() as patch:
-        use(patch, recorder)
+        run_cuda_on(patch, recorder)
         for cell in CELLS:
-            for output, dtype, rows, hidden, channels in (("last", torch.float32, 19, 33, 34), (1.0, torch.bfloat16, 17, 12, 16)):
-                run_rollout(rollout_case(cell, output, rows=rows, hidden=hidden, channels=channels, horizon=2, dtype=dtype), "cuda")
+            wide = {"residual_mlp": (135, 6), "hamiltonian": (100, 6), "gru": (6, 70)}[cell]
+            sizes = (("last", torch.float32, 19, 33, 34), (1.0, torch.bfloat16, 17, 12, 16), ("last", torch.float32, 2, *wide))
+            for output, dtype, rows, hidden, channels in sizes:
+                run_rollout(rollout_case(cell, output, rows=rows, hidden=hidden, channels=channels, horizon=3, dtype=dtype), "cuda")
     path = tmp_path_factory.mktemp("calls") / "calls.npz"
     np.savez(path, **recorder.arrays)
     return path
@@ -168,26 +165,36 @@ def saved_calls(library: Library, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.mark.parametrize("sanitizer", ["asan_ubsan", "tsan"])
 def test_sanitizers_find_nothing(saved_calls, sanitizer):
-    arguments = [str(ROOT / "tests" / "simt" / "rollout_saved.py"), str(build(SOURCE, sanitizer)), str(saved_calls), sanitizer]
+    arguments = [
+        str(ROOT / "tests" / "simt" / "rollout_saved.py"),
+        str(build(SOURCE, sanitizer, WITHOUT_HALF)),
+        str(saved_calls),
+        sanitizer,
+    ]
     done = run_sanitized(arguments, sanitizer)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "calls agree" in done.stdout
 
 
-def _wide(cell: str, width: int):
+def _wide(cell: str, width: int, dtype: torch.dtype = torch.float32):
     """A rollout of one row; the second layer of a Hamiltonian is two units wider than its first."""
     hidden = width - 2 if cell == "hamiltonian" else width
     channels = width if cell == "gru" else 4
-    return rollout_case(cell, "last", rows=1, horizon=2, channels=channels, hidden=hidden, gathered=False, split=False)
+    return rollout_case(cell, "last", rows=1, horizon=2, channels=channels, hidden=hidden, gathered=False, split=False, dtype=dtype)
 
 
 @each_cell
-def test_the_widest_cell_that_the_backend_accepts_runs(monkeypatch, cell):
-    """One unit more and the backend refuses it; a much wider one the kernels refuse themselves."""
+@two_dtypes
+def test_the_widest_cell_that_the_backend_accepts_runs(cell, dtype):
+    check_rollout(_wide(cell, backend.WIDEST[cell], dtype), "cuda")
+
+
+@each_cell
+def test_the_widest_cell_is_what_the_kernels_can_hold(monkeypatch, cell):
+    """In 99 KiB one unit more (of both layers of a Hamiltonian) does not fit, and the backend refuses it too."""
     widest = backend.WIDEST[cell]
-    check_rollout(_wide(cell, widest), "cuda")
     with pytest.raises(RuntimeError, match="hidden must be narrow enough for the shared memory of a block"):
-        run_rollout(_wide(cell, 2 * widest), "cuda")
+        run_rollout(_wide(cell, widest + (3 if cell == "hamiltonian" else 1)), "cuda")
     monkeypatch.undo()
     for width, accepted in ((widest, True), (widest + 1, False)):
         case = _wide(cell, width)
