@@ -13,8 +13,7 @@ def keep_freed_memory() -> bool:
     """Keeps freed memory in the process, for the next step to use again; call it once, before training on a CPU.
 
     A step frees activations of many megabytes that the next step allocates again. glibc gives such memory back to the system each time,
-    which fills its pages with zeros at their next first touch. The peak of the resident set stays what it is; what does not happen any more
-    is that it shrinks between steps.
+    which fills its pages with zeros at their next first touch. The price: the resident set does not shrink between steps any more.
 
     Returns:
         Whether the C library took the settings: true with glibc, false with others, whose behaviour stays as it was.

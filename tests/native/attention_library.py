@@ -64,6 +64,15 @@ def _flags(stem: str, emulated: bool) -> list[str]:
     return ["-O2", *NATIVE_FLAGS.get(stem, []), *(["-DJK_EMULATED_ISA=3"] if emulated and stem == "cpu" else [])]
 
 
+def make(command: list[str], target: Path) -> Path:
+    """Compiles or links `target` unless it is there."""
+    if not target.exists():
+        partial = target.with_suffix(".partial")
+        subprocess.run([*command, "-o", str(partial)], check=True)
+        partial.rename(target)  # a half-written file is never used
+    return target
+
+
 def build(folder: Path, emulated: bool) -> Path:
     """A shared library of the kernels; `emulated` compiles the AVX-512 files against SIMDe, so that they run on any x86-64 with AVX2."""
     sources = sorted((CSRC / "masked_attention").glob("cpu*.cpp"))
@@ -71,22 +80,15 @@ def build(folder: Path, emulated: bool) -> Path:
     contents = b"".join(path.read_bytes() for path in sorted([*sources, *headers]))
     folder.mkdir(parents=True, exist_ok=True)
 
-    def run(command: list[str], target: Path) -> Path:
-        if not target.exists():
-            partial = target.with_suffix(".partial")
-            subprocess.run([*command, "-o", str(partial)], check=True)
-            partial.rename(target)  # a half-written file is never used
-        return target
-
     def compile_one(source: Path) -> Path:
         command = ["g++", *BASE_FLAGS, *_flags(source.stem, emulated), "-c", str(source)]
         digest = hashlib.sha256(contents + " ".join(command).encode()).hexdigest()[:16]
-        return run(command, folder / f"{source.stem}_{digest}.o")
+        return make(command, folder / f"{source.stem}_{digest}.o")
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
     digest = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:16]
-    return run(["g++", "-shared", *map(str, objects)], folder / f"attention_{digest}.so")
+    return make(["g++", "-shared", *map(str, objects)], folder / f"attention_{digest}.so")
 
 
 def serial(pieces: int = 1, order: Callable[[list[int]], list[int]] = list) -> Callable:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import subprocess
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from tests.native.attention_library import AVX2_FLAGS, BASE_FLAGS
+from tests.native.attention_library import AVX2_FLAGS, BASE_FLAGS, make
 from tests.native.rollout_library import CpuLibrary
 from tests.simt.rollout_abi import SimtOps, Table
 
@@ -32,20 +31,12 @@ _SANITIZERS = {
 }
 
 
-def _make(command: list[str], target: Path) -> Path:
-    if not target.exists():
-        partial = target.with_suffix(".partial")
-        subprocess.run([*command, "-o", str(partial)], check=True)
-        partial.rename(target)  # a half-written file is never used
-    return target
-
-
 def _compile(source: Path, folder: Path, flags: list[str]) -> Path:
     root = source.parents[1]
     headers = [*root.glob("*.h"), *root.glob("simd/*.h"), *root.glob("latent_rollout/*.h"), *HERE.glob("*.h")]
     command = ["g++", *BASE_FLAGS, *flags, *_UNIT_FLAGS.get(source.stem, [])]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in (source, *sorted(headers))) + " ".join(command).encode())
-    return _make([*command, "-c", str(source)], folder / f"rollout-{source.stem}-{digest.hexdigest()[:16]}.o")
+    return make([*command, "-c", str(source)], folder / f"rollout-{source.stem}-{digest.hexdigest()[:16]}.o")
 
 
 def build(folder: Path, sanitizer: str | None = None, patched: Mapping[str, Path] | None = None) -> Path:
@@ -72,7 +63,7 @@ def build(folder: Path, sanitizer: str | None = None, patched: Mapping[str, Path
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
     digest = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:16]
-    return _make(["g++", "-shared", *_SANITIZERS[sanitizer], *map(str, objects)], folder / f"rollout-{digest}.so")
+    return make(["g++", "-shared", *_SANITIZERS[sanitizer], *map(str, objects)], folder / f"rollout-{digest}.so")
 
 
 def patch(folder: Path, file: str, sound: str, broken: str) -> Path:
@@ -156,24 +147,8 @@ class CpuOps(SimtOps):
         )
         return errors, signs
 
-    def latent_rollout_errors_gradient(
-        self, sums, weight, bias, base, base_rows, targets, target_rows, exponent, signs, first_step, grad_errors, grad_base, isa
-    ):
-        grad = self._new(*sums.shape[:2], weight.shape[1])
-        self._readout(
-            "readout_gradient", sums, weight, bias, base, base_rows, first_step, grad_errors=grad_errors, grad=grad, grad_base=grad_base,
-            grad_base_stride=grad_base.stride(0), signs=signs, **self._targets(targets, target_rows, exponent),
-        )  # fmt: skip
-        return grad
-
-    def latent_rollout_gru_bwd(self, start, actions, states, gates, weights, epsilon, grad_states, every_step, isa):
-        horizon, rows, given = actions.shape
-        width, tiles = start.shape[1], self.library.tiles(rows)
-        shapes = ((horizon, rows, 3 * width), (rows, width), (tiles, 2, width), (horizon, rows, given), (tiles, 1 + given, 4 * width))
-        results = [self._new(*shape) for shape in shapes]
-        names = ("grad_gates", "grad_start", "grad_norm", "grad_actions", "grad_small")
-        self._gru(
-            "gru_bwd", start, actions, weights, epsilon, kept=horizon, states=states, gates=gates, grad_states=grad_states,
-            every_step=int(every_step), **dict(zip(names, results, strict=True)),
-        )  # fmt: skip
-        return results
+    def _gru_gradients(self, horizon, rows, width, actions):
+        pieces = self.library.tiles(rows)
+        return super()._gru_gradients(horizon, rows, width, actions) | {
+            "grad_gates": (horizon, rows, 3 * width), "grad_actions": (horizon, rows, actions), "grad_small": (pieces, 1 + actions, 4 * width)
+        }  # fmt: skip

@@ -10,30 +10,23 @@ import pytest
 import torch
 
 from jepa_kernels.ops.latent_rollout import cpu as backend
-from jepa_kernels.ops.latent_rollout import native_kernels
 from jepa_kernels.ops.latent_rollout.testing import CELLS, RolloutCase, check_rollout, rollout_case, run_rollout
-from tests.conftest import missing
 from tests.native.attention_library import serial, threaded
 from tests.native.rollout_harness import CpuOps, Fences, build, patch
 from tests.native.rollout_library import ISAS, CpuLibrary
 from tests.simt.build import ROOT, SANITIZER_STATUS, run_sanitized
+from tests.simt.rollout_abi import run_on
 from tests.simt.rollout_saved import Recorder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 OUTPUTS = ("states", "last", 1.0, 2.0, 2.5)
 each_cell = pytest.mark.parametrize("cell", CELLS)
 
 
 @pytest.fixture(scope="session")
-def folder(pytestconfig) -> Path:
-    """Where builds are kept between runs."""
-    if not Path("/usr/include/simde/x86/avx512.h").exists():
-        missing("the SIMDe headers are not installed (apt-get install libsimde-dev)")
-    return Path(pytestconfig.cache.mkdir("native_kernels"))
-
-
-@pytest.fixture(scope="session")
-def built(folder) -> Path:
-    return build(folder)
+def built(emulated_builds) -> Path:
+    return build(emulated_builds)
 
 
 @pytest.fixture(params=list(ISAS))
@@ -41,27 +34,12 @@ def library(request, built) -> CpuLibrary:
     return CpuLibrary(built, ISAS[request.param], serial())
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The shapes are tiny: torch's threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def use(monkeypatch) -> Callable[[CpuLibrary | Recorder], None]:
     """Lets the CPU backend run on a library, with every tensor between fences."""
-    create = native_kernels.NativeKernels.__init__
 
     def chosen(library: CpuLibrary | Recorder) -> None:
-        def created(self, *arguments, **options) -> None:
-            create(self, *arguments, **options)
-            self.ops = CpuOps(Fences(library))
-
-        monkeypatch.setattr(native_kernels.NativeKernels, "__init__", created)
-        monkeypatch.setattr(backend, "unsupported_reasons", lambda call: [])
+        run_on(monkeypatch, backend, CpuOps(Fences(library)))
 
     return chosen
 
@@ -216,10 +194,10 @@ def with_fault(name: str, folder: Path, copy: Path, sanitizer: str | None = None
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_a_kernel_is_noticed(use, folder, built, tmp_path, fault):
+def test_a_fault_in_a_kernel_is_noticed(use, emulated_builds, built, tmp_path, fault):
     cell, options, *_ = FAULTS[fault]
     case = rollout_case(cell, **options)
-    sound, broken = CpuLibrary(built, 0, serial()), CpuLibrary(with_fault(fault, folder, tmp_path), 0, serial())
+    sound, broken = CpuLibrary(built, 0, serial()), CpuLibrary(with_fault(fault, emulated_builds, tmp_path), 0, serial())
     use(sound)
     poison(sound)
     check_rollout(case, "cpu")
@@ -233,15 +211,8 @@ def test_a_fault_in_a_kernel_is_noticed(use, folder, built, tmp_path, fault):
 def saved_calls(built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every kernel, with a tile that is full and one that is not, no rows at all, and a product in steps."""
     recorder = Recorder(CpuLibrary(built, ISAS["avx2"], serial()))
-    create = native_kernels.NativeKernels.__init__
-
-    def created(self, *arguments, **options) -> None:
-        create(self, *arguments, **options)
-        self.ops = CpuOps(recorder)
-
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(native_kernels.NativeKernels, "__init__", created)
-        monkeypatch.setattr(backend, "unsupported_reasons", lambda call: [])
+        run_on(monkeypatch, backend, CpuOps(recorder))
         for cell in CELLS:
             run_rollout(rollout_case(cell, "last", rows=49, channels=18, hidden=33, horizon=2, action_channels=1), "cpu")
             run_rollout(rollout_case(cell, 1.0, rows=50, channels=34, hidden=15, horizon=2, action_channels=16), "cpu")
@@ -257,8 +228,8 @@ def replay(library: Path, calls: Path, sanitizer: str, isas: str, *more: str):
 
 
 @pytest.mark.parametrize(("sanitizer", "isas"), (("asan_ubsan", "portable,avx2,avx512"), ("tsan", "portable,avx2")))
-def test_sanitizers_find_nothing(folder, saved_calls, sanitizer, isas):
-    library = build(folder, sanitizer)
+def test_sanitizers_find_nothing(emulated_builds, saved_calls, sanitizer, isas):
+    library = build(emulated_builds, sanitizer)
     done = replay(library, saved_calls, sanitizer, isas)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count("calls agree") == 2 * (1 + isas.count(","))
@@ -268,6 +239,6 @@ def test_sanitizers_find_nothing(folder, saved_calls, sanitizer, isas):
         assert done.returncode == SANITIZER_STATUS and "data race" in done.stderr, done.stderr[-4000:]
 
 
-def test_address_sanitizer_notices_a_row_too_many(folder, tmp_path, saved_calls):
-    done = replay(with_fault("a row too many", folder, tmp_path, "asan_ubsan"), saved_calls, "asan_ubsan", "portable")
+def test_address_sanitizer_notices_a_row_too_many(emulated_builds, tmp_path, saved_calls):
+    done = replay(with_fault("a row too many", emulated_builds, tmp_path, "asan_ubsan"), saved_calls, "asan_ubsan", "portable")
     assert done.returncode == SANITIZER_STATUS and "heap-buffer-overflow" in done.stderr, done.stderr[-4000:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +10,10 @@ import torch.nn.functional as F
 
 from jepa_kernels.testing import HEAD_DIMS
 
-from ..conftest import missing
 from .attention_library import ISAS, Call, Library, build, serial, threaded
 from .attention_oracle import make_table, oracle, rotate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 GRID = (3, 5, 7)
 TOKENS = 105
@@ -39,21 +39,9 @@ class Kernels:
 
 
 @pytest.fixture(scope="session")
-def libraries(pytestconfig) -> dict[str, Library]:
+def libraries(emulated_builds) -> dict[str, Library]:
     """The native build and the one whose AVX-512 files run on SIMDe, both compiled once and kept in pytest's cache."""
-    folder = Path(pytestconfig.cache.mkdir("native_kernels"))
-    if not Path("/usr/include/simde/x86/avx512.h").exists():
-        missing("the SIMDe headers are not installed (apt-get install libsimde-dev)")
-    return {name: Library(build(folder, emulated=name == "emulated")) for name in ("native", "emulated")}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The shapes are tiny: torch's threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    return {name: Library(build(emulated_builds, emulated=name == "emulated")) for name in ("native", "emulated")}
 
 
 @pytest.fixture(params=list(ISAS))

@@ -80,25 +80,34 @@ _FUNCTIONS = {
 
 
 class Library:
-    """The C ABI of csrc/latent_rollout/cuda.cu, built for the executor."""
+    """The C ABI of latent_rollout's kernels for one kind of device; a refusal becomes a RuntimeError. This one: cuda.cu, built for the executor."""
+
+    device = "cuda"
+    more_types: tuple = (Pointer,)  # of a function's arguments behind its parameters
 
     def __init__(self, path: str | Path) -> None:
         self.library = ctypes.CDLL(str(path))
         for name, params in _FUNCTIONS.items():
-            function = getattr(self.library, f"jk_latent_rollout_cuda_{name}")
-            function.argtypes, function.restype = [ctypes.POINTER(params), Pointer], ctypes.c_char_p
-        self.library.jk_latent_rollout_cuda_gru_tiles.argtypes = [Int64]
-        self.library.jk_latent_rollout_cuda_gru_tiles.restype = Int64
+            function = self._function(name)
+            function.argtypes, function.restype = [ctypes.POINTER(params), *self.more_types], ctypes.c_char_p
+        self._function("gru_tiles").argtypes, self._function("gru_tiles").restype = [Int64], Int64
+
+    def _function(self, name: str):
+        return getattr(self.library, f"jk_latent_rollout_{self.device}_{name}")
+
+    def more(self) -> tuple:
+        """The arguments behind the parameters: a stream."""
+        return (None,)
 
     def tiles(self, rows: int) -> int:
-        return self.library.jk_latent_rollout_cuda_gru_tiles(rows)
+        return self._function("gru_tiles")(rows)
 
     def call(self, name: str, **values) -> None:
         """Runs one function; a value is a number, a Table, or something with an address (array or tensor)."""
         params = _FUNCTIONS[name]()
         for field, value in values.items():
             setattr(params, field, _field(value))
-        error = getattr(self.library, f"jk_latent_rollout_cuda_{name}")(ctypes.byref(params), None)
+        error = self._function(name)(ctypes.byref(params), *self.more())
         if error is not None:
             raise RuntimeError(error.decode())
 
@@ -115,18 +124,25 @@ def _address(value) -> int | None:
     return value.data_ptr() if hasattr(value, "data_ptr") else value.ctypes.data
 
 
-def run_cuda_on(monkeypatch, library) -> None:
-    """The CUDA backend runs on `library` (or a Recorder of it), and takes CPU tensors."""
-    from jepa_kernels.ops.latent_rollout import cuda, native_kernels
+def run_on(monkeypatch, backend, ops) -> None:
+    """A backend of C++ kernels runs on `ops` in the place of the native torch ops, and takes CPU tensors."""
+    from jepa_kernels.ops.latent_rollout import native_kernels
 
     create = native_kernels.NativeKernels.__init__
 
     def created(self, *arguments, **options) -> None:
         create(self, *arguments, **options)
-        self.ops = SimtOps(library)
+        self.ops = ops
 
     monkeypatch.setattr(native_kernels.NativeKernels, "__init__", created)
-    monkeypatch.setattr(cuda, "unsupported_reasons", lambda call: [])
+    monkeypatch.setattr(backend, "unsupported_reasons", lambda call: [])
+
+
+def run_cuda_on(monkeypatch, library) -> None:
+    """The CUDA backend runs on `library` (or a Recorder of it)."""
+    from jepa_kernels.ops.latent_rollout import cuda
+
+    run_on(monkeypatch, cuda, SimtOps(library))
 
 
 class SimtOps:
@@ -215,7 +231,7 @@ class SimtOps:
         grad = self._new(*sums.shape[:2], weight.shape[1])
         self._readout(
             "readout_gradient", sums, weight, bias, base, base_rows, first_step, grad_errors=grad_errors, grad=grad, grad_base=grad_base,
-            grad_base_stride=grad_base.stride(0), **self._targets(targets, target_rows, exponent),
+            grad_base_stride=grad_base.stride(0), signs=signs, **self._targets(targets, target_rows, exponent),
         )  # fmt: skip
         return grad
 
@@ -235,14 +251,19 @@ class SimtOps:
         self._gru("gru_fwd", start, actions, weights, epsilon, kept=kept, states=states, gates=gates if save else None)
         return states, gates
 
+    def _gru_gradients(self, horizon: int, rows: int, width: int, actions: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of what the backward pass returns, in its order; products with actions are left to torch."""
+        pieces = self.library.tiles(rows)
+        return {
+            "grad_gates": (horizon, rows, 4 * width), "grad_start": (rows, width), "grad_norm": (pieces, 2, width),
+            "grad_actions": (0, rows, actions), "grad_small": (0, 1 + actions, 4 * width),
+        }  # fmt: skip
+
     def latent_rollout_gru_bwd(self, start, actions, states, gates, weights, epsilon, grad_states, every_step, isa):
-        horizon, rows, _ = actions.shape
-        width = start.shape[1]
-        grad_gates, grad_start, grad_norm = (
-            self._new(*shape) for shape in ((horizon, rows, 4 * width), (rows, width), (self.library.tiles(rows), 2, width))
-        )
+        horizon, rows, given = actions.shape
+        results = {name: self._new(*shape) for name, shape in self._gru_gradients(horizon, rows, start.shape[1], given).items()}
         self._gru(
             "gru_bwd", start, actions, weights, epsilon, kept=horizon, states=states, gates=gates, grad_states=grad_states,
-            every_step=int(every_step), grad_gates=grad_gates, grad_start=grad_start, grad_norm=grad_norm,
+            every_step=int(every_step), **results,
         )  # fmt: skip
-        return grad_gates, grad_start, grad_norm, self._new(0, rows, actions.shape[2]), self._new(0, 1 + actions.shape[2], 4 * width)
+        return list(results.values())

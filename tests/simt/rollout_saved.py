@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Iterator
 from itertools import cycle
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,17 +60,26 @@ def _call(library: Library, name: str, values: dict) -> None:
         print(error, file=sys.stderr)
 
 
-def replay(path: str, calls: str, sanitizer: str) -> None:
-    """Each call in the next thread order; results must be those of the plain library up to rounding: its compiler fuses other operations."""
-    library = Library(path)
-    with np.load(calls) as saved:
+class Saved(NamedTuple):
+    """One call of a file."""
+
+    label: str
+    name: str
+    values: dict[str, Any]
+    arrays: dict[str, np.ndarray]  # what the call reads and writes
+    wanted: dict[str, np.ndarray]  # what they should hold afterwards, by the same names
+
+
+def saved_calls(path: str) -> Iterator[Saved]:
+    """The calls of a file in their order, each with arrays of its own."""
+    with np.load(path) as saved:
         groups: dict[str, dict[str, np.ndarray]] = {}
         for key in saved.files:
             number, name, rest = key.split("/", 2)
             groups.setdefault(f"{number}/{name}", {})[rest] = saved[key]
-    for (label, entries), order in zip(sorted(groups.items()), cycle(ORDERS)):
-        name, values, written = label.split("/")[1], {}, {}
-        arrays = {key.removesuffix("/before"): entries[key].copy() for key in entries if key.endswith("/before")}
+    for label, entries in sorted(groups.items()):
+        values: dict[str, Any] = {}
+        arrays = {key.removesuffix("/before"): entry.copy() for key, entry in entries.items() if key.endswith("/before")}
         for key, entry in entries.items():
             field, kind = key.split("/")[:2]
             if kind == "number":
@@ -77,22 +88,29 @@ def replay(path: str, calls: str, sanitizer: str) -> None:
                 values[field] = arrays[f"{field}/array"]
             elif kind == "table":
                 values[field] = Table(arrays[f"{field}/data"], arrays.get(f"{field}/index"), *(int(v) for v in entry))
-            if key.endswith("/after"):
-                written[key.removesuffix("/after")] = entry
+        wanted = {key.removesuffix("/after"): entry for key, entry in entries.items() if key.endswith("/after")}
+        yield Saved(label, label.split("/")[1], values, arrays, wanted)
+
+
+def replay(path: str, calls: str, sanitizer: str) -> None:
+    """Each call in the next thread order; results must be those of the plain library up to rounding: its compiler fuses other operations."""
+    library, count = Library(path), 0
+    for saved, order in zip(saved_calls(calls), cycle(ORDERS)):
         configure(library.library, order, seed=5)
         if sanitizer == "tsan":
             # In a thread of its own: TSan takes NumPy's reuse of a stack that the executor's fibers have read for a race.
-            fresh = threading.Thread(target=_call, args=(library, name, values))
+            fresh = threading.Thread(target=_call, args=(library, saved.name, saved.values))
             fresh.start()
             fresh.join()
         else:
-            _call(library, name, values)
-        for key, wanted in written.items():
-            actual, same = arrays[key], 1e-4
+            _call(library, saved.name, saved.values)
+        for key, wanted in saved.wanted.items():
+            actual, same = saved.arrays[key], 1e-4
             if wanted.dtype == np.int16:
                 actual, wanted, same = (*((a.astype(np.uint32) << 16).view(np.float32) for a in (actual, wanted)), 2e-2)
-            np.testing.assert_allclose(actual, wanted, rtol=same, atol=same, err_msg=f"{label} {key} {order}")
-    print(f"{len(groups)} calls agree")
+            np.testing.assert_allclose(actual, wanted, rtol=same, atol=same, err_msg=f"{saved.label} {key} {order}")
+        count += 1
+    print(f"{count} calls agree")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def forward(problem: Problem, kernels: Kernels) -> Tensors:
     )
     nothing = start.new_empty(0)
     if problem.output == "errors":
-        out = torch.stack([power_mean(residual, problem.exponent) for residual in _residuals(problem, states, 0)])
+        out = torch.stack(_errors(problem, states, 0))
     else:
         # The op's output must not be the tensor that is saved: it would be one alias of the other.
         out = (states if keep_all else states[-1]).to(problem.states.dtype, copy=problem.save)
@@ -139,9 +139,13 @@ def _errors_alone(problem: Problem, kernels: Kernels, state: torch.Tensor) -> to
     for begin in range(0, problem.horizon, size):
         actions = problem.actions[begin : begin + size]
         states, _ = kernels.gru_recurrence(state, actions, problem.parameters, problem.scalar, True, False)
-        errors += [power_mean(residual, problem.exponent) for residual in _residuals(problem, states, begin)]
+        errors += _errors(problem, states, begin)
         state = states[-1]
     return torch.stack(errors)
+
+
+def _errors(problem: Problem, states: torch.Tensor, first_step: int) -> list[torch.Tensor]:
+    return [power_mean(residual, problem.exponent) for residual in _residuals(problem, states, first_step)]
 
 
 def _residuals(problem: Problem, states: torch.Tensor, first_step: int) -> Iterator[torch.Tensor]:
