@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from benchmarks import harness, peers
 from benchmarks.resolutions import parse_resolution
-from jepa_kernels import native
 from jepa_kernels.integrations import accelerate
 
 FRAMES = 16
@@ -47,11 +46,6 @@ def plan(quick: bool) -> Iterator[tuple[str, str, str, str]]:
     for (name, width, part), sizes in SIZES.items():
         if name in installed and (not quick or width == "vit_s"):
             yield from ((name, width, part, size) for size in (("64",) if quick else sizes))
-
-
-def default_dtypes(device: str) -> tuple[str, ...]:
-    fast = device != "cpu" or native.isa_name() == "avx512_bf16"
-    return ("float32", "bfloat16") if fast else ("float32",)
 
 
 def _first(result: Tensor | tuple) -> Tensor:
@@ -93,7 +87,7 @@ def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
         peer = peers.build(name, side=int(size), frames=FRAMES, size=width, depth=depth)
         clips = peer.clip.shape[0]
         tokens = torch.randn(clips, resolution.tokens(FRAMES) // clips, peers.WIDTHS[width][0])
-        for dtype in options.dtypes or default_dtypes(options.device):
+        for dtype in options.dtypes or harness.default_dtypes(options.device):
             where = dict(device=options.device, dtype=getattr(torch, dtype))
             theirs = peer.model.to(**where)
             ours = copy.deepcopy(theirs)

@@ -239,7 +239,7 @@ def published_case(side: int, channels: int, objective: str, dtype: torch.dtype,
 
 
 def cases(options: harness.Options) -> Iterator[Case]:
-    for name in options.dtypes or (("bfloat16",) if options.device.startswith("cuda") else ("float32",)):
+    for name in options.dtypes or harness.default_dtypes(options.device, on_gpu=("bfloat16",)):
         dtype = getattr(torch, name)
         for kind, rows, channels, horizon, output in QUICK if options.quick else (*MLP, *OTHERS):
             if kind == "published":

@@ -133,7 +133,7 @@ def _flex(case: Case) -> Call:
     def call(qkv: torch.Tensor) -> torch.Tensor:
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         query, key = eager_attention.rotate(query, key, None, case.grid)
-        return _merged(compiled(query, key, value))
+        return _merged(compiled(query.to(value.dtype), key.to(value.dtype), value))
 
     return call
 
@@ -230,8 +230,7 @@ def backends(case: Case, options: harness.Options) -> list[str]:
 
 def cases(options: harness.Options) -> Iterator[Case]:
     on_gpu = options.device.startswith("cuda")
-    names = options.dtypes or (("bfloat16",) if on_gpu else ("float32",))
-    for name in names:
+    for name in options.dtypes or harness.default_dtypes(options.device, on_gpu=("bfloat16",)):
         dtype = getattr(torch, name)
         if options.quick:
             yield dense_case("vit_b", parse_resolution("112"), dtype, options)

@@ -101,7 +101,7 @@ def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
         keep_freed_memory()  # as jepa.pretrain does; for both sides alike
     size = "micro" if options.quick else "tiny"
     sizes = ("64",) if options.quick else ("112", "224")
-    for dtype in options.dtypes or ("float32",):
+    for dtype in options.dtypes or harness.default_dtypes(options.device):
         for name in sizes:
             for checkpointing in (False,) if options.quick else (False, True):
                 yield from _case(options, size, dtype, parse_resolution(name), checkpointing)

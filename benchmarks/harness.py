@@ -100,6 +100,14 @@ class Options:
         return all(value is None or not allowed or value in allowed for value, allowed in pairs)
 
 
+def default_dtypes(device: str, *, on_gpu: tuple[str, ...] = ("float32", "bfloat16")) -> tuple[str, ...]:
+    """What is measured unless asked otherwise: on a CPU float32, and bfloat16 where it has instructions for its products (elsewhere torch's
+    own products would take all the time)."""
+    if torch.device(device).type != "cpu":
+        return on_gpu
+    return ("float32", "bfloat16") if machine.multiplies_bf16(device) else ("float32",)
+
+
 def require_close(name: str, actual: torch.Tensor, expected: torch.Tensor, *, rtol: float) -> None:
     """Relative error in the 2-norm, ||actual - expected|| / ||expected||, judged in float64; non-finite values never pass."""
     if actual.shape != expected.shape:

@@ -30,6 +30,11 @@ def cpu_isa() -> str:
     return "avx2" if {"avx2", "fma"} <= flags else "portable"
 
 
+def multiplies_bf16(device: torch.device | str = "cpu") -> bool:
+    """Whether the device has instructions for bfloat16 products: torch emulates them elsewhere, at 1 GFLOP/s."""
+    return torch.device(device).type != "cpu" or cpu_isa() == "avx512_bf16"
+
+
 def cores() -> int:
     """CPUs this process may use (a container often sees more than it owns)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
@@ -130,8 +135,7 @@ def _best_seconds(call: Callable[[], object], device: torch.device, repeats: int
 def peak_flops(device_name: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
     """Best FLOP/s of a square matrix product with the threads torch has now, measured here once per process.
 
-    On a CPU without a native bfloat16 product torch's bfloat16 GEMM is slower than float32; the ceiling is then the float32 one, since a
-    kernel may convert and use it.
+    On a CPU without bfloat16 products the ceiling is the float32 one, since a kernel may convert and use it.
     """
     return _peak_flops(device_name, dtype, torch.get_num_threads())
 
@@ -140,18 +144,10 @@ def peak_flops(device_name: str = "cpu", dtype: torch.dtype = torch.float32) -> 
 def _peak_flops(device_name: str, dtype: torch.dtype, threads: int) -> float:
     device = torch.device(device_name)
     size = 8192 if device.type == "cuda" else 1024
-    dtypes = {dtype, torch.float32} if device.type == "cpu" and dtype is torch.bfloat16 else {dtype}
-    best = 0.0
-    for kind in dtypes:
-        left = torch.randn(size, size, device=device, dtype=kind)
-        right = torch.randn(size, size, device=device, dtype=kind)
-        slow = device.type == "cpu" and kind is torch.bfloat16
-        if slow:  # 1 GFLOP/s where bf16 is emulated: a small product is enough to see that
-            left, right = left[:192, :192].contiguous(), right[:192, :192].contiguous()
-        torch.mm(left, right)
-        seconds = _best_seconds(lambda a=left, b=right: torch.mm(a, b), device, 3 if slow else 6)
-        best = max(best, 2.0 * left.shape[0] ** 3 / seconds)
-    return best
+    kind = dtype if dtype is not torch.bfloat16 or multiplies_bf16(device) else torch.float32
+    left, right = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
+    torch.mm(left, right)
+    return 2.0 * size**3 / _best_seconds(lambda: torch.mm(left, right), device, 6)
 
 
 def peak_bandwidth(device_name: str = "cpu") -> float:
