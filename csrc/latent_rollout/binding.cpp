@@ -20,9 +20,9 @@ void check_float(const Tensor& t, const char* argument, std::initializer_list<in
   for (const int64_t size : shape) check(t.size(i++) == size, argument, "have the sizes that the other tensors imply");
 }
 
-// A matrix that multiplies: float32, or on a GPU the dtype to which the product rounds.
+// A matrix that multiplies, of the dtype to which the product rounds.
 const void* matrix(const Tensor& t, const char* argument, std::initializer_list<int64_t> shape) {
-  check(t.is_contiguous() && (!t.is_cpu() || t.scalar_type() == ScalarType::Float), argument, "be contiguous, and float32 on a CPU");
+  check(t.is_contiguous(), argument, "be contiguous");
   check(t.dim() == (int64_t)shape.size(), argument, "have the number of dimensions that the kernel reads");
   int64_t i = 0;
   for (const int64_t size : shape) check(t.size(i++) == size, argument, "have the sizes that the other tensors imply");
@@ -36,6 +36,14 @@ float* filled(Tensor& t) { return t.mutable_data_ptr<float>(); }
 
 Tensor floats(const Tensor& like, std::vector<int64_t> shape) {
   Tensor fresh = torch::stable::new_empty(like, shape, ScalarType::Float);
+  advise_huge_pages(fresh);
+  return fresh;
+}
+
+// Numbers that only go into products: on a CPU in the dtype of the operand.
+Tensor operands(const Tensor& like, std::vector<int64_t> shape, int64_t operand) {
+  if (!like.is_cpu() || operand == JK_FLOAT32) return floats(like, shape);
+  Tensor fresh = torch::stable::new_empty(like, shape, ScalarType::BFloat16);
   advise_huge_pages(fresh);
   return fresh;
 }
@@ -89,7 +97,6 @@ std::tuple<Tensor, Tensor> mlp_bwd(const Tensor& inputs, const Optional& couplin
   check(kept == 1 || kept == horizon, "grad_sums", "hold one step or all");
   check_float(grad_sums, "grad_sums", {kept, rows, hidden});
   check(coupling.has_value() || horizon == 1, "coupling", "be given for more than one step");
-  Tensor grad_inputs = floats(inputs, {horizon, rows, hidden}), activations = floats(inputs, {horizon - 1, rows, hidden});
   jk_rollout_mlp_params p{};
   p.rows = rows;
   p.hidden = hidden;
@@ -99,8 +106,10 @@ std::tuple<Tensor, Tensor> mlp_bwd(const Tensor& inputs, const Optional& couplin
   p.operand = horizon > 1 ? operand(*coupling) : int64_t(JK_FLOAT32);
   p.inputs = const_cast<float*>(numbers(inputs));
   p.grad_sums = numbers(grad_sums);
-  p.grad_inputs = filled(grad_inputs);
-  p.activations = filled(activations);
+  Tensor grad_inputs = operands(inputs, {horizon, rows, hidden}, p.operand);
+  Tensor activations = operands(inputs, {horizon - 1, rows, hidden}, p.operand);
+  p.grad_inputs = grad_inputs.mutable_data_ptr();
+  p.activations = activations.mutable_data_ptr();
   device_of(inputs, isa).run(p, jk_latent_rollout_cpu_mlp_bwd, "jk_latent_rollout_cuda_mlp_bwd", inputs);
   return {grad_inputs, activations};
 }
@@ -175,7 +184,7 @@ std::vector<Tensor> hamiltonian_bwd(const Tensor& input, const Tensor& weight, c
 jk_rollout_rows table(const Tensor& t, const Optional& index, const char* argument, int64_t channels) {
   check(t.size(t.dim() - 1) == channels && (channels < 2 || t.stride(t.dim() - 1) == 1), argument, "have the channels of out side by side");
   jk_rollout_rows rows{t.const_data_ptr(), nullptr, t.stride(t.dim() - 2), dtype_code("latent_rollout", t)};
-  check(!t.is_cpu() || rows.dtype == JK_FLOAT32, argument, "be float32 on a CPU");
+  check(!t.is_cpu() || rows.dtype == JK_FLOAT32 || rows.dtype == JK_BFLOAT16, argument, "be float32 or bfloat16 on a CPU");
   if (index.has_value()) {
     check(index->scalar_type() == ScalarType::Long && index->is_contiguous(), argument, "be indexed by contiguous int64 rows");
     rows.index = index->const_data_ptr<int64_t>();
@@ -190,7 +199,6 @@ jk_rollout_readout_params describe(const Tensor& sums, const Tensor& weight, con
                                    const Optional& base_rows, int64_t first_step) {
   const int64_t channels = weight.size(1);
   check_float(sums, "sums", {sums.size(0), sums.size(1), weight.size(0)});
-  check(!weight.is_cpu() || weight.scalar_type() == ScalarType::Float, "weight", "be float32 on a CPU");
   if (bias.has_value()) check_float(*bias, "bias", {channels});
   check(base.dim() == 2, "base", "be [rows, D]");
   check(base_rows.has_value() ? base_rows->size(0) == sums.size(1) : base.size(0) == sums.size(1), "base", "have one row per row of sums");
@@ -228,7 +236,7 @@ void readout(const Tensor& sums, const Tensor& weight, const Optional& bias, con
   p.out_step_stride = out.stride(0);
   p.out_row_stride = out.stride(1);
   p.out_dtype = dtype_code("latent_rollout", out);
-  check(!out.is_cpu() || p.out_dtype == JK_FLOAT32, "out", "be float32 on a CPU");
+  check(!out.is_cpu() || p.out_dtype == p.operand, "out", "have the dtype of weight on a CPU");
   device_of(sums, isa).run(p, jk_latent_rollout_cpu_readout, "jk_latent_rollout_cuda_readout", sums);
 }
 
@@ -256,9 +264,9 @@ Tensor errors_gradient(const Tensor& sums, const Tensor& weight, const Optional&
   check(grad_base.scalar_type() == ScalarType::Float && grad_base.size(0) == p.rows && grad_base.size(1) == p.channels &&
             grad_base.stride(1) == 1,
         "grad_base", "be float32 [rows, D] with channel stride 1");
-  Tensor grad = floats(sums, {p.steps, p.rows, p.channels});
+  Tensor grad = operands(sums, {p.steps, p.rows, p.channels}, p.operand);
   p.grad_errors = numbers(grad_errors);
-  p.grad = filled(grad);
+  p.grad = grad.mutable_data_ptr();
   p.grad_base = filled(grad_base);
   p.grad_base_stride = grad_base.stride(0);
   if (signs.has_value()) {
@@ -321,7 +329,8 @@ std::vector<Tensor> gru_bwd(const Tensor& start, const Tensor& actions, const Te
   const int64_t tiles = start.is_cpu() ? jk_latent_rollout_cpu_gru_tiles(p.rows)
                                        : reinterpret_cast<int64_t (*)(int64_t)>(cuda_symbol("jk_latent_rollout_cuda_gru_tiles"))(p.rows);
   const bool cpu = start.is_cpu();
-  Tensor grad_gates = floats(start, {p.horizon, p.rows, (cpu ? 3 : 4) * p.channels}), grad_start = floats(start, {p.rows, p.channels});
+  Tensor grad_gates = operands(start, {p.horizon, p.rows, (cpu ? 3 : 4) * p.channels}, p.operand);
+  Tensor grad_start = floats(start, {p.rows, p.channels});
   Tensor grad_norm = floats(start, {tiles, 2, p.channels});
   Tensor grad_actions = floats(start, {cpu ? p.horizon : 0, p.rows, p.actions});
   Tensor grad_small = floats(start, {cpu ? tiles : 0, 1 + p.actions, 4 * p.channels});
@@ -329,7 +338,7 @@ std::vector<Tensor> gru_bwd(const Tensor& start, const Tensor& actions, const Te
   p.gates = const_cast<float*>(numbers(gates));
   p.grad_states = numbers(grad_states);
   p.every_step = every_step;
-  p.grad_gates = filled(grad_gates);
+  p.grad_gates = grad_gates.mutable_data_ptr();
   p.grad_actions = filled(grad_actions);
   p.grad_small = filled(grad_small);
   p.grad_start = filled(grad_start);

@@ -20,17 +20,19 @@ float* scratch_of(int64_t floats) {
   return memory.data();
 }
 
-const Kernels* kernels_of(int isa) {
+// Finds the kernels of an instruction set for matrices of a dtype; returns NULL, or why there are none.
+const char* find_kernels(int isa, int64_t operand, const Kernels*& kernels) {
   if (isa == JK_ISA_AUTO) isa = best_isa();
-  if (!cpu_supports(isa)) return nullptr;
+  if (!cpu_supports(isa)) return "latent_rollout: isa must be one that this processor has.";
+  const bool dot = operand == JK_BFLOAT16 && isa >= JK_ISA_AVX512_BF16;
+  if (operand != JK_FLOAT32 && !dot) return "latent_rollout: operand must be float32, or bfloat16 on AVX512_BF16.";
+  kernels = &kPortable;
 #ifdef __x86_64__
-  if (isa >= JK_ISA_AVX512) return &kAvx512;  // float32 has no use for bfloat16 products
-  if (isa == JK_ISA_AVX2) return &kAvx2;
+  if (isa == JK_ISA_AVX2) kernels = &kAvx2;
+  if (isa >= JK_ISA_AVX512) kernels = dot ? &kAvx512DotBf16 : &kAvx512;
 #endif
-  return &kPortable;
+  return nullptr;
 }
-
-const char* const kNoIsa = "latent_rollout: isa must be one that this processor has.";
 
 template <class Body>
 void run_parallel(jk_parallel_for parallel_for, int64_t count, const Body& body) {
@@ -66,14 +68,14 @@ class Packer {
     blocks_.push_back(block);
     return block;
   }
-  void pack(const float* data, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t columns, float* to) const {
+  void pack(const void* data, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t columns, float* to) const {
     const int64_t width = kernels_.columns_of_panel;
     run_parallel(parallel_for_, (columns + width - 1) / width,
                  [&](int64_t begin, int64_t end) { kernels_.pack(data, row_stride, column_stride, depth, columns, begin, end, to); });
   }
   const float* operator()(const void* data, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t columns) {
     float* to = reserve(kernels_.packed_size(depth, columns));
-    pack((const float*)data, row_stride, column_stride, depth, columns, to);
+    pack(data, row_stride, column_stride, depth, columns, to);
     return to;
   }
 
@@ -94,25 +96,26 @@ Packed pack_readout(Packer& pack, const jk_rollout_readout_params& p) {
 
 // The three gates side by side, each padded to whole panels: transposed [depth, 3 wide] for forward, stacked [3 wide, ...] for backward.
 Packed pack_gru(Packer& pack, const Kernels& kernels, const jk_rollout_gru_params& p, bool backward) {
-  const int64_t d = p.channels, wide = kernels.packed_size(1, d);
+  const int64_t d = p.channels, wide = kernels.packed_size(1, d), bytes = kernels.number_bytes;
   Packed packed{};
   if (!backward) {
-    const float* weights[] = {(const float*)p.weight_input, (const float*)p.weight_state};
+    const void* weights[] = {p.weight_input, p.weight_state};
     const int64_t depths[] = {p.actions, d};
     for (int which = 0; which < 2; ++which) {
-      float* to = pack.reserve(3 * depths[which] * wide);
+      const int64_t depth = depths[which], size = kernels.packed_size(depth, d);
+      float* to = pack.reserve(3 * size);
       for (int gate = 0; gate < 3; ++gate)
-        pack.pack(weights[which] + gate * d * depths[which], 1, depths[which], depths[which], d, to + gate * depths[which] * wide);
+        pack.pack((const char*)weights[which] + gate * d * depth * bytes, 1, depth, depth, d, to + gate * size);
       packed.matrix[which] = to;
     }
     return packed;
   }
   const auto stacked = [&](const void* data, int64_t columns, std::initializer_list<int> order) {
-    std::vector<float> rows((size_t)(3 * wide * columns), 0.f);
+    std::vector<char> rows((size_t)(3 * wide * columns * bytes), 0);
     int64_t place = 0;
     for (int gate : order) {
-      const float* from = (const float*)data + gate * d * columns;
-      std::copy(from, from + d * columns, rows.begin() + place++ * wide * columns);
+      const char* from = (const char*)data + gate * d * columns * bytes;
+      std::copy(from, from + d * columns * bytes, rows.begin() + place++ * wide * columns * bytes);
     }
     return pack(rows.data(), columns, 1, 3 * wide, columns);
   };
@@ -127,8 +130,8 @@ Packed pack_gru(Packer& pack, const Kernels& kernels, const jk_rollout_gru_param
 using namespace jk::rollout;
 
 JK_EXPORT const char* jk_latent_rollout_cpu_mlp_fwd(const jk_rollout_mlp_params* p, int isa, jk_parallel_for parallel_for) {
-  const Kernels* kernels = kernels_of(isa);
-  if (kernels == nullptr) return kNoIsa;
+  const Kernels* kernels;
+  if (const char* missing = find_kernels(isa, p->operand, kernels)) return missing;
   Packer pack(*kernels, parallel_for);
   Packed packed{};
   if (p->horizon > 1) packed.matrix[0] = pack(p->coupling, 1, p->hidden, p->hidden, p->hidden);
@@ -139,8 +142,8 @@ JK_EXPORT const char* jk_latent_rollout_cpu_mlp_fwd(const jk_rollout_mlp_params*
 }
 
 JK_EXPORT const char* jk_latent_rollout_cpu_mlp_bwd(const jk_rollout_mlp_params* p, int isa, jk_parallel_for parallel_for) {
-  const Kernels* kernels = kernels_of(isa);
-  if (kernels == nullptr) return kNoIsa;
+  const Kernels* kernels;
+  if (const char* missing = find_kernels(isa, p->operand, kernels)) return missing;
   Packer pack(*kernels, parallel_for);
   Packed packed{};
   if (p->horizon > 1) packed.matrix[0] = pack(p->coupling, p->hidden, 1, p->hidden, p->hidden);
@@ -151,8 +154,8 @@ JK_EXPORT const char* jk_latent_rollout_cpu_mlp_bwd(const jk_rollout_mlp_params*
 }
 
 JK_EXPORT const char* jk_latent_rollout_cpu_hamiltonian_fwd(const jk_rollout_hamiltonian_params* p, int isa, jk_parallel_for parallel_for) {
-  const Kernels* kernels = kernels_of(isa);
-  if (kernels == nullptr) return kNoIsa;
+  const Kernels* kernels;
+  if (const char* missing = find_kernels(isa, p->operand, kernels)) return missing;
   Packer pack(*kernels, parallel_for);
   const Packed packed = pack_hamiltonian(pack, p->weight, p->coupling, p->hidden, p->middle);
   over_tiles(parallel_for, p->rows, kTileRows, [&](int64_t, int64_t first, int64_t rows) {
@@ -163,8 +166,8 @@ JK_EXPORT const char* jk_latent_rollout_cpu_hamiltonian_fwd(const jk_rollout_ham
 
 JK_EXPORT const char* jk_latent_rollout_cpu_hamiltonian_bwd(const jk_rollout_hamiltonian_step_params* p, int isa,
                                                             jk_parallel_for parallel_for) {
-  const Kernels* kernels = kernels_of(isa);
-  if (kernels == nullptr) return kNoIsa;
+  const Kernels* kernels;
+  if (const char* missing = find_kernels(isa, p->operand, kernels)) return missing;
   Packer pack(*kernels, parallel_for);
   const Packed packed = pack_hamiltonian(pack, p->weight, p->coupling, p->hidden, p->middle);
   over_tiles(parallel_for, p->rows, kTileRows, [&](int64_t, int64_t first, int64_t rows) {
@@ -174,8 +177,8 @@ JK_EXPORT const char* jk_latent_rollout_cpu_hamiltonian_bwd(const jk_rollout_ham
 }
 
 JK_EXPORT const char* jk_latent_rollout_cpu_readout(const jk_rollout_readout_params* p, int isa, jk_parallel_for parallel_for) {
-  const Kernels* kernels = kernels_of(isa);
-  if (kernels == nullptr) return kNoIsa;
+  const Kernels* kernels;
+  if (const char* missing = find_kernels(isa, p->operand, kernels)) return missing;
   Packer pack(*kernels, parallel_for);
   const Packed packed = pack_readout(pack, *p);
   over_tiles(parallel_for, p->rows, kTileRows, [&](int64_t, int64_t first, int64_t rows) {
@@ -186,8 +189,8 @@ JK_EXPORT const char* jk_latent_rollout_cpu_readout(const jk_rollout_readout_par
 
 JK_EXPORT const char* jk_latent_rollout_cpu_readout_gradient(const jk_rollout_readout_params* p, int isa, jk_parallel_for parallel_for) {
   if (p->signs == nullptr) return jk_latent_rollout_cpu_readout(p, isa, parallel_for);
-  const Kernels* kernels = kernels_of(isa);
-  if (kernels == nullptr) return kNoIsa;
+  const Kernels* kernels;
+  if (const char* missing = find_kernels(isa, p->operand, kernels)) return missing;
   over_tiles(parallel_for, p->rows, kTileRows,
              [&](int64_t, int64_t first, int64_t rows) { kernels->gradient_from_signs(*p, first, rows); });
   return nullptr;
@@ -196,8 +199,8 @@ JK_EXPORT const char* jk_latent_rollout_cpu_readout_gradient(const jk_rollout_re
 JK_EXPORT int64_t jk_latent_rollout_cpu_gru_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 
 JK_EXPORT const char* jk_latent_rollout_cpu_gru_fwd(const jk_rollout_gru_params* p, int isa, jk_parallel_for parallel_for) {
-  const Kernels* kernels = kernels_of(isa);
-  if (kernels == nullptr) return kNoIsa;
+  const Kernels* kernels;
+  if (const char* missing = find_kernels(isa, p->operand, kernels)) return missing;
   Packer pack(*kernels, parallel_for);
   const Packed packed = pack_gru(pack, *kernels, *p, false);
   over_tiles(parallel_for, p->rows, kTileRows, [&](int64_t, int64_t first, int64_t rows) {
@@ -207,8 +210,8 @@ JK_EXPORT const char* jk_latent_rollout_cpu_gru_fwd(const jk_rollout_gru_params*
 }
 
 JK_EXPORT const char* jk_latent_rollout_cpu_gru_bwd(const jk_rollout_gru_params* p, int isa, jk_parallel_for parallel_for) {
-  const Kernels* kernels = kernels_of(isa);
-  if (kernels == nullptr) return kNoIsa;
+  const Kernels* kernels;
+  if (const char* missing = find_kernels(isa, p->operand, kernels)) return missing;
   Packer pack(*kernels, parallel_for);
   const Packed packed = pack_gru(pack, *kernels, *p, true);
   over_tiles(parallel_for, p->rows, kTileRows, [&](int64_t tile, int64_t first, int64_t rows) {

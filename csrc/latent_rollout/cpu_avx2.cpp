@@ -4,6 +4,6 @@
 #include "cpu_table.h"
 
 namespace jk::rollout {
-const Kernels kAvx2 = kernels<simd::Avx2>();
+const Kernels kAvx2 = kernels<FloatProducts<simd::Avx2>>();
 }  // namespace jk::rollout
 #endif

@@ -4,6 +4,6 @@
 #include "cpu_table.h"
 
 namespace jk::rollout {
-const Kernels kAvx512 = kernels<simd::Avx512>();
+const Kernels kAvx512 = kernels<FloatProducts<simd::Avx512>>();
 }  // namespace jk::rollout
 #endif

@@ -31,7 +31,7 @@ int64_t gru_scratch(const jk_rollout_gru_params& p) {
   const int64_t depth = 3 * wide > p.actions ? 3 * wide : p.actions;
   const int64_t forward = (5 * kTileRows + 8) * wide;
   const int64_t backward = kTileRows * (wide + gru_gradient_stride<V>(wide) + small) + 9 * wide + small * 4 * wide;
-  return (forward > backward ? forward : backward) + Block<V>::kRows * depth;
+  return (forward > backward ? forward : backward) + left_size<V>(depth);
 }
 
 template <class V>
@@ -183,7 +183,7 @@ void gru_backward(const jk_rollout_gru_params& p, const Packed& packed, int64_t 
         }
       }
       gru_row_backward<V>(p, z, gate, weight, wide, into, mixed, to, grad_weight, grad_shift);
-      for (int g = 0; g < 3; ++g) memcpy(p.grad_gates + ((at + r) * 3 + g) * d, to + (1 + g) * wide, sizeof(float) * d);
+      for (int g = 0; g < 3; ++g) V::put_numbers((typename V::Number*)p.grad_gates + ((at + r) * 3 + g) * d, to + (1 + g) * wide, d);
       for (int64_t i = 0; i < p.actions; ++i) given[(1 + i) * kTileRows + r] = p.action[(at + r) * p.actions + i];
     }
     add_outer<V>(given, kTileRows, small_rows, rows, grad, stride, 4 * wide, small);

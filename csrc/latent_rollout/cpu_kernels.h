@@ -12,8 +12,9 @@ struct Packed {
 struct Kernels {
   int64_t (*packed_size)(int64_t depth, int64_t columns);
   int64_t columns_of_panel;
+  int64_t number_bytes;  // of the matrices' numbers
   // Packs panels [begin, end) of a matrix given by strides.
-  void (*pack)(const float* data, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t columns, int64_t begin, int64_t end,
+  void (*pack)(const void* data, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t columns, int64_t begin, int64_t end,
                float* to);
   int64_t (*mlp_scratch)(const jk_rollout_mlp_params& p);
   void (*mlp_forward)(const jk_rollout_mlp_params& p, const Packed& packed, int64_t first, int64_t rows, float* scratch);
@@ -33,7 +34,7 @@ struct Kernels {
 
 extern const Kernels kPortable;
 #ifdef __x86_64__
-extern const Kernels kAvx2, kAvx512;
+extern const Kernels kAvx2, kAvx512, kAvx512DotBf16;
 #endif
 
 // Rows of a tile: few enough that its states and one matrix of a usual width (256) share the L2 cache and that usual row counts give every

@@ -1,4 +1,5 @@
 // Register-blocked products of a tile of rows with a packed matrix; what happens to a finished block is the caller's (fused) business.
+// Both sides are packed in units of four bytes: one float, or two bfloat16 that one dot-product instruction multiplies and adds.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -9,6 +10,26 @@
 namespace jk::rollout {
 namespace {
 
+// What the templates below take as V: lanes and their arithmetic, and how they multiply. Here floats, the numbers that S knows anyway.
+template <class S>
+struct FloatProducts : S {
+  using Number = float;               // of matrices and tables
+  static constexpr int kPerUnit = 1;  // numbers along the summed axis in one unit
+
+  static JK_INLINE typename S::Vec step(typename S::Vec acc, typename S::Vec a, typename S::Vec b) { return S::fma(a, b, acc); }
+  // One unit of each of kLanes columns that lie side by side; `row_stride` numbers on are the next of a unit.
+  static JK_INLINE typename S::Vec load_units(const float* p, int64_t) { return S::load(p); }
+  // A row of numbers, and a row of units, the last filled up with zeros.
+  static JK_INLINE void put_numbers(Number* to, const float* row, int64_t count) { memcpy(to, row, sizeof(float) * count); }
+  static JK_INLINE void put_units(float* to, const float* row, int64_t count) { put_numbers(to, row, count); }
+};
+
+// Units of so many numbers.
+template <class V>
+constexpr int64_t units(int64_t depth) {
+  return (depth + V::kPerUnit - 1) / V::kPerUnit;
+}
+
 template <class V>
 struct Block {
   static constexpr int kRows = V::kAccumulators / 2;
@@ -16,45 +37,78 @@ struct Block {
   static constexpr int64_t padded(int64_t columns) { return (columns + kColumns - 1) / kColumns * kColumns; }
 };
 
-// A matrix B [depth, columns] given by strides, packed as panels of kColumns columns, each [depth][kColumns], zeros beyond the edge.
+// A matrix B [depth, columns] given by strides, packed as panels of kColumns columns, each [units of depth][kColumns], zeros beyond the
+// edge.
+template <class V>
 struct Strided {
-  const float* data;
+  const typename V::Number* data;
   int64_t row_stride, column_stride;
 };
 
 template <class V>
-void pack_panel(const Strided& b, int64_t depth, int64_t columns, int64_t panel, float* packed) {
-  constexpr int kColumns = Block<V>::kColumns;
-  float* to = packed + panel * depth * kColumns;
+void pack_panel(const Strided<V>& b, int64_t depth, int64_t columns, int64_t panel, float* packed) {
+  using Number = typename V::Number;
+  constexpr int kColumns = Block<V>::kColumns, kLanes = V::kLanes, kPer = V::kPerUnit;
+  float* to = packed + panel * units<V>(depth) * kColumns;
   const int64_t first = panel * kColumns, width = columns - first < kColumns ? columns - first : kColumns;
-  const float* from = b.data + first * b.column_stride;
-  if (b.column_stride == 1) {
-    for (int64_t k = 0; k < depth; ++k) {
-      memcpy(to + k * kColumns, from + k * b.row_stride, sizeof(float) * width);
-      memset(to + k * kColumns + width, 0, sizeof(float) * (kColumns - width));
-    }
-    return;
-  }
-  // Columns are rows of memory: transpose squares of lanes, so that whole cache lines are read and written.
-  constexpr int kLanes = V::kLanes;
+  const Number* from = b.data + first * b.column_stride;
   int64_t k = 0;
-  if (b.row_stride == 1 && width == kColumns) {
-    for (; k + kLanes <= depth; k += kLanes)
+  if (width == kColumns && b.column_stride == 1) {
+    for (; k + kPer <= depth; k += kPer, to += kColumns)
+      for (int c = 0; c < kColumns; c += kLanes) V::store(to + c, V::load_units(from + k * b.row_stride + c, b.row_stride));
+  } else if (width == kColumns && b.row_stride == 1) {
+    // Columns are rows of memory: transpose squares of lanes, so that whole cache lines are read and written.
+    for (; k + kLanes * kPer <= depth; k += kLanes * kPer, to += kLanes * kColumns)
       for (int c0 = 0; c0 < kColumns; c0 += kLanes) {
         typename V::Vec square[kLanes];
-        JK_UNROLL for (int c = 0; c < kLanes; ++c) square[c] = V::load(from + (c0 + c) * b.column_stride + k);
+        JK_UNROLL for (int c = 0; c < kLanes; ++c) square[c] = V::load((const float*)(from + (c0 + c) * b.column_stride + k));
         V::transpose(square);
-        JK_UNROLL for (int i = 0; i < kLanes; ++i) V::store(to + (k + i) * kColumns + c0, square[i]);
+        JK_UNROLL for (int i = 0; i < kLanes; ++i) V::store(to + i * kColumns + c0, square[i]);
       }
   }
-  for (; k < depth; ++k) {
-    for (int64_t c = 0; c < width; ++c) to[k * kColumns + c] = from[k * b.row_stride + c * b.column_stride];
-    memset(to + k * kColumns + width, 0, sizeof(float) * (kColumns - width));
+  for (; k < depth; k += kPer, to += kColumns) {
+    Number row[kColumns][kPer] = {};
+    for (int64_t c = 0; c < width; ++c)
+      for (int64_t i = 0; i < kPer && k + i < depth; ++i) row[c][i] = from[(k + i) * b.row_stride + c * b.column_stride];
+    memcpy(to, row, sizeof(row));
   }
 }
 
-// A product goes over the depth in steps of at most so many: a step's panel (16 KiB with 8 lanes) stays in the L1 cache while all rows of
-// the tile pass by.
+// The left side of products: `count` rows of `depth` units, in groups of kRows. Whole groups are at `rows`, `stride` units apart; where
+// rows are left, one more group filled up with zeros is at `rest`.
+template <class V>
+struct Left {
+  const float *rows, *rest;
+  int64_t stride, count, depth, whole;
+};
+
+// Floats of scratch that a left side takes.
+template <class V>
+constexpr int64_t left_size(int64_t depth) {
+  return (V::kPerUnit == 1 ? Block<V>::kRows : kTileRows) * units<V>(depth);
+}
+
+// The left side that `fill_left` puts into `scratch`, or, where units are floats, mostly leaves in a [rows, depth] (lda apart).
+template <class V>
+Left<V> left_at(const float* a, int64_t lda, int64_t rows, int64_t depth, const float* scratch) {
+  constexpr int kRows = Block<V>::kRows;
+  static_assert(kTileRows % kRows == 0, "a last group with fewer rows must fit in");
+  const int64_t deep = units<V>(depth), whole = rows / kRows * kRows;
+  if constexpr (V::kPerUnit == 1) return {a, scratch, lda, rows, deep, whole};
+  return {scratch, scratch + whole * deep, deep, rows, deep, whole};
+}
+template <class V>
+Left<V> fill_left(const float* a, int64_t lda, int64_t rows, int64_t depth, float* scratch) {
+  constexpr int kRows = Block<V>::kRows;
+  const Left<V> left = left_at<V>(a, lda, rows, depth, scratch);
+  float* to = scratch;
+  for (int64_t r = V::kPerUnit == 1 ? left.whole : 0; r < rows; ++r, to += left.depth) V::put_units(to, a + r * lda, depth);
+  if (left.whole < rows) memset(to, 0, sizeof(float) * (left.whole + kRows - rows) * left.depth);
+  return left;
+}
+
+// A product goes over the depth in steps of at most so many units: a step's panel (16 KiB with 8 lanes) stays in the L1 cache while all
+// rows of the tile pass by.
 constexpr int64_t kDepth = 256;
 
 // result[r] = rows r of a (lda apart) times one panel, added to `before` (kColumns a row) unless that is null.
@@ -71,8 +125,8 @@ JK_INLINE void multiply_block(const float* a, int64_t lda, int64_t depth, const 
     const typename V::Vec b0 = V::load(panel), b1 = V::load(panel + V::kLanes);
     JK_UNROLL for (int r = 0; r < kRows; ++r) {
       const typename V::Vec x = V::broadcast(a + r * lda + k);
-      c[r][0] = V::fma(x, b0, c[r][0]);
-      c[r][1] = V::fma(x, b1, c[r][1]);
+      c[r][0] = V::step(c[r][0], x, b0);
+      c[r][1] = V::step(c[r][1], x, b1);
     }
     panel += kColumns;
   }
@@ -97,50 +151,44 @@ void multiply_part(const float* a, int64_t lda, int64_t rows, int64_t depth, con
   }
 }
 
-// store(row, column, left, right) for every row and block of kColumns columns of a [rows, depth] times one packed panel.
-// `spare` holds kRows * depth floats for a last group with fewer rows; ahead(row, column) runs before a row's product, for prefetches.
+// store(row, column, left, right) for every row and block of kColumns columns of a left side times one packed panel; ahead(row, column)
+// runs before a row's product, for prefetches.
 template <class V, class Store, class Ahead>
-JK_INLINE void multiply_panel(const float* a, int64_t lda, int64_t rows, int64_t depth, const float* panel, int64_t column, float* spare,
-                              const Store& store, const Ahead& ahead) {
+JK_INLINE void multiply_panel(const Left<V>& left, const float* panel, int64_t column, const Store& store, const Ahead& ahead) {
   constexpr int kRows = Block<V>::kRows, kColumns = Block<V>::kColumns;
-  static_assert(kTileRows % kRows == 0, "a last group with fewer rows must fit in");
   alignas(64) float partial[kTileRows * kColumns];
-  const int64_t whole = rows / kRows * kRows;
-  if (whole < rows) {
-    memset(spare, 0, sizeof(float) * kRows * depth);
-    for (int64_t r = whole; r < rows; ++r) memcpy(spare + (r - whole) * depth, a + r * lda, sizeof(float) * depth);
-  }
-  const float *before = nullptr, *left = spare;
-  const int64_t steps = (depth + kDepth - 1) / kDepth, step = steps > 1 ? (depth + steps - 1) / steps : depth;
-  int64_t deep = depth;
+  const float *before = nullptr, *a = left.rows, *rest = left.rest;
+  const int64_t steps = (left.depth + kDepth - 1) / kDepth, step = steps > 1 ? (left.depth + steps - 1) / steps : left.depth;
+  int64_t deep = left.depth;
   for (; deep > step; deep -= step) {
-    multiply_part<V>(a, lda, whole, step, panel, before != nullptr, partial);
-    multiply_part<V>(left, depth, rows - whole, step, panel, before != nullptr, partial + whole * kColumns);
+    multiply_part<V>(a, left.stride, left.whole, step, panel, before != nullptr, partial);
+    multiply_part<V>(rest, left.depth, left.count - left.whole, step, panel, before != nullptr, partial + left.whole * kColumns);
     before = partial;
     a += step;
-    left += step;
+    rest += step;
     panel += step * kColumns;
   }
   typename V::Vec c[kRows][2];
   int64_t row = 0;
-  for (; row + kRows <= rows; row += kRows) {
+  for (; row < left.whole; row += kRows) {
     JK_UNROLL for (int r = 0; r < kRows; ++r) ahead(row + r, column);
-    multiply_block<V>(a + row * lda, lda, deep, panel, before == nullptr ? nullptr : before + row * kColumns, c);
+    multiply_block<V>(a + row * left.stride, left.stride, deep, panel, before == nullptr ? nullptr : before + row * kColumns, c);
     JK_UNROLL for (int r = 0; r < kRows; ++r) store(row + r, column, c[r][0], c[r][1]);
   }
-  if (row == rows) return;
-  multiply_block<V>(left, depth, deep, panel, before == nullptr ? nullptr : before + row * kColumns, c);
+  if (row == left.count) return;
+  multiply_block<V>(rest, left.depth, deep, panel, before == nullptr ? nullptr : before + row * kColumns, c);
   JK_UNROLL for (int r = 0; r < kRows; ++r) {
-    if (row + r < rows) store(row + r, column, c[r][0], c[r][1]);
+    if (row + r < left.count) store(row + r, column, c[r][0], c[r][1]);
   }
 }
 
+// A whole product of a [rows, depth] (lda apart) with a packed matrix; `scratch` holds left_size(depth) floats.
 template <class V, class Store>
-JK_INLINE void multiply(const float* a, int64_t lda, int64_t rows, int64_t depth, const float* packed, int64_t columns, float* spare,
+JK_INLINE void multiply(const float* a, int64_t lda, int64_t rows, int64_t depth, const float* packed, int64_t columns, float* scratch,
                         const Store& store) {
-  constexpr int kColumns = Block<V>::kColumns;
-  for (int64_t column = 0; column < columns; column += kColumns)
-    multiply_panel<V>(a, lda, rows, depth, packed + column * depth, column, spare, store, [](int64_t, int64_t) {});
+  const Left<V> left = fill_left<V>(a, lda, rows, depth, scratch);
+  for (int64_t column = 0; column < columns; column += Block<V>::kColumns)
+    multiply_panel<V>(left, packed + column * left.depth, column, store, [](int64_t, int64_t) {});
 }
 
 // total[i * columns + c] += left[i * lda + r] * right[r * ldb + c], summed over the rows r of a tile: the gradient of a narrow matrix.

@@ -3,5 +3,5 @@
 #include "cpu_table.h"
 
 namespace jk::rollout {
-const Kernels kPortable = kernels<simd::Portable>();
+const Kernels kPortable = kernels<FloatProducts<simd::Portable>>();
 }  // namespace jk::rollout

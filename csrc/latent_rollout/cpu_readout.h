@@ -12,8 +12,12 @@
 namespace jk::rollout {
 namespace {
 
-inline const float* table_row(const jk_rollout_rows& table, int64_t position) {
-  return (const float*)table.data + (table.index == nullptr ? position : table.index[position]) * table.stride;
+// Where a row of a table begins, in its numbers.
+inline int64_t row_of(const jk_rollout_rows& table, int64_t position) {
+  return (table.index == nullptr ? position : table.index[position]) * table.stride;
+}
+inline void prefetch(const jk_rollout_rows& table, int64_t at) {
+  __builtin_prefetch((const char*)table.data + at * (table.dtype == JK_FLOAT32 ? sizeof(float) : sizeof(bf16)));
 }
 
 // Bit i: whether lane i is positive.
@@ -58,27 +62,36 @@ JK_INLINE typename V::Vec power_slope(typename V::Vec x, float exponent) {
 template <class V>
 struct Columns {
   int64_t left;  // numbers from here to the end of the row
-  JK_INLINE void load(const float* p, typename V::Vec (&v)[2]) const {
+  template <class Number>
+  JK_INLINE void load(const Number* p, typename V::Vec (&v)[2]) const {
     if (left >= 2 * V::kLanes) {
       v[0] = V::load(p);
       v[1] = V::load(p + V::kLanes);
       return;
     }
-    float part[2 * V::kLanes] = {};
-    memcpy(part, p, sizeof(float) * left);
+    Number part[2 * V::kLanes] = {};
+    memcpy(part, p, sizeof(Number) * left);
     v[0] = V::load(part);
     v[1] = V::load(part + V::kLanes);
   }
-  JK_INLINE void store(float* p, const typename V::Vec (&v)[2]) const {
+  JK_INLINE void load(const jk_rollout_rows& table, int64_t at, typename V::Vec (&v)[2]) const {
+    if (table.dtype == JK_FLOAT32) {
+      load((const float*)table.data + at, v);
+    } else {
+      load((const bf16*)table.data + at, v);
+    }
+  }
+  template <class Number>
+  JK_INLINE void store(Number* p, const typename V::Vec (&v)[2]) const {
     if (left >= 2 * V::kLanes) {
       V::store(p, v[0]);
       V::store(p + V::kLanes, v[1]);
       return;
     }
-    float part[2 * V::kLanes];
+    Number part[2 * V::kLanes];
     V::store(part, v[0]);
     V::store(part + V::kLanes, v[1]);
-    memcpy(p, part, sizeof(float) * left);
+    memcpy(p, part, sizeof(Number) * left);
   }
 };
 
@@ -104,21 +117,24 @@ JK_INLINE void store_signs(const jk_rollout_readout_params& p, int64_t row, int6
 
 template <class V>
 int64_t readout_scratch(const jk_rollout_readout_params& p) {
-  return Block<V>::kRows * p.hidden + p.steps * kTileRows * V::kLanes;
+  return p.steps * (left_size<V>(p.hidden) + kTileRows * V::kLanes);
 }
 
-inline const float* target_row(const jk_rollout_readout_params& p, int64_t k, int64_t row) {
-  if (p.targets.index != nullptr) return table_row(p.targets, k * p.rows + row);
-  return table_row(p.targets, row) + k * p.target_step_stride;
+// Where the row of targets of step k begins.
+inline int64_t target_of(const jk_rollout_readout_params& p, int64_t k, int64_t row) {
+  return p.targets.index != nullptr ? row_of(p.targets, k * p.rows + row) : row_of(p.targets, row) + k * p.target_step_stride;
 }
 
 // One tile of rows, every step. Panels of the weight are the outer loop, so that each is read from memory once per tile and
 // the rows of a table (base, targets) are visited column block by column block for all steps.
 template <class V>
 void readout(const jk_rollout_readout_params& p, const Packed& packed, int64_t first, int64_t rows, float* scratch) {
+  using Number = typename V::Number;
   constexpr int kColumns = Block<V>::kColumns;
-  const int64_t tile = kTileRows;
-  float *spare = scratch, *totals = spare + Block<V>::kRows * p.hidden;
+  const int64_t tile = kTileRows, h = p.hidden, size = left_size<V>(h);
+  float *left = scratch, *totals = left + p.steps * size;
+  const auto sums_of = [&](int64_t k) { return p.sums + (k * p.rows + first) * h; };
+  for (int64_t k = 0; k < p.steps; ++k) fill_left<V>(sums_of(k), h, rows, h, left + k * size);
   if (p.errors != nullptr) memset(totals, 0, sizeof(float) * p.steps * tile * V::kLanes);
   for (int64_t column = 0; column < p.channels; column += kColumns) {
     const Columns<V> edge{p.channels - column};
@@ -129,15 +145,15 @@ void readout(const jk_rollout_readout_params& p, const Packed& packed, int64_t f
       const auto finish = [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
         const int64_t row = first + r, at = k * p.rows + row;
         typename V::Vec value[2];
-        edge.load(table_row(p.base, row) + c, value);
+        edge.load(p.base, row_of(p.base, row) + c, value);
         value[0] = V::add(V::fma(times, bias[0], value[0]), left);
         value[1] = V::add(V::fma(times, bias[1], value[1]), right);
         if (p.out != nullptr) {
-          edge.store((float*)p.out + k * p.out_step_stride + row * p.out_row_stride + c, value);
+          edge.store((Number*)p.out + k * p.out_step_stride + row * p.out_row_stride + c, value);
           return;
         }
         typename V::Vec wanted[2];
-        edge.load(target_row(p, k, row) + c, wanted);
+        edge.load(p.targets, target_of(p, k, row) + c, wanted);
         value[0] = V::sub(value[0], wanted[0]);
         value[1] = V::sub(value[1], wanted[1]);
         if (p.errors != nullptr) {
@@ -155,19 +171,19 @@ void readout(const jk_rollout_readout_params& p, const Packed& packed, int64_t f
           base[half] = V::add(base[half], value[half]);
         }
         edge.store(grad_base, base);
-        edge.store(p.grad + at * p.channels + c, value);
+        edge.store((Number*)p.grad + at * p.channels + c, value);
       };
       // Rows of tables are far apart: ask for their numbers while the product runs.
       const auto ahead = [&](int64_t r, int64_t c) {
-        __builtin_prefetch(table_row(p.base, first + r) + c);
+        prefetch(p.base, row_of(p.base, first + r) + c);
         if (p.out != nullptr) {
-          __builtin_prefetch((float*)p.out + k * p.out_step_stride + (first + r) * p.out_row_stride + c, 1);
+          __builtin_prefetch((Number*)p.out + k * p.out_step_stride + (first + r) * p.out_row_stride + c, 1);
         } else {
-          __builtin_prefetch(target_row(p, k, first + r) + c);
+          prefetch(p.targets, target_of(p, k, first + r) + c);
         }
       };
-      const float* sums = p.sums + (k * p.rows + first) * p.hidden;
-      multiply_panel<V>(sums, p.hidden, rows, p.hidden, packed.matrix[0] + column * p.hidden, column, spare, finish, ahead);
+      multiply_panel<V>(left_at<V>(sums_of(k), h, rows, h, left + k * size), packed.matrix[0] + column * units<V>(h), column, finish,
+                        ahead);
     }
   }
   if (p.errors == nullptr) return;
@@ -185,38 +201,58 @@ struct BitTable {
   }
 };
 
+// kLanes numbers, and two vectors of them, from the bits at `up` and `down`: `times` where the first is set, minus `times` where the
+// second.
+template <class V>
+JK_INLINE void load_signs(const uint8_t* up, const uint8_t* down, typename V::Vec times, typename V::Vec (&v)[2]) {
+#if defined(__AVX512F__)
+  if constexpr (V::kLanes == 16) {
+    uint16_t plus[2], minus[2];
+    memcpy(plus, up, sizeof(plus));
+    memcpy(minus, down, sizeof(minus));
+    JK_UNROLL for (int i = 0; i < 2; ++i) {
+      const __m512 raised = _mm512_maskz_mov_ps(plus[i], times);
+      v[i] = _mm512_mask_sub_ps(raised, minus[i], raised, times);
+    }
+    return;
+  }
+#endif
+  static const BitTable table;
+  float lanes[2 * V::kLanes];
+  for (int i = 0; i < V::kLanes / 4; ++i)
+    for (int bit = 0; bit < 8; ++bit) lanes[8 * i + bit] = table.value[up[i]][bit] - table.value[down[i]][bit];
+  v[0] = V::mul(times, V::load(lanes));
+  v[1] = V::mul(times, V::load(lanes + V::kLanes));
+}
+
 // The gradient of an L1 error from the signs of its residuals.
 template <class V>
 void gradient_from_signs(const jk_rollout_readout_params& p, int64_t first, int64_t rows) {
-  static const BitTable table;
-  const int64_t plane = sign_bytes(p), whole = p.channels / 8;
+  using Number = typename V::Number;
+  constexpr int kColumns = Block<V>::kColumns;
+  const int64_t plane = sign_bytes(p);
   for (int64_t k = 0; k < p.steps; ++k)
     for (int64_t row = first; row < first + rows; ++row) {
       const int64_t at = k * p.rows + row;
-      const float scale = p.grad_errors[at] / (float)p.channels;
+      const typename V::Vec times = V::set1(p.grad_errors[at] / (float)p.channels);
       const uint8_t *up = p.signs + at * 2 * plane, *down = up + plane;
-      float *grad = p.grad + at * p.channels, *base = p.grad_base + row * p.grad_base_stride;
-      const typename V::Vec times = V::set1(scale);
-      for (int64_t byte = 0; byte < whole; ++byte) {
-        const float *plus = table.value[up[byte]], *minus = table.value[down[byte]];
-        if constexpr (V::kLanes <= 8) {
-          for (int i = 0; i < 8; i += V::kLanes) {
-            const typename V::Vec v = V::mul(times, V::sub(V::load(plus + i), V::load(minus + i)));
-            V::store(grad + byte * 8 + i, v);
-            V::store(base + byte * 8 + i, V::add(V::load(base + byte * 8 + i), v));
-          }
-        } else {
-          for (int i = 0; i < 8; ++i) {
-            const float v = scale * (plus[i] - minus[i]);
-            grad[byte * 8 + i] = v;
-            base[byte * 8 + i] += v;
-          }
+      for (int64_t c = 0; c < p.channels; c += kColumns) {
+        const Columns<V> edge{p.channels - c};
+        const uint8_t *plus = up + c / 8, *minus = down + c / 8;
+        uint8_t bits[2][kColumns / 8] = {};
+        if (edge.left < kColumns) {
+          memcpy(bits[0], plus, plane - c / 8);
+          memcpy(bits[1], minus, plane - c / 8);
+          plus = bits[0];
+          minus = bits[1];
         }
-      }
-      for (int64_t c = whole * 8; c < p.channels; ++c) {
-        const float v = scale * (table.value[up[whole]][c - whole * 8] - table.value[down[whole]][c - whole * 8]);
-        grad[c] = v;
-        base[c] += v;
+        typename V::Vec value[2], base[2];
+        load_signs<V>(plus, minus, times, value);
+        float* grad_base = p.grad_base + row * p.grad_base_stride + c;
+        edge.load(grad_base, base);
+        for (int half = 0; half < 2; ++half) base[half] = V::add(base[half], value[half]);
+        edge.store(grad_base, base);
+        edge.store((Number*)p.grad + at * p.channels + c, value);
       }
     }
 }

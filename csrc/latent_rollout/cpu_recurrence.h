@@ -18,6 +18,10 @@ inline void store_tile(float* to, int64_t width, const float* tile, int64_t wide
   for (int64_t r = 0; r < rows; ++r) memcpy(to + r * width, tile + r * wide, sizeof(float) * width);
 }
 template <class V>
+void store_numbers(void* to, int64_t first, int64_t width, const float* tile, int64_t wide, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) V::put_numbers((typename V::Number*)to + (first + r) * width, tile + r * wide, width);
+}
+template <class V>
 JK_INLINE void add_tile(float* to, const float* from, int64_t count) {
   for (int64_t i = 0; i < count; i += V::kLanes) V::store(to + i, V::add(V::load(to + i), V::load(from + i)));
 }
@@ -34,7 +38,7 @@ inline void load_vector(float* to, int64_t wide, const float* from, int64_t widt
 template <class V>
 int64_t mlp_scratch(const jk_rollout_mlp_params& p) {
   const int64_t wide = Block<V>::padded(p.hidden);
-  return (4 * kTileRows + Block<V>::kRows + 1) * wide;
+  return (4 * kTileRows + 1) * wide + left_size<V>(p.hidden);
 }
 
 template <class V>
@@ -89,15 +93,15 @@ void mlp_backward(const jk_rollout_mlp_params& p, const Packed& packed, int64_t 
       V::store(grad + i, V::fma(slope_of<V>(n, x), into, V::load(grad + i)));
       V::store(a + i, gelu_of<V>(n, x));
     }
-    store_tile(p.grad_inputs + k * step + first * h, h, grad, wide, rows);
-    if (!last) store_tile(p.activations + k * step + first * h, h, a, wide, rows);
+    store_numbers<V>(p.grad_inputs, k * p.rows + first, h, grad, wide, rows);
+    if (!last) store_numbers<V>(p.activations, k * p.rows + first, h, a, wide, rows);
   }
 }
 
 template <class V>
 int64_t hamiltonian_scratch(int64_t hidden, int64_t middle) {
   const int64_t wide = Block<V>::padded(hidden), deep = Block<V>::padded(middle);
-  return (7 * kTileRows + Block<V>::kRows) * wide + (4 * kTileRows + Block<V>::kRows + 2) * deep;
+  return 7 * kTileRows * wide + (4 * kTileRows + 2) * deep + left_size<V>(hidden > middle ? hidden : middle);
 }
 
 // Packed matrices of both Hamiltonian functions: W2^T [h, middle], W2 [middle, h], C^T and C.

@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, 2) latent_rollout_gru_bwd_kernel(con
       const float mix = inverse[r] * (carried(r, c) * p.norm_weight[c] - plain[r] - normal(r, c) * along[r]);
       const float reset = gate(0, r, c), update = gate(1, r, c), candidate = gate(2, r, c);
       const float of_candidate = mix * (1.f - update) * (1.f - candidate * candidate);
-      float* to = p.grad_gates + (row0 + r) * 4 * d + c;
+      float* to = (float*)p.grad_gates + (row0 + r) * 4 * d + c;
       to[0] = of_candidate * gate(3, r, c) * reset * (1.f - reset);
       to[d] = mix * (before(r, c) - candidate) * update * (1.f - update);
       to[2 * d] = of_candidate;
@@ -199,7 +199,8 @@ __global__ void __launch_bounds__(kThreads, 2) latent_rollout_gru_bwd_kernel(con
 #pragma unroll 1
     for (int which = 0; which < 3; which++) {
       const int place = which < 2 ? which : 3;  // the state reaches the candidate through W_s z + b_s
-      each(rows.count, d, [&](int r, int c) { operand(r, c) = jk::from_float<T>(p.grad_gates[((row0 + r) * 4 + place) * d + c]); });
+      each(rows.count, d,
+           [&](int r, int c) { operand(r, c) = jk::from_float<T>(((const float*)p.grad_gates)[((row0 + r) * 4 + place) * d + c]); });
       __syncthreads();
       multiply(
           ring, rows.count, operand, of_gate(which),

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, 2) latent_rollout_readout_kernel(con
         continue;
       }
       const float grad = power_slope(residual, p.exponent) * p.grad_errors[at] / float(channels);
-      p.grad[at * channels + c] = grad;
+      ((float*)p.grad)[at * channels + c] = grad;
       p.grad_base[row * p.grad_base_stride + c] += grad;
     }
   }

@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 2) latent_rollout_mlp_bwd_kernel(con
     const float g = later + gelu_slope(x) * total;
     operand(r, c) = jk::from_float<T>(g);
     if (sizeof(T) != 4) grad(r, c) = g;
-    p.grad_inputs[k * step + (rows.first + r) * h + c] = g;
+    ((float*)p.grad_inputs)[k * step + (rows.first + r) * h + c] = g;
   };
   clear_padding(now, rows.count, h);
   clear_padding(next, rows.count, h);
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 2) latent_rollout_mlp_bwd_kernel(con
           const float total = following(r, c) + (p.kept > 1 ? p.grad_sums[k * step + at] : 0.f);
           following(r, c) = total;
           reach(next, k, r, c, sizeof(T) == 4 ? jk::to_float(now(r, c)) : grad(r, c), total + v, x);
-          p.activations[k * step + at] = gelu(x);
+          ((float*)p.activations)[k * step + at] = gelu(x);
         });
     swap(now, next);
   }

@@ -1,6 +1,8 @@
 // C ABI of latent_rollout: the parts of a rollout that a plain matrix product does not cover. Everything is contiguous float32
 // unless a stride or a dtype is named; h hidden units, D channels, row-major, rows are independent of one another. `operand` is
-// the jk_dtype of the matrices that multiply (`const void*`), to which the other side is rounded; sums are float32. CPUs: float32.
+// the jk_dtype of the matrices that multiply (`const void*`), to which the other side is rounded; sums are float32. CPUs: float32, or
+// bfloat16 on JK_ISA_AVX512_BF16, where predictions and what only goes into products (`void*`) are bfloat16 too; GPUs write the latter as
+// float32.
 #pragma once
 #include "../abi.h"
 
@@ -9,7 +11,7 @@ typedef struct {
   const void* data;
   const int64_t* index;
   int64_t stride;
-  int64_t dtype;  // jk_dtype; CPU kernels take float32 only
+  int64_t dtype;  // jk_dtype; CPUs: float32 or bfloat16
 } jk_rollout_rows;
 
 // Residual MLP: a_{i+1} = a_i + C gelu(a_i) + drift, s_k = sum of gelu(a_i), i < k.
@@ -23,8 +25,8 @@ typedef struct {
   float* sums;             // [kept, rows, h]
   float* inputs;           // [horizon, rows, h] every a_i, or NULL; read by backward
   const float* grad_sums;  // backward: [kept, rows, h]
-  float* grad_inputs;      // backward: [horizon, rows, h]
-  float* activations;      // backward: [horizon - 1, rows, h] gelu(a_i)
+  void* grad_inputs;       // backward: [horizon, rows, h]
+  void* activations;       // backward: [horizon - 1, rows, h] gelu(a_i)
 } jk_rollout_mlp_params;
 
 // Hamiltonian: u(a) = gelu'(a) W2^T (w3 gelu'(W2 gelu(a) + b2)); half-steps alternate a += dt C u(a) and a -= dt C^T u(a).
@@ -76,7 +78,7 @@ typedef struct {
   float* errors;             // [steps, rows], or NULL
   uint8_t* signs;            // [steps, rows, 2, ceil(channels / 8)] bits residual > 0, then residual < 0, or NULL
   const float* grad_errors;  // gradient: [steps, rows]
-  float* grad;               // gradient: [steps, rows, channels]
+  void* grad;                // gradient: [steps, rows, channels]
   float* grad_base;          // gradient: [rows, channels] with grad_base_stride, added to
   int64_t grad_base_stride;
 } jk_rollout_readout_params;
@@ -97,7 +99,7 @@ typedef struct {
   float* gates;                             // [horizon, rows, 4 D] or NULL
   const float* grad_states;                 // backward: [kept_gradients, rows, D]
   int64_t every_step;                       // whether every step has a gradient, or the last alone
-  float* grad_gates;                        // of r, u, n before their functions and of W_s z + b_s of n: GPU [horizon, rows, 4 D]; CPU
+  void* grad_gates;                         // of r, u, n before their functions and of W_s z + b_s of n: GPU [horizon, rows, 4 D]; CPU
                                             // [horizon, rows, 3 D] without that of n, whose products are the next two
   float* grad_actions;                      // CPU: [horizon, rows, A]
   float* grad_small;                        // CPU: [tiles, 1 + A, 4 D], the same four summed over rows and steps, then times each action

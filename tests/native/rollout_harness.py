@@ -16,12 +16,13 @@ from tests.simt.rollout_abi import SimtOps, Table
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-UNITS = ("cpu", "cpu_portable", "cpu_avx2", "cpu_avx512")
+UNITS = ("cpu", "cpu_portable", "cpu_avx2", "cpu_avx512", "cpu_avx512_bf16")
 # Always against the emulation: on a machine with AVX-512, the tests of the op run the real instructions.
+EMULATED = ("cpu_avx512", "cpu_avx512_bf16")
 _UNIT_FLAGS = {
-    "cpu": ["-DJK_EMULATED_ISA=2"],
+    "cpu": ["-DJK_EMULATED_ISA=3"],
     "cpu_avx2": AVX2_FLAGS,
-    "cpu_avx512": [*AVX2_FLAGS, "-Wno-psabi", "-include", str(HERE / "emulate_rollout.h")],
+    **dict.fromkeys(EMULATED, [*AVX2_FLAGS, "-Wno-psabi", "-include", str(HERE / "emulate_rollout.h")]),
 }
 _SANITIZERS = {
     None: [],
@@ -54,7 +55,7 @@ def build(folder: Path, sanitizer: str | None = None, patched: Mapping[str, Path
 
     def compile_one(source: Path) -> Path:
         # The emulation takes long to compile: UBSan would judge it as well, and threads do nothing else in it than elsewhere.
-        emulated = {"asan_ubsan": "asan", "tsan": None}.get(sanitizer) if source.stem == "cpu_avx512" else sanitizer
+        emulated = {"asan_ubsan": "asan", "tsan": None}.get(sanitizer) if source.stem in EMULATED else sanitizer
         level = "-O0" if emulated is not None or source.stem in quick else "-O1"  # what runs briefly need not run fast
         return _compile(source, folder, [level, *_SANITIZERS[emulated]])
 
@@ -136,7 +137,11 @@ class Fences:
 
 
 class CpuOps(SimtOps):
-    """What `NativeKernels.ops` offers, where the CPU kernels differ from those of a GPU: signs, and products of a GRU in the kernel."""
+    """What `NativeKernels.ops` offers, where the CPU kernels differ from those of a GPU: signs, products of a GRU in the kernel, and numbers
+    for products in the dtype of these."""
+
+    def _operands(self, dtype, *shape):
+        return torch.full(shape, torch.nan, dtype=dtype)
 
     def latent_rollout_errors(self, sums, weight, bias, base, base_rows, targets, target_rows, exponent, save_signs, isa):
         errors, signs = self._new(*sums.shape[:2]), None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.simt.rollout_abi import Library
 
-ISAS = {"portable": 0, "avx2": 1, "avx512": 2}
+ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
 
 
 class CpuLibrary(Library):

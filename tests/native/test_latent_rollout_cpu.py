@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from jepa_kernels import native
 from jepa_kernels.ops.latent_rollout import cpu as backend
 from jepa_kernels.ops.latent_rollout.testing import CELLS, RolloutCase, check_rollout, rollout_case, run_rollout
 from tests.native.attention_library import serial, threaded
@@ -40,8 +41,16 @@ def use(monkeypatch) -> Callable[[CpuLibrary | Recorder], None]:
 
     def chosen(library: CpuLibrary | Recorder) -> None:
         run_on(monkeypatch, backend, CpuOps(Fences(library)))
+        dot_products = getattr(library, "isa", 0) == ISAS["avx512_bf16"]
+        monkeypatch.setattr(native, "multiplies_bf16", lambda: dot_products)
 
     return chosen
+
+
+@pytest.fixture
+def dtype(library) -> torch.dtype:
+    """That of the operands: AVX512_BF16 has kernels of its own for bfloat16, and those of AVX-512 for float32."""
+    return torch.bfloat16 if library.isa == ISAS["avx512_bf16"] else torch.float32
 
 
 def poison(library: CpuLibrary) -> None:
@@ -64,8 +73,8 @@ def check(use, library) -> Callable[[RolloutCase], None]:
 
 @each_cell
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_matches_the_reference(check, cell, output):
-    check(rollout_case(cell, output))
+def test_matches_the_reference(check, dtype, cell, output):
+    check(rollout_case(cell, output, dtype=dtype))
 
 
 # `width`: of the hidden layer, and for a GRU of its state.
@@ -75,7 +84,6 @@ SHAPES = (
     {"rows": 49, "width": 15, "action_channels": 1},
     {"rows": 97, "width": 17, "horizon": 2, "action_channels": 16},
     {"rows": 49, "width": 1},
-    {"rows": 49, "width": 1, "magnitude": 100.0},  # a GRU's LayerNorm: no variance, however large the mean
     {"rows": 3, "width": 16, "action_channels": 40},
     {"rows": 11, "width": 33, "action_channels": 33},
     {"rows": 7, "width": 136},
@@ -97,16 +105,22 @@ def shaped(cell: str, output: str | float, width: int | None = None, **options) 
 
 @each_cell
 @pytest.mark.parametrize("options", SHAPES, ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()))
-def test_shapes_and_layouts(check, cell, options):
+def test_shapes_and_layouts(check, dtype, cell, options):
+    # An absolute error's gradient jumps where a residual is about 0, which rounded products move: the error of one such row would count.
+    for output in ("states", 1.0 if dtype == torch.float32 else 2.0):
+        check(shaped(cell, output, **options, dtype=dtype))
+
+
+def test_a_layer_norm_of_one_channel_has_no_variance_however_large_its_mean(check, dtype):
     for output in ("states", 1.0):
-        check(shaped(cell, output, **options))
+        check(shaped("gru", output, rows=49, width=1, magnitude=100.0, dtype=dtype))
 
 
 @each_cell
-def test_same_bits_for_any_number_of_threads_and_order_of_tiles(use, library, cell):
+def test_same_bits_for_any_number_of_threads_and_order_of_tiles(use, library, dtype, cell):
     use(library)
     for output in ("states", "last", 1.0):
-        case = rollout_case(cell, output, rows=131, channels=70, hidden=40, action_channels=9)
+        case = rollout_case(cell, output, rows=131, channels=70, hidden=40, action_channels=9, dtype=dtype)
         library.parallel_for = serial()
         poison(library)
         expected = run_rollout(case, "cpu")
@@ -116,11 +130,11 @@ def test_same_bits_for_any_number_of_threads_and_order_of_tiles(use, library, ce
                 assert torch.equal(tensor, expected[name]), name
 
 
-def test_same_bits_in_any_company(library):
+def test_same_bits_in_any_company(library, dtype):
     """A row gives the same alone, in another place of another tile, and whatever its neighbours are."""
     ops, rows, width, some = CpuOps(Fences(library)), 61, 33, torch.tensor([60, 2, 47])
-    start, square, vector = torch.randn(rows, width), torch.randn(width, width) / 6, torch.randn(width)
-    gates = [torch.randn(3 * width, 9), torch.randn(3 * width, width), *torch.randn(2, 3 * width), *torch.randn(2, width)]
+    start, square, vector = torch.randn(rows, width), (torch.randn(width, width) / 6).to(dtype), torch.randn(width)
+    gates = [torch.randn(3 * width, n).to(dtype) for n in (9, width)] + [*torch.randn(2, 3 * width), *torch.randn(2, width)]
     actions, grads = torch.randn(3, rows, 9), torch.randn(3, rows, width)
 
     def everything(rows: torch.Tensor) -> list[torch.Tensor]:
@@ -142,13 +156,15 @@ def test_same_bits_in_any_company(library):
         assert together.isfinite().all() and torch.equal(alone, together[:, some]), i
 
 
-def test_gradient_of_errors_is_the_same_with_and_without_signs(library):
+def test_gradient_of_errors_is_the_same_with_and_without_signs(library, dtype):
     ops = CpuOps(Fences(library))
     steps, rows, hidden, channels = 2, 49, 20, 45
-    sums, weight, bias = torch.randn(steps, rows, hidden), torch.randn(channels, hidden).mT, torch.randn(channels)
-    base, targets, grad_errors = torch.randn(rows, channels), torch.randn(steps, rows, channels), torch.randn(steps, rows)
+    sums, weight = torch.randn(steps, rows, hidden), torch.randn(channels, hidden).mT.to(dtype)
+    bias, base = torch.randint(-8, 9, (channels,)) / 8, (torch.randint(-8, 9, (rows, channels)) / 8).to(dtype)
+    targets, grad_errors = torch.randn(steps, rows, channels).to(dtype), torch.randn(steps, rows)
     targets[0, :, 7] = torch.nan
-    targets[1, 3] = ops_predictions(ops, sums, weight, bias, base)[1, 3]  # no residual: neither sign
+    sums[1, 3] = 0.0
+    targets[1, 3] = base[3] + 2 * bias  # no residual: neither sign
     errors, signs = ops.latent_rollout_errors(sums, weight, bias, base, None, targets, None, 1.0, True, -1)
     assert errors[0].isnan().all() and (errors[1, 3] == 0)
     results = {}
@@ -162,16 +178,18 @@ def test_gradient_of_errors_is_the_same_with_and_without_signs(library):
     assert (results[False][0][1, 3] == 0).all()
 
 
-def ops_predictions(ops: CpuOps, sums, weight, bias, base) -> torch.Tensor:
-    out = torch.empty(*sums.shape[:2], base.shape[1])
-    ops.latent_rollout_readout(sums, weight, bias, base, None, 1, out, -1)
-    return out
-
-
 def test_refuses_an_instruction_set_that_is_not_there(built):
     library = CpuLibrary(built, 7, serial())
     with pytest.raises(RuntimeError, match="latent_rollout: isa must be one that this processor has"):
         poison(library)
+
+
+@pytest.mark.parametrize(("isa", "dtype"), (("avx512", torch.bfloat16), ("avx512_bf16", torch.float16)))
+def test_refuses_products_that_an_instruction_set_lacks(built, isa, dtype):
+    ops = CpuOps(CpuLibrary(built, ISAS[isa], serial()))
+    square, vector = torch.randn(3, 3), torch.randn(3)
+    with pytest.raises(RuntimeError, match="latent_rollout: operand must be float32, or bfloat16 on AVX512_BF16"):
+        ops.latent_rollout_mlp_fwd(square, square.to(dtype), vector, 2, True, False, -1)
 
 
 EDGE = "memset(before, 0, sizeof(float) * 5 * wide);"
@@ -207,20 +225,28 @@ def test_a_fault_in_a_kernel_is_noticed(use, emulated_builds, built, tmp_path, f
         check_rollout(case, "cpu")
 
 
-@pytest.fixture(scope="module")
-def saved_calls(built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_calls(library: CpuLibrary, dtype: torch.dtype, folder: Path) -> Path:
     """Every kernel, with a tile that is full and one that is not, no rows at all, and a product in steps."""
-    recorder = Recorder(CpuLibrary(built, ISAS["avx2"], serial()))
+    recorder = Recorder(library)
     with pytest.MonkeyPatch.context() as monkeypatch:
         run_on(monkeypatch, backend, CpuOps(recorder))
+        monkeypatch.setattr(native, "multiplies_bf16", lambda: dtype == torch.bfloat16)
         for cell in CELLS:
-            run_rollout(rollout_case(cell, "last", rows=49, channels=18, hidden=33, horizon=2, action_channels=1), "cpu")
-            run_rollout(rollout_case(cell, 1.0, rows=50, channels=34, hidden=15, horizon=2, action_channels=16), "cpu")
-            run_rollout(rollout_case(cell, 2.5, rows=0), "cpu")
-        run_rollout(rollout_case("residual_mlp", 2.5, rows=5, channels=9, hidden=300, horizon=2), "cpu")
-    path = tmp_path_factory.mktemp("calls") / "calls.npz"
+            for case in (
+                rollout_case(cell, "last", rows=49, channels=18, hidden=33, horizon=2, action_channels=1, dtype=dtype),
+                rollout_case(cell, 1.0, rows=50, channels=34, hidden=15, horizon=2, action_channels=16, dtype=dtype),
+                rollout_case(cell, 2.5, rows=0, dtype=dtype),
+            ):
+                run_rollout(case, "cpu")
+        run_rollout(rollout_case("residual_mlp", 2.5, rows=5, channels=9, hidden=600, horizon=2, dtype=dtype), "cpu")
+    path = folder / "calls.npz"
     np.savez(path, **recorder.arrays)
     return path
+
+
+@pytest.fixture(scope="module")
+def saved_calls(built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_calls(CpuLibrary(built, ISAS["avx2"], serial()), torch.float32, tmp_path_factory.mktemp("calls"))
 
 
 def replay(library: Path, calls: Path, sanitizer: str, isas: str, *more: str):
@@ -237,6 +263,13 @@ def test_sanitizers_find_nothing(emulated_builds, saved_calls, sanitizer, isas):
         # The same run with tiles that overlap, or finding nothing would prove nothing.
         done = replay(library, saved_calls, sanitizer, "portable", "overlap")
         assert done.returncode == SANITIZER_STATUS and "data race" in done.stderr, done.stderr[-4000:]
+
+
+def test_address_sanitizer_finds_nothing_in_bfloat16_kernels(emulated_builds, built, tmp_path):
+    calls = save_calls(CpuLibrary(built, ISAS["avx512_bf16"], serial()), torch.bfloat16, tmp_path)
+    done = replay(build(emulated_builds, "asan_ubsan"), calls, "asan_ubsan", "avx512_bf16")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.count("calls agree") == 2
 
 
 def test_address_sanitizer_notices_a_row_too_many(emulated_builds, tmp_path, saved_calls):

@@ -157,6 +157,10 @@ class SimtOps:
     def _new(self, *shape: int):
         return self.torch.full(shape, self.torch.nan)
 
+    def _operands(self, dtype, *shape: int):
+        """Numbers that only go into products of this dtype."""
+        return self._new(*shape)
+
     def _rows(self, table, index) -> Table:
         return Table(table, index, table.stride(-2), self.codes[table.dtype])
 
@@ -172,10 +176,10 @@ class SimtOps:
 
     def latent_rollout_mlp_bwd(self, inputs, coupling, grad_sums, isa):
         horizon, rows, hidden = inputs.shape
-        grad_inputs, activations = self._new(horizon, rows, hidden), self._new(horizon - 1, rows, hidden)
-        operand = FLOAT32 if coupling is None else self.codes[coupling.dtype]
+        dtype = self.torch.float32 if coupling is None else coupling.dtype
+        grad_inputs, activations = (self._operands(dtype, steps, rows, hidden) for steps in (horizon, horizon - 1))
         self.library.call(
-            "mlp_bwd", rows=rows, hidden=hidden, horizon=horizon, kept=grad_sums.shape[0], operand=operand, coupling=coupling, inputs=inputs,
+            "mlp_bwd", rows=rows, hidden=hidden, horizon=horizon, kept=grad_sums.shape[0], operand=self.codes[dtype], coupling=coupling, inputs=inputs,
             grad_sums=grad_sums, grad_inputs=grad_inputs, activations=activations,
         )  # fmt: skip
         return grad_inputs, activations
@@ -228,7 +232,7 @@ class SimtOps:
     def latent_rollout_errors_gradient(
         self, sums, weight, bias, base, base_rows, targets, target_rows, exponent, signs, first_step, grad_errors, grad_base, isa
     ):
-        grad = self._new(*sums.shape[:2], weight.shape[1])
+        grad = self._operands(weight.dtype, *sums.shape[:2], weight.shape[1])
         self._readout(
             "readout_gradient", sums, weight, bias, base, base_rows, first_step, grad_errors=grad_errors, grad=grad, grad_base=grad_base,
             grad_base_stride=grad_base.stride(0), signs=signs, **self._targets(targets, target_rows, exponent),
@@ -262,6 +266,7 @@ class SimtOps:
     def latent_rollout_gru_bwd(self, start, actions, states, gates, weights, epsilon, grad_states, every_step, isa):
         horizon, rows, given = actions.shape
         results = {name: self._new(*shape) for name, shape in self._gru_gradients(horizon, rows, start.shape[1], given).items()}
+        results["grad_gates"] = self._operands(weights[0].dtype, *results["grad_gates"].shape)
         self._gru(
             "gru_bwd", start, actions, weights, epsilon, kept=horizon, states=states, gates=gates, grad_states=grad_states,
             every_step=int(every_step), **results,

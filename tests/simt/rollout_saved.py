@@ -69,6 +69,14 @@ class Saved(NamedTuple):
     arrays: dict[str, np.ndarray]  # what the call reads and writes
     wanted: dict[str, np.ndarray]  # what they should hold afterwards, by the same names
 
+    def check(self, note: str = "") -> None:
+        """Results must be the saved ones up to rounding: another compiler or instruction set fuses other operations."""
+        for key, wanted in self.wanted.items():
+            actual, same = self.arrays[key], 1e-4
+            if wanted.dtype == np.int16:
+                actual, wanted, same = (*((a.astype(np.uint32) << 16).view(np.float32) for a in (actual, wanted)), 2e-2)
+            np.testing.assert_allclose(actual, wanted, rtol=same, atol=same, err_msg=f"{self.label} {key} {note}")
+
 
 def saved_calls(path: str) -> Iterator[Saved]:
     """The calls of a file in their order, each with arrays of its own."""
@@ -93,7 +101,7 @@ def saved_calls(path: str) -> Iterator[Saved]:
 
 
 def replay(path: str, calls: str, sanitizer: str) -> None:
-    """Each call in the next thread order; results must be those of the plain library up to rounding: its compiler fuses other operations."""
+    """Each call in the next thread order."""
     library, count = Library(path), 0
     for saved, order in zip(saved_calls(calls), cycle(ORDERS)):
         configure(library.library, order, seed=5)
@@ -104,11 +112,7 @@ def replay(path: str, calls: str, sanitizer: str) -> None:
             fresh.join()
         else:
             _call(library, saved.name, saved.values)
-        for key, wanted in saved.wanted.items():
-            actual, same = saved.arrays[key], 1e-4
-            if wanted.dtype == np.int16:
-                actual, wanted, same = (*((a.astype(np.uint32) << 16).view(np.float32) for a in (actual, wanted)), 2e-2)
-            np.testing.assert_allclose(actual, wanted, rtol=same, atol=same, err_msg=f"{saved.label} {key} {order}")
+        saved.check(order)
         count += 1
     print(f"{count} calls agree")
 

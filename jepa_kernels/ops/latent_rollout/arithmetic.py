@@ -10,12 +10,12 @@ from ... import native
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, operand: torch.dtype) -> torch.Tensor:
-    """a @ b for matrices, operands rounded to `operand`, result float32 (float64 for float64)."""
-    if operand in (torch.float32, torch.float64):
-        return a.to(operand) @ b.to(operand)
-    if a.is_cuda:
-        return torch.mm(a.to(operand), b.to(operand), out_dtype=torch.float32)
-    return a.to(operand).float() @ b.to(operand).float()
+    """a @ b for matrices, operands rounded to `operand`, result float32 (float64 for float64).
+
+    A CPU with bfloat16 products sums in float32 and rounds the result, as torch offers no other.
+    """
+    product = _product(a, b, operand)
+    return product.float() if product.dtype == torch.bfloat16 else product
 
 
 def add_matmul(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, operand: torch.dtype) -> torch.Tensor:
@@ -24,7 +24,24 @@ def add_matmul(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, ope
         return matmul(a, b, operand)
     if operand in (torch.float32, torch.float64):
         return total.addmm_(a.to(operand), b.to(operand))
-    return total.add_(matmul(a, b, operand))
+    return total.add_(_product(a, b, operand))
+
+
+def matmul_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, operand: torch.dtype) -> None:
+    """out = a @ b."""
+    if operand in (torch.float32, torch.float64):
+        torch.mm(a.to(operand), b.to(operand), out=out)
+    else:
+        out.copy_(_product(a, b, operand))
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, operand: torch.dtype) -> torch.Tensor:
+    a, b = a.to(operand), b.to(operand)
+    if operand in (torch.float32, torch.float64):
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b if operand == torch.bfloat16 and native.multiplies_bf16() else a.float() @ b.float()
 
 
 def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """C++ CPU backend: csrc/latent_rollout/cpu.cpp through the stable-ABI binding, plain matrix products through torch.
 
-float32 inside: 16-bit inputs are widened once, which on a CPU costs less than what their products would lose in speed and accuracy.
+Where the processor multiplies bfloat16 (AVX512_BF16), that is what products of such inputs read; sums, states and what lies between two products
+are float32. Elsewhere, and for float16, inputs are widened once: their products would lose speed and accuracy.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ def unsupported_reasons(call: Call) -> list[str]:
 
 
 def forward(problem: Problem) -> tuple[torch.Tensor, ...]:
-    out, *saved = composition.forward(_widened(problem), NativeKernels(native.isa(), keep_signs=True))
+    out, *saved = composition.forward(_multiplied(problem), NativeKernels(native.isa(), keep_signs=True))
     return out if problem.output == "errors" else out.to(problem.states.dtype), *saved
 
 
 def backward(problem: Problem, grad_out: torch.Tensor, saved: tuple[torch.Tensor, ...], needs_targets: bool) -> composition.Gradients:
-    return composition.backward(_widened(problem), NativeKernels(native.isa(), keep_signs=True), grad_out, saved, needs_targets)
+    return composition.backward(_multiplied(problem), NativeKernels(native.isa(), keep_signs=True), grad_out, saved, needs_targets)
 
 
-def _widened(problem: Problem) -> Problem:
-    return problem.upcast() if problem.states.dtype in LOW_PRECISION else problem
+def _multiplied(problem: Problem) -> Problem:
+    """The problem in the dtype of its products."""
+    dtype = problem.states.dtype
+    return problem.upcast() if dtype in LOW_PRECISION and not (dtype == torch.bfloat16 and native.multiplies_bf16()) else problem

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from .arithmetic import add_matmul, fresh, matmul
+from .arithmetic import add_matmul, fresh, matmul, matmul_into
 from .problem import Problem
 
 Tensors = tuple[torch.Tensor, ...]
@@ -128,7 +128,7 @@ def forward(problem: Problem, kernels: Kernels) -> Tensors:
     if operand == total:
         a = torch.addmm(bias_in, seen, weight_in.mT)
     else:
-        a = matmul(seen, weight_in.mT, operand) + bias_in
+        a = matmul(seen, weight_in.mT, operand).add_(bias_in)
     coupling = coupling_of(problem, kernels)
     if problem.cell == "residual_mlp":
         drift = _drift(problem)
@@ -164,7 +164,8 @@ def _drift(problem: Problem) -> torch.Tensor | None:
 
 
 class Gradients(NamedTuple):
-    """Gradients of a problem's inputs, one row per rollout row, in the accumulation dtype; None where there is none."""
+    """Gradients of a problem's inputs, one row per rollout row, in the accumulation dtype or, where nothing is added to them any more, in
+    that of the inputs; None where there is none."""
 
     states: torch.Tensor
     parameters: list[torch.Tensor]
@@ -181,9 +182,10 @@ def backward(problem: Problem, kernels: Kernels, grad_out: torch.Tensor, saved: 
     if problem.output == "errors":
         grad_base = torch.zeros((problem.num_rows, problem.channels), dtype=total, device=hidden.device)
         if needs_targets:
-            grad_targets = fresh((problem.horizon, problem.num_rows, problem.channels), total, hidden.device)
+            grad_targets = fresh((problem.horizon, problem.num_rows, problem.channels), operand, hidden.device)
     else:
-        grad_out = grad_out.to(total) if problem.output == "states" else grad_out.to(total)[None]
+        grad_out = grad_out.to(operand) if problem.output == "states" else grad_out.to(operand)[None]
+        # Sums of 16-bit numbers are formed in float32 and rounded once; asked for a float32 result, torch would widen every number first.
         grad_base = grad_out[0] if problem.kept_steps == 1 else grad_out.sum(0)
     grad_sums = fresh(sums.shape, total, hidden.device)
     read_gradients = []
@@ -200,12 +202,18 @@ def backward(problem: Problem, kernels: Kernels, grad_out: torch.Tensor, saved: 
     grad_parameters[0] = add_matmul(grad_parameters[0], grad_a.mT, seen, operand)
     grad_parameters[1] = grad_a.sum(0)
     anchor = grad_base if problem.anchor is not None else None
-    if problem.in_channels == [0, problem.channels] and operand == total:
-        grad_states = grad_a @ weight_in if anchor is not None else torch.addmm(grad_base, grad_a, weight_in)
-    else:
-        grad_states = torch.zeros_like(grad_base) if anchor is not None else grad_base.clone()
-        add_columns(grad_states, matmul(grad_a, weight_in, operand), problem.in_channels, 1)
-    return Gradients(grad_states, grad_parameters, None, anchor, grad_targets)
+    return Gradients(_grad_states(problem, grad_a, grad_base, weight_in), grad_parameters, None, anchor, grad_targets)
+
+
+def _grad_states(problem: Problem, grad_a: torch.Tensor, grad_base: torch.Tensor, weight_in: torch.Tensor) -> torch.Tensor:
+    """What reaches the initial states through the hidden layer and, without an anchor, as the base of the prediction."""
+    operand, total = problem.states.dtype, problem.accumulate_dtype
+    if problem.in_channels == [0, problem.channels] and (operand == total or problem.rows is None):
+        grad_a = grad_a.to(operand)  # in one product, rounded once where rows are not added up later
+        return grad_a @ weight_in if problem.anchor is not None else torch.addmm(grad_base.to(operand), grad_a, weight_in)
+    grad_states = torch.zeros_like(grad_base, dtype=total) if problem.anchor is not None else grad_base.to(total, copy=True)
+    add_columns(grad_states, matmul(grad_a, weight_in, operand), problem.in_channels, 1)
+    return grad_states
 
 
 def _readout_backward(problem, kernels, part, sums, signs, grad_out, grad_base, grad_sums, grad_targets):
@@ -219,16 +227,17 @@ def _readout_backward(problem, kernels, part, sums, signs, grad_out, grad_base, 
         if problem.output == "errors":
             grad = kernels.residual_gradient(problem, part, k, sums[k], signs, grad_out[k], grad_base[:, window])
             if grad_targets is not None:
-                torch.neg(grad, out=grad_targets[k][:, window])
+                torch.mul(grad, -1, out=grad_targets[k][:, window])
         else:
             grad = grad_out[k][:, window]
-        grad_sums[k] = matmul(grad, part.weight.mT, operand)
+        matmul_into(grad_sums[k], grad, part.weight.mT, operand)
         if transposed:
             grad_weight = add_matmul(grad_weight, grad.mT, sums[k], operand)
         else:
             grad_weight = add_matmul(grad_weight, sums[k].mT, grad, operand)
         if part.bias is not None:
-            grad_bias = grad.sum(0).mul_(step) if grad_bias is None else grad_bias.add_(grad.sum(0), alpha=step)
+            summed = grad.sum(0).to(grad_sums.dtype)
+            grad_bias = summed.mul_(step) if grad_bias is None else grad_bias.add_(summed, alpha=step)
     return grad_weight.mT if transposed else grad_weight, grad_bias
 
 
@@ -243,7 +252,7 @@ def _mlp_backward(problem, kernels, coupling, hidden, grad_sums, read_gradient):
         moved = grad_hidden[1:].flatten(0, 1)
         coupling.add_gradient(moved, activations.flatten(0, 1))
         grad_left, grad_right = coupling.gradients()
-        grad_drift = moved.sum(0)
+        grad_drift = moved.sum(0).to(total)
         bias_seen = columns(bias_out, problem.in_channels, 0).to(total)
         grad_weight_in = grad_left.addr_(grad_drift, bias_seen)
         add_columns(grad_weight_out, grad_right, problem.in_channels, 0)

@@ -26,7 +26,7 @@ def _gru_weights(weights: list[torch.Tensor]) -> list[torch.Tensor]:
 class NativeKernels:
     """The kernels of `hidden_space` and `state_space` in C++ or CUDA C++, by the device of the tensors.
 
-    Matrices that multiply keep the dtype of the states (float32 on a CPU); everything else is float32.
+    Matrices that multiply and tables keep the dtype of the states; everything else is float32.
     """
 
     def __init__(self, isa: int = -1, keep_signs: bool = False) -> None:

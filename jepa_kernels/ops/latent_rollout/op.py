@@ -249,8 +249,8 @@ def _bwd(grad_out, saved, needs, *inputs) -> list[torch.Tensor]:
             continue
         index = tables.get(i)
         if index is not None:
-            table = torch.zeros(given.shape, dtype=gradient.dtype, device=given.device)
-            gradient = table.index_add_(0, index.flatten(), gradient.reshape(-1, given.shape[1]))
+            table = torch.zeros(given.shape, dtype=problem.accumulate_dtype, device=given.device)
+            gradient = table.index_add_(0, index.flatten(), gradient.reshape(-1, given.shape[1]).to(table.dtype))
         results.append(gradient.reshape(given.shape).to(given.dtype).contiguous())
     return results
 

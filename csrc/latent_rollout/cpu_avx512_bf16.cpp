@@ -1,0 +1,52 @@
+// bfloat16 calls on the dot-product instruction: two bfloat16 products per lane and step, summed in float.
+#ifdef __x86_64__
+#include "../simd/avx512.h"
+
+#include "cpu_table.h"
+
+namespace jk::rollout {
+namespace {
+
+struct DotProducts : simd::Avx512 {
+  using Number = bf16;
+  static constexpr int kPerUnit = 2;
+
+  static JK_INLINE Vec step(Vec acc, Vec a, Vec b) {
+    return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
+  }
+  static JK_INLINE Vec load_units(const bf16* p, int64_t row_stride) {
+    const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    const __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(p + row_stride)));
+    return _mm512_castsi512_ps(_mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+  }
+  using Avx512::store;
+  static JK_INLINE void store(bf16* p, Vec v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
+
+  static JK_INLINE __m512i round(const float* x) { return (__m512i)_mm512_cvtne2ps_pbh(load(x + kLanes), load(x)); }
+  static JK_INLINE void put_numbers(bf16* to, const float* row, int64_t count) {
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= count; i += 2 * kLanes) _mm512_storeu_si512(to + i, round(row + i));
+    if (i < count) put_last(to + i, row + i, count - i, count - i);
+  }
+  static JK_INLINE void put_units(float* to, const float* row, int64_t count) {
+    bf16* numbers = (bf16*)to;
+    const int64_t whole = count / (2 * kLanes) * (2 * kLanes);
+    put_numbers(numbers, row, whole);
+    if (whole < count) put_last(numbers + whole, row + whole, count - whole, (count - whole + 1) / 2 * 2);
+  }
+
+ private:
+  static JK_INLINE void put_last(bf16* to, const float* row, int64_t count, int64_t written) {
+    float part[2 * kLanes] = {};
+    bf16 numbers[2 * kLanes];
+    memcpy(part, row, sizeof(float) * count);
+    _mm512_storeu_si512(numbers, round(part));
+    memcpy(to, numbers, sizeof(bf16) * written);
+  }
+};
+
+}  // namespace
+
+const Kernels kAvx512DotBf16 = kernels<DotProducts>();
+}  // namespace jk::rollout
+#endif
