@@ -34,6 +34,8 @@ int64_t gru_scratch(const jk_rollout_gru_params& p) {
   return (forward > backward ? forward : backward) + left_size<V>(depth);
 }
 
+constexpr int64_t kStreamedBytes = int64_t{1} << 24;
+
 template <class V>
 JK_INLINE float row_sum(const float* row, int64_t wide) {
   typename V::Vec total = V::zero();
@@ -69,6 +71,9 @@ void gru_forward(const jk_rollout_gru_params& p, const Packed& packed, int64_t f
   load_vector(weight, wide, p.norm_weight, d);
   load_vector(shift, wide, p.norm_bias, d);
   for (int64_t r = 0; r < rows; ++r) load_vector(state + r * wide, wide, p.start + (first + r) * p.start_stride, d);
+  // More gates than a cache holds until backward reads them go past it, where whole vectors lie on cache lines.
+  const int64_t gate_bytes = p.horizon * p.rows * 4 * d * (int64_t)sizeof(float);
+  const bool streams = p.gates != nullptr && d == wide && (uintptr_t)p.gates % 64 == 0 && gate_bytes >= kStreamedBytes;
   for (int64_t k = 0; k < p.horizon; ++k) {
     const int64_t at = k * p.rows + first;
     multiply<V>(p.action + at * p.actions, p.actions, rows, p.actions, packed.matrix[kFromAction], gates, spare,
@@ -92,15 +97,23 @@ void gru_forward(const jk_rollout_gru_params& p, const Packed& packed, int64_t f
     for (int64_t r = 0; r < rows; ++r) {
       float *z = state + r * wide, *reset = gate + r * gates, *update = reset + wide, *candidate = update + wide,
             *from_state = hidden + r * wide;
+      float* saved = p.gates == nullptr ? nullptr : p.gates + (at + r) * 4 * d;
       for (int64_t i = 0; i < wide; i += V::kLanes) {
-        const typename V::Vec n = tanh<V>(V::fma(V::load(reset + i), V::load(from_state + i), V::load(candidate + i)));
-        V::store(candidate + i, n);
-        V::store(z + i, V::fma(V::load(update + i), V::sub(V::load(z + i), n), n));
+        const typename V::Vec q = V::load(reset + i), u = V::load(update + i), m = V::load(from_state + i);
+        const typename V::Vec n = tanh<V>(V::fma(q, m, V::load(candidate + i)));
+        V::store(z + i, V::fma(u, V::sub(V::load(z + i), n), n));
+        if (streams) {
+          V::stream(saved + i, q);
+          V::stream(saved + d + i, u);
+          V::stream(saved + 2 * d + i, n);
+          V::stream(saved + 3 * d + i, m);
+        } else {
+          V::store(candidate + i, n);
+        }
       }
-      if (p.gates != nullptr) {
-        float* to = p.gates + (at + r) * 4 * d;
-        for (int g = 0; g < 3; ++g) memcpy(to + g * d, reset + g * wide, sizeof(float) * d);
-        memcpy(to + 3 * d, from_state, sizeof(float) * d);
+      if (saved != nullptr && !streams) {
+        for (int g = 0; g < 3; ++g) memcpy(saved + g * d, reset + g * wide, sizeof(float) * d);
+        memcpy(saved + 3 * d, from_state, sizeof(float) * d);
       }
       memset(z + d, 0, sizeof(float) * (wide - d));
       float mean, inverse;
@@ -111,6 +124,7 @@ void gru_forward(const jk_rollout_gru_params& p, const Packed& packed, int64_t f
     }
     if (p.kept > 1 || k + 1 == p.horizon) store_tile(p.states + ((p.kept > 1 ? k : 0) * p.rows + first) * d, d, state, wide, rows);
   }
+  if (streams) V::fence();
 }
 
 // The gradients of one row of gates, before the products: of the new state (`into`) and what the LayerNorm's parameters get.

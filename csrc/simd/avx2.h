@@ -16,6 +16,9 @@ struct Avx2 {
   static JK_INLINE Vec set1(float x) { return _mm256_set1_ps(x); }
   static JK_INLINE Vec broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static JK_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
+  // Past the caches, to memory on a boundary of vectors; other threads may read it after a fence.
+  static JK_INLINE void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
+  static JK_INLINE void fence() { _mm_sfence(); }
   static JK_INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
   static JK_INLINE Vec load(const bf16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));

@@ -23,6 +23,9 @@ struct Avx512 {
   static JK_INLINE Vec set1(float x) { return _mm512_set1_ps(x); }
   static JK_INLINE Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static JK_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
+  // Past the caches, to memory on a boundary of vectors; other threads may read it after a fence.
+  static JK_INLINE void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
+  static JK_INLINE void fence() { _mm_sfence(); }
   static JK_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
   static JK_INLINE Vec widen(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
   static JK_INLINE Vec load(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }

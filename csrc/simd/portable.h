@@ -21,6 +21,8 @@ struct Portable {
     memcpy(&v, p, sizeof v);
     return v;
   }
+  static JK_INLINE void stream(float* p, Vec v) { store(p, v); }
+  static JK_INLINE void fence() {}
   static JK_INLINE void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
   static JK_INLINE Vec load(const bf16* p) {
     return (Vec)(Int{(int32_t)((uint32_t)p[0].bits << 16), (int32_t)((uint32_t)p[1].bits << 16), (int32_t)((uint32_t)p[2].bits << 16),

@@ -90,6 +90,8 @@ inline simde__m512 shuffle_f32x4(simde__m512 a, simde__m512 b, int order) {
   return as<simde__m512>(r);
 }
 
+inline void stream_ps(float* p, simde__m512 a) { memcpy(p, &a, sizeof a); }
+
 }  // namespace emulate
 
 #define _mm512_cvtepu16_epi32 emulate::cvtepu16_epi32
@@ -99,3 +101,4 @@ inline simde__m512 shuffle_f32x4(simde__m512 a, simde__m512 b, int order) {
 #define _mm512_extractf32x8_ps emulate::extractf32x8_ps
 #define _mm512_permute_ps emulate::permute_ps
 #define _mm512_shuffle_f32x4 emulate::shuffle_f32x4
+#define _mm512_stream_ps emulate::stream_ps

@@ -22,7 +22,7 @@ EMULATED = ("cpu_avx512", "cpu_avx512_bf16")
 _UNIT_FLAGS = {
     "cpu": ["-DJK_EMULATED_ISA=3"],
     "cpu_avx2": AVX2_FLAGS,
-    **dict.fromkeys(EMULATED, [*AVX2_FLAGS, "-Wno-psabi", "-include", str(HERE / "emulate_rollout.h")]),
+    **{unit: [*AVX2_FLAGS, "-Wno-psabi", "-include", str(HERE / "emulate_rollout.h")] for unit in EMULATED},
 }
 _SANITIZERS = {
     None: [],

@@ -106,6 +106,8 @@ def shaped(cell: str, output: str | float, width: int | None = None, **options) 
 @each_cell
 @pytest.mark.parametrize("options", SHAPES, ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()))
 def test_shapes_and_layouts(check, dtype, cell, options):
+    if dtype == torch.bfloat16 and options.get("width") == 1:
+        pytest.skip("a budget of means says nothing of a gradient with one element")
     # An absolute error's gradient jumps where a residual is about 0, which rounded products move: the error of one such row would count.
     for output in ("states", 1.0 if dtype == torch.float32 else 2.0):
         check(shaped(cell, output, **options, dtype=dtype))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from jepa_kernels import native
-from jepa_kernels.ops.latent_rollout import latent_rollout_loss, native_kernels, op, state_space
+from jepa_kernels.ops.latent_rollout import latent_rollout, latent_rollout_loss, native_kernels, op, state_space
 from jepa_kernels.ops.latent_rollout import torch as eager
 from jepa_kernels.ops.latent_rollout.testing import check_rollout, rollout_case
 from tests.conftest import missing
@@ -64,3 +64,22 @@ def test_errors_without_gradients_keep_few_states(backend, monkeypatch):
     monkeypatch.setattr(state_space, "_steps_at_once", lambda problem, floats_per_row: 4)
     assert torch.equal(errors(), whole)
     assert asked == [9, 4, 4, 1]
+
+
+def test_gates_past_the_caches_are_the_same():
+    """From 16 MiB on, the gates that backward reads are written past the caches; a row is the same in a smaller batch."""
+    if not native.available():
+        missing(str(native.reason()))
+    rows, horizon, width = 2100, 8, 64
+    case = rollout_case("gru", "last", rows=rows, horizon=horizon, channels=width, gathered=False)
+    assert 4 * horizon * rows * 4 * width >= 2**24 > 4 * horizon * 1000 * 4 * width
+    cell = op.with_parameters(case.cell, [p.float() for p in case.cell.parameters()])
+
+    def run(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        states = case.states[part].float().requires_grad_()
+        out = latent_rollout(states, cell, horizon, actions=case.actions[:, part].float(), output="last", backend="cpu")
+        (grad,) = torch.autograd.grad(out.square().sum(), states)
+        return out.detach(), grad
+
+    for together, alone in zip(run(slice(None)), run(slice(48, 1000)), strict=True):
+        assert torch.equal(together[48:1000], alone)

@@ -179,8 +179,8 @@ class SimtOps:
         dtype = self.torch.float32 if coupling is None else coupling.dtype
         grad_inputs, activations = (self._operands(dtype, steps, rows, hidden) for steps in (horizon, horizon - 1))
         self.library.call(
-            "mlp_bwd", rows=rows, hidden=hidden, horizon=horizon, kept=grad_sums.shape[0], operand=self.codes[dtype], coupling=coupling, inputs=inputs,
-            grad_sums=grad_sums, grad_inputs=grad_inputs, activations=activations,
+            "mlp_bwd", rows=rows, hidden=hidden, horizon=horizon, kept=grad_sums.shape[0], operand=self.codes[dtype], coupling=coupling,
+            inputs=inputs, grad_sums=grad_sums, grad_inputs=grad_inputs, activations=activations,
         )  # fmt: skip
         return grad_inputs, activations
 
