@@ -19,13 +19,14 @@ struct DotProducts : simd::Avx512 {
     const __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(p + row_stride)));
     return _mm512_castsi512_ps(_mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
   }
-  using Avx512::store;
-  static JK_INLINE void store(bf16* p, Vec v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
-
-  static JK_INLINE __m512i round(const float* x) { return (__m512i)_mm512_cvtne2ps_pbh(load(x + kLanes), load(x)); }
+  static JK_INLINE void store_two(float* p, Vec x0, Vec x1) {
+    store(p, x0);
+    store(p + kLanes, x1);
+  }
+  static JK_INLINE void store_two(bf16* p, Vec x0, Vec x1) { _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(x1, x0)); }
   static JK_INLINE void put_numbers(bf16* to, const float* row, int64_t count) {
     int64_t i = 0;
-    for (; i + 2 * kLanes <= count; i += 2 * kLanes) _mm512_storeu_si512(to + i, round(row + i));
+    for (; i + 2 * kLanes <= count; i += 2 * kLanes) store_two(to + i, load(row + i), load(row + i + kLanes));
     if (i < count) put_last(to + i, row + i, count - i, count - i);
   }
   static JK_INLINE void put_units(float* to, const float* row, int64_t count) {
@@ -40,7 +41,7 @@ struct DotProducts : simd::Avx512 {
     float part[2 * kLanes] = {};
     bf16 numbers[2 * kLanes];
     memcpy(part, row, sizeof(float) * count);
-    _mm512_storeu_si512(numbers, round(part));
+    store_two(numbers, load(part), load(part + kLanes));
     memcpy(to, numbers, sizeof(bf16) * written);
   }
 };

@@ -19,6 +19,10 @@ struct FloatProducts : S {
   static JK_INLINE typename S::Vec step(typename S::Vec acc, typename S::Vec a, typename S::Vec b) { return S::fma(a, b, acc); }
   // One unit of each of kLanes columns that lie side by side; `row_stride` numbers on are the next of a unit.
   static JK_INLINE typename S::Vec load_units(const float* p, int64_t) { return S::load(p); }
+  static JK_INLINE void store_two(float* p, typename S::Vec x0, typename S::Vec x1) {
+    S::store(p, x0);
+    S::store(p + S::kLanes, x1);
+  }
   // A row of numbers, and a row of units, the last filled up with zeros.
   static JK_INLINE void put_numbers(Number* to, const float* row, int64_t count) { memcpy(to, row, sizeof(float) * count); }
   static JK_INLINE void put_units(float* to, const float* row, int64_t count) { put_numbers(to, row, count); }

@@ -84,13 +84,11 @@ struct Columns {
   template <class Number>
   JK_INLINE void store(Number* p, const typename V::Vec (&v)[2]) const {
     if (left >= 2 * V::kLanes) {
-      V::store(p, v[0]);
-      V::store(p + V::kLanes, v[1]);
+      V::store_two(p, v[0], v[1]);
       return;
     }
     Number part[2 * V::kLanes];
-    V::store(part, v[0]);
-    V::store(part + V::kLanes, v[1]);
+    V::store_two(part, v[0], v[1]);
     memcpy(p, part, sizeof(Number) * left);
   }
 };
@@ -142,7 +140,7 @@ void readout(const jk_rollout_readout_params& p, const Packed& packed, int64_t f
     if (p.bias != nullptr) edge.load(p.bias + column, bias);
     for (int64_t k = 0; k < p.steps; ++k) {
       const typename V::Vec times = V::set1((float)(p.first_step + k));
-      const auto finish = [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
+      const auto finish = [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) __attribute__((always_inline)) {
         const int64_t row = first + r, at = k * p.rows + row;
         typename V::Vec value[2];
         edge.load(p.base, row_of(p.base, row) + c, value);

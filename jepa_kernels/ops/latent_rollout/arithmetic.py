@@ -35,6 +35,14 @@ def matmul_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, operand: to
         out.copy_(_product(a, b, operand))
 
 
+def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, operand: torch.dtype) -> torch.Tensor:
+    """x @ weight.mT + bias, rounded as `matmul` does."""
+    if operand in (torch.float32, torch.float64) or (operand == torch.bfloat16 and x.device.type == "cpu" and native.multiplies_bf16()):
+        sums = torch.addmm(bias.to(operand), x.to(operand), weight.to(operand).mT)
+        return sums.float() if operand == torch.bfloat16 else sums
+    return matmul(x, weight.mT, operand).add_(bias)
+
+
 def _product(a: torch.Tensor, b: torch.Tensor, operand: torch.dtype) -> torch.Tensor:
     a, b = a.to(operand), b.to(operand)
     if operand in (torch.float32, torch.float64):

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from .arithmetic import add_matmul, fresh, matmul, matmul_into
+from .arithmetic import add_matmul, affine, fresh, matmul, matmul_into
 from .problem import Problem
 
 Tensors = tuple[torch.Tensor, ...]
@@ -121,14 +121,11 @@ def coupling_of(problem: Problem, kernels: Kernels) -> Coupling:
 
 def forward(problem: Problem, kernels: Kernels) -> Tensors:
     """The output, then what backward needs: residual signs, hidden states and sums (empty where not kept)."""
-    operand, total = problem.states.dtype, problem.accumulate_dtype
+    operand = problem.states.dtype
     keep_all = problem.output != "last"
     weight_in, bias_in = problem.parameters[:2]
     seen = columns(problem.start(), problem.in_channels, 1)
-    if operand == total:
-        a = torch.addmm(bias_in, seen, weight_in.mT)
-    else:
-        a = matmul(seen, weight_in.mT, operand).add_(bias_in)
+    a = affine(seen, weight_in, bias_in, operand)
     coupling = coupling_of(problem, kernels)
     if problem.cell == "residual_mlp":
         drift = _drift(problem)
