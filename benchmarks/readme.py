@@ -128,40 +128,46 @@ def measured(_: str | None) -> str:
 
 
 def headlines(_: str | None) -> str:
-    """A few rows per op and device."""
-    lines = ["| op | case | pass | against | device, threads, clock | baseline's time / ours |", "|---|---|---|---|---|---|"]
+    """A few rows per op, a column for each device and dtype."""
+    found: dict[tuple[str, str], dict[tuple[str, str, str, str], dict[str, Any]]] = {}
     for device in devices():
-        for op, wanted in HEADLINES.items():
+        for op in HEADLINES:
             path = device / f"{op}.json"
-            if not path.exists():
-                continue
             # A case that was run on several backends is shown for kernels: `torch` comes first, to be overwritten.
-            records = sorted(newest(read(path)), key=lambda r: r["backend"] != "torch")
-            found = {(r["case"], r["pass"], r["baseline"]): r for r in records}
-            for case, pass_name, baseline in wanted:
-                record = found[case, pass_name, baseline]
-                where = f"{device.name}, {how(record)}"
-                lines.append(f"| {op} | {case} {record['dtype']} | {pass_name} | {baseline} | {where} | {ratio(record)} |")
-    return "\n".join(lines) if len(lines) > 2 else "No record is committed yet."
+            for record in sorted(newest(read(path)), key=lambda r: r["backend"] != "torch") if path.exists() else []:
+                key = (op, record["case"], record["pass"], record["baseline"])
+                found.setdefault((device.name, record["dtype"]), {})[key] = record
+    wanted = [(op, *row) for op, rows in HEADLINES.items() for row in rows]
+    columns = {at: rows for at, rows in found.items() if any(key in rows for key in wanted)}
+    if not columns:
+        return "No record is committed yet."
+    heads = [f"{device}, {dtype}" for device, dtype in columns]
+    lines = [f"| op | case | pass | against | {' | '.join(heads)} |", f"|{'---|' * (4 + len(heads))}"]
+    for key in wanted:
+        records = [rows.get(key) for rows in columns.values()]
+        cells = ["" if record is None else ratio(record) + _unusual(record) for record in records]
+        lines.append(f"| {' | '.join((*key, *cells))} |")
+    return "\n".join(lines)
+
+
+def _unusual(record: dict[str, Any]) -> str:
+    """How a row was measured where that is not two threads in wall time."""
+    return "" if how(record) == "2, wall" else f" ({record['threads']} thread, {record.get('clock', 'wall')} time)"
+
+
+def findings(name: str | None) -> str:
+    """What a committed sweep ("DEVICE/NAME") answers, in sentences computed from its cells."""
+    path = RESULTS / f"{name}.json"
+    record = read(path)
+    at = record["settings"]
+    where = f"{path.parent.name}, size {at['size']}, {at['frames']} frames, batch {at['batch']}, {at['dtype']}"
+    return "\n".join([f"On {where} (`{path.relative_to(ROOT)}`):", "", *(f"- {sentence}" for sentence in report_text.findings(record))])
 
 
 def sweep(name: str | None) -> str:
-    """What a committed sweep answers, in sentences computed from its cells, and its plots."""
-    lines = []
-    for device in devices():
-        path = device / f"{name}.json"
-        if not path.exists():
-            continue
-        record = read(path)
-        at = record["settings"]
-        lines += [
-            "",
-            f"On {device.name}, size {at['size']}, {at['frames']} frames, batch {at['batch']}, {at['dtype']} (`{path.relative_to(ROOT)}`):",
-            "",
-        ]
-        lines += [f"- {sentence}" for sentence in report_text.findings(record)]
-        lines += ["", *pictures(p for part in ("throughput", "overhead") if (p := device / f"{name}_{part}.png").exists())]
-    return "\n".join(lines).strip() or "No record is committed yet."
+    """Findings of a sweep and its plots."""
+    plots = (RESULTS / f"{name}_{part}.png" for part in ("throughput", "overhead"))
+    return "\n".join([findings(name), "", *pictures(plot for plot in plots if plot.exists())])
 
 
 def study(_: str | None) -> str:
@@ -229,6 +235,7 @@ PARTS: dict[str, Callable[[str | None], str]] = {
     "support": lambda _: support_table(),
     "measured": measured,
     "headlines": headlines,
+    "findings": findings,
     "sweep": sweep,
     "study": study,
     "integration": integration,
