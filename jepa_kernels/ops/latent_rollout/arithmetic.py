@@ -35,6 +35,11 @@ def matmul_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, operand: to
         out.copy_(_product(a, b, operand))
 
 
+def widened_on_cpus(dtype: torch.dtype) -> bool:
+    """Whether inputs of this dtype are best widened to float32 on this machine's CPU."""
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and not native.multiplies_bf16())
+
+
 def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, operand: torch.dtype) -> torch.Tensor:
     """x @ weight.mT + bias, rounded as `matmul` does."""
     if operand in (torch.float32, torch.float64) or (operand == torch.bfloat16 and x.device.type == "cpu" and native.multiplies_bf16()):

@@ -10,6 +10,7 @@ import torch
 
 from ... import native
 from . import composition
+from .arithmetic import widened_on_cpus
 from .call import Call, dtype_reasons
 from .native_kernels import NativeKernels
 from .problem import LOW_PRECISION, Problem
@@ -32,5 +33,4 @@ def backward(problem: Problem, grad_out: torch.Tensor, saved: tuple[torch.Tensor
 
 def _multiplied(problem: Problem) -> Problem:
     """The problem in the dtype of its products."""
-    dtype = problem.states.dtype
-    return problem.upcast() if dtype in LOW_PRECISION and not (dtype == torch.bfloat16 and native.multiplies_bf16()) else problem
+    return problem.upcast() if widened_on_cpus(problem.states.dtype) else problem

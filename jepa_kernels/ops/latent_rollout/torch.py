@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from . import composition
-from .arithmetic import add_matmul, matmul, power_mean, power_mean_gradient, take
+from .arithmetic import add_matmul, matmul, power_mean, power_mean_gradient, take, widened_on_cpus
 from .call import Call
 from .cost import hidden_is_cheaper
-from .problem import LOW_PRECISION, Problem
+from .problem import Problem
 from .state_space import with_action_products
 
 SAVES_SIGNS = False
@@ -34,8 +34,8 @@ def backward(problem: Problem, grad_out: torch.Tensor, saved: tuple[torch.Tensor
 
 
 def _native(problem: Problem) -> Problem:
-    """CPUs get float32: torch's 16-bit products there are slow or round every partial sum."""
-    return problem.upcast() if problem.states.dtype in LOW_PRECISION and problem.states.device.type == "cpu" else problem
+    """CPUs get float32, but for bfloat16 where they have products of it: torch's other 16-bit products are slow there."""
+    return problem.upcast() if problem.states.device.type == "cpu" and widened_on_cpus(problem.states.dtype) else problem
 
 
 def _cumulative_density(x: torch.Tensor) -> torch.Tensor:
