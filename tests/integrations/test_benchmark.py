@@ -28,7 +28,8 @@ def test_what_is_not_installed_is_named(monkeypatch, capsys):
 @pytest.mark.parametrize("pass_name", ["forward", "forward+backward"])
 def test_gate_bites(pass_name):
     peer("vjepa", "vjepa.models.vision_transformer")
-    items = bench_integrations.comparisons(harness.Options(quick=True, baselines=("vjepa1",), passes=(pass_name,)))
+    options = harness.Options(quick=True, baselines=("vjepa1",), passes=(pass_name,), dtypes=("float32",))
+    items = bench_integrations.comparisons(options)
     attention, encoder = items
     assert attention.case == "vjepa1/attention/vit_s/64px/16f" and encoder.case == "vjepa1/encoder/vit_s/64px/16f"
     for item in (attention, encoder):

@@ -82,6 +82,7 @@ def worker(rank: int, folder: str, fused: bool, backend: str | None) -> None:
             torch.save(results, f"{folder}/results.pt")
         if rank == 1:
             torch.save(results["empty"], f"{folder}/empty.pt")
+        dist.barrier()  # or one process may leave while the other's threads still talk to it
     finally:
         dist.destroy_process_group()
 

@@ -121,21 +121,21 @@ def backward(problem: Problem, kernels: Kernels, grad_out: torch.Tensor, saved: 
     return Gradients(carried, parameters, grad_actions, None, grad_targets)
 
 
-def _steps_at_once(problem: Problem, floats_per_row: int) -> int:
-    """On a CPU as many as fill the 32 MiB from which memory lies in huge pages."""
-    return max(1, 2**23 // max(1, floats_per_row * problem.num_rows))
+def _steps_at_once(problem: Problem, bytes_per_row: int) -> int:
+    """On a CPU as many as 32 MiB hold: up to there malloc keeps memory for the next such tensor."""
+    return max(1, 2**25 // max(1, bytes_per_row * problem.num_rows))
 
 
 def _chunks(problem: Problem, start: torch.Tensor) -> Iterator[tuple[int, int]]:
     """Steps whose gate gradients are formed together, last first."""
-    size = problem.horizon if start.is_cuda else _steps_at_once(problem, 4 * problem.channels)
+    size = problem.horizon if start.is_cuda else _steps_at_once(problem, 3 * problem.channels * problem.states.element_size())
     for end in range(problem.horizon, 0, -size):
         yield max(0, end - size), end
 
 
 def _errors_alone(problem: Problem, kernels: Kernels, state: torch.Tensor) -> torch.Tensor:
     """Errors of every step where no gradient is wanted: a few states at a time, whatever the horizon."""
-    size, errors = _steps_at_once(problem, problem.channels), []
+    size, errors = _steps_at_once(problem, 4 * problem.channels), []
     for begin in range(0, problem.horizon, size):
         actions = problem.actions[begin : begin + size]
         states, _ = kernels.gru_recurrence(state, actions, problem.parameters, problem.scalar, True, False)
