@@ -61,7 +61,7 @@ def test_errors_without_gradients_keep_few_states(backend, monkeypatch):
             return latent_rollout_loss(*arguments, **options, reduction="none", backend=backend)
 
     whole = errors()
-    monkeypatch.setattr(state_space, "_steps_at_once", lambda problem, floats_per_row: 4)
+    monkeypatch.setattr(state_space, "_steps_at_once", lambda problem, bytes_per_row: 4)
     assert torch.equal(errors(), whole)
     assert asked == [9, 4, 4, 1]
 
