@@ -7,7 +7,9 @@
 namespace jk::rollout {
 namespace {
 
-struct DotProducts : simd::Avx512 {
+using Floats = FloatProducts<simd::Avx512>;
+
+struct DotProducts : Floats {
   using Number = bf16;
   static constexpr int kPerUnit = 2;
 
@@ -19,30 +21,22 @@ struct DotProducts : simd::Avx512 {
     const __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(p + row_stride)));
     return _mm512_castsi512_ps(_mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
   }
-  static JK_INLINE void store_two(float* p, Vec x0, Vec x1) {
-    store(p, x0);
-    store(p + kLanes, x1);
-  }
+  using Floats::store_two;
   static JK_INLINE void store_two(bf16* p, Vec x0, Vec x1) { _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(x1, x0)); }
   static JK_INLINE void put_numbers(bf16* to, const float* row, int64_t count) {
     int64_t i = 0;
     for (; i + 2 * kLanes <= count; i += 2 * kLanes) store_two(to + i, load(row + i), load(row + i + kLanes));
-    if (i < count) put_last(to + i, row + i, count - i, count - i);
+    if (i == count) return;
+    float part[2 * kLanes] = {};
+    bf16 rounded[2 * kLanes];
+    memcpy(part, row + i, sizeof(float) * (count - i));
+    store_two(rounded, load(part), load(part + kLanes));
+    memcpy(to + i, rounded, sizeof(bf16) * (count - i));
   }
   static JK_INLINE void put_units(float* to, const float* row, int64_t count) {
     bf16* numbers = (bf16*)to;
-    const int64_t whole = count / (2 * kLanes) * (2 * kLanes);
-    put_numbers(numbers, row, whole);
-    if (whole < count) put_last(numbers + whole, row + whole, count - whole, (count - whole + 1) / 2 * 2);
-  }
-
- private:
-  static JK_INLINE void put_last(bf16* to, const float* row, int64_t count, int64_t written) {
-    float part[2 * kLanes] = {};
-    bf16 numbers[2 * kLanes];
-    memcpy(part, row, sizeof(float) * count);
-    store_two(numbers, load(part), load(part + kLanes));
-    memcpy(to, numbers, sizeof(bf16) * written);
+    put_numbers(numbers, row, count);
+    if (count % 2) numbers[count] = {};
   }
 };
 

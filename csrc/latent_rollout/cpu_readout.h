@@ -192,15 +192,14 @@ void readout(const jk_rollout_readout_params& p, const Packed& packed, int64_t f
 
 // Eight 0 or 1 for every byte.
 struct BitTable {
-  float value[256][8];
-  BitTable() {
+  float value[256][8] = {};
+  constexpr BitTable() {
     for (int byte = 0; byte < 256; ++byte)
       for (int bit = 0; bit < 8; ++bit) value[byte][bit] = (float)(byte >> bit & 1);
   }
 };
 
-// kLanes numbers, and two vectors of them, from the bits at `up` and `down`: `times` where the first is set, minus `times` where the
-// second.
+// Two vectors from the bits at `up` and `down`: `times` where the first is set, minus `times` where the second.
 template <class V>
 JK_INLINE void load_signs(const uint8_t* up, const uint8_t* down, typename V::Vec times, typename V::Vec (&v)[2]) {
 #if defined(__AVX512F__)
@@ -215,7 +214,7 @@ JK_INLINE void load_signs(const uint8_t* up, const uint8_t* down, typename V::Ve
     return;
   }
 #endif
-  static const BitTable table;
+  static constexpr BitTable table;
   float lanes[2 * V::kLanes];
   for (int i = 0; i < V::kLanes / 4; ++i)
     for (int bit = 0; bit < 8; ++bit) lanes[8 * i + bit] = table.value[up[i]][bit] - table.value[down[i]][bit];

@@ -7,12 +7,18 @@ from typing import Protocol
 import torch
 
 from . import hidden_space, state_space
+from .arithmetic import widened_on_cpus
 from .hidden_space import Gradients, Tensors
 from .problem import Problem
 
 
 class Kernels(hidden_space.Kernels, state_space.Kernels, Protocol):
     """What a backend brings: the recurrences and readouts of every cell."""
+
+
+def multiplied(problem: Problem) -> Problem:
+    """The problem in the dtype of its products: on a CPU without products of that dtype, float32."""
+    return problem.upcast() if problem.states.device.type == "cpu" and widened_on_cpus(problem.states.dtype) else problem
 
 
 def forward(problem: Problem, kernels: Kernels) -> Tensors:

@@ -10,7 +10,6 @@ import torch
 
 from ... import native
 from . import composition
-from .arithmetic import widened_on_cpus
 from .call import Call, dtype_reasons
 from .native_kernels import NativeKernels
 from .problem import LOW_PRECISION, Problem
@@ -23,14 +22,11 @@ def unsupported_reasons(call: Call) -> list[str]:
 
 
 def forward(problem: Problem) -> tuple[torch.Tensor, ...]:
-    out, *saved = composition.forward(_multiplied(problem), NativeKernels(native.isa(), keep_signs=True))
+    out, *saved = composition.forward(composition.multiplied(problem), NativeKernels(native.isa(), keep_signs=True))
     return out if problem.output == "errors" else out.to(problem.states.dtype), *saved
 
 
 def backward(problem: Problem, grad_out: torch.Tensor, saved: tuple[torch.Tensor, ...], needs_targets: bool) -> composition.Gradients:
-    return composition.backward(_multiplied(problem), NativeKernels(native.isa(), keep_signs=True), grad_out, saved, needs_targets)
-
-
-def _multiplied(problem: Problem) -> Problem:
-    """The problem in the dtype of its products."""
-    return problem.upcast() if widened_on_cpus(problem.states.dtype) else problem
+    return composition.backward(
+        composition.multiplied(problem), NativeKernels(native.isa(), keep_signs=True), grad_out, saved, needs_targets
+    )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from . import composition
-from .arithmetic import add_matmul, matmul, power_mean, power_mean_gradient, take, widened_on_cpus
+from .arithmetic import add_matmul, matmul, power_mean, power_mean_gradient, take
 from .call import Call
 from .cost import hidden_is_cheaper
 from .problem import Problem
@@ -25,17 +25,12 @@ def unsupported_reasons(call: Call) -> list[str]:
 
 
 def forward(problem: Problem) -> tuple[torch.Tensor, ...]:
-    out, *saved = composition.forward(_native(problem), Eager())
+    out, *saved = composition.forward(composition.multiplied(problem), Eager())
     return out if problem.output == "errors" else out.to(problem.states.dtype), *saved
 
 
 def backward(problem: Problem, grad_out: torch.Tensor, saved: tuple[torch.Tensor, ...], needs_targets: bool) -> composition.Gradients:
-    return composition.backward(_native(problem), Eager(), grad_out, saved, needs_targets)
-
-
-def _native(problem: Problem) -> Problem:
-    """CPUs get float32, but for bfloat16 where they have products of it: torch's other 16-bit products are slow there."""
-    return problem.upcast() if problem.states.device.type == "cpu" and widened_on_cpus(problem.states.dtype) else problem
+    return composition.backward(composition.multiplied(problem), Eager(), grad_out, saved, needs_targets)
 
 
 def _cumulative_density(x: torch.Tensor) -> torch.Tensor:
