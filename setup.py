@@ -2,11 +2,13 @@
 
 Three libraries, compiled by ninja with every source in parallel and incrementally:
   jepa_kernels/_native.so   torch ops on the stable ABI and the CPU kernels (g++; always)
-  jepa_kernels/_cuda.so     CUDA kernels behind a C ABI, no torch inside (nvcc; when it is found, or JEPA_KERNELS_CUDA=1)
-  jepa_kernels/_host*.so    pybind11 + NumPy host code: mask sampling in data workers (g++; always)
+  jepa_kernels/_cuda.so     CUDA kernels behind a C ABI, no torch inside (nvcc; when it is found, or
+  JEPA_KERNELS_CUDA=1) jepa_kernels/_host*.so    pybind11 + NumPy host code: mask sampling in data
+  workers (g++; always)
 
-Environment: JEPA_KERNELS_CUDA=0|1 decides about the CUDA library, JEPA_KERNELS_CUDA_ARCHS="80;90a" its architectures,
-JEPA_KERNELS_NATIVE=0 leaves all native code out (the package then runs on the torch backend).
+Environment: JEPA_KERNELS_CUDA=0|1 decides about the CUDA library, JEPA_KERNELS_CUDA_ARCHS="80;90a"
+its architectures, JEPA_KERNELS_NATIVE=0 leaves all native code out (the package then runs on the
+torch backend).
 """
 
 from __future__ import annotations
@@ -24,20 +26,26 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
-TORCH_TARGET = "0x020b000000000000ULL"  # torch 2.11: the oldest whose stable ABI has what the binding uses
+TORCH_TARGET = (
+    "0x020b000000000000ULL"  # torch 2.11: the oldest whose stable ABI has what the binding uses
+)
 CUDA_ARCHS = "80;90a;100a;120"
-# Only these files may use instructions beyond baseline x86-64; the kernels choose among them at run time.
+# Only these files may use instructions beyond baseline x86-64; the kernels choose among them at run
+# time.
 ISA_FLAGS = {
     "_avx2": "-mavx2 -mfma -mf16c",
     "_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
-    "_avx512_bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mavx512vbmi -mavx2 -mfma -mf16c",
+    "_avx512_bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mavx512vbmi -mavx2 "
+    "-mfma -mf16c",
 }
 
 
 def torch_folder() -> Path:
-    """The installed torch, found without importing it: an isolated build sees it only through the interpreter's own site folder."""
+    """The installed torch, found without importing it: an isolated build sees it only through the
+    interpreter's own site folder."""
     folders = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *sys.path]
-    # pip's isolated build replaces the site folder of this process; that of the environment stays under sys.prefix.
+    # pip's isolated build replaces the site folder of this process; that of the environment stays
+    # under sys.prefix.
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     for base in (sys.prefix, sys.base_prefix, os.environ.get("VIRTUAL_ENV", "")):
         folders.append(str(Path(base) / "lib" / version / "site-packages"))
@@ -46,14 +54,16 @@ def torch_folder() -> Path:
         if (candidate / "include" / "torch" / "csrc" / "stable").is_dir():
             return candidate
     raise SystemExit(
-        "jepa-kernels: building needs torch >= 2.11 installed in this environment. Install it first, for example:\n"
+        "jepa-kernels: building needs torch >= 2.11 installed in this environment. Install it "
+        "first, for example:\n"
         "  pip install torch\n  pip install jepa-kernels --no-build-isolation\n"
         "or leave the native code out: JEPA_KERNELS_NATIVE=0 pip install jepa-kernels"
     )
 
 
 def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME, of PATH, or of the nvidia-cuda-nvcc wheels; JEPA_KERNELS_CUDA=0|1 overrides."""
+    """nvcc of CUDA_HOME, of PATH, or of the nvidia-cuda-nvcc wheels; JEPA_KERNELS_CUDA=0|1
+    overrides."""
     wanted = os.environ.get("JEPA_KERNELS_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"jepa-kernels: JEPA_KERNELS_CUDA must be 0 or 1, got {wanted!r}.")
@@ -63,7 +73,10 @@ def find_nvcc() -> str | None:
     found = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None
     found = found or shutil.which("nvcc")
     if found is None and wanted == "1":
-        raise SystemExit("jepa-kernels: JEPA_KERNELS_CUDA=1 needs nvcc on PATH or under CUDA_HOME, and none was found.")
+        raise SystemExit(
+            "jepa-kernels: JEPA_KERNELS_CUDA=1 needs nvcc on PATH or under CUDA_HOME, and none "
+            "was found."
+        )
     return found
 
 
@@ -75,7 +88,8 @@ def isa_flags(source: Path) -> str:
 
 
 def gencode() -> str:
-    """One front-end pass for all architectures: kernels use nothing beyond compute_80 (mma.sync, ldmatrix, cp.async)."""
+    """One front-end pass for all architectures: kernels use nothing beyond compute_80 (mma.sync,
+    ldmatrix, cp.async)."""
     archs = os.environ.get("JEPA_KERNELS_CUDA_ARCHS", CUDA_ARCHS).split(";")
     codes = ",".join([f"sm_{a}" for a in archs] + ["compute_80"])
     return f"'-gencode=arch=compute_80,code=[{codes}]'"
@@ -99,7 +113,9 @@ class Ninja:
             self.lines += ["  depfile = $out.d", "  deps = gcc"]
 
     def build(self, output: Path, rule: str, inputs: list[Path], flags: str = "") -> Path:
-        self.lines.append(f"build {self.escape(output)}: {rule} {' '.join(self.escape(i) for i in inputs)}")
+        self.lines.append(
+            f"build {self.escape(output)}: {rule} {' '.join(self.escape(i) for i in inputs)}"
+        )
         if flags:
             self.lines.append(f"  flags = {flags}")
         return output
@@ -108,7 +124,11 @@ class Ninja:
         made = []
         for source in sources:
             target = self.folder / rule / source.relative_to(CSRC).with_suffix(".o")
-            made.append(self.build(target, rule, [source], " ".join(filter(None, (flags, isa_flags(source))))))
+            made.append(
+                self.build(
+                    target, rule, [source], " ".join(filter(None, (flags, isa_flags(source))))
+                )
+            )
         return made
 
     def run(self, verbose: bool) -> None:
@@ -121,14 +141,23 @@ class Ninja:
         except ImportError:
             program = ["ninja"]
         jobs = os.environ.get("MAX_JOBS")
-        command = [*program, "-C", str(self.folder), *(["-j", jobs] if jobs else []), *(["-v"] if verbose else [])]
+        command = [
+            *program,
+            "-C",
+            str(self.folder),
+            *(["-j", jobs] if jobs else []),
+            *(["-v"] if verbose else []),
+        ]
         try:
             subprocess.run(command, check=True)
         except FileNotFoundError:
-            raise SystemExit("jepa-kernels: building needs ninja. Install it: pip install ninja") from None
+            raise SystemExit(
+                "jepa-kernels: building needs ninja. Install it: pip install ninja"
+            ) from None
         except subprocess.CalledProcessError as error:
             raise SystemExit(
-                f"jepa-kernels: the native build failed (ninja exit status {error.returncode}); its output is above."
+                f"jepa-kernels: the native build failed (ninja exit status {error.returncode}); "
+                "its output is above."
             ) from None
 
 
@@ -143,29 +172,51 @@ def plan(ninja: Ninja, nvcc: str | None) -> dict[str, Path]:
 
     torch = torch_folder()
     cxx = os.environ.get("CXX", "g++")
-    common = "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unused-parameter -MD -MF $out.d $flags -c $in -o $out"
-    includes = " ".join(f"-isystem {ninja.escape(torch / 'include' / p)}" for p in ("", "torch/csrc/api/include"))
-    ninja.rule("native", f"{cxx} -DTORCH_TARGET_VERSION={TORCH_TARGET} {includes} {common}", depfile=True)
-    python_includes = " ".join(
-        f"-isystem {ninja.escape(p)}" for p in (sysconfig.get_path("include"), pybind11.get_include(), numpy.get_include())
+    common = (
+        "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unused-parameter -MD "
+        "-MF $out.d $flags -c $in -o $out"
     )
-    # Masks must be the same bits as those of the NumPy fallback: no fused multiply-add, which aarch64 would use.
+    includes = " ".join(
+        f"-isystem {ninja.escape(torch / 'include' / p)}" for p in ("", "torch/csrc/api/include")
+    )
+    ninja.rule(
+        "native", f"{cxx} -DTORCH_TARGET_VERSION={TORCH_TARGET} {includes} {common}", depfile=True
+    )
+    python_includes = " ".join(
+        f"-isystem {ninja.escape(p)}"
+        for p in (sysconfig.get_path("include"), pybind11.get_include(), numpy.get_include())
+    )
+    # Masks must be the same bits as those of the NumPy fallback: no fused multiply-add, which
+    # aarch64 would use.
     ninja.rule("host", f"{cxx} -ffp-contract=off {python_includes} {common}", depfile=True)
     ninja.rule("link", f"{cxx} -shared $in -o $out $flags", depfile=False)
 
     libraries = {}
     host_sources = [CSRC / "host.cpp", *sorted((CSRC / "host").glob("*.cpp"))]
-    native_sources = [s for s in (*sorted(CSRC.glob("*.cpp")), *sorted(CSRC.glob("*/*.cpp"))) if s not in host_sources]
+    native_sources = [
+        s
+        for s in (*sorted(CSRC.glob("*.cpp")), *sorted(CSRC.glob("*/*.cpp")))
+        if s not in host_sources
+    ]
     objects = ninja.objects("native", native_sources)
     link_torch = f"-L{ninja.escape(torch / 'lib')} -ltorch_cpu -lc10 -ldl"
     libraries["_native"] = ninja.build(ninja.folder / "_native.so", "link", objects, link_torch)
-    libraries["_host"] = ninja.build(ninja.folder / "_host.so", "link", ninja.objects("host", [s for s in host_sources if s.exists()]))
+    libraries["_host"] = ninja.build(
+        ninja.folder / "_host.so",
+        "link",
+        ninja.objects("host", [s for s in host_sources if s.exists()]),
+    )
     if nvcc is not None and cuda_sources():
         host_flags = "-Xcompiler -fPIC,-fvisibility=hidden"
-        command = f"{nvcc} -std=c++17 -O3 -t 0 {gencode()} {host_flags} -MD -MF $out.d $flags -c $in -o $out"
+        command = (
+            f"{nvcc} -std=c++17 -O3 -t 0 {gencode()} {host_flags} -MD -MF $out.d $flags -c "
+            "$in -o $out"
+        )
         ninja.rule("cuda", command, depfile=True)
         ninja.rule("link_cuda", f"{nvcc} -shared -cudart static $in -o $out", depfile=False)
-        libraries["_cuda"] = ninja.build(ninja.folder / "_cuda.so", "link_cuda", ninja.objects("cuda", cuda_sources()))
+        libraries["_cuda"] = ninja.build(
+            ninja.folder / "_cuda.so", "link_cuda", ninja.objects("cuda", cuda_sources())
+        )
     return libraries
 
 
@@ -174,13 +225,19 @@ class NinjaBuild(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         path = fullname.replace(".", os.sep)
-        # Only the host module is a Python extension; the other two are loaded by path and fit every Python.
-        return path + (sysconfig.get_config_var("EXT_SUFFIX") if fullname.endswith("_host") else ".so")
+        # Only the host module is a Python extension; the other two are loaded by path and fit every
+        # Python.
+        return path + (
+            sysconfig.get_config_var("EXT_SUFFIX") if fullname.endswith("_host") else ".so"
+        )
 
     def build_extensions(self) -> None:
         nvcc = find_nvcc()
         if nvcc is None:
-            print("jepa-kernels: nvcc was not found; the CUDA library is left out (the other backends are complete without it).")
+            print(
+                "jepa-kernels: nvcc was not found; the CUDA library is left out (the other "
+                "backends are complete without it)."
+            )
         ninja = Ninja(Path(self.build_temp).resolve() / "ninja")
         libraries = plan(ninja, nvcc)
         ninja.run(verbose=bool(self.verbose and self.verbose > 1))

@@ -1,9 +1,12 @@
-"""AdamWEMA's one pass against an optimizer and an average one after the other, as training code has them today.
+"""AdamWEMA's one pass against an optimizer and an average one after the other, as training code has
+them today.
 
-`adamw_default` is torch.optim.AdamW as constructed by default plus mul_ and add_ per tensor; `adamw_foreach` and `adamw_fused` use torch's own
-fast paths plus _foreach_lerp_. Our side is the whole of AdamWEMA.step with an EMATeacher, Python included. The floor is 36 bytes per float32
-parameter over the bandwidth of an in-place read-read-write stream; `stream` is three passes of such a stream over flat
-arrays as long as the list, which move 36 bytes: a ratio of 1 against it is the floor.
+`adamw_default` is torch.optim.AdamW as constructed by default plus mul_ and add_ per tensor;
+`adamw_foreach` and `adamw_fused` use torch's own fast paths plus _foreach_lerp_. Our side is the
+whole of AdamWEMA.step with an EMATeacher, Python included. The floor is 36 bytes per float32
+parameter over the bandwidth of an in-place read-read-write stream; `stream` is three passes of such
+a stream over flat arrays as long as the list, which move 36 bytes: a ratio of 1 against it is the
+floor.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ class Student(nn.Module):
 
     def __init__(self, encoder: str, device: str) -> None:
         super().__init__()
-        self.weights = nn.ParameterList(nn.Parameter(t) for t in parameter_lists.draw(encoder, torch.float32, device))
+        self.weights = nn.ParameterList(
+            nn.Parameter(t) for t in parameter_lists.draw(encoder, torch.float32, device)
+        )
 
     def with_gradients(self) -> Student:
         for parameter in self.weights:
@@ -38,11 +43,16 @@ class Student(nn.Module):
 
     def groups(self) -> list[dict[str, object]]:
         matrices = [p for p in self.weights if p.dim() > 1]
-        return [{"params": matrices}, {"params": [p for p in self.weights if p.dim() == 1], "weight_decay": 0.0}]
+        return [
+            {"params": matrices},
+            {"params": [p for p in self.weights if p.dim() == 1], "weight_decay": 0.0},
+        ]
 
 
 def ours(student: Student, backend: str) -> Callable[[], None]:
-    return AdamWEMA(student.groups(), teacher=EMATeacher(student, MOMENTUM), backend=backend, **OPTIONS).step
+    return AdamWEMA(
+        student.groups(), teacher=EMATeacher(student, MOMENTUM), backend=backend, **OPTIONS
+    ).step
 
 
 def baseline(student: Student, name: str) -> Callable[[], None]:
@@ -55,7 +65,9 @@ def baseline(student: Student, name: str) -> Callable[[], None]:
                 left.add_(right)
 
         return stream
-    how = {"adamw_default": {}, "adamw_foreach": {"foreach": True}, "adamw_fused": {"fused": True}}[name]
+    how = {"adamw_default": {}, "adamw_foreach": {"foreach": True}, "adamw_fused": {"fused": True}}[
+        name
+    ]
     optimizer = torch.optim.AdamW(student.groups(), **OPTIONS, **how)
     sources = [p.detach() for p in student.weights]
     targets = [s.clone() for s in sources]
@@ -81,17 +93,25 @@ def gate(encoder: str, device: str, backend: str) -> Callable[[], None]:
         theirs.load_state_dict(ours_.state_dict())
         teacher = EMATeacher(ours_, MOMENTUM)
         averages = [p.detach().double() for p in theirs.weights]
-        pair = AdamWEMA(ours_.groups(), teacher=teacher, backend=backend, **OPTIONS), torch.optim.AdamW(theirs.groups(), **OPTIONS)
+        pair = (
+            AdamWEMA(ours_.groups(), teacher=teacher, backend=backend, **OPTIONS),
+            torch.optim.AdamW(theirs.groups(), **OPTIONS),
+        )
         for _ in range(3):
             ours_.with_gradients()
             for one, other in zip(ours_.weights, theirs.weights, strict=True):
                 other.grad = one.grad.clone()
             for optimizer in pair:
                 optimizer.step()
-            averages = [MOMENTUM * a + (1 - MOMENTUM) * p.detach().double() for a, p in zip(averages, theirs.weights, strict=True)]
+            averages = [
+                MOMENTUM * a + (1 - MOMENTUM) * p.detach().double()
+                for a, p in zip(averages, theirs.weights, strict=True)
+            ]
         for i, (one, other) in enumerate(zip(ours_.weights, theirs.weights, strict=True)):
             harness.require_close(f"params[{i}]", one, other, rtol=1e-6)
-            harness.require_close(f"targets[{i}]", teacher.module.weights[i], averages[i], rtol=1e-6)
+            harness.require_close(
+                f"targets[{i}]", teacher.module.weights[i], averages[i], rtol=1e-6
+            )
 
     return check
 
@@ -102,7 +122,9 @@ def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
         if not options.wants(dtype="float32", pass_name="step"):
             continue
         for backend in options.backends or room.priority:
-            if backend == "reference" or room.reasons(backend, room.example(torch.device(options.device).type, torch.float32)):
+            if backend == "reference" or room.reasons(
+                backend, room.example(torch.device(options.device).type, torch.float32)
+            ):
                 continue
             for name in BASELINES:
                 if not options.wants(baseline=name):
@@ -118,7 +140,10 @@ def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
                     reference=baseline(student, name),
                     gate=gate(encoder, options.device, backend),
                     bytes=36.0 * parameter_lists.count(encoder),
-                    details={"parameters": parameter_lists.count(encoder), "tensors": len(student.weights)},
+                    details={
+                        "parameters": parameter_lists.count(encoder),
+                        "tensors": len(student.weights),
+                    },
                 )
 
 

@@ -1,8 +1,9 @@
 """Reading one clip (16 frames, stride 2) of a video: the tuned reader against naive PyAV code.
 
-Baselines: "naive" converts every frame of the file with to_ndarray and chooses afterwards; "wanted only" stops after the last wanted frame
-and converts only the wanted ones, but with a converter and scaling of its own per frame. Videos are written here (moving shapes, three
-codecs, 320 x 240, 120 frames); clips of a folder given by JEPA_KERNELS_BENCH_VIDEOS are added.
+Baselines: "naive" converts every frame of the file with to_ndarray and chooses afterwards; "wanted
+only" stops after the last wanted frame and converts only the wanted ones, but with a converter and
+scaling of its own per frame. Videos are written here (moving shapes, three codecs, 320 x 240, 120
+frames); clips of a folder given by JEPA_KERNELS_BENCH_VIDEOS are added.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def write_video(path: Path, codec: str, frames: NDArray[np.uint8]) -> None:
 def scaled(frame: NDArray[np.uint8], spec: ClipSpec) -> NDArray[np.uint8]:
     if frame.shape[:2] == (spec.height, spec.width):
         return frame
-    return np.asarray(Image.fromarray(frame).resize((spec.width, spec.height), Image.Resampling.BILINEAR))
+    return np.asarray(
+        Image.fromarray(frame).resize((spec.width, spec.height), Image.Resampling.BILINEAR)
+    )
 
 
 def naive(path: Path, spec: ClipSpec) -> NDArray[np.uint8]:
@@ -70,31 +73,47 @@ def wanted_only(path: Path, spec: ClipSpec) -> NDArray[np.uint8]:
 
 def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
     with tempfile.TemporaryDirectory() as folder:
-        frames = MovingShapes(1, seed=options.seed).render(0, 60 if options.quick else 120, 240, 320)
-        paths = [Path(folder) / f"shapes_{name}" for name in (list(CODECS)[:1] if options.quick else CODECS)]
+        frames = MovingShapes(1, seed=options.seed).render(
+            0, 60 if options.quick else 120, 240, 320
+        )
+        paths = [
+            Path(folder) / f"shapes_{name}"
+            for name in (list(CODECS)[:1] if options.quick else CODECS)
+        ]
         for path in paths:
             write_video(path, CODECS[path.name.removeprefix("shapes_")], frames)
         extra = os.environ.get("JEPA_KERNELS_BENCH_VIDEOS")
         if extra and not options.quick:
-            paths += sorted(p for p in Path(extra).rglob("*") if p.suffix in (".avi", ".mp4", ".webm", ".mkv"))[:6]
+            paths += sorted(
+                p for p in Path(extra).rglob("*") if p.suffix in (".avi", ".mp4", ".webm", ".mkv")
+            )[:6]
         for path, (canvas, spec) in itertools.product(paths, SPECS.items()):
 
             def ours(path: Path = path, spec: ClipSpec = spec) -> NDArray[np.uint8]:
                 return read_video(path, spec, DRAW).frames
 
             def gate(path: Path = path, spec: ClipSpec = spec, ours=ours) -> None:
-                # Converters round and filter differently, and AVI with B frames may start one frame off: a few grey levels on average.
+                # Converters round and filter differently, and AVI with B frames may start one frame
+                # off: a few grey levels on average.
                 read, theirs = ours(), naive(path, spec)
                 error = float(np.abs(read.astype(np.int16) - theirs).mean())
                 if read.shape != theirs.shape or error > 8:
-                    raise harness.GateError(f"frames: mean difference must be at most 8 grey levels, got {error:.2f}.")
+                    raise harness.GateError(
+                        f"frames: mean difference must be at most 8 grey levels, got {error:.2f}."
+                    )
 
             for baseline, read in (("naive", naive), ("wanted only", wanted_only)):
                 yield harness.Comparison(
-                    f"{path.name}/{canvas}", "uint8", "read", "read_video", baseline,
-                    ours, lambda path=path, spec=spec, read=read: read(path, spec),
-                    gate, details={"frames": spec.frames, "stride": spec.stride, "canvas": canvas},
-                )  # fmt: skip
+                    f"{path.name}/{canvas}",
+                    "uint8",
+                    "read",
+                    "read_video",
+                    baseline,
+                    ours,
+                    lambda path=path, spec=spec, read=read: read(path, spec),
+                    gate,
+                    details={"frames": spec.frames, "stride": spec.stride, "canvas": canvas},
+                )
 
 
 if __name__ == "__main__":

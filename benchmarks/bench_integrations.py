@@ -1,8 +1,10 @@
-"""Other people's encoders with fused attention against the same encoders untouched: one attention module, and a whole encoder step.
+"""Other people's encoders with fused attention against the same encoders untouched: one attention
+module, and a whole encoder step.
 
-Both sides are copies of one model in one process. The clip has 16 frames, ViT-L width has 4 layers. Peak memory of both sides is in the
-records. bfloat16 (its matrix products included) is measured where the machine has instructions for it, on other machines with
---dtype bfloat16: without them torch's own products take all the time.
+Both sides are copies of one model in one process. The clip has 16 frames, ViT-L width has 4 layers.
+Peak memory of both sides is in the records. bfloat16 (its matrix products included) is measured
+where the machine has instructions for it, on other machines with --dtype bfloat16: without them
+torch's own products take all the time.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from jepa_kernels.integrations import accelerate
 
 FRAMES = 16
 RESOLUTIONS = ("112", "160", "224", "256")
-# (code base, width, part) -> frame sizes. A step of an encoder of ViT-L width takes seconds on a CPU: the whole list is to end in 8 minutes on
-# two cores, so the code base that most people use has most rows, and the two without RoPE, where only attention itself can differ, have two.
+# (code base, width, part) -> frame sizes. A step of an encoder of ViT-L width takes seconds on a
+# CPU: the whole list is to end in 8 minutes on two cores, so the code base that most people use has
+# most rows, and the two without RoPE, where only attention itself can differ, have two.
 SIZES = {
     ("transformers-vjepa2", "vit_s", "attention"): RESOLUTIONS,
     ("transformers-vjepa2", "vit_s", "encoder"): RESOLUTIONS,
@@ -36,12 +39,14 @@ SIZES = {
     ("transformers-vjepa2", "vit_l", "encoder"): ("112", "224"),
 }
 PASSES = ("forward", "forward+backward")
-# Norms of whole results against the untouched model in the same dtype: the output, and the gradient of the input through four layers.
+# Norms of whole results against the untouched model in the same dtype: the output, and the gradient
+# of the input through four layers.
 MAX_RELATIVE_ERROR = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
 def plan(quick: bool) -> Iterator[tuple[str, str, str, str]]:
-    """(code base, width, part, frame size) of every row; the most important first, the longest last."""
+    """(code base, width, part, frame size) of every row; the most important first, the longest
+    last."""
     installed = peers.installed()
     for (name, width, part), sizes in SIZES.items():
         if name in installed and (not quick or width == "vit_s"):
@@ -53,7 +58,8 @@ def _first(result: Tensor | tuple) -> Tensor:
 
 
 def timed(module: nn.Module, call: Callable, x: Tensor, pass_name: str) -> Callable[[], Tensor]:
-    """The output, or after forward and backward the gradient of the input; parameters get theirs too, as in training."""
+    """The output, or after forward and backward the gradient of the input; parameters get theirs
+    too, as in training."""
     leaf = x.detach().requires_grad_()
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     cotangents: list[Tensor] = []
@@ -65,8 +71,11 @@ def timed(module: nn.Module, call: Callable, x: Tensor, pass_name: str) -> Calla
     def both() -> Tensor:
         out = _first(call(module, leaf))
         if not cotangents:
-            # Random: the last norm gives no gradient to a constant. Made by the first call, which is never timed.
-            cotangents.append(torch.randn_like(out, generator=torch.Generator(out.device).manual_seed(1)))
+            # Random: the last norm gives no gradient to a constant. Made by the first call, which
+            # is never timed.
+            cotangents.append(
+                torch.randn_like(out, generator=torch.Generator(out.device).manual_seed(1))
+            )
         return torch.autograd.grad(out, [leaf, *parameters], cotangents[0], allow_unused=True)[0]
 
     return forward if pass_name == "forward" else both
@@ -99,7 +108,9 @@ def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
             for pass_name in PASSES:
                 if not options.wants(dtype=dtype, pass_name=pass_name):
                     continue
-                candidate, reference = (timed(module, call, x, pass_name) for module in (ours, theirs))
+                candidate, reference = (
+                    timed(module, call, x, pass_name) for module in (ours, theirs)
+                )
                 yield harness.Comparison(
                     case=f"{name}/{part}/{width}/{size}px/{FRAMES}f",
                     dtype=dtype,
@@ -109,7 +120,12 @@ def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
                     candidate=candidate,
                     reference=reference,
                     gate=partial(gate, candidate, reference, dtype),
-                    details={"group": f"{name} {part} {width}", "part": part, "resolution": size, "tokens": resolution.tokens(FRAMES)},
+                    details={
+                        "group": f"{name} {part} {width}",
+                        "part": part,
+                        "resolution": size,
+                        "tokens": resolution.tokens(FRAMES),
+                    },
                 )
 
 

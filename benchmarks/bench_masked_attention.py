@@ -1,8 +1,10 @@
-"""masked_attention against what training code does today: eager rotation + SDPA, SDPA without positions, torch.compile, padding, loops.
+"""masked_attention against what training code does today: eager rotation + SDPA, SDPA without
+positions, torch.compile, padding, loops.
 
-Both sides read strided views of one qkv projection and give [tokens, heads * head_dim], as a transformer block needs it. Our side always
-rotates; `sdpa` does not rotate at all and is the bound that no rotation can beat for free. Ragged cases hold the context tokens of the
-two usual mask sets (8 blocks of 15 %, 2 blocks of 70 % of a frame) for every sample of the batch.
+Both sides read strided views of one qkv projection and give [tokens, heads * head_dim], as a
+transformer block needs it. Our side always rotates; `sdpa` does not rotate at all and is the bound
+that no rotation can beat for free. Ragged cases hold the context tokens of the two usual mask sets
+(8 blocks of 15 %, 2 blocks of 70 % of a frame) for every sample of the batch.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ Call = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass
 class Case:
-    """One input: `qkv` [B, N, 3, heads, head_dim] dense, or [tokens, 3, heads, head_dim] with `offsets` when ragged."""
+    """One input: `qkv` [B, N, 3, heads, head_dim] dense, or [tokens, 3, heads, head_dim] with
+    `offsets` when ragged."""
 
     name: str
     group: str
@@ -45,7 +48,9 @@ class Case:
     cotangent: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.cotangent = torch.randn(*self.qkv.shape[:-3], self.heads * self.head_dim, device=self.qkv.device).to(self.qkv.dtype)
+        self.cotangent = torch.randn(
+            *self.qkv.shape[:-3], self.heads * self.head_dim, device=self.qkv.device
+        ).to(self.qkv.dtype)
 
     @property
     def heads(self) -> int:
@@ -70,13 +75,20 @@ class Case:
         return forward * (3.5 if pass_name == "forward+backward" else 1.0)
 
     def traffic(self, pass_name: str) -> float:
-        return self.qkv.numel() * self.qkv.element_size() * (4 / 3) * (3.0 if pass_name == "forward+backward" else 1.0)
+        return (
+            self.qkv.numel()
+            * self.qkv.element_size()
+            * (4 / 3)
+            * (3.0 if pass_name == "forward+backward" else 1.0)
+        )
 
 
 def ours(case: Case, backend: str, qkv: torch.Tensor) -> torch.Tensor:
     query, key, value = qkv.unbind(-3)
     rope = Rope3D(case.grid, "interleaved", eager_attention.PRETRAINED_SIDE)
-    out = jepa_kernels.masked_attention(query, key, value, query_ids=case.ids, rope=rope, cu_seqlens_q=case.offsets, backend=backend)
+    out = jepa_kernels.masked_attention(
+        query, key, value, query_ids=case.ids, rope=rope, cu_seqlens_q=case.offsets, backend=backend
+    )
     return out.flatten(-2)
 
 
@@ -96,7 +108,9 @@ def plain_sdpa(case: Case, qkv: torch.Tensor) -> torch.Tensor:
 
 def plain_products(case: Case, qkv: torch.Tensor) -> torch.Tensor:
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
-    return _merged(torch.softmax(query @ key.transpose(-1, -2) * case.head_dim**-0.5, dim=-1) @ value)
+    return _merged(
+        torch.softmax(query @ key.transpose(-1, -2) * case.head_dim**-0.5, dim=-1) @ value
+    )
 
 
 def looped_sdpa(case: Case, qkv: torch.Tensor) -> torch.Tensor:
@@ -104,25 +118,40 @@ def looped_sdpa(case: Case, qkv: torch.Tensor) -> torch.Tensor:
     outputs = []
     for start, stop in pairwise(case.offsets.tolist()):
         query, key, value = qkv[start:stop].unsqueeze(0).permute(2, 0, 3, 1, 4)
-        outputs.append(_merged(eager_attention.attend(query, key, value, case.ids[start:stop].unsqueeze(0), case.grid))[0])
+        outputs.append(
+            _merged(
+                eager_attention.attend(
+                    query, key, value, case.ids[start:stop].unsqueeze(0), case.grid
+                )
+            )[0]
+        )
     return torch.cat(outputs)
 
 
 def padded(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The ragged case as padded code holds it: qkv [S, longest, 3, heads, head_dim], ids, and which rows are real."""
+    """The ragged case as padded code holds it: qkv [S, longest, 3, heads, head_dim], ids, and which
+    rows are real."""
     lengths = torch.tensor(case.lengths, device=case.qkv.device)
     real = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-    wide = torch.zeros(*real.shape, *case.qkv.shape[1:], dtype=case.qkv.dtype, device=case.qkv.device)
+    wide = torch.zeros(
+        *real.shape, *case.qkv.shape[1:], dtype=case.qkv.dtype, device=case.qkv.device
+    )
     wide[real] = case.qkv
     ids = torch.zeros(real.shape, dtype=torch.int64, device=lengths.device)
     ids[real] = case.ids
     return wide, ids, real
 
 
-def padded_sdpa(case: Case, ids: torch.Tensor, real: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+def padded_sdpa(
+    case: Case, ids: torch.Tensor, real: torch.Tensor, qkv: torch.Tensor
+) -> torch.Tensor:
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
     query, key = eager_attention.rotate(query, key, ids, case.grid)
-    return _merged(F.scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value, attn_mask=real[:, None, None, :]))
+    return _merged(
+        F.scaled_dot_product_attention(
+            query.to(value.dtype), key.to(value.dtype), value, attn_mask=real[:, None, None, :]
+        )
+    )
 
 
 def _flex(case: Case) -> Call:
@@ -138,37 +167,75 @@ def _flex(case: Case) -> Call:
     return call
 
 
-def dense_case(model: str, resolution: Resolution, dtype: torch.dtype, options: harness.Options, magnitude: float = 1.0) -> Case:
+def dense_case(
+    model: str,
+    resolution: Resolution,
+    dtype: torch.dtype,
+    options: harness.Options,
+    magnitude: float = 1.0,
+) -> Case:
     heads, head_dim = HEADS[model]
     torch.manual_seed(options.seed)
     qkv = torch.randn(BATCH, resolution.tokens(FRAMES), 3, heads, head_dim, device=options.device)
     qkv[:, :, :2] *= magnitude
     ids = torch.arange(resolution.tokens(FRAMES), device=options.device)
     suffix = "" if magnitude == 1.0 else f"/logits_x{magnitude:g}"
-    return Case(f"{model}/{resolution.name}px/{FRAMES}f/dense{suffix}", model, resolution, qkv.to(dtype), ids, magnitude=magnitude)
+    return Case(
+        f"{model}/{resolution.name}px/{FRAMES}f/dense{suffix}",
+        model,
+        resolution,
+        qkv.to(dtype),
+        ids,
+        magnitude=magnitude,
+    )
 
 
-def ragged_case(model: str, resolution: Resolution, dtype: torch.dtype, options: harness.Options) -> Case:
+def ragged_case(
+    model: str, resolution: Resolution, dtype: torch.dtype, options: harness.Options
+) -> Case:
     heads, head_dim = HEADS[model]
     torch.manual_seed(options.seed)
-    masks = sample_masks(mask_policy("blocks"), resolution.grid(FRAMES), seed=options.seed, step=0, samples=range(BATCH)).to(options.device)
-    qkv = torch.randn(masks.context_ids.numel(), 3, heads, head_dim, device=options.device).to(dtype)
-    return Case(f"{model}/{resolution.name}px/{FRAMES}f/ragged", f"{model} ragged", resolution, qkv, masks.context_ids, masks.context_cu)
+    masks = sample_masks(
+        mask_policy("blocks"),
+        resolution.grid(FRAMES),
+        seed=options.seed,
+        step=0,
+        samples=range(BATCH),
+    ).to(options.device)
+    qkv = torch.randn(masks.context_ids.numel(), 3, heads, head_dim, device=options.device).to(
+        dtype
+    )
+    return Case(
+        f"{model}/{resolution.name}px/{FRAMES}f/ragged",
+        f"{model} ragged",
+        resolution,
+        qkv,
+        masks.context_ids,
+        masks.context_cu,
+    )
 
 
 def equal_flop_case(case: Case) -> Case:
     """A dense batch with as many sequences and the same FLOP as a ragged case."""
     lengths = case.lengths
     length = round((sum(n * n for n in lengths) / len(lengths)) ** 0.5)
-    qkv = torch.randn(len(lengths), length, *case.qkv.shape[1:], device=case.qkv.device).to(case.qkv.dtype)
-    return Case(case.name, case.group, case.resolution, qkv, torch.arange(length, device=case.qkv.device))
+    qkv = torch.randn(len(lengths), length, *case.qkv.shape[1:], device=case.qkv.device).to(
+        case.qkv.dtype
+    )
+    return Case(
+        case.name, case.group, case.resolution, qkv, torch.arange(length, device=case.qkv.device)
+    )
 
 
-def baselines(case: Case, options: harness.Options) -> Iterator[tuple[str, Call, torch.Tensor, torch.Tensor]]:
+def baselines(
+    case: Case, options: harness.Options
+) -> Iterator[tuple[str, Call, torch.Tensor, torch.Tensor]]:
     """(name, call, its qkv, its cotangent) of everything this case can be compared with."""
     if case.offsets is not None:
         wide, ids, real = padded(case)
-        spread = torch.zeros(*real.shape, case.cotangent.shape[-1], dtype=case.cotangent.dtype, device=real.device)
+        spread = torch.zeros(
+            *real.shape, case.cotangent.shape[-1], dtype=case.cotangent.dtype, device=real.device
+        )
         spread[real] = case.cotangent
         yield "padded_sdpa", partial(padded_sdpa, case, ids, real), wide, spread
         yield "looped_sdpa", partial(looped_sdpa, case), case.qkv, case.cotangent
@@ -178,7 +245,12 @@ def baselines(case: Case, options: harness.Options) -> Iterator[tuple[str, Call,
     if options.quick or case.magnitude != 1.0:
         return
     if case.resolution.name in ("112", "224") and case.group in ("vit_b", "predictor"):
-        yield "compiled_rotation_sdpa", torch.compile(partial(rotated_sdpa, case), dynamic=False), case.qkv, case.cotangent
+        yield (
+            "compiled_rotation_sdpa",
+            torch.compile(partial(rotated_sdpa, case), dynamic=False),
+            case.qkv,
+            case.cotangent,
+        )
         yield "rotation_flex_attention", _flex(case), case.qkv, case.cotangent
     if case.resolution.name == "112":
         yield "bmm_softmax_bmm", partial(plain_products, case), case.qkv, case.cotangent
@@ -194,7 +266,9 @@ def oracle(case: Case, gradient: bool) -> torch.Tensor:
         return call(exact.qkv)
 
 
-def _run(call: Call, qkv: torch.Tensor, cotangent: torch.Tensor, pass_name: str) -> Callable[[], torch.Tensor]:
+def _run(
+    call: Call, qkv: torch.Tensor, cotangent: torch.Tensor, pass_name: str
+) -> Callable[[], torch.Tensor]:
     if pass_name == "forward+backward":
         both = harness.forward_backward(call, [qkv], cotangent)
         return lambda: both()[0]
@@ -206,26 +280,42 @@ def _run(call: Call, qkv: torch.Tensor, cotangent: torch.Tensor, pass_name: str)
     return forward
 
 
-def gate(case: Case, backend: str, dtype: str, pass_name: str, checked: set[tuple[str, ...]]) -> None:
+def gate(
+    case: Case, backend: str, dtype: str, pass_name: str, checked: set[tuple[str, ...]]
+) -> None:
     """Our result against the oracle, once per (case, backend, dtype, pass)."""
     key = (case.name, backend, dtype, pass_name)
     if key in checked:
         return
     gradient = pass_name == "forward+backward"
     actual = _run(partial(ours, case, backend), case.qkv, case.cotangent, pass_name)()
-    limit = MAX_RELATIVE_ERROR[dtype] * (10 if gradient and dtype == "float32" else 2 if gradient else 1)
-    harness.require_close("gradient of qkv" if gradient else "out", actual, oracle(case, gradient), rtol=limit * max(1.0, case.magnitude))
+    limit = MAX_RELATIVE_ERROR[dtype] * (
+        10 if gradient and dtype == "float32" else 2 if gradient else 1
+    )
+    harness.require_close(
+        "gradient of qkv" if gradient else "out",
+        actual,
+        oracle(case, gradient),
+        rtol=limit * max(1.0, case.magnitude),
+    )
     checked.add(key)
 
 
 def backends(case: Case, options: harness.Options) -> list[str]:
-    """What runs this case here: the asked ones (whatever they say), or every kernel backend that supports it."""
+    """What runs this case here: the asked ones (whatever they say), or every kernel backend that
+    supports it."""
     if options.backends:
         return list(options.backends)
     query, key, value = case.qkv.unbind(-3)
     rope = Rope3D(case.grid)
-    call = ROOMS[OP].prepare(query, key, value, query_ids=case.ids, rope=rope, cu_seqlens_q=case.offsets)
-    return [name for name in ROOMS[OP].priority if name not in ("reference", "torch") and not ROOMS[OP].reasons(name, call)] or ["torch"]
+    call = ROOMS[OP].prepare(
+        query, key, value, query_ids=case.ids, rope=rope, cu_seqlens_q=case.offsets
+    )
+    return [
+        name
+        for name in ROOMS[OP].priority
+        if name not in ("reference", "torch") and not ROOMS[OP].reasons(name, call)
+    ] or ["torch"]
 
 
 def cases(options: harness.Options) -> Iterator[Case]:
@@ -237,7 +327,8 @@ def cases(options: harness.Options) -> Iterator[Case]:
             yield ragged_case("vit_b", parse_resolution("112"), dtype, options)
             continue
         for model in HEADS:
-            # A CPU looks at the whole axis for one encoder and the predictor; the other widths differ in the number of heads only.
+            # A CPU looks at the whole axis for one encoder and the predictor; the other widths
+            # differ in the number of heads only.
             sizes = RESOLUTIONS if on_gpu or model in ("vit_b", "predictor") else ("224",)
             for size in sizes:
                 yield dense_case(model, parse_resolution(size), dtype, options)
@@ -251,16 +342,32 @@ def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
     checked: set[tuple[str, ...]] = set()
     for case in cases(options):
         dtype = str(case.qkv.dtype).removeprefix("torch.")
-        details = {"group": case.group, "resolution": case.resolution.name, "tokens": case.resolution.tokens(FRAMES), "batch": BATCH,
-                   "heads": case.heads, "head_dim": case.head_dim, "lengths": case.lengths}  # fmt: skip
+        details = {
+            "group": case.group,
+            "resolution": case.resolution.name,
+            "tokens": case.resolution.tokens(FRAMES),
+            "batch": BATCH,
+            "heads": case.heads,
+            "head_dim": case.head_dim,
+            "lengths": case.lengths,
+        }
         for backend in backends(case, options):
             rivals = list(baselines(case, options))
             if case.offsets is not None:
                 dense = equal_flop_case(case)
-                rivals.append(("own_dense_equal_flop", partial(ours, dense, backend), dense.qkv, dense.cotangent))
+                rivals.append(
+                    (
+                        "own_dense_equal_flop",
+                        partial(ours, dense, backend),
+                        dense.qkv,
+                        dense.cotangent,
+                    )
+                )
             if case.magnitude != 1.0:
                 plain = dense_case(case.group, case.resolution, case.qkv.dtype, options)
-                rivals.append(("own_unit_logits", partial(ours, plain, backend), plain.qkv, plain.cotangent))
+                rivals.append(
+                    ("own_unit_logits", partial(ours, plain, backend), plain.qkv, plain.cotangent)
+                )
             for pass_name in ("forward", "forward+backward"):
                 for baseline, call, qkv, cotangent in rivals:
                     forward_only = baseline in ("rotation_flex_attention", "bmm_softmax_bmm")
@@ -272,7 +379,9 @@ def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
                         pass_name=pass_name,
                         backend=backend,
                         baseline=baseline,
-                        candidate=_run(partial(ours, case, backend), case.qkv, case.cotangent, pass_name),
+                        candidate=_run(
+                            partial(ours, case, backend), case.qkv, case.cotangent, pass_name
+                        ),
                         reference=_run(call, qkv, cotangent, pass_name),
                         gate=partial(gate, case, backend, dtype, pass_name, checked),
                         flop=case.flop(pass_name),

@@ -1,4 +1,5 @@
-"""Masks, motion maps and index lists of one batch: host code against slicing, against its NumPy twin, and against all-pairs distances."""
+"""Masks, motion maps and index lists of one batch: host code against slicing, against its NumPy
+twin, and against all-pairs distances."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ FRAMES = 16
 
 
 def slicing_sampler(policy: MaskPolicy, maps: NDArray[np.float64], seed: int) -> NDArray[np.bool_]:
-    """Motion-guided masks as one writes them first: the mean of a slice at every origin, then a weighted draw per block."""
+    """Motion-guided masks as one writes them first: the mean of a slice at every origin, then a
+    weighted draw per block."""
     assert policy.motion is not None
     rng = np.random.default_rng(seed)
     grid = maps.shape[1:]
@@ -34,34 +36,53 @@ def slicing_sampler(policy: MaskPolicy, maps: NDArray[np.float64], seed: int) ->
                 for y in range(grid[1] - block[1] + 1)
                 for x in range(grid[2] - block[2] + 1)
             ]
-            scores = np.array([motion[t : t + block[0], y : y + block[1], x : x + block[2]].mean() for t, y, x in origins])
+            scores = np.array(
+                [
+                    motion[t : t + block[0], y : y + block[1], x : x + block[2]].mean()
+                    for t, y, x in origins
+                ]
+            )
             weights = np.maximum(scores, SCORE_FLOOR) ** policy.motion.strength
-            chances = (1 - policy.motion.random_rate) * weights / weights.sum() + policy.motion.random_rate / weights.size
+            chances = (
+                1 - policy.motion.random_rate
+            ) * weights / weights.sum() + policy.motion.random_rate / weights.size
             for pick in np.searchsorted(chances.cumsum(), rng.random(mask_set.num_blocks)):
                 t, y, x = origins[min(int(pick), len(origins) - 1)]
                 visible[t : t + block[0], y : y + block[1], x : x + block[2]] = False
     return context
 
 
-def all_pairs_distance(context: list[NDArray[np.int64]], target: list[NDArray[np.int64]], grid: tuple[int, int, int]) -> torch.Tensor:
+def all_pairs_distance(
+    context: list[NDArray[np.int64]], target: list[NDArray[np.int64]], grid: tuple[int, int, int]
+) -> torch.Tensor:
     """Distance to the nearest target by a matrix of all pairs, one sequence at a time."""
 
     def places(ids: NDArray[np.int64]) -> torch.Tensor:
         return torch.from_numpy(np.stack(np.unravel_index(ids, grid), axis=1)).float()
 
-    nearest = [torch.cdist(places(seen), places(hidden)).min(dim=1).values.sqrt() for seen, hidden in zip(context, target, strict=True)]
+    nearest = [
+        torch.cdist(places(seen), places(hidden)).min(dim=1).values.sqrt()
+        for seen, hidden in zip(context, target, strict=True)
+    ]
     return torch.cat(nearest)
 
 
 def slicing_scores(motion: NDArray[np.float64], block: tuple[int, int, int]) -> NDArray[np.float64]:
     t, h, w = block
     shape = tuple(n - k + 1 for n, k in zip(motion.shape, block, strict=True))
-    return np.array([motion[z : z + t, y : y + h, x : x + w].mean() for z, y, x in np.ndindex(*shape)]).reshape(shape)
+    return np.array(
+        [motion[z : z + t, y : y + h, x : x + w].mean() for z, y, x in np.ndindex(*shape)]
+    ).reshape(shape)
 
 
-def same(name: str, ours: Callable[[], NDArray], theirs: Callable[[], NDArray], rtol: float) -> Callable[[], None]:
+def same(
+    name: str, ours: Callable[[], NDArray], theirs: Callable[[], NDArray], rtol: float
+) -> Callable[[], None]:
     return lambda: harness.require_close(
-        name, torch.from_numpy(ours().astype(np.float64)), torch.from_numpy(theirs().astype(np.float64)), rtol=rtol
+        name,
+        torch.from_numpy(ours().astype(np.float64)),
+        torch.from_numpy(theirs().astype(np.float64)),
+        rtol=rtol,
     )
 
 
@@ -73,9 +94,17 @@ def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
         grid = size.grid(FRAMES)
         label = f"{name}/{FRAMES}f"
         details: dict[str, object] = {"resolution": name, "grid": list(grid), "batch": BATCH}
-        clips = [rng.integers(0, 256, (FRAMES, size.height, size.width, 3), dtype=np.uint8) for _ in range(BATCH)]
+        clips = [
+            rng.integers(0, 256, (FRAMES, size.height, size.width, 3), dtype=np.uint8)
+            for _ in range(BATCH)
+        ]
         maps = motion_maps(clips, grid)
-        keys: dict[str, object] = {"seed": options.seed, "step": 1, "samples": range(BATCH), "motion_maps": maps}
+        keys: dict[str, object] = {
+            "seed": options.seed,
+            "step": 1,
+            "samples": range(BATCH),
+            "motion_maps": maps,
+        }
         block = (grid[0], max(1, grid[1] // 3), max(1, grid[2] // 3))
 
         def host_contexts(keys=keys, grid=grid) -> NDArray[np.bool_]:
@@ -84,15 +113,34 @@ def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
         def numpy_contexts(keys=keys, grid=grid) -> NDArray[np.bool_]:
             return sample_contexts(policy, grid, backend="numpy", **keys)
 
-        scores_gate = same("scores", lambda m=maps, b=block: block_scores(m[0], b), lambda m=maps, b=block: slicing_scores(m[0], b), 1e-12)
+        scores_gate = same(
+            "scores",
+            lambda m=maps, b=block: block_scores(m[0], b),
+            lambda m=maps, b=block: slicing_scores(m[0], b),
+            1e-12,
+        )
         yield harness.Comparison(
-            f"motion_guided/{label}", "float64", "sample", "host", "slicing", host_contexts,
-            lambda maps=maps: slicing_sampler(policy, maps, options.seed), scores_gate, details=details,
-        )  # fmt: skip
+            f"motion_guided/{label}",
+            "float64",
+            "sample",
+            "host",
+            "slicing",
+            host_contexts,
+            lambda maps=maps: slicing_sampler(policy, maps, options.seed),
+            scores_gate,
+            details=details,
+        )
         yield harness.Comparison(
-            f"motion_guided/{label}", "float64", "sample", "host", "numpy", host_contexts, numpy_contexts,
-            same("masks", host_contexts, numpy_contexts, 0.0), details=details,
-        )  # fmt: skip
+            f"motion_guided/{label}",
+            "float64",
+            "sample",
+            "host",
+            "numpy",
+            host_contexts,
+            numpy_contexts,
+            same("masks", host_contexts, numpy_contexts, 0.0),
+            details=details,
+        )
 
         def host_maps(clips=clips, grid=grid) -> NDArray[np.float64]:
             return motion_maps(clips, grid, backend="host")
@@ -101,9 +149,17 @@ def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
             return motion_maps(clips, grid, backend="numpy")
 
         yield harness.Comparison(
-            f"motion_map/{label}", "uint8", "map", "host", "numpy", host_maps, numpy_maps, same("maps", host_maps, numpy_maps, 0.0),
-            bytes=float(sum(clip.nbytes for clip in clips)), details=details,
-        )  # fmt: skip
+            f"motion_map/{label}",
+            "uint8",
+            "map",
+            "host",
+            "numpy",
+            host_maps,
+            numpy_maps,
+            same("maps", host_maps, numpy_maps, 0.0),
+            bytes=float(sum(clip.nbytes for clip in clips)),
+            details=details,
+        )
 
         flat = host_contexts().reshape(2, BATCH, -1)
         context = [[np.flatnonzero(one) for one in each] for each in flat]
@@ -113,20 +169,38 @@ def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
             return MaskBatch.from_ids(context, target, grid, backend=backend)
 
         def distances(context=context, target=target, grid=grid) -> torch.Tensor:
-            return all_pairs_distance([s for each in context for s in each], [s for each in target for s in each], grid)
+            return all_pairs_distance(
+                [s for each in context for s in each], [s for each in target for s in each], grid
+            )
 
         def lists_gate(lists=lists, distances=distances) -> None:
-            harness.require_close("distance", lists("host").context_distance, distances(), rtol=1e-6)
+            harness.require_close(
+                "distance", lists("host").context_distance, distances(), rtol=1e-6
+            )
             harness.require_close("pairs", lists("host").pairs, lists("numpy").pairs, rtol=0.0)
 
         yield harness.Comparison(
-            f"lists/{label}", "int64", "lists", "host", "numpy", lambda lists=lists: lists("host"), lambda lists=lists: lists("numpy"),
-            lists_gate, details=details,
-        )  # fmt: skip
+            f"lists/{label}",
+            "int64",
+            "lists",
+            "host",
+            "numpy",
+            lambda lists=lists: lists("host"),
+            lambda lists=lists: lists("numpy"),
+            lists_gate,
+            details=details,
+        )
         yield harness.Comparison(
-            f"lists/{label}", "int64", "lists", "host", "cdist (distances only)", lambda lists=lists: lists("host"), distances,
-            lists_gate, details=details,
-        )  # fmt: skip
+            f"lists/{label}",
+            "int64",
+            "lists",
+            "host",
+            "cdist (distances only)",
+            lambda lists=lists: lists("host"),
+            distances,
+            lists_gate,
+            details=details,
+        )
 
 
 if __name__ == "__main__":

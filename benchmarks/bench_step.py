@@ -1,8 +1,10 @@
-"""A whole training step against the published one, beside it in one process: our step with the published quirks, and the eager twin.
+"""A whole training step against the published one, beside it in one process: our step with the
+published quirks, and the eager twin.
 
-The twin (`eager_twin.py`) is held to the golden steps of the published code. Both sides start from the same weights, see the same clips
-and the same masks (truncated to the batch minimum), and must give the same loss. `untruncated` compares our own default, no truncation
-and one packed call for all mask sets, per token of encoder and predictor.
+The twin (`eager_twin.py`) is held to the golden steps of the published code. Both sides start from
+the same weights, see the same clips and the same masks (truncated to the batch minimum), and must
+give the same loss. `untruncated` compares our own default, no truncation and one packed call for
+all mask sets, per token of encoder and predictor.
 """
 
 from __future__ import annotations
@@ -42,28 +44,50 @@ def inputs(resolution: Resolution, options: harness.Options, *, truncate: str) -
     torch.manual_seed(options.seed)
     clip = torch.randn(BATCH, 3, FRAMES, resolution.height, resolution.width)
     policy = MaskPolicy(truncate=truncate, shared_block_size=True)
-    masks = sample_masks(policy, resolution.grid(FRAMES), seed=options.seed, step=0, samples=range(BATCH))
+    masks = sample_masks(
+        policy, resolution.grid(FRAMES), seed=options.seed, step=0, samples=range(BATCH)
+    )
     lists = []
-    for ids, offsets in ((masks.context_ids, masks.context_cu), (masks.target_ids, masks.target_cu)):
+    for ids, offsets in (
+        (masks.context_ids, masks.context_cu),
+        (masks.target_ids, masks.target_cu),
+    ):
         rows = ids.split(offsets.diff().tolist())
         equal = [rows[j * BATCH : (j + 1) * BATCH] for j in range(masks.num_sets)]
-        lists.append([torch.stack(part).to(options.device) for part in equal] if truncate == "batch_min" else [])
+        lists.append(
+            [torch.stack(part).to(options.device) for part in equal]
+            if truncate == "batch_min"
+            else []
+        )
     return Inputs(clip.to(options.device), masks.to(options.device), *lists)
 
 
 def our_state(size: str, precision: str, checkpointing: bool, device: str) -> training.TrainState:
     model = replace(SIZES[size], checkpoint_activations=checkpointing)
     chosen = variant("baseline", quirks="published_quirks")
-    cfg = training.StepConfig(model, chosen, ScheduleConfig(rate=1e-5, initial_rate=1e-5, final_rate=1e-5), precision=precision)
+    cfg = training.StepConfig(
+        model,
+        chosen,
+        ScheduleConfig(rate=1e-5, initial_rate=1e-5, final_rate=1e-5),
+        precision=precision,
+    )
     torch.manual_seed(0)
     return training.new_state(cfg, device)
 
 
-def their_twin(state: training.TrainState, size: str, dtype: str, checkpointing: bool, device: str) -> eager_twin.EagerTwin:
+def their_twin(
+    state: training.TrainState, size: str, dtype: str, checkpointing: bool, device: str
+) -> eager_twin.EagerTwin:
     """The twin with our weights."""
     autocast = torch.bfloat16 if dtype == "bfloat16" else None
     recipe = eager_twin.RECIPES["baseline"]
-    twin = eager_twin.EagerTwin(eager_twin.SIZES[size], recipe, checkpointing=checkpointing, autocast=autocast, device=device)
+    twin = eager_twin.EagerTwin(
+        eager_twin.SIZES[size],
+        recipe,
+        checkpointing=checkpointing,
+        autocast=autocast,
+        device=device,
+    )
     twin.encoder.load_state_dict(state.bundle.context_encoder.state_dict())
     ours = state.bundle.predictor.state_dict()
     missing = twin.predictor.load_state_dict(ours, strict=False)
@@ -81,8 +105,16 @@ def our_call(state: training.TrainState, batch: Batch, backend: str) -> Callable
     return call
 
 
-def gate(state: training.TrainState, twin: eager_twin.EagerTwin, batch: Batch, given: Inputs, dtype: str, backend: str) -> None:
-    """The same loss from the same weights; asked again after either side has trained, the first answer stands."""
+def gate(
+    state: training.TrainState,
+    twin: eager_twin.EagerTwin,
+    batch: Batch,
+    given: Inputs,
+    dtype: str,
+    backend: str,
+) -> None:
+    """The same loss from the same weights; asked again after either side has trained, the first
+    answer stands."""
     if state.step > 0:
         return
     with torch.no_grad(), use_backend(backend):
@@ -93,7 +125,10 @@ def gate(state: training.TrainState, twin: eager_twin.EagerTwin, batch: Batch, g
 
 def step_flop(size: str, masks: MaskBatch) -> float:
     lengths = (masks.context_cu.diff().tolist(), masks.target_cu.diff().tolist())
-    return sum(part.total for part in flop.pretrain_step(SIZES[size], masks.num_tokens, BATCH, *lengths).values())
+    return sum(
+        part.total
+        for part in flop.pretrain_step(SIZES[size], masks.num_tokens, BATCH, *lengths).values()
+    )
 
 
 def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
@@ -107,12 +142,15 @@ def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
                 yield from _case(options, size, dtype, parse_resolution(name), checkpointing)
 
 
-def _case(options: harness.Options, size: str, dtype: str, resolution: Resolution, checkpointing: bool) -> Iterator[harness.Comparison]:
+def _case(
+    options: harness.Options, size: str, dtype: str, resolution: Resolution, checkpointing: bool
+) -> Iterator[harness.Comparison]:
     precision = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
     given = inputs(resolution, options, truncate="batch_min")
     batch = Batch(given.clip, None, torch.arange(BATCH), given.masks, STEP)
     for backend in options.backends or ("auto",):
-        # Ours never needs checkpointing to match: the published configuration has it on, so `checkpointed` is their choice, not ours.
+        # Ours never needs checkpointing to match: the published configuration has it on, so
+        # `checkpointed` is their choice, not ours.
         state = our_state(size, precision, False, options.device)
         twin = their_twin(state, size, dtype, checkpointing, options.device)
 
@@ -128,9 +166,16 @@ def _case(options: harness.Options, size: str, dtype: str, resolution: Resolutio
             baseline=label,
             candidate=our_call(state, batch, backend),
             reference=theirs,
-            gate=lambda state=state, twin=twin, backend=backend: gate(state, twin, batch, given, dtype, backend),
+            gate=lambda state=state, twin=twin, backend=backend: gate(
+                state, twin, batch, given, dtype, backend
+            ),
             flop=step_flop(size, given.masks),
-            details={"resolution": resolution.name, "tokens": resolution.tokens(FRAMES), "batch": BATCH, "size": size},
+            details={
+                "resolution": resolution.name,
+                "tokens": resolution.tokens(FRAMES),
+                "batch": BATCH,
+                "size": size,
+            },
         )
         if checkpointing:
             continue
@@ -158,7 +203,8 @@ def _case(options: harness.Options, size: str, dtype: str, resolution: Resolutio
 
 
 def _tokens(masks: MaskBatch) -> int:
-    """Tokens that blocks run on: all of the clip in the target encoder, the context, and context and targets in the predictor."""
+    """Tokens that blocks run on: all of the clip in the target encoder, the context, and context
+    and targets in the predictor."""
     return BATCH * masks.num_tokens + 2 * masks.context_ids.numel() + masks.target_ids.numel()
 
 

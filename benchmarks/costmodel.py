@@ -1,8 +1,11 @@
-"""How time and memory grow with the number of tokens: step(B, N) = a + b B N + c B N^2, fitted per variant and phase.
+"""How time and memory grow with the number of tokens: step(B, N) = a + b B N + c B N^2, fitted per
+variant and phase.
 
-a is what a step costs whatever its size (launches, optimiser, Python), b what each token costs (linear layers, norms, losses), c what
-each pair of tokens of a clip costs (attention). The coefficients are least squares on relative error with none negative, so that a large
-resolution cannot buy its fit with a negative constant. `holdout` predicts the largest resolution from the smaller ones.
+a is what a step costs whatever its size (launches, optimiser, Python), b what each token costs
+(linear layers, norms, losses), c what each pair of tokens of a clip costs (attention). The
+coefficients are least squares on relative error with none negative, so that a large resolution
+cannot buy its fit with a negative constant. `holdout` predicts the largest resolution from the
+smaller ones.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ PATTERNS = (("constant", (1, 0, 0)), ("linear", (0, 1, 0)), ("quadratic", (0, 0,
 
 @dataclass(frozen=True)
 class Fit:
-    """Coefficients in the unit of the data (seconds or bytes); `points` is how many sizes they rest on."""
+    """Coefficients in the unit of the data (seconds or bytes); `points` is how many sizes they rest
+    on."""
 
     constant: float
     per_token: float
@@ -27,17 +31,23 @@ class Fit:
     worst_error: float
 
     def predict(self, tokens: float, batch: float) -> float:
-        return self.constant + self.per_token * batch * tokens + self.per_pair * batch * tokens * tokens
+        return (
+            self.constant
+            + self.per_token * batch * tokens
+            + self.per_pair * batch * tokens * tokens
+        )
 
     def exponent(self, tokens: float, batch: float) -> float:
-        """d log(step) / d log(tokens) at this size: 0 where constant, 1 where linear, 2 where attention rules."""
+        """d log(step) / d log(tokens) at this size: 0 where constant, 1 where linear, 2 where
+        attention rules."""
         linear, square = self.per_token * batch * tokens, self.per_pair * batch * tokens * tokens
         total = self.constant + linear + square
         return (linear + 2.0 * square) / total if total > 0 else 0.0
 
     @property
     def crossover_tokens(self) -> float | None:
-        """Tokens per clip at which the quadratic part equals the linear one; None where either is absent."""
+        """Tokens per clip at which the quadratic part equals the linear one; None where either is
+        absent."""
         return self.per_token / self.per_pair if self.per_pair > 0 and self.per_token > 0 else None
 
     def as_dict(self) -> dict[str, float | int | None]:
@@ -52,7 +62,8 @@ class Fit:
 
 
 def fit(tokens: Sequence[float], batch: Sequence[float], values: Sequence[float]) -> Fit:
-    """Non-negative least squares on relative error, exact by trying every subset of the three terms.
+    """Non-negative least squares on relative error, exact by trying every subset of the three
+    terms.
 
     Raises:
         ValueError: no point, unequal lengths, or a value that is not positive.
@@ -60,19 +71,24 @@ def fit(tokens: Sequence[float], batch: Sequence[float], values: Sequence[float]
     count = len(values)
     if not count or len(tokens) != count or len(batch) != count:
         raise ValueError(
-            f"costmodel: tokens, batch and values must have one equal positive length, got {len(tokens)}, {len(batch)}, {count}."
+            "costmodel: tokens, batch and values must have one equal positive length, got "
+            f"{len(tokens)}, {len(batch)}, {count}."
         )
     measured = np.asarray(values, dtype=np.float64)
     if not (measured > 0).all():
         raise ValueError("costmodel: values must be positive.")
     size, clips = np.asarray(tokens, dtype=np.float64), np.asarray(batch, dtype=np.float64)
-    design = np.stack([np.ones(count), clips * size, clips * size * size], axis=1) / measured[:, None]
+    design = (
+        np.stack([np.ones(count), clips * size, clips * size * size], axis=1) / measured[:, None]
+    )
     scale = np.abs(design).max(axis=0)
     best, least = np.zeros(3), float("inf")
     for terms in range(1, min(3, count) + 1):
         for chosen in itertools.combinations(range(3), terms):
             columns = list(chosen)
-            solution, *_ = np.linalg.lstsq(design[:, columns] / scale[columns], np.ones(count), rcond=None)
+            solution, *_ = np.linalg.lstsq(
+                design[:, columns] / scale[columns], np.ones(count), rcond=None
+            )
             if (solution < 0).any():
                 continue
             full = np.zeros(3)
@@ -98,8 +114,11 @@ class Holdout:
         return self.predicted / self.measured - 1.0
 
 
-def holdout(tokens: Sequence[float], batch: Sequence[float], values: Sequence[float]) -> Holdout | None:
-    """None with fewer than three sizes: two points and a prediction of a third is the least that checks anything."""
+def holdout(
+    tokens: Sequence[float], batch: Sequence[float], values: Sequence[float]
+) -> Holdout | None:
+    """None with fewer than three sizes: two points and a prediction of a third is the least that
+    checks anything."""
     if len(set(tokens)) < 3:
         return None
     order = np.argsort(tokens)
@@ -110,10 +129,14 @@ def holdout(tokens: Sequence[float], batch: Sequence[float], values: Sequence[fl
 
 
 def slopes(tokens: Sequence[float], values: Sequence[float]) -> list[float | None]:
-    """Local exponent at each size, from its neighbours on log-log axes (one-sided at the ends); None with a single size."""
+    """Local exponent at each size, from its neighbours on log-log axes (one-sided at the ends);
+    None with a single size."""
     if len(tokens) < 2:
         return [None] * len(tokens)
-    x, y = np.log(np.asarray(tokens, dtype=np.float64)), np.log(np.asarray(values, dtype=np.float64))
+    x, y = (
+        np.log(np.asarray(tokens, dtype=np.float64)),
+        np.log(np.asarray(values, dtype=np.float64)),
+    )
     result: list[float | None] = []
     for i in range(len(x)):
         low, high = max(0, i - 1), min(len(x) - 1, i + 1)

@@ -1,7 +1,9 @@
-"""Objectives of the eager twin in their published cost shape: scatter the context to a dense grid, shift, index with a boolean mask.
+"""Objectives of the eager twin in their published cost shape: scatter the context to a dense grid,
+shift, index with a boolean mask.
 
-Each function takes a `Features` and returns unweighted terms. The published quirks are kept on purpose (the latent-dynamics loss under
-hard-region weighting carries no gradient, its softmax pools the batch); this code is a baseline, the fixed versions live in `jepa`.
+Each function takes a `Features` and returns unweighted terms. The published quirks are kept on
+purpose (the latent-dynamics loss under hard-region weighting carries no gradient, its softmax pools
+the batch); this code is a baseline, the fixed versions live in `jepa`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from torch.nn import functional as F
 
 @dataclass
 class Features:
-    """One list entry per mask set j. `targets` [B, N, D] are standardised; `clip` [B, 3, frames, height, width]."""
+    """One list entry per mask set j. `targets` [B, N, D] are standardised; `clip` [B, 3, frames,
+    height, width]."""
 
     grid: tuple[int, int, int]
     context: list[torch.Tensor]
@@ -39,7 +42,9 @@ def at(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return torch.gather(tokens, 1, ids.unsqueeze(-1).repeat(1, 1, tokens.shape[-1]))
 
 
-def dense(z: torch.Tensor, ids: torch.Tensor, grid: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def dense(
+    z: torch.Tensor, ids: torch.Tensor, grid: tuple[int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Context tokens back on the grid [B, T, H, W, D], and which sites hold one."""
     batch, _, width = z.shape
     count = grid[0] * grid[1] * grid[2]
@@ -93,7 +98,9 @@ def factorized(features: Features, share: float) -> tuple[torch.Tensor, torch.Te
     return average(static, features.context[0]), average(orthogonal, features.context[0])
 
 
-def latent_dynamics(features: Features, head: nn.Module, split: int, hard_temperature: float | None) -> torch.Tensor:
+def latent_dynamics(
+    features: Features, head: nn.Module, split: int, hard_temperature: float | None
+) -> torch.Tensor:
     def term() -> torch.Tensor:
         values, h = [], on_grid(features)
         for number in range(len(features.context)):
@@ -103,7 +110,11 @@ def latent_dynamics(features: Features, head: nn.Module, split: int, hard_temper
             guess = head(now[..., split:])
             error = (guess - (h[:, 1:] - h[:, :-1])).abs()[valid]
             if hard_temperature is not None:
-                error = torch.softmax(error.mean(-1) / hard_temperature, dim=0).unsqueeze(-1) * error.shape[0] * error
+                error = (
+                    torch.softmax(error.mean(-1) / hard_temperature, dim=0).unsqueeze(-1)
+                    * error.shape[0]
+                    * error
+                )
             values.append(error.mean())
         return average(values, features.context[0])
 
@@ -184,11 +195,15 @@ def hamiltonian(features: Features, energy: nn.Module, dt: float) -> torch.Tenso
         position, momentum = state[:, :half], state[:, half:]
 
         def force(q: torch.Tensor, p: torch.Tensor, wrt: torch.Tensor) -> torch.Tensor:
-            return torch.autograd.grad(energy(torch.cat([q, p], dim=-1)).sum(), wrt, create_graph=True)[0]
+            return torch.autograd.grad(
+                energy(torch.cat([q, p], dim=-1)).sum(), wrt, create_graph=True
+            )[0]
 
         moved = position + dt * force(position, momentum, momentum)
         pushed = momentum - dt * force(moved, momentum, moved)
-        values.append((moved - goal[:, :half]).abs().mean() + (pushed - goal[:, half:]).abs().mean())
+        values.append(
+            (moved - goal[:, :half]).abs().mean() + (pushed - goal[:, half:]).abs().mean()
+        )
     return average(values, features.context[0])
 
 
@@ -204,8 +219,11 @@ def sliced_gaussianity(features: Features, projection: torch.Tensor) -> torch.Te
     return (rows.shape[0] * (gap * weight).sum(-1)).mean()
 
 
-def mask_distance(context_ids: torch.Tensor, target_ids: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
-    """Square root of the lattice distance to the nearest target, one context token at a time in Python."""
+def mask_distance(
+    context_ids: torch.Tensor, target_ids: torch.Tensor, grid: tuple[int, int, int]
+) -> torch.Tensor:
+    """Square root of the lattice distance to the nearest target, one context token at a time in
+    Python."""
 
     def lattice(ids: torch.Tensor) -> torch.Tensor:
         plane = grid[1] * grid[2]
@@ -214,7 +232,9 @@ def mask_distance(context_ids: torch.Tensor, target_ids: torch.Tensor, grid: tup
     rows = []
     for seen, hidden in zip(context_ids, target_ids, strict=True):
         hidden_sites = lattice(hidden)
-        rows.append(torch.stack([(site - hidden_sites).norm(dim=-1).min() for site in lattice(seen)]))
+        rows.append(
+            torch.stack([(site - hidden_sites).norm(dim=-1).min() for site in lattice(seen)])
+        )
     return torch.stack(rows).sqrt()
 
 

@@ -1,11 +1,15 @@
-"""An eager twin of the published training step: the same arithmetic, the same cost shape, our own code.
+"""An eager twin of the published training step: the same arithmetic, the same cost shape, our own
+code.
 
-It is the "theirs" of the step-level comparison: every mask set goes through the encoder and the predictor on its own, the whole clip is
-embedded for each of them, positions and rotations are recomputed in every block, tokens are sorted in the predictor, objectives scatter
-to a dense grid, context distances are found one token at a time. `tests/benchmarks/test_eager_twin.py` holds it to the golden steps of
-the published code (losses, terms, gradients, parameters after two updates), for all 28 variants.
+It is the "theirs" of the step-level comparison: every mask set goes through the encoder and the
+predictor on its own, the whole clip is embedded for each of them, positions and rotations are
+recomputed in every block, tokens are sorted in the predictor, objectives scatter to a dense grid,
+context distances are found one token at a time. `tests/benchmarks/test_eager_twin.py` holds it to
+the golden steps of the published code (losses, terms, gradients, parameters after two updates), for
+all 28 variants.
 
-    python -m benchmarks.eager_twin --resolution 224 --dtype float32          step time, and the shares of SDPA and of the rotation
+    python -m benchmarks.eager_twin --resolution 224 --dtype float32          step time, and the
+    shares of SDPA and of the rotation
 """
 
 from __future__ import annotations
@@ -30,7 +34,8 @@ HEAD_HIDDEN = 256
 
 @dataclass(frozen=True)
 class Recipe:
-    """One published variant: weights of its terms and their constants. The mask policy is the caller's."""
+    """One published variant: weights of its terms and their constants. The mask policy is the
+    caller's."""
 
     hard_region: float = 0.0
     static: float = 0.0
@@ -73,7 +78,9 @@ RECIPES = {
     "kinematic_0_1": Recipe(kinematic=0.1, ema=False),
     "kinematic_huber": Recipe(kinematic=0.1, kinematic_kind="huber", ema=False),
     "kinematic_accel": Recipe(kinematic=0.1, kinematic_kind="acceleration", ema=False),
-    "kinematic_split": Recipe(kinematic=0.1, kinematic_kind="acceleration", kinematic_share=0.5, ema=False),
+    "kinematic_split": Recipe(
+        kinematic=0.1, kinematic_kind="acceleration", kinematic_share=0.5, ema=False
+    ),
     "kinematic_anneal": Recipe(kinematic=0.1, kinematic_kind="acceleration", ema=False),
     "velgate": Recipe(velocity_gate=1.0),
     "hamiltonian": Recipe(hamiltonian=1.0),
@@ -105,7 +112,11 @@ class Energy(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(width, HEAD_HIDDEN), nn.GELU(), nn.Linear(HEAD_HIDDEN, HEAD_HIDDEN), nn.GELU(), nn.Linear(HEAD_HIDDEN, 1)
+            nn.Linear(width, HEAD_HIDDEN),
+            nn.GELU(),
+            nn.Linear(HEAD_HIDDEN, HEAD_HIDDEN),
+            nn.GELU(),
+            nn.Linear(HEAD_HIDDEN, 1),
         )
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
@@ -123,7 +134,8 @@ class Outcome:
 
 
 class EagerTwin:
-    """Models, heads, optimiser and the step. Masks are lists of [B, K] id tensors, one per mask set (truncated to the batch minimum)."""
+    """Models, heads, optimiser and the step. Masks are lists of [B, K] id tensors, one per mask set
+    (truncated to the batch minimum)."""
 
     momentum = 0.99925
     context_weight = 0.5
@@ -141,12 +153,21 @@ class EagerTwin:
         device: str = "cpu",
     ) -> None:
         self.recipe, self.autocast, self.device = recipe, autocast, torch.device(device)
-        self.encoder = EagerEncoder(size.dim, size.depth, size.heads, checkpointing=checkpointing, rope=rope).to(device)
+        self.encoder = EagerEncoder(
+            size.dim, size.depth, size.heads, checkpointing=checkpointing, rope=rope
+        ).to(device)
         self.predictor = EagerPredictor(
-            size.dim, size.predictor_dim, size.predictor_depth, size.predictor_heads, checkpointing=checkpointing, rope=rope
+            size.dim,
+            size.predictor_dim,
+            size.predictor_depth,
+            size.predictor_heads,
+            checkpointing=checkpointing,
+            rope=rope,
         ).to(device)
         width = 4 * size.dim
-        self.split = max(1, int(width * self.head_split)) if recipe.static or recipe.orthogonality else 0
+        self.split = (
+            max(1, int(width * self.head_split)) if recipe.static or recipe.orthogonality else 0
+        )
         self.heads = nn.ModuleDict()
         if recipe.dynamics:
             self.heads["dyn_head"] = self._head(width - self.split, width)
@@ -169,12 +190,16 @@ class EagerTwin:
         yield from self.heads.named_parameters()
 
     def reset_training_state(self) -> None:
-        """Target encoder = copy of the online one, fresh optimiser. Call again after loading weights."""
+        """Target encoder = copy of the online one, fresh optimiser. Call again after loading
+        weights."""
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         plain, exempt = [], []
         for name, parameter in self.named_parameters():
             (exempt if name.endswith("bias") or parameter.dim() == 1 else plain).append(parameter)
-        groups = [{"params": plain, "weight_decay": self.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+        groups = [
+            {"params": plain, "weight_decay": self.weight_decay},
+            {"params": exempt, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=6e-4)
 
     def _standardised_targets(self, clip: torch.Tensor) -> torch.Tensor:
@@ -184,21 +209,39 @@ class EagerTwin:
         else:
             raw = self.encoder(clip)
         width = raw.shape[-1] // 4
-        return torch.cat([F.layer_norm(level, (width,)) for level in raw.split(width, dim=-1)], dim=-1)
+        return torch.cat(
+            [F.layer_norm(level, (width,)) for level in raw.split(width, dim=-1)], dim=-1
+        )
 
-    def forward(self, clip: torch.Tensor, context_ids: Sequence[torch.Tensor], target_ids: Sequence[torch.Tensor]) -> Outcome:
+    def forward(
+        self,
+        clip: torch.Tensor,
+        context_ids: Sequence[torch.Tensor],
+        target_ids: Sequence[torch.Tensor],
+    ) -> Outcome:
         grid = (
             clip.shape[2] // self.encoder.tubelet_size,
             clip.shape[3] // self.encoder.patch_size,
             clip.shape[4] // self.encoder.patch_size,
         )
-        scope = torch.autocast(self.device.type, self.autocast) if self.autocast is not None else contextlib.nullcontext()
+        scope = (
+            torch.autocast(self.device.type, self.autocast)
+            if self.autocast is not None
+            else contextlib.nullcontext()
+        )
         with scope:
             h = self._standardised_targets(clip)
             z = [self.encoder(clip, ids) for ids in context_ids]
-            outputs = [self.predictor(*row, grid) for row in zip(z, context_ids, target_ids, strict=True)]
-            predicted, predicted_context = [pair[0] for pair in outputs], [pair[1] for pair in outputs]
-            features = terms.Features(grid, z, predicted, predicted_context, list(context_ids), list(target_ids), h, clip)
+            outputs = [
+                self.predictor(*row, grid) for row in zip(z, context_ids, target_ids, strict=True)
+            ]
+            predicted, predicted_context = (
+                [pair[0] for pair in outputs],
+                [pair[1] for pair in outputs],
+            )
+            features = terms.Features(
+                grid, z, predicted, predicted_context, list(context_ids), list(target_ids), h, clip
+            )
             parts = self._base_terms(features)
             loss = parts["loss_pred"] + self.context_weight * parts["loss_context"]
             for name, weight, value in self._auxiliary(features):
@@ -209,12 +252,19 @@ class EagerTwin:
     @staticmethod
     def _base_terms(features: terms.Features) -> dict[str, torch.Tensor]:
         prediction, context = [], []
-        for number, (seen, hidden) in enumerate(zip(features.context_ids, features.target_ids, strict=True)):
-            prediction.append((features.predicted[number] - terms.at(features.targets, hidden)).abs().mean())
+        for number, (seen, hidden) in enumerate(
+            zip(features.context_ids, features.target_ids, strict=True)
+        ):
+            prediction.append(
+                (features.predicted[number] - terms.at(features.targets, hidden)).abs().mean()
+            )
             distance = terms.mask_distance(seen, hidden, features.grid)
             error = (features.predicted_context[number] - terms.at(features.targets, seen)).abs()
             context.append((error / distance.unsqueeze(-1)).mean())
-        return {"loss_pred": terms.average(prediction, features.targets), "loss_context": terms.average(context, features.targets)}
+        return {
+            "loss_pred": terms.average(prediction, features.targets),
+            "loss_context": terms.average(context, features.targets),
+        }
 
     def _auxiliary(self, features: terms.Features) -> Iterator[tuple[str, float, torch.Tensor]]:
         recipe = self.recipe
@@ -228,24 +278,40 @@ class EagerTwin:
         if recipe.delta:
             yield "delta_loss", recipe.delta, terms.delta(features)
         if recipe.dynamics:
-            yield "ld_loss", recipe.dynamics, terms.latent_dynamics(features, self.heads["dyn_head"], self.split, hard)
+            yield (
+                "ld_loss",
+                recipe.dynamics,
+                terms.latent_dynamics(features, self.heads["dyn_head"], self.split, hard),
+            )
         if recipe.spectral:
             yield "spectral_loss", recipe.spectral, terms.spectral(features)
         if recipe.contrastive:
             yield "ltc_loss", recipe.contrastive, terms.contrastive(features, 0.5)
         if recipe.action:
-            yield "ac_loss", recipe.action, terms.action(features, self.heads["action_head"], self.split)
+            yield (
+                "ac_loss",
+                recipe.action,
+                terms.action(features, self.heads["action_head"], self.split),
+            )
         if recipe.kinematic:
             value = terms.kinematic(features, recipe.kinematic_kind, recipe.kinematic_share)
             yield "kinematic_loss", recipe.kinematic, value
         if recipe.velocity_gate:
             yield "velgate_loss", recipe.velocity_gate, terms.velocity_gate(features, 0.5)
         if recipe.hamiltonian:
-            yield "hamiltonian_loss", recipe.hamiltonian, terms.hamiltonian(features, self.heads["hamiltonian_net"], 0.1)
+            yield (
+                "hamiltonian_loss",
+                recipe.hamiltonian,
+                terms.hamiltonian(features, self.heads["hamiltonian_net"], 0.1),
+            )
         if recipe.sigreg:
             generator = torch.Generator(device="cpu").manual_seed(self.step_number)
             draw = torch.randn(features.context[0].shape[-1], 1024, generator=generator)
-            yield "sigreg_loss", recipe.sigreg, terms.sliced_gaussianity(features, F.normalize(draw, dim=0).to(self.device))
+            yield (
+                "sigreg_loss",
+                recipe.sigreg,
+                terms.sliced_gaussianity(features, F.normalize(draw, dim=0).to(self.device)),
+            )
 
     def train_step(
         self,
@@ -265,7 +331,10 @@ class EagerTwin:
         self.optimizer.zero_grad()
         if self.recipe.ema:
             with torch.no_grad():
-                ours, theirs = list(self.target_encoder.parameters()), list(self.encoder.parameters())
+                ours, theirs = (
+                    list(self.target_encoder.parameters()),
+                    list(self.encoder.parameters()),
+                )
                 torch._foreach_mul_(ours, self.momentum)
                 torch._foreach_add_(ours, theirs, alpha=1 - self.momentum)
         self.step_number += 1
@@ -280,7 +349,8 @@ def shares(
     target_ids: Sequence[torch.Tensor],
     **options: object,
 ) -> dict[str, float]:
-    """Seconds of one step and the shares of SDPA (profiler, forward and backward) and of the rotation (a twin without it, A B B A)."""
+    """Seconds of one step and the shares of SDPA (profiler, forward and backward) and of the
+    rotation (a twin without it, A B B A)."""
     torch.manual_seed(0)
     full, bare = EagerTwin(size, recipe, **options), EagerTwin(size, recipe, rope=False, **options)
 
@@ -304,15 +374,26 @@ def shares(
     events = profile.key_averages()
     total = sum(event.self_cpu_time_total for event in events)
     attention = sum(
-        event.self_cpu_time_total for event in events if "scaled_dot_product" in event.key and not event.key.endswith("Backward0")
+        event.self_cpu_time_total
+        for event in events
+        if "scaled_dot_product" in event.key and not event.key.endswith("Backward0")
     )
-    return {"step_s": statistics.median(whole), "rope_share": statistics.median(ratio), "sdpa_share": attention / total}
+    return {
+        "step_s": statistics.median(whole),
+        "rope_share": statistics.median(ratio),
+        "sdpa_share": attention / total,
+    }
 
 
 def random_blocks(
-    grid: tuple[int, int, int], batch: int, *, seed: int = 0, policies: Sequence[tuple[int, float]] = ((8, 0.15), (2, 0.7))
+    grid: tuple[int, int, int],
+    batch: int,
+    *,
+    seed: int = 0,
+    policies: Sequence[tuple[int, float]] = ((8, 0.15), (2, 0.7)),
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Context and target ids of full-length blocks, truncated to the batch minimum; (count, share of a frame) per mask set."""
+    """Context and target ids of full-length blocks, truncated to the batch minimum; (count, share
+    of a frame) per mask set."""
     depth, height, width = grid
     generator = torch.Generator().manual_seed(seed)
     contexts, targets = [], []
@@ -339,28 +420,45 @@ def random_blocks(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.eager_twin", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m benchmarks.eager_twin",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--size", default="tiny", choices=sorted(SIZES))
     parser.add_argument("--variant", default="baseline", choices=sorted(RECIPES))
     parser.add_argument("--resolution", type=int, default=112, help="pixels, square (default 112)")
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 = autocast")
-    parser.add_argument("--checkpointing", action="store_true", help="as the published configuration has it")
-    parser.add_argument("--threads", type=int, help="torch threads; 1 also counts CPU time instead of wall time")
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 = autocast"
+    )
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="as the published configuration has it"
+    )
+    parser.add_argument(
+        "--threads", type=int, help="torch threads; 1 also counts CPU time instead of wall time"
+    )
     arguments = parser.parse_args(argv)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     grid = (arguments.frames // 2, arguments.resolution // 16, arguments.resolution // 16)
     seen, hidden = random_blocks(grid, arguments.batch)
-    clip = torch.randn(arguments.batch, 3, arguments.frames, arguments.resolution, arguments.resolution)
+    clip = torch.randn(
+        arguments.batch, 3, arguments.frames, arguments.resolution, arguments.resolution
+    )
     autocast = torch.bfloat16 if arguments.dtype == "bfloat16" else None
     result = shares(
-        SIZES[arguments.size], RECIPES[arguments.variant], clip, seen, hidden, checkpointing=arguments.checkpointing, autocast=autocast
+        SIZES[arguments.size],
+        RECIPES[arguments.variant],
+        clip,
+        seen,
+        hidden,
+        checkpointing=arguments.checkpointing,
+        autocast=autocast,
     )
     print(
-        f"{arguments.variant} {arguments.size} {arguments.resolution} px {arguments.dtype}: {result['step_s']:.3f} s per step, "
+        f"{arguments.variant} {arguments.size} {arguments.resolution} px {arguments.dtype}: "
+        f"{result['step_s']:.3f} s per step, "
         f"SDPA {100 * result['sdpa_share']:.1f} %, rotation {100 * result['rope_share']:.1f} %"
     )
     return 0

@@ -5,23 +5,26 @@ Interface for a `bench_<op>.py` file (keep it to cases, inputs and implementatio
     from benchmarks import harness
 
     def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
-        for ...:                                             # lazily: inputs of one case live only while it runs
-            yield harness.Comparison(
-                case="vit_b/224px/16f/dense", dtype="float32", pass_name="forward",   # or "forward+backward", "update", ...
-                backend="cpu", baseline="sdpa",                                       # honest names
-                candidate=lambda: ..., reference=lambda: ...,                         # zero-argument calls; ours, then theirs
-                gate=lambda: harness.require_close("out", ours, oracle, rtol=1e-5),   # raises GateError: then no number is recorded
-                flop=..., bytes=..., details={"resolution": "224", "tokens": 1568},   # floor; anything plot.py groups by
+        for ...:                                             # lazily: inputs of one case live only
+            while it runs yield harness.Comparison(
+                case="vit_b/224px/16f/dense", dtype="float32", pass_name="forward",   # or
+                "forward+backward", "update", ... backend="cpu", baseline="sdpa",
+                                   # honest names candidate=lambda: ..., reference=lambda: ...,
+                                   #                    # zero-argument calls; ours, then theirs
+                gate=lambda: harness.require_close("out", ours, oracle, rtol=1e-5),   # raises
+                GateError: then no number is recorded flop=..., bytes=..., details={"resolution":
+                "224", "tokens": 1568},   # floor; anything plot.py groups by
             )
 
     if __name__ == "__main__":
         raise SystemExit(harness.main("masked_attention", comparisons, __doc__))
 
-`harness.forward_backward(call, inputs, cotangent)` makes the zero-argument call for the forward+backward pass.
-`options.quick`, `.backends`, `.baselines`, `.dtypes`, `.passes`, `.device`, `.seed` come from the command line; filter with
-`options.wants(...)`.
-A ratio is baseline time over our time, so above 1 means ours is faster. Records append to benchmarks/results/<device>/<op>.json.
-`benchmarks/test_micro.py` finds every bench file by its `comparisons` function and turns its quick cases into pytest-benchmark rows.
+`harness.forward_backward(call, inputs, cotangent)` makes the zero-argument call for the
+forward+backward pass. `options.quick`, `.backends`, `.baselines`, `.dtypes`, `.passes`, `.device`,
+`.seed` come from the command line; filter with `options.wants(...)`.
+A ratio is baseline time over our time, so above 1 means ours is faster. Records append to
+benchmarks/results/<device>/<op>.json. `benchmarks/test_micro.py` finds every bench file by its
+`comparisons` function and turns its quick cases into pytest-benchmark rows.
 """
 
 from __future__ import annotations
@@ -51,7 +54,8 @@ class GateError(AssertionError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two implementations of one case; see the module docstring. `flop` and `bytes` are of the algorithm, not of either side."""
+    """Two implementations of one case; see the module docstring. `flop` and `bytes` are of the
+    algorithm, not of either side."""
 
     case: str
     dtype: str
@@ -68,7 +72,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to look. `budget_s` ends the rounds of one comparison early, never before `min_rounds`."""
+    """How long to look. `budget_s` ends the rounds of one comparison early, never before
+    `min_rounds`."""
 
     rounds: int = 12
     min_rounds: int = 4
@@ -94,24 +99,39 @@ class Options:
     seed: int = 0
 
     def wants(
-        self, *, backend: str | None = None, baseline: str | None = None, dtype: str | None = None, pass_name: str | None = None
+        self,
+        *,
+        backend: str | None = None,
+        baseline: str | None = None,
+        dtype: str | None = None,
+        pass_name: str | None = None,
     ) -> bool:
-        pairs = ((backend, self.backends), (baseline, self.baselines), (dtype, self.dtypes), (pass_name, self.passes))
+        pairs = (
+            (backend, self.backends),
+            (baseline, self.baselines),
+            (dtype, self.dtypes),
+            (pass_name, self.passes),
+        )
         return all(value is None or not allowed or value in allowed for value, allowed in pairs)
 
 
-def default_dtypes(device: str, *, on_gpu: tuple[str, ...] = ("float32", "bfloat16")) -> tuple[str, ...]:
-    """What is measured unless asked otherwise: on a CPU float32, and bfloat16 where it has instructions for its products (elsewhere torch's
-    own products would take all the time)."""
+def default_dtypes(
+    device: str, *, on_gpu: tuple[str, ...] = ("float32", "bfloat16")
+) -> tuple[str, ...]:
+    """What is measured unless asked otherwise: on a CPU float32, and bfloat16 where it has
+    instructions for its products (elsewhere torch's own products would take all the time)."""
     if torch.device(device).type != "cpu":
         return on_gpu
     return ("float32", "bfloat16") if machine.multiplies_bf16(device) else ("float32",)
 
 
 def require_close(name: str, actual: torch.Tensor, expected: torch.Tensor, *, rtol: float) -> None:
-    """Relative error in the 2-norm, ||actual - expected|| / ||expected||, judged in float64; non-finite values never pass."""
+    """Relative error in the 2-norm, ||actual - expected|| / ||expected||, judged in float64;
+    non-finite values never pass."""
     if actual.shape != expected.shape:
-        raise GateError(f"{name}: shape must be {tuple(expected.shape)}, got {tuple(actual.shape)}.")
+        raise GateError(
+            f"{name}: shape must be {tuple(expected.shape)}, got {tuple(actual.shape)}."
+        )
     left, right = actual.detach().double(), expected.detach().double()
     if not bool(torch.isfinite(left).all()):
         raise GateError(f"{name}: values must be finite.")
@@ -121,9 +141,12 @@ def require_close(name: str, actual: torch.Tensor, expected: torch.Tensor, *, rt
 
 
 def forward_backward(
-    call: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]], inputs: Sequence[torch.Tensor], cotangent: torch.Tensor
+    call: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
+    inputs: Sequence[torch.Tensor],
+    cotangent: torch.Tensor,
 ) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """A zero-argument call that runs `call(*inputs)` and its gradient with respect to every floating-point input."""
+    """A zero-argument call that runs `call(*inputs)` and its gradient with respect to every
+    floating-point input."""
     leaves = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in inputs]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
 
@@ -135,7 +158,9 @@ def forward_backward(
     return run
 
 
-def bootstrap_interval(samples: Sequence[float], *, seed: int = 0, level: float = 0.95, resamples: int = 2000) -> tuple[float, float]:
+def bootstrap_interval(
+    samples: Sequence[float], *, seed: int = 0, level: float = 0.95, resamples: int = 2000
+) -> tuple[float, float]:
     """Percentile interval of the median."""
     values = np.asarray(samples, dtype=np.float64)
     if values.size == 1:
@@ -150,7 +175,8 @@ CLOCKS = ("wall", "cpu")
 
 
 def timer(clock: str, device: torch.device | str = "cpu") -> Callable[[], float]:
-    """Seconds by `clock`: "wall", or "cpu" for the CPU time of this process, which a busy machine does not inflate.
+    """Seconds by `clock`: "wall", or "cpu" for the CPU time of this process, which a busy machine
+    does not inflate.
 
     CPU time is only comparable with one thread (waiting threads spin), so anything else is refused.
     """
@@ -159,19 +185,29 @@ def timer(clock: str, device: torch.device | str = "cpu") -> Callable[[], float]
     if clock != "cpu":
         raise ValueError(f"harness: clock must be one of {', '.join(CLOCKS)}, got {clock!r}.")
     if torch.device(device).type != "cpu" or torch.get_num_threads() != 1:
-        raise ValueError(f"harness: clock 'cpu' must have one thread on a CPU, got {torch.get_num_threads()} threads on {device}.")
+        raise ValueError(
+            f"harness: clock 'cpu' must have one thread on a CPU, got {torch.get_num_threads()} "
+            f"threads on {device}."
+        )
     return time.process_time
 
 
 class Clock:
-    """Times `repeats` calls in a row: perf_counter on a CPU, CUDA events on a GPU. Optionally evicts the caches first."""
+    """Times `repeats` calls in a row: perf_counter on a CPU, CUDA events on a GPU. Optionally
+    evicts the caches first."""
 
-    def __init__(self, device: torch.device | str, *, flush_cache: bool = False, clock: str = "wall") -> None:
+    def __init__(
+        self, device: torch.device | str, *, flush_cache: bool = False, clock: str = "wall"
+    ) -> None:
         self.device = torch.device(device)
         self._now = timer(clock, device)
         self._spill = torch.empty(0)
         if flush_cache:  # larger than any last-level cache of the two kinds of device
-            self._spill = torch.zeros((256 if self.device.type == "cuda" else 96) * 2**20, dtype=torch.uint8, device=self.device)
+            self._spill = torch.zeros(
+                (256 if self.device.type == "cuda" else 96) * 2**20,
+                dtype=torch.uint8,
+                device=self.device,
+            )
 
     def seconds(self, call: Callable[[], object], repeats: int) -> float:
         if self._spill.numel():
@@ -201,17 +237,25 @@ class Pair:
 
     @property
     def ratios(self) -> list[float]:
-        return [theirs / ours for ours, theirs in zip(self.candidate_s, self.reference_s, strict=True)]
+        return [
+            theirs / ours for ours, theirs in zip(self.candidate_s, self.reference_s, strict=True)
+        ]
 
     @property
     def differences_s(self) -> list[float]:
-        return [ours - theirs for ours, theirs in zip(self.candidate_s, self.reference_s, strict=True)]
+        return [
+            ours - theirs for ours, theirs in zip(self.candidate_s, self.reference_s, strict=True)
+        ]
 
 
 def time_pair(
-    candidate: Callable[[], object], reference: Callable[[], object], settings: Settings, device: torch.device | str = "cpu"
+    candidate: Callable[[], object],
+    reference: Callable[[], object],
+    settings: Settings,
+    device: torch.device | str = "cpu",
 ) -> Pair:
-    """Warm both sides, then rounds of A B B A in this process, so that drift of the machine hits both alike."""
+    """Warm both sides, then rounds of A B B A in this process, so that drift of the machine hits
+    both alike."""
     clock = Clock(device, flush_cache=settings.flush_cache, clock=settings.clock)
     begin = time.perf_counter()
     for _ in range(max(1, settings.warmup)):
@@ -221,7 +265,11 @@ def time_pair(
         if time.perf_counter() - begin > settings.budget_s / 2:
             break
     slower = max(clock.seconds(candidate, 1), clock.seconds(reference, 1))
-    repeats = 1 if settings.flush_cache else max(1, min(200, round(settings.min_sample_s / max(slower, 1e-9))))
+    repeats = (
+        1
+        if settings.flush_cache
+        else max(1, min(200, round(settings.min_sample_s / max(slower, 1e-9))))
+    )
     ours: list[float] = []
     theirs: list[float] = []
     deadline = time.perf_counter() + settings.budget_s
@@ -236,23 +284,41 @@ def time_pair(
 
 
 def summarize(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile and minimum in milliseconds; a minimum far below the median tells of a busy machine."""
+    """Median, 20th and 80th percentile and minimum in milliseconds; a minimum far below the median
+    tells of a busy machine."""
     best, low, middle, high = np.quantile(np.asarray(seconds) * 1e3, [0.0, 0.2, 0.5, 0.8])
-    return {"median_ms": float(middle), "p20_ms": float(low), "p80_ms": float(high), "min_ms": float(best)}
+    return {
+        "median_ms": float(middle),
+        "p20_ms": float(low),
+        "p80_ms": float(high),
+        "min_ms": float(best),
+    }
 
 
 def floor(comparison: Comparison, device: torch.device | str) -> dict[str, float | None]:
-    """FLOP and bytes over the ceilings measured on this machine; the larger of the two is the least time this computation can take."""
+    """FLOP and bytes over the ceilings measured on this machine; the larger of the two is the least
+    time this computation can take."""
     if comparison.flop is None and comparison.bytes is None:
         return {"flop": None, "bytes": None, "floor_ms": None}
     dtype = getattr(torch, comparison.dtype, torch.float32)
-    compute = 0.0 if comparison.flop is None else comparison.flop / machine.peak_flops(str(device), dtype)
-    traffic = 0.0 if comparison.bytes is None else comparison.bytes / machine.peak_bandwidth(str(device))
-    return {"flop": comparison.flop, "bytes": comparison.bytes, "floor_ms": 1e3 * max(compute, traffic)}
+    compute = (
+        0.0 if comparison.flop is None else comparison.flop / machine.peak_flops(str(device), dtype)
+    )
+    traffic = (
+        0.0 if comparison.bytes is None else comparison.bytes / machine.peak_bandwidth(str(device))
+    )
+    return {
+        "flop": comparison.flop,
+        "bytes": comparison.bytes,
+        "floor_ms": 1e3 * max(compute, traffic),
+    }
 
 
-def measure(op: str, comparison: Comparison, settings: Settings, device: torch.device | str = "cpu") -> dict[str, object]:
-    """Gate, then time. Returns one record; a failed gate gives status "wrong" with its sentence and no times."""
+def measure(
+    op: str, comparison: Comparison, settings: Settings, device: torch.device | str = "cpu"
+) -> dict[str, object]:
+    """Gate, then time. Returns one record; a failed gate gives status "wrong" with its sentence and
+    no times."""
     record: dict[str, object] = {
         "schema": SCHEMA_VERSION,
         "op": op,
@@ -285,10 +351,15 @@ def measure(op: str, comparison: Comparison, settings: Settings, device: torch.d
         "candidate": ours,
         "reference": summarize(pair.reference_s),
         **limits,
-        "floor_share": None if limits["floor_ms"] is None else limits["floor_ms"] / ours["median_ms"],
+        "floor_share": None
+        if limits["floor_ms"] is None
+        else limits["floor_ms"] / ours["median_ms"],
     }
     if settings.measure_memory:
-        for side, call in (("candidate", comparison.candidate), ("reference", comparison.reference)):
+        for side, call in (
+            ("candidate", comparison.candidate),
+            ("reference", comparison.reference),
+        ):
             with peak_memory(device) as peak:
                 kept = call()
                 del kept
@@ -298,7 +369,8 @@ def measure(op: str, comparison: Comparison, settings: Settings, device: torch.d
 
 
 def append_records(path: Path, records: Sequence[dict[str, object]]) -> None:
-    """Add records to a JSON file (an object with `schema` and `records`), atomically and under a lock."""
+    """Add records to a JSON file (an object with `schema` and `records`), atomically and under a
+    lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -328,44 +400,103 @@ def latest(records: Iterable[dict[str, object]]) -> list[dict[str, object]]:
 
 
 def format_row(record: dict[str, object]) -> str:
-    head = f"{record['case']:<34} {record['dtype']:<9} {record['pass']:<17} {record['backend']:>9} / {record['baseline']:<22}"
+    head = (
+        f"{record['case']:<34} {record['dtype']:<9} {record['pass']:<17} "
+        f"{record['backend']:>9} / {record['baseline']:<22}"
+    )
     if record["status"] != "ok":
         return f"{head} {record['status']}: {record['reason']}"
     low, high = record["interval"]
     share = record["floor_share"]
     floor_text = "" if share is None else f"  {100 * share:5.1f} % of floor"
     mark = "" if low >= 1 else "  LOSS" if high < 1 else "  even"
-    times = f"{record['candidate']['median_ms']:9.3f} ms vs {record['reference']['median_ms']:9.3f} ms"
+    times = (
+        f"{record['candidate']['median_ms']:9.3f} ms vs {record['reference']['median_ms']:9.3f} ms"
+    )
     return f"{head} {record['ratio']:6.2f}x [{low:.2f}, {high:.2f}]  {times}{floor_text}{mark}"
 
 
 def parser(op: str, description: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.bench_{op}", description=description, formatter_class=argparse.RawTextHelpFormatter
+        prog=f"python -m benchmarks.bench_{op}",
+        description=description,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
-    made.add_argument("--quick", action="store_true", help="small cases and few rounds: a look, not a record")
-    made.add_argument("--backend", action="append", default=[], help="our side; repeat for several (default: all that run here)")
-    made.add_argument("--baseline", action="append", default=[], help="their side; repeat for several (default: all)")
-    made.add_argument("--dtype", action="append", default=[], help="float32, bfloat16, ... (default: the case list's)")
-    made.add_argument("--pass", dest="passes", action="append", default=[], help='"forward", "forward+backward" (default: all)')
-    made.add_argument("--case", action="append", default=[], help="only cases whose name contains this text; repeat for several")
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
-    made.add_argument("--rounds", type=int, help="A B B A rounds per comparison (default 12, quick 5)")
     made.add_argument(
-        "--budget", type=float, help="seconds per comparison after which rounds stop (default: 20 or what the bench says, quick 3)"
+        "--quick", action="store_true", help="small cases and few rounds: a look, not a record"
+    )
+    made.add_argument(
+        "--backend",
+        action="append",
+        default=[],
+        help="our side; repeat for several (default: all that run here)",
+    )
+    made.add_argument(
+        "--baseline",
+        action="append",
+        default=[],
+        help="their side; repeat for several (default: all)",
+    )
+    made.add_argument(
+        "--dtype",
+        action="append",
+        default=[],
+        help="float32, bfloat16, ... (default: the case list's)",
+    )
+    made.add_argument(
+        "--pass",
+        dest="passes",
+        action="append",
+        default=[],
+        help='"forward", "forward+backward" (default: all)',
+    )
+    made.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        help="only cases whose name contains this text; repeat for several",
+    )
+    made.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: cuda if there is one",
+    )
+    made.add_argument(
+        "--rounds", type=int, help="A B B A rounds per comparison (default 12, quick 5)"
+    )
+    made.add_argument(
+        "--budget",
+        type=float,
+        help="seconds per comparison after which rounds stop (default: 20 or what the bench says, "
+        "quick 3)",
     )
     made.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
-    made.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: CPU time with --threads 1, for a busy machine (default wall)")
-    made.add_argument("--flush-cache", action="store_true", help="evict the caches before every sample")
+    made.add_argument(
+        "--clock",
+        default="wall",
+        choices=CLOCKS,
+        help="cpu: CPU time with --threads 1, for a busy machine (default wall)",
+    )
+    made.add_argument(
+        "--flush-cache", action="store_true", help="evict the caches before every sample"
+    )
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--output", type=Path, help="record file (default: benchmarks/results/<device>/<op>.json; none with --quick)")
+    made.add_argument(
+        "--output",
+        type=Path,
+        help="record file (default: benchmarks/results/<device>/<op>.json; none with --quick)",
+    )
     made.add_argument("--list", action="store_true", help="print the case names and stop")
     return made
 
 
-def _selected(comparisons: Iterator[Comparison], options: Options, cases: Sequence[str]) -> Iterator[Comparison]:
+def _selected(
+    comparisons: Iterator[Comparison], options: Options, cases: Sequence[str]
+) -> Iterator[Comparison]:
     for item in comparisons:
-        asked = options.wants(backend=item.backend, baseline=item.baseline, dtype=item.dtype, pass_name=item.pass_name)
+        asked = options.wants(
+            backend=item.backend, baseline=item.baseline, dtype=item.dtype, pass_name=item.pass_name
+        )
         if asked and (not cases or any(text in item.case for text in cases)):
             yield item
 
@@ -379,7 +510,8 @@ def main(
     min_rounds: int = 4,
     budget_s: float = 20.0,
 ) -> int:
-    """Command line of one bench file, which may ask for fewer rounds of calls that take seconds. Returns 1 if any gate failed."""
+    """Command line of one bench file, which may ask for fewer rounds of calls that take seconds.
+    Returns 1 if any gate failed."""
     arguments = parser(op, description).parse_args(argv)
     options = Options(
         quick=arguments.quick,
@@ -391,7 +523,9 @@ def main(
         seed=arguments.seed,
     )
     rounds = arguments.rounds if arguments.rounds is not None else (5 if options.quick else 12)
-    budget = arguments.budget if arguments.budget is not None else (3.0 if options.quick else budget_s)
+    budget = (
+        arguments.budget if arguments.budget is not None else (3.0 if options.quick else budget_s)
+    )
     settings = Settings(
         rounds=rounds,
         min_rounds=min(rounds, min_rounds),
@@ -410,7 +544,10 @@ def main(
     for comparison in _selected(comparisons(options), options, arguments.case):
         done += 1
         if arguments.list:
-            print(f"{comparison.case} {comparison.dtype} {comparison.pass_name} {comparison.backend} / {comparison.baseline}")
+            print(
+                f"{comparison.case} {comparison.dtype} {comparison.pass_name} "
+                f"{comparison.backend} / {comparison.baseline}"
+            )
             continue
         record = measure(op, comparison, settings, options.device)
         print(format_row(record), flush=True)
@@ -419,7 +556,8 @@ def main(
             append_records(output, [record])
     if machine.busy():
         print(
-            f"note: load average {os.getloadavg()[0]:.1f} on {machine.cores()} cores; absolute times are inflated, trust only wide ratios."
+            f"note: load average {os.getloadavg()[0]:.1f} on {machine.cores()} cores; absolute "
+            "times are inflated, trust only wide ratios."
         )
     if not done:
         print(f"bench_{op}: nothing matches; run with --list and fewer filters.")

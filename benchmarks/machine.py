@@ -1,4 +1,5 @@
-"""Where a number was measured: device key, versions, commit, and the measured ceilings that floors are quoted against."""
+"""Where a number was measured: device key, versions, commit, and the measured ceilings that floors
+are quoted against."""
 
 from __future__ import annotations
 
@@ -31,17 +32,21 @@ def cpu_isa() -> str:
 
 
 def multiplies_bf16(device: torch.device | str = "cpu") -> bool:
-    """Whether the device has instructions for bfloat16 products: torch emulates them elsewhere, at 1 GFLOP/s."""
+    """Whether the device has instructions for bfloat16 products: torch emulates them elsewhere, at
+    1 GFLOP/s."""
     return torch.device(device).type != "cpu" or cpu_isa() == "avx512_bf16"
 
 
 def cores() -> int:
     """CPUs this process may use (a container often sees more than it owns)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    )
 
 
 def busy() -> bool:
-    """More runnable processes than cores: whatever is timed now shares the machine (records keep the load average)."""
+    """More runnable processes than cores: whatever is timed now shares the machine (records keep
+    the load average)."""
     return os.getloadavg()[0] > 1.5 * cores()
 
 
@@ -55,7 +60,14 @@ def device_key(device: torch.device | str = "cpu") -> str:
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -71,16 +83,28 @@ def _version(package: str) -> str | None:
 def _driver() -> str | None:
     try:
         done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, timeout=20, check=False
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
         )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
+    return (
+        done.stdout.strip().splitlines()[0]
+        if done.returncode == 0 and done.stdout.strip()
+        else None
+    )
 
 
 def cpu_model() -> str:
     info = Path("/proc/cpuinfo")
-    match = re.search(r"^model name\s*:(.*)$", info.read_text(), flags=re.MULTILINE) if info.exists() else None
+    match = (
+        re.search(r"^model name\s*:(.*)$", info.read_text(), flags=re.MULTILINE)
+        if info.exists()
+        else None
+    )
     return match.group(1).strip() if match else platform.processor()
 
 
@@ -119,7 +143,11 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, object]:
 
 def _best_seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
     # With one thread CPU time says what the core can do, however busy the machine is.
-    now = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    now = (
+        time.process_time
+        if device.type == "cpu" and torch.get_num_threads() == 1
+        else time.perf_counter
+    )
     best = float("inf")
     for _ in range(repeats):
         if device.type == "cuda":
@@ -133,9 +161,11 @@ def _best_seconds(call: Callable[[], object], device: torch.device, repeats: int
 
 
 def peak_flops(device_name: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
-    """Best FLOP/s of a square matrix product with the threads torch has now, measured here once per process.
+    """Best FLOP/s of a square matrix product with the threads torch has now, measured here once per
+    process.
 
-    On a CPU without bfloat16 products the ceiling is the float32 one, since a kernel may convert and use it.
+    On a CPU without bfloat16 products the ceiling is the float32 one, since a kernel may convert
+    and use it.
     """
     return _peak_flops(device_name, dtype, torch.get_num_threads())
 
@@ -151,7 +181,8 @@ def _peak_flops(device_name: str, dtype: torch.dtype, threads: int) -> float:
 
 
 def peak_bandwidth(device_name: str = "cpu") -> float:
-    """Bytes per second of an in-place read-read-write stream (`a += b`), measured here once per process."""
+    """Bytes per second of an in-place read-read-write stream (`a += b`), measured here once per
+    process."""
     return _peak_bandwidth(device_name, torch.get_num_threads())
 
 

@@ -1,4 +1,5 @@
-"""Peak memory of a call: resident set on a CPU (by resetting the kernel's high-water mark), allocator on a GPU."""
+"""Peak memory of a call: resident set on a CPU (by resetting the kernel's high-water mark),
+allocator on a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 @dataclass
 class Peak:
-    """Filled when the context ends; None where it cannot be measured. `added_bytes` is above what was resident before."""
+    """Filled when the context ends; None where it cannot be measured. `added_bytes` is above what
+    was resident before."""
 
     added_bytes: int | None = None
     total_bytes: int | None = None
@@ -37,7 +39,8 @@ def resident_bytes() -> int:
 
 
 def release_freed() -> None:
-    """Hand freed heap pages back, so that the next peak counts them again (glibc keeps them otherwise)."""
+    """Hand freed heap pages back, so that the next peak counts them again (glibc keeps them
+    otherwise)."""
     gc.collect()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
@@ -45,7 +48,8 @@ def release_freed() -> None:
 
 
 def reset_high_water() -> bool:
-    """True if the kernel let this process reset its own high-water mark (Linux, not every sandbox)."""
+    """True if the kernel let this process reset its own high-water mark (Linux, not every
+    sandbox)."""
     try:
         _CLEAR_REFS.write_text("5")
     except OSError:

@@ -1,7 +1,9 @@
-"""What a variant's objectives cost, alone: forward and backward down to the features, paired with the baseline's objectives.
+"""What a variant's objectives cost, alone: forward and backward down to the features, paired with
+the baseline's objectives.
 
-The features are real outputs of the encoder and the predictor, detached, so nothing else of the step runs. Heads and their optimiser
-step count as part of the objective. The difference of a pair is what the objective adds to a step.
+The features are real outputs of the encoder and the predictor, detached, so nothing else of the
+step runs. Heads and their optimiser step count as part of the objective. The difference of a pair
+is what the objective adds to a step.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ LEAST_OBJECTIVE_ROUNDS = 3  # whatever the budget: their differences are small b
 
 @dataclass(frozen=True)
 class ObjectiveCost:
-    """Seconds and bytes above the baseline's objectives; the interval is that of the median difference."""
+    """Seconds and bytes above the baseline's objectives; the interval is that of the median
+    difference."""
 
     added_s: float
     interval_s: tuple[float, float]
@@ -36,10 +39,13 @@ class ObjectiveCost:
 
 
 def signature(config: VariantConfig) -> str:
-    """Equal for variants whose objectives do the same work (weights and their schedules do not matter)."""
+    """Equal for variants whose objectives do the same work (weights and their schedules do not
+    matter)."""
     parts = []
     for name, cfg in sorted(config.objectives.items()):
-        values = {key: value for key, value in vars(cfg).items() if key not in ("weight", "schedule")}
+        values = {
+            key: value for key, value in vars(cfg).items() if key not in ("weight", "schedule")
+        }
         parts.append(f"{name}{sorted(values.items())}")
     return "|".join([*parts, str(config.factorisation)])
 
@@ -49,9 +55,14 @@ def is_baseline(config: VariantConfig) -> bool:
 
 
 def objectives_call(
-    pretraining: Pretraining, group: Group, config: VariantConfig | None, batch: Batch, features: dict[str, torch.Tensor]
+    pretraining: Pretraining,
+    group: Group,
+    config: VariantConfig | None,
+    batch: Batch,
+    features: dict[str, torch.Tensor],
 ) -> Callable[[], None]:
-    """A zero-argument call: objectives forward, backward to the features, and the heads' optimiser step."""
+    """A zero-argument call: objectives forward, backward to the features, and the heads' optimiser
+    step."""
     cfg = pretraining.config(group, config)
     device = pretraining.workload.device
     dims = FeatureDims(cfg.model.feature_width, cfg.model.levels, cfg.variant.factorisation)
@@ -60,16 +71,29 @@ def objectives_call(
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True) if parameters else None
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in features.items()}
     online = group.target == "online"
-    weight = {name: value or objective.weight for (name, value), objective in zip(
-        training.objective_weights(cfg, batch.step).items(), cfg.variant.objectives.values(), strict=True)}  # fmt: skip
+    weight = {
+        name: value or objective.weight
+        for (name, value), objective in zip(
+            training.objective_weights(cfg, batch.step).items(),
+            cfg.variant.objectives.values(),
+            strict=True,
+        )
+    }
     holder = SimpleNamespace(heads=heads)
 
     def call() -> None:
         live = leaves["target_live"] if online else leaves["target_live"].detach()
         ctx = training.objective_context(
-            holder, batch, cfg, Denominators.of(batch.masks), live, live,
-            leaves["context_tokens"], leaves["predicted"], leaves["predicted_context"],
-        )  # fmt: skip
+            holder,
+            batch,
+            cfg,
+            Denominators.of(batch.masks),
+            live,
+            live,
+            leaves["context_tokens"],
+            leaves["predicted"],
+            leaves["predicted_context"],
+        )
         loss, _ = compute_all(ctx, cfg.variant.objectives, weight)
         loss.backward()
         if optimizer is not None:
@@ -81,8 +105,18 @@ def objectives_call(
     return call
 
 
-def measure(pretraining: Pretraining, group: Group, config: VariantConfig, batch: Batch, features: dict[str, torch.Tensor], *,
-            backend: str, rounds: int, budget_s: float, memory: bool = True) -> ObjectiveCost:  # fmt: skip
+def measure(
+    pretraining: Pretraining,
+    group: Group,
+    config: VariantConfig,
+    batch: Batch,
+    features: dict[str, torch.Tensor],
+    *,
+    backend: str,
+    rounds: int,
+    budget_s: float,
+    memory: bool = True,
+) -> ObjectiveCost:
     """The variant's objectives against the baseline's on the same features (A B B A)."""
     device = pretraining.workload.device
     with use_backend(backend):
@@ -90,7 +124,12 @@ def measure(pretraining: Pretraining, group: Group, config: VariantConfig, batch
         plain = objectives_call(pretraining, group, None, batch, features)
         clock = pretraining.workload.clock
         settings = harness.Settings(
-            rounds=rounds, min_rounds=min(LEAST_OBJECTIVE_ROUNDS, rounds), warmup=1, min_sample_s=0.0, budget_s=budget_s, clock=clock
+            rounds=rounds,
+            min_rounds=min(LEAST_OBJECTIVE_ROUNDS, rounds),
+            warmup=1,
+            min_sample_s=0.0,
+            budget_s=budget_s,
+            clock=clock,
         )
         pair = harness.time_pair(ours, plain, settings, device)
         added: int | None = None
@@ -103,4 +142,9 @@ def measure(pretraining: Pretraining, group: Group, config: VariantConfig, batch
             if None not in peaks:
                 added = max(0, peaks[0] - peaks[1])
     differences = pair.differences_s
-    return ObjectiveCost(statistics.median(differences), harness.bootstrap_interval(differences), len(differences), added)
+    return ObjectiveCost(
+        statistics.median(differences),
+        harness.bootstrap_interval(differences),
+        len(differences),
+        added,
+    )

@@ -21,10 +21,15 @@ Row = dict[str, Any]
 
 
 def run(budget_s: float, device: str = "cpu") -> tuple[list[Row], list[str]]:
-    """(records, what the budget left out). Ops take turns, so that a slow one cannot use up the time of the others."""
+    """(records, what the budget left out). Ops take turns, so that a slow one cannot use up the
+    time of the others."""
     options = harness.Options(quick=True, device=device)
     deadline = time.perf_counter() + budget_s
-    sources = {op: comparisons(options) for op in bench_names() if (comparisons := comparisons_of(op)) is not None}
+    sources = {
+        op: comparisons(options)
+        for op in bench_names()
+        if (comparisons := comparisons_of(op)) is not None
+    }
     rows: list[Row] = []
     while sources and time.perf_counter() < deadline:
         for op in list(sources):
@@ -44,28 +49,69 @@ def _measured(op: str, item: harness.Comparison, device: str) -> Row:
         problem = failure(error)
         if problem is None:
             raise
-        names = {"case": item.case, "dtype": item.dtype, "pass": item.pass_name, "backend": item.backend, "baseline": item.baseline}
+        names = {
+            "case": item.case,
+            "dtype": item.dtype,
+            "pass": item.pass_name,
+            "backend": item.backend,
+            "baseline": item.baseline,
+        }
         return {"op": op, **names, "status": problem[0], "reason": problem[1]}
 
 
 def text(rows: Sequence[Row], unfinished: Sequence[str] = ()) -> str:
     lines = []
-    for row in sorted(rows, key=lambda row: (row["op"], row["case"], row["dtype"], row["pass"], row["backend"], row["baseline"])):
+    for row in sorted(
+        rows,
+        key=lambda row: (
+            row["op"],
+            row["case"],
+            row["dtype"],
+            row["pass"],
+            row["backend"],
+            row["baseline"],
+        ),
+    ):
         head = [row["op"], row["case"], row["dtype"], row["pass"], row["backend"], row["baseline"]]
         if row["status"] != "ok":
             lines.append([*head, row["status"], "", "", ""])
             continue
         low, high = row["interval"]
         verdict = "loss" if high < 1 else "" if low > 1 else "even"
-        lines.append([*head, f"{row['ratio']:.2f}x", f"[{low:.2f}, {high:.2f}]", f"{row['candidate']['median_ms']:.3f}", verdict])
-    header = ["op", "case", "dtype", "pass", "backend", "baseline", "ratio", "interval", "our ms", ""]
+        lines.append(
+            [
+                *head,
+                f"{row['ratio']:.2f}x",
+                f"[{low:.2f}, {high:.2f}]",
+                f"{row['candidate']['median_ms']:.3f}",
+                verdict,
+            ]
+        )
+    header = [
+        "op",
+        "case",
+        "dtype",
+        "pass",
+        "backend",
+        "baseline",
+        "ratio",
+        "interval",
+        "our ms",
+        "",
+    ]
     note = f"\nnot finished within the budget: {', '.join(unfinished)}" if unfinished else ""
-    return "ops against their baselines (ratio = baseline time / our time)\n" + table(header, lines) + note
+    return (
+        "ops against their baselines (ratio = baseline time / our time)\n"
+        + table(header, lines)
+        + note
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.optable", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m benchmarks.optable",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--budget", type=float, default=60.0, help="seconds (default 60)")
     parser.add_argument("--device", default="cpu")

@@ -1,4 +1,5 @@
-"""Parameter lists of the usual encoders, by name: what an optimizer and a teacher walk at every step."""
+"""Parameter lists of the usual encoders, by name: what an optimizer and a teacher walk at every
+step."""
 
 from __future__ import annotations
 
@@ -15,16 +16,32 @@ class Encoder:
     depth: int
 
 
-ENCODERS = {"micro": Encoder(64, 4), "vit_s": Encoder(384, 12), "vit_b": Encoder(768, 12), "vit_l": Encoder(1024, 24)}
+ENCODERS = {
+    "micro": Encoder(64, 4),
+    "vit_s": Encoder(384, 12),
+    "vit_b": Encoder(768, 12),
+    "vit_l": Encoder(1024, 24),
+}
 
 
 def shapes(name: str) -> list[tuple[int, ...]]:
-    """Of every parameter, in the order of the module: patch embedding, blocks (norms, qkv, projection, MLP of four widths), final norm."""
+    """Of every parameter, in the order of the module: patch embedding, blocks (norms, qkv,
+    projection, MLP of four widths), final norm."""
     width, depth = ENCODERS[name].width, ENCODERS[name].depth
     block = [
-        (width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,),
-        (width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,),
-    ]  # fmt: skip
+        (width,),
+        (width,),
+        (3 * width, width),
+        (3 * width,),
+        (width, width),
+        (width,),
+        (width,),
+        (width,),
+        (4 * width, width),
+        (4 * width,),
+        (width, 4 * width),
+        (width,),
+    ]
     return [(width, TUBELET), (width,), *block * depth, (width,), (width,)]
 
 
@@ -37,5 +54,6 @@ def count(name: str) -> int:
 
 
 def threads() -> str:
-    """Ending of a case name: one thread has no parallel region to start, so its numbers are a case of their own."""
+    """Ending of a case name: one thread has no parallel region to start, so its numbers are a case
+    of their own."""
     return "/1-thread" if torch.get_num_threads() == 1 else ""

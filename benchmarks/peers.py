@@ -1,4 +1,5 @@
-"""Other people's encoders, built by their own code in the sizes of the benchmark; what is not installed is named, not skipped in silence."""
+"""Other people's encoders, built by their own code in the sizes of the benchmark; what is not
+installed is named, not skipped in silence."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False) -> Tens
 
 
 def provide_timm() -> None:
-    """cc-vjepa2 takes one function from timm, which needs torchvision; where timm cannot be imported, that function stands in."""
+    """cc-vjepa2 takes one function from timm, which needs torchvision; where timm cannot be
+    imported, that function stands in."""
     try:
         importlib.import_module("timm.models.layers")
     except ModuleNotFoundError:
@@ -55,35 +57,86 @@ def provide_timm() -> None:
 def _transformers_vjepa2(side: int, frames: int, width: int, heads: int, depth: int) -> Peer:
     from transformers import VJEPA2Config, VJEPA2Model
 
-    sizes = dict(crop_size=side, frames_per_clip=frames, hidden_size=width, num_attention_heads=heads, num_hidden_layers=depth)
-    model = VJEPA2Model(VJEPA2Config(**sizes, pred_num_hidden_layers=1, attn_implementation="sdpa")).encoder
-    return Peer(model, lambda module, clip: module(clip).last_hidden_state, torch.randn(1, frames, 3, side, side), "layer.0.attention")
+    sizes = dict(
+        crop_size=side,
+        frames_per_clip=frames,
+        hidden_size=width,
+        num_attention_heads=heads,
+        num_hidden_layers=depth,
+    )
+    model = VJEPA2Model(
+        VJEPA2Config(**sizes, pred_num_hidden_layers=1, attn_implementation="sdpa")
+    ).encoder
+    return Peer(
+        model,
+        lambda module, clip: module(clip).last_hidden_state,
+        torch.randn(1, frames, 3, side, side),
+        "layer.0.attention",
+    )
 
 
 def _transformers_ijepa(side: int, frames: int, width: int, heads: int, depth: int) -> Peer:
-    """As many images as a clip has pairs of frames, so that the number of tokens is that of the other rows."""
+    """As many images as a clip has pairs of frames, so that the number of tokens is that of the
+    other rows."""
     from transformers import IJepaConfig, IJepaModel
 
-    sizes = dict(image_size=side, hidden_size=width, num_attention_heads=heads, num_hidden_layers=depth, intermediate_size=4 * width)
+    sizes = dict(
+        image_size=side,
+        hidden_size=width,
+        num_attention_heads=heads,
+        num_hidden_layers=depth,
+        intermediate_size=4 * width,
+    )
     drop = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    model = IJepaModel(IJepaConfig(**sizes, **drop, patch_size=16, attn_implementation="sdpa"), add_pooling_layer=False)
-    path = next(name for name, module in model.named_modules() if hasattr(module, "q_proj") or hasattr(module, "query"))
-    return Peer(model, lambda module, images: module(images).last_hidden_state, torch.randn(frames // 2, 3, side, side), path)
+    model = IJepaModel(
+        IJepaConfig(**sizes, **drop, patch_size=16, attn_implementation="sdpa"),
+        add_pooling_layer=False,
+    )
+    path = next(
+        name
+        for name, module in model.named_modules()
+        if hasattr(module, "q_proj") or hasattr(module, "query")
+    )
+    return Peer(
+        model,
+        lambda module, images: module(images).last_hidden_state,
+        torch.randn(frames // 2, 3, side, side),
+        path,
+    )
 
 
 def _vjepa2(side: int, frames: int, width: int, heads: int, depth: int) -> Peer:
     provide_timm()
     from vjepa2.models.vision_transformer import VisionTransformer
 
-    model = VisionTransformer(img_size=side, num_frames=frames, embed_dim=width, depth=depth, num_heads=heads, use_rope=True)
-    return Peer(model, lambda module, clip: module(clip), torch.randn(1, 3, frames, side, side), "blocks.0.attn")
+    model = VisionTransformer(
+        img_size=side,
+        num_frames=frames,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        use_rope=True,
+    )
+    return Peer(
+        model,
+        lambda module, clip: module(clip),
+        torch.randn(1, 3, frames, side, side),
+        "blocks.0.attn",
+    )
 
 
 def _vjepa1(side: int, frames: int, width: int, heads: int, depth: int) -> Peer:
     from vjepa.models.vision_transformer import VisionTransformer
 
-    model = VisionTransformer(img_size=side, num_frames=frames, embed_dim=width, depth=depth, num_heads=heads)
-    return Peer(model, lambda module, clip: module(clip), torch.randn(1, 3, frames, side, side), "blocks.0.attn")
+    model = VisionTransformer(
+        img_size=side, num_frames=frames, embed_dim=width, depth=depth, num_heads=heads
+    )
+    return Peer(
+        model,
+        lambda module, clip: module(clip),
+        torch.randn(1, 3, frames, side, side),
+        "blocks.0.attn",
+    )
 
 
 _BUILDERS = {
@@ -95,7 +148,8 @@ _BUILDERS = {
 
 
 def installed() -> list[str]:
-    """Names of the code bases whose package is here, in the order of their importance; the others are printed."""
+    """Names of the code bases whose package is here, in the order of their importance; the others
+    are printed."""
     found = []
     for name, (package, _) in _BUILDERS.items():
         if importlib.util.find_spec(package) is None:

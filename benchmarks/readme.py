@@ -1,9 +1,12 @@
-"""Fills the generated parts of README.md and of the pages under docs from the code and from the committed records.
+"""Fills the generated parts of README.md and of the pages under docs from the code and from the
+committed records.
 
 python -m benchmarks.readme            writes them
-python -m benchmarks.readme --check    exits 1 when a page differs from what the code and the records say
+python -m benchmarks.readme --check    exits 1 when a page differs from what the code and the
+records say
 
-A part is a block `<!-- generated: NAME [ARGUMENT] -->` ... `<!-- end -->`; PARTS says who writes it.
+A part is a block `<!-- generated: NAME [ARGUMENT] -->` ... `<!-- end -->`; PARTS says who writes
+it.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- generated: (\w+)(?: (\S+))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 KEYS = ("backend", "baseline", "case", "dtype", "pass")
 
-# What README shows of each op: case, pass and baseline. Everything else, losses included, is in docs/measured.md.
+# What README shows of each op: case, pass and baseline. Everything else, losses included, is in
+# docs/measured.md.
 HEADLINES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "masked_attention": (
         ("vit_b/224px/16f/dense", "forward", "sdpa"),
@@ -69,7 +73,8 @@ def read(path: Path) -> Any:
 
 
 def newest(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The latest record of every comparison in a file's content, in the order of their first appearance."""
+    """The latest record of every comparison in a file's content, in the order of their first
+    appearance."""
     latest: dict[tuple[str, ...], dict[str, Any]] = {}
     for record in content["records"]:
         latest[tuple(record[k] for k in KEYS)] = record
@@ -120,7 +125,8 @@ def measured(_: str | None) -> str:
                 "",
                 f"Load average up to {load:.0f}; record: `{path.relative_to(ROOT)}`",
                 "",
-                "| case | dtype | pass | baseline | ours | threads, clock | baseline's time / ours |",
+                "| case | dtype | pass | baseline | ours | threads, clock | baseline's time / "
+                "ours |",
                 "|---|---|---|---|---|---|---|",
                 *map(_row, records),
             ]
@@ -133,8 +139,13 @@ def headlines(_: str | None) -> str:
     for device in devices():
         for op in HEADLINES:
             path = device / f"{op}.json"
-            # A case that was run on several backends is shown for kernels: `torch` comes first, to be overwritten.
-            for record in sorted(newest(read(path)), key=lambda r: r["backend"] != "torch") if path.exists() else []:
+            # A case that was run on several backends is shown for kernels: `torch` comes first, to
+            # be overwritten.
+            for record in (
+                sorted(newest(read(path)), key=lambda r: r["backend"] != "torch")
+                if path.exists()
+                else []
+            ):
                 key = (op, record["case"], record["pass"], record["baseline"])
                 found.setdefault((device.name, record["dtype"]), {})[key] = record
     wanted = [(op, *row) for op, rows in HEADLINES.items() for row in rows]
@@ -142,7 +153,10 @@ def headlines(_: str | None) -> str:
     if not columns:
         return "No record is committed yet."
     heads = [f"{device}, {dtype}" for device, dtype in columns]
-    lines = [f"| op | case | pass | against | {' | '.join(heads)} |", f"|{'---|' * (4 + len(heads))}"]
+    lines = [
+        f"| op | case | pass | against | {' | '.join(heads)} |",
+        f"|{'---|' * (4 + len(heads))}",
+    ]
     for key in wanted:
         records = [rows.get(key) for rows in columns.values()]
         cells = ["" if record is None else ratio(record) + _unusual(record) for record in records]
@@ -152,7 +166,11 @@ def headlines(_: str | None) -> str:
 
 def _unusual(record: dict[str, Any]) -> str:
     """How a row was measured where that is not two threads in wall time."""
-    return "" if how(record) == "2, wall" else f" ({record['threads']} thread, {record.get('clock', 'wall')} time)"
+    return (
+        ""
+        if how(record) == "2, wall"
+        else f" ({record['threads']} thread, {record.get('clock', 'wall')} time)"
+    )
 
 
 def findings(name: str | None) -> str:
@@ -160,8 +178,17 @@ def findings(name: str | None) -> str:
     path = RESULTS / f"{name}.json"
     record = read(path)
     at = record["settings"]
-    where = f"{path.parent.name}, size {at['size']}, {at['frames']} frames, batch {at['batch']}, {at['dtype']}"
-    return "\n".join([f"On {where} (`{path.relative_to(ROOT)}`):", "", *(f"- {sentence}" for sentence in report_text.findings(record))])
+    where = (
+        f"{path.parent.name}, size {at['size']}, {at['frames']} frames, batch {at['batch']}, "
+        f"{at['dtype']}"
+    )
+    return "\n".join(
+        [
+            f"On {where} (`{path.relative_to(ROOT)}`):",
+            "",
+            *(f"- {sentence}" for sentence in report_text.findings(record)),
+        ]
+    )
 
 
 def sweep(name: str | None) -> str:
@@ -171,14 +198,20 @@ def sweep(name: str | None) -> str:
 
 
 def study(_: str | None) -> str:
-    """Accuracies of the study: real clips by class; generated clips by the mean over appearance and over motion questions."""
+    """Accuracies of the study: real clips by class; generated clips by the mean over appearance and
+    over motion questions."""
     lines = []
     for path in sorted(RESULTS.glob("*/study.json")):
         content = read(path)
         for part in sorted({row["part"] for row in content["summary"]}):
             records = [record for record in content["records"] if record["part"] == part]
             steps = " / ".join(map(str, sorted({record["steps"] for record in records})))
-            lines += ["", f"**{part}**, {steps} steps of pre-training, top-1 in % (`{path.relative_to(ROOT)}`):", ""]
+            lines += [
+                "",
+                f"**{part}**, {steps} steps of pre-training, top-1 in % "
+                f"(`{path.relative_to(ROOT)}`):",
+                "",
+            ]
             rows = [row for row in content["summary"] if row["part"] == part]
             lines += _study_rows(rows, records)
         lines += ["", *pictures(sorted(path.parent.glob("study_*.png")))]
@@ -187,11 +220,21 @@ def study(_: str | None) -> str:
 
 def _study_rows(rows: list[dict[str, Any]], records: list[dict[str, Any]]) -> list[str]:
     groups = [name for name in ("class", "appearance", "motion") if name in rows[0]]
-    tunings = [name for name in ("finetune", "finetune_scratch", "finetune_objective") if any(name in record for record in records)]
-    head = ["variant, seed", "encoder", *(f"probe: {group}" for group in groups), *(name.replace("_", ": ") for name in tunings)]
+    tunings = [
+        name
+        for name in ("finetune", "finetune_scratch", "finetune_objective")
+        if any(name in record for record in records)
+    ]
+    head = [
+        "variant, seed",
+        "encoder",
+        *(f"probe: {group}" for group in groups),
+        *(name.replace("_", ": ") for name in tunings),
+    ]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     tuned = {(record["variant"], record["seed"]): record for record in records}
-    # The untrained encoder and the pixels are the same beside every variant: shown once, at the end.
+    # The untrained encoder and the pixels are the same beside every variant: shown once, at the
+    # end.
     beside = {row["encoder"]: row for row in reversed(rows) if row["encoder"] != "trained"}
     for row in [*(row for row in rows if row["encoder"] == "trained"), *reversed(beside.values())]:
         record = tuned[row["variant"], row["seed"]]
@@ -205,19 +248,28 @@ def _study_rows(rows: list[dict[str, Any]], records: list[dict[str, Any]]) -> li
 
 
 def integration(name: str | None) -> str:
-    """What acceleration does to one code base: attention alone and an encoder step, times and peak memory of both sides."""
+    """What acceleration does to one code base: attention alone and an encoder step, times and peak
+    memory of both sides."""
     lines: list[str] = []
     for device in devices():
         path = device / "integrations.json"
-        records = [r for r in newest(read(path)) if r["baseline"] == name and r["status"] == "ok"] if path.exists() else []
+        records = (
+            [r for r in newest(read(path)) if r["baseline"] == name and r["status"] == "ok"]
+            if path.exists()
+            else []
+        )
         if not records:
             continue
-        measured_with = sorted({f"{r['threads']} thread{'s' * (r['threads'] > 1)}, {r['clock']} time" for r in records})
+        measured_with = sorted(
+            {f"{r['threads']} thread{'s' * (r['threads'] > 1)}, {r['clock']} time" for r in records}
+        )
         lines += [
             "",
-            f"{records[0]['device']} ({device.name}), torch {records[0]['torch']}, {'; '.join(measured_with)}; record: `{path.relative_to(ROOT)}`",
+            f"{records[0]['device']} ({device.name}), torch {records[0]['torch']}, "
+            f"{'; '.join(measured_with)}; record: `{path.relative_to(ROOT)}`",
             "",
-            "| what | size | pixels, tokens | dtype | pass | untouched ms | accelerated ms | ratio of times | peak MiB, untouched, accelerated |",
+            "| what | size | pixels, tokens | dtype | pass | untouched ms | accelerated ms | "
+            "ratio of times | peak MiB, untouched, accelerated |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for record in records:
@@ -225,8 +277,18 @@ def integration(name: str | None) -> str:
             details = record["details"]
             times = [f"{record[side]['median_ms']:.1f}" for side in ("reference", "candidate")]
             peaks = [record[f"{side}_peak_bytes"] for side in ("reference", "candidate")]
-            memory = ", ".join("unknown" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks)
-            cells = [part, width, f"{details['resolution']}, {details['tokens']}", record["dtype"], record["pass"], *times, ratio(record)]
+            memory = ", ".join(
+                "unknown" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks
+            )
+            cells = [
+                part,
+                width,
+                f"{details['resolution']}, {details['tokens']}",
+                record["dtype"],
+                record["pass"],
+                *times,
+                ratio(record),
+            ]
             lines.append(f"| {' | '.join(cells)} | {memory} |")
     return "\n".join(lines).strip() or "No record is committed yet."
 
@@ -247,17 +309,21 @@ def pages() -> list[Path]:
 
 
 def filled(text: str, folder: Path) -> str:
-    """The text of a page in `folder`, with every generated block made anew; its links lead from there."""
+    """The text of a page in `folder`, with every generated block made anew; its links lead from
+    there."""
     up = "../" * len(folder.relative_to(ROOT).parts)
 
     def made(match: re.Match[str]) -> str:
-        return f"{match[1]}{PARTS[match[2]](match[3]).replace('](benchmarks/', f']({up}benchmarks/')}\n{match[5]}"
+        part = PARTS[match[2]](match[3]).replace("](benchmarks/", f"]({up}benchmarks/")
+        return f"{match[1]}{part}\n{match[5]}"
 
     return BLOCK.sub(made, text)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     stale = []
@@ -270,7 +336,10 @@ def main() -> int:
                 path.write_text(after, encoding="utf-8")
     if check and stale:
         names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
-        print(f"{names} differs from the code or the records; run: python -m benchmarks.readme", file=sys.stderr)
+        print(
+            f"{names} differs from the code or the records; run: python -m benchmarks.readme",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

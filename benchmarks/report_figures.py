@@ -1,7 +1,8 @@
-"""The report's figures, drawn once with matplotlib and used twice: as files, and inline in the page where CSS gives them its colours.
+"""The report's figures, drawn once with matplotlib and used twice: as files, and inline in the page
+where CSS gives them its colours.
 
-Lines differ in colour (Okabe and Ito's palette), marker and place, never in colour alone. Every figure exists wide and narrow, so that a
-phone shows text in a readable size.
+Lines differ in colour (Okabe and Ito's palette), marker and place, never in colour alone. Every
+figure exists wide and narrow, so that a phone shows text in a readable size.
 """
 
 from __future__ import annotations
@@ -23,18 +24,32 @@ from benchmarks.workload import PRETRAIN_PHASES
 MUTED = "#8a8a8a"
 GRID = "#d9d9d9"
 PHASE_COLOURS = {
-    "data": "#8a8a8a", "target": "#0072B2", "encoder": "#0072B2", "context": "#56B4E9", "predictor": "#009E73", "head": "#009E73",
-    "objective": "#E69F00", "backward": "#D55E00", "optimiser": "#CC79A7",
-}  # fmt: skip
-PHASE_HATCHES = {"data": "///"}
-THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", "#ffffff": "var(--paper)"} | {
-    colour: f"var(--c{number})" for number, colour in enumerate(PALETTE) if colour != "#000000"
+    "data": "#8a8a8a",
+    "target": "#0072B2",
+    "encoder": "#0072B2",
+    "context": "#56B4E9",
+    "predictor": "#009E73",
+    "head": "#009E73",
+    "objective": "#E69F00",
+    "backward": "#D55E00",
+    "optimiser": "#CC79A7",
 }
+PHASE_HATCHES = {"data": "///"}
+THEME = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    GRID: "var(--grid)",
+    "#ffffff": "var(--paper)",
+} | {colour: f"var(--c{number})" for number, colour in enumerate(PALETTE) if colour != "#000000"}
 Row = dict[str, Any]
 
 
-def canvas(narrow: bool, height: float = 4.4, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(4.3 if narrow else 7.6, height), dpi=140, layout="constrained", facecolor="#ffffff")
+def canvas(
+    narrow: bool, height: float = 4.4, rows: int = 1, columns: int = 1, **options: Any
+) -> tuple[Figure, Any]:
+    figure = Figure(
+        figsize=(4.3 if narrow else 7.6, height), dpi=140, layout="constrained", facecolor="#ffffff"
+    )
     axes = figure.subplots(rows, columns, **options)
     for one in figure.axes:
         style(one)
@@ -58,7 +73,11 @@ def pixel_axis(axes: Any, sizes: Sequence[Row]) -> None:
     labels = [f"{row['resolution']}\n{row['tokens']}" for row in sizes]
     axes.xaxis.set_major_locator(FixedLocator(places))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: labels[min(range(len(places)), key=lambda i: abs(places[i] - value))]))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(
+            lambda value, _: labels[min(range(len(places)), key=lambda i: abs(places[i] - value))]
+        )
+    )
     axes.set_xlabel("frame resolution [px], tokens per clip below it", fontsize=9)
 
 
@@ -83,12 +102,22 @@ def legend(axes: Any, narrow: bool, **options: Any) -> None:
     """Inside the axes where there is room, below them on a narrow figure."""
     if narrow:
         longest = max((len(label) for label in axes.get_legend_handles_labels()[1]), default=0)
-        options = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.2), "ncols": 1 if longest > 18 else 2, "columnspacing": 1.0}
+        options = {
+            "loc": "upper center",
+            "bbox_to_anchor": (0.45, -0.2),
+            "ncols": 1 if longest > 18 else 2,
+            "columnspacing": 1.0,
+        }
     axes.legend(fontsize=7.5, frameon=False, labelcolor=INK, **options)
 
 
 def series(record: Row, mode: str, variant: str, backend: str) -> list[Row]:
-    rows = [c for c in record["cells"] if c["status"] == "ok" and (c["mode"], c["variant"], c["backend"]) == (mode, variant, backend)]
+    rows = [
+        c
+        for c in record["cells"]
+        if c["status"] == "ok"
+        and (c["mode"], c["variant"], c["backend"]) == (mode, variant, backend)
+    ]
     return sorted(rows, key=lambda cell: cell["tokens"])
 
 
@@ -98,10 +127,15 @@ def exponent(record: Row, mode: str, variant: str, backend: str) -> float | None
 
 
 def highlighted(record: Row, backend: str, count: int = 6) -> list[str]:
-    """The variants a crowded figure names: the baseline, the fastest, and the slowest ones, skipping any that would lie on a named line."""
+    """The variants a crowded figure names: the baseline, the fastest, and the slowest ones,
+    skipping any that would lie on a named line."""
     size = record["sizes"][-1]["resolution"]
     wanted = ("pretrain", backend, size)
-    last = {c["variant"]: c for c in record["cells"] if c["status"] == "ok" and (c["mode"], c["backend"], c["resolution"]) == wanted}
+    last = {
+        c["variant"]: c
+        for c in record["cells"]
+        if c["status"] == "ok" and (c["mode"], c["backend"], c["resolution"]) == wanted
+    }
     if not last:
         return record["settings"]["variants"][:count]
     slowest = sorted(last, key=lambda name: -last[name]["step_ms"])
@@ -114,20 +148,34 @@ def highlighted(record: Row, backend: str, count: int = 6) -> list[str]:
 
 
 def throughput(record: Row, narrow: bool = False) -> Figure:
-    """Clips per second of every variant against resolution; the outstanding ones named, the others grey."""
+    """Clips per second of every variant against resolution; the outstanding ones named, the others
+    grey."""
     backend = sweep_tables.ours(record)
     figure, axes = canvas(narrow, 5.6 if narrow else 4.6)
     names = record["settings"]["variants"]
     chosen = highlighted(record, backend)
     quiet = [name for name in names if name not in chosen]
-    exponents = [value for value in (exponent(record, "pretrain", name, backend) for name in quiet) if value is not None]
+    exponents = [
+        value
+        for value in (exponent(record, "pretrain", name, backend) for name in quiet)
+        if value is not None
+    ]
     for number, name in enumerate(quiet):
         rows = series(record, "pretrain", name, backend)
         label = None
         if number == 0:
-            spread = f" (exponents {min(exponents):.2f} to {max(exponents):.2f})" if exponents else ""
+            spread = (
+                f" (exponents {min(exponents):.2f} to {max(exponents):.2f})" if exponents else ""
+            )
             label = f"{len(quiet)} other variants{spread}"
-        axes.plot([side(r) for r in rows], [r["clips_per_s"] for r in rows], color=MUTED, linewidth=0.8, alpha=0.7, label=label)
+        axes.plot(
+            [side(r) for r in rows],
+            [r["clips_per_s"] for r in rows],
+            color=MUTED,
+            linewidth=0.8,
+            alpha=0.7,
+            label=label,
+        )
     for number, name in enumerate(chosen):
         rows = series(record, "pretrain", name, backend)
         if not rows:
@@ -165,7 +213,11 @@ def modes(record: Row, narrow: bool = False) -> Figure:
         if not rows:
             continue
         power = exponent(record, mode, variant, backend)
-        names = {"pretrain": f"pre-training ({first})", "finetune": "fine-tuning", "frozen": "frozen features"}
+        names = {
+            "pretrain": f"pre-training ({first})",
+            "finetune": "fine-tuning",
+            "frozen": "frozen features",
+        }
         name = names.get(mode, f"fine-tuning + objective ({first})")
         label = name if power is None else f"{name} (exponent {power:.2f})"
         places = [side(r) for r in rows]
@@ -193,31 +245,59 @@ def speedup(record: Row, narrow: bool = False) -> Figure:
     backend = sweep_tables.ours(record)
     figure, axes = canvas(narrow, 5.0 if narrow else 4.2)
     lines = [("pretrain", name, name) for name in highlighted(record, backend, 4)]
-    lines += [("finetune", sweep_record.ANY_VARIANT, "fine-tuning"), ("frozen", sweep_record.ANY_VARIANT, "frozen features")]
+    lines += [
+        ("finetune", sweep_record.ANY_VARIANT, "fine-tuning"),
+        ("frozen", sweep_record.ANY_VARIANT, "frozen features"),
+    ]
     axes.axhline(1.0, color=INK, linewidth=1.1)
     for number, (mode, variant, label) in enumerate(lines):
         rows = [row for row in series(record, mode, variant, backend) if row.get("speedup")]
         if not rows:
             continue
         places = [side(r) for r in rows]
-        axes.fill_between(places, [r["speedup_interval"][0] for r in rows], [r["speedup_interval"][1] for r in rows],
-                          color=PALETTE[number], alpha=0.15, linewidth=0)  # fmt: skip
+        axes.fill_between(
+            places,
+            [r["speedup_interval"][0] for r in rows],
+            [r["speedup_interval"][1] for r in rows],
+            color=PALETTE[number],
+            alpha=0.15,
+            linewidth=0,
+        )
         axes.plot(
-            places, [r["speedup"] for r in rows], color=PALETTE[number], marker=MARKERS[number], markersize=5, linewidth=1.7, label=label
+            places,
+            [r["speedup"] for r in rows],
+            color=PALETTE[number],
+            marker=MARKERS[number],
+            markersize=5,
+            linewidth=1.7,
+            label=label,
         )
     pixel_axis(axes, record["sizes"])
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 0.9), max(high, 1.1))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     axes.set_ylabel(f"speed-up of {backend} over torch", fontsize=9)
-    axes.text(0.01, 1.0, " equal", transform=axes.get_yaxis_transform(), va="bottom", fontsize=7.5, color=INK)
+    axes.text(
+        0.01,
+        1.0,
+        " equal",
+        transform=axes.get_yaxis_transform(),
+        va="bottom",
+        fontsize=7.5,
+        color=INK,
+    )
     legend(axes, narrow, loc="best")
     return figure
 
 
 def phases(record: Row, narrow: bool = False) -> Figure:
-    """Where a step's time goes: the first variant at every resolution, ours beside torch, in shares of the step."""
-    backends = [b for b in (sweep_record.REFERENCE_BACKEND, sweep_tables.ours(record)) if b in record["settings"]["backends"]]
+    """Where a step's time goes: the first variant at every resolution, ours beside torch, in shares
+    of the step."""
+    backends = [
+        b
+        for b in (sweep_record.REFERENCE_BACKEND, sweep_tables.ours(record))
+        if b in record["settings"]["backends"]
+    ]
     backends = list(dict.fromkeys(backends))
     first = record["settings"]["variants"][0]
     figure, axes = canvas(narrow, 5.6 if narrow else 4.4)
@@ -226,19 +306,46 @@ def phases(record: Row, narrow: bool = False) -> Figure:
     seen: set[str] = set()
     for row in record["sizes"]:
         for backend in backends:
-            cell = next((c for c in series(record, "pretrain", first, backend) if c["resolution"] == row["resolution"]), None)
+            cell = next(
+                (
+                    c
+                    for c in series(record, "pretrain", first, backend)
+                    if c["resolution"] == row["resolution"]
+                ),
+                None,
+            )
             if cell is None:
                 continue
-            parts = {name: cell["phases_ms"][name] for name in PRETRAIN_PHASES if name in cell["phases_ms"]} | {"data": cell["data_ms"]}
+            parts = {
+                name: cell["phases_ms"][name]
+                for name in PRETRAIN_PHASES
+                if name in cell["phases_ms"]
+            } | {"data": cell["data_ms"]}
             whole = cell["step_ms"]
             bottom = 0.0
             for name, spent in parts.items():
                 share = 100 * spent / whole
-                axes.bar(place, share, bottom=bottom, width=0.8, color=PHASE_COLOURS.get(name, MUTED), edgecolor="#ffffff", linewidth=0.6,
-                         hatch=PHASE_HATCHES.get(name), label=None if name in seen else name)  # fmt: skip
+                axes.bar(
+                    place,
+                    share,
+                    bottom=bottom,
+                    width=0.8,
+                    color=PHASE_COLOURS.get(name, MUTED),
+                    edgecolor="#ffffff",
+                    linewidth=0.6,
+                    hatch=PHASE_HATCHES.get(name),
+                    label=None if name in seen else name,
+                )
                 if share > 9:
                     axes.text(
-                        place, bottom + share / 2, f"{share:.0f}", ha="center", va="center", fontsize=7, color="#ffffff", fontweight="bold"
+                        place,
+                        bottom + share / 2,
+                        f"{share:.0f}",
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color="#ffffff",
+                        fontweight="bold",
                     )
                 seen.add(name)
                 bottom += share
@@ -252,7 +359,11 @@ def phases(record: Row, narrow: bool = False) -> Figure:
                 color=INK,
             )
             places.append(place)
-            labels.append(f"{backend}\n{row['resolution']} px" if not narrow else f"{backend}\n{row['resolution']}")
+            labels.append(
+                f"{backend}\n{row['resolution']} px"
+                if not narrow
+                else f"{backend}\n{row['resolution']}"
+            )
             heights.append(bottom)
             place += 0.9
         place += 0.5
@@ -261,8 +372,16 @@ def phases(record: Row, narrow: bool = False) -> Figure:
     axes.axhline(100.0, color=INK, linewidth=0.9)
     axes.set_ylim(0, max(heights, default=100) * 1.08)
     axes.set_ylabel("% of the step (data: prepared beside it)", fontsize=9)
-    options = {"fontsize": 7.5, "frameon": False, "ncols": 4 if narrow else 8, "columnspacing": 1.0, "handlelength": 1.2}
-    made = axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14 if not narrow else -0.16), **options)
+    options = {
+        "fontsize": 7.5,
+        "frameon": False,
+        "ncols": 4 if narrow else 8,
+        "columnspacing": 1.0,
+        "handlelength": 1.2,
+    }
+    made = axes.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.14 if not narrow else -0.16), **options
+    )
     for text in made.get_texts():
         text.set_color(INK)
     return figure
@@ -273,13 +392,22 @@ def memory(record: Row, narrow: bool = False) -> Figure:
     figure, axes = canvas(narrow, 5.0 if narrow else 4.0)
     first = record["settings"]["variants"][0]
     number = 0
-    for mode, variant, label in (("pretrain", first, f"pre-training ({first})"), ("finetune", sweep_record.ANY_VARIANT, "fine-tuning")):
+    for mode, variant, label in (
+        ("pretrain", first, f"pre-training ({first})"),
+        ("finetune", sweep_record.ANY_VARIANT, "fine-tuning"),
+    ):
         for backend in record["settings"]["backends"]:
             rows = [row for row in series(record, mode, variant, backend) if row["peak_bytes"]]
             if rows:
                 dash = "-" if mode == "pretrain" else "--"
                 places, values = [side(r) for r in rows], [r["peak_bytes"] / 2**20 for r in rows]
-                look = {"color": PALETTE[number], "marker": MARKERS[number], "markersize": 5, "linewidth": 1.7, "linestyle": dash}
+                look = {
+                    "color": PALETTE[number],
+                    "marker": MARKERS[number],
+                    "markersize": 5,
+                    "linewidth": 1.7,
+                    "linestyle": dash,
+                }
                 axes.plot(places, values, label=f"{label}, {backend}", **look)
             number += 1
     pixel_axis(axes, record["sizes"])
@@ -294,17 +422,35 @@ def overhead(record: Row, narrow: bool = False) -> Figure:
     """What each variant's objectives add to a step at the largest resolution, the worst first."""
     backend = sweep_tables.ours(record)
     size = record["sizes"][-1]["resolution"]
-    cells = [c for c in record["cells"] if c["status"] == "ok" and (c["mode"], c["backend"], c["resolution"]) == ("pretrain", backend, size)
-             and c.get("overhead") is not None]  # fmt: skip
+    cells = [
+        c
+        for c in record["cells"]
+        if c["status"] == "ok"
+        and (c["mode"], c["backend"], c["resolution"]) == ("pretrain", backend, size)
+        and c.get("overhead") is not None
+    ]
     cells.sort(key=lambda cell: cell["overhead"])
     figure, axes = canvas(narrow, max(2.4, 0.5 + 0.22 * len(cells)))
     for place, cell in enumerate(cells):
         low, high = (100 * value for value in cell["overhead_interval"])
         middle = 100 * cell["overhead"]
-        axes.plot([low, high], [place, place], color=PALETTE[0], linewidth=2.4, alpha=0.45, solid_capstyle="round")
+        axes.plot(
+            [low, high],
+            [place, place],
+            color=PALETTE[0],
+            linewidth=2.4,
+            alpha=0.45,
+            solid_capstyle="round",
+        )
         axes.plot([middle], [place], marker="o", markersize=5, color=PALETTE[0])
         axes.annotate(
-            f"{middle:.1f} %", (max(high, middle), place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=7, color=INK
+            f"{middle:.1f} %",
+            (max(high, middle), place),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+            color=INK,
         )
     axes.set_yticks(range(len(cells)), [cell["variant"] for cell in cells], fontsize=7.5)
     axes.axvline(0.0, color=INK, linewidth=1.0)
@@ -315,7 +461,8 @@ def overhead(record: Row, narrow: bool = False) -> Figure:
 
 
 def model(record: Row, narrow: bool = False) -> Figure:
-    """The cost model of the first variant: its three parts, the measured sizes, and what it expects beyond them."""
+    """The cost model of the first variant: its three parts, the measured sizes, and what it expects
+    beyond them."""
     backend = sweep_tables.ours(record)
     first = record["settings"]["variants"][0]
     made = sweep_record.find(record["fits"], mode="pretrain", variant=first, backend=backend)
@@ -323,7 +470,12 @@ def model(record: Row, narrow: bool = False) -> Figure:
     rows = series(record, "pretrain", first, backend)
     if made is None or not rows:
         return figure
-    step = costmodel.Fit(*(made["step"][name] for name in ("constant", "per_token", "per_pair", "points", "worst_error")))
+    step = costmodel.Fit(
+        *(
+            made["step"][name]
+            for name in ("constant", "per_token", "per_pair", "points", "worst_error")
+        )
+    )
     batch, frames = made["batch"], rows[0]["frames"]
     depth = max(1, frames // TUBELET_SIZE)
     smallest, largest = side(rows[0]), max(512.0, side(rows[-1]))
@@ -331,16 +483,33 @@ def model(record: Row, narrow: bool = False) -> Figure:
     tokens = [depth * (value / 16) ** 2 for value in pixels]
     parts: list[tuple[str, Callable[[float], float], str, str]] = [
         ("constant", lambda n: step.constant, PALETTE[3], ":"),
-        ("linear in tokens (layers, losses)", lambda n: step.per_token * batch * n, PALETTE[2], "--"),
+        (
+            "linear in tokens (layers, losses)",
+            lambda n: step.per_token * batch * n,
+            PALETTE[2],
+            "--",
+        ),
         ("quadratic (attention)", lambda n: step.per_pair * batch * n * n, PALETTE[1], "-."),
     ]
     for label, part, colour, dash in parts:
         values = [part(n) for n in tokens]
         if max(values) > 0:
             axes.plot(pixels, values, color=colour, linestyle=dash, linewidth=1.4, label=label)
-    axes.plot(pixels, [step.predict(n, batch) for n in tokens], color=PALETTE[0], linewidth=1.8, label="their sum")
     axes.plot(
-        [side(r) for r in rows], [r["step_ms"] / 1e3 for r in rows], color=INK, marker="o", linestyle="", markersize=5, label="measured"
+        pixels,
+        [step.predict(n, batch) for n in tokens],
+        color=PALETTE[0],
+        linewidth=1.8,
+        label="their sum",
+    )
+    axes.plot(
+        [side(r) for r in rows],
+        [r["step_ms"] / 1e3 for r in rows],
+        color=INK,
+        marker="o",
+        linestyle="",
+        markersize=5,
+        label="measured",
     )
     crossing = made["step"]["crossover_tokens"]
     bottom = max(min(step.predict(tokens[0], batch), rows[0]["step_ms"] / 1e3) / 30, 1e-4)
@@ -359,8 +528,17 @@ def model(record: Row, narrow: bool = False) -> Figure:
                 ha="right",
                 rotation=90,
             )
-    extra = [{"resolution": str(value), "tokens": int(depth * (value / 16) ** 2), "pixels": value * value} for value in (384, 512)]
-    shown = [row for row in record["sizes"]] + [row for row in extra if side(row) > 1.2 * side(record["sizes"][-1])]
+    extra = [
+        {
+            "resolution": str(value),
+            "tokens": int(depth * (value / 16) ** 2),
+            "pixels": value * value,
+        }
+        for value in (384, 512)
+    ]
+    shown = [row for row in record["sizes"]] + [
+        row for row in extra if side(row) > 1.2 * side(record["sizes"][-1])
+    ]
     pixel_axis(axes, shown)
     log_values(axes, " s")
     axes.set_ylim(bottom=bottom)
@@ -381,9 +559,12 @@ FIGURES: dict[str, tuple[Callable[..., Figure], str]] = {
 
 
 def inline_svg(figure: Figure, name: str) -> str:
-    """The figure as an SVG element with text as text, colours from CSS variables, and no ids that two figures could share."""
+    """The figure as an SVG element with text as text, colours from CSS variables, and no ids that
+    two figures could share."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "hatch.linewidth": 0.6}):
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": name, "hatch.linewidth": 0.6}
+    ):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -395,6 +576,9 @@ def inline_svg(figure: Figure, name: str) -> str:
     text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
     text = text.replace("#000000", THEME[INK])
     text = re.sub(
-        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" role="img" xmlns:xlink="http://www.w3.org/1999/xlink">', text, count=1
+        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>',
+        r'<svg viewBox="\1" role="img" xmlns:xlink="http://www.w3.org/1999/xlink">',
+        text,
+        count=1,
     )
     return text

@@ -1,10 +1,13 @@
-"""How far a rollout drifts from the float64 reference with the number of steps: hidden space beside state space, float32 and bfloat16.
+"""How far a rollout drifts from the float64 reference with the number of steps: hidden space beside
+state space, float32 and bfloat16.
 
-    python -m benchmarks.rollout_error                 # JSON and PNG beside the records of this device
-    python -m benchmarks.rollout_error --rows 64 --output drift.json
+    python -m benchmarks.rollout_error                 # JSON and PNG beside the records of this
+    device python -m benchmarks.rollout_error --rows 64 --output drift.json
 
-Every line starts from the same rounded states and weights as its float64 reference, so only the arithmetic of the steps is measured:
-||y_k - exact_k|| / ||exact_k|| over all rows. State space is the cell stepped by eager PyTorch in the given dtype; hidden space is the op, which
+Every line starts from the same rounded states and weights as its float64 reference, so only the
+arithmetic of the steps is measured:
+||y_k - exact_k|| / ||exact_k|| over all rows. State space is the
+cell stepped by eager PyTorch in the given dtype; hidden space is the op, which
 keeps hidden states and sums in float32.
 """
 
@@ -31,7 +34,11 @@ CELLS = {"residual_mlp": 768, "hamiltonian": 768, "gru": 256}
 def _eager_step(cell: Any) -> eager_rollout.Step:
     if isinstance(cell, ResidualMLP):
         return eager_rollout.mlp_step(cell)
-    return eager_rollout.hamiltonian_step(cell, False) if isinstance(cell, Hamiltonian) else eager_rollout.gru_cell_step(cell)
+    return (
+        eager_rollout.hamiltonian_step(cell, False)
+        if isinstance(cell, Hamiltonian)
+        else eager_rollout.gru_cell_step(cell)
+    )
 
 
 def measure(kind: str, dtype: torch.dtype, rows: int, seed: int) -> dict[str, list[float]]:
@@ -44,16 +51,34 @@ def measure(kind: str, dtype: torch.dtype, rows: int, seed: int) -> dict[str, li
 
     cell, states = new_cell(kind, channels, make), make(rows, channels)
     if kind == "residual_mlp":
-        # Small moves, as a trained head of per-step changes makes them: large ones are chaotic, and measure chaos.
-        cell = with_parameters(cell, [p if i < 2 else p * 0.25 for i, p in enumerate(cell.parameters())])
+        # Small moves, as a trained head of per-step changes makes them: large ones are chaotic, and
+        # measure chaos.
+        cell = with_parameters(
+            cell, [p if i < 2 else p * 0.25 for i, p in enumerate(cell.parameters())]
+        )
     actions = make(STEPS[-1], rows, ACTIONS) if kind == "gru" else None
     wide = with_parameters(cell, [p.double() for p in cell.parameters()])
-    exact = latent_rollout(states.double(), wide, STEPS[-1], actions=None if actions is None else actions.double(), backend="reference")
+    exact = latent_rollout(
+        states.double(),
+        wide,
+        STEPS[-1],
+        actions=None if actions is None else actions.double(),
+        backend="reference",
+    )
     lines = {
-        "hidden space" if kind != "gru" else "the op": latent_rollout(states, cell, STEPS[-1], actions=actions),
-        "state space": eager_rollout.rollout(_eager_step(cell), states, STEPS[-1], actions, None, "states"),
+        "hidden space" if kind != "gru" else "the op": latent_rollout(
+            states, cell, STEPS[-1], actions=actions
+        ),
+        "state space": eager_rollout.rollout(
+            _eager_step(cell), states, STEPS[-1], actions, None, "states"
+        ),
     }
-    return {name: [float((y[k - 1].double() - exact[k - 1]).norm() / exact[k - 1].norm()) for k in STEPS] for name, y in lines.items()}
+    return {
+        name: [
+            float((y[k - 1].double() - exact[k - 1]).norm() / exact[k - 1].norm()) for k in STEPS
+        ]
+        for name, y in lines.items()
+    }
 
 
 def figure(record: dict[str, Any]) -> Any:
@@ -67,8 +92,17 @@ def figure(record: dict[str, Any]) -> Any:
         for number, row in enumerate(rows):
             dashed = row["line"] == "state space"
             color = PALETTE[0] if row["dtype"] == "float32" else PALETTE[1]
-            panel.plot(STEPS, row["error"], color=color, linestyle="--" if dashed else "-", marker="s" if dashed else "o", markersize=4,
-                       linewidth=1.6, label=f"{row['dtype']}, {row['line']}", zorder=3 + number)  # fmt: skip
+            panel.plot(
+                STEPS,
+                row["error"],
+                color=color,
+                linestyle="--" if dashed else "-",
+                marker="s" if dashed else "o",
+                markersize=4,
+                linewidth=1.6,
+                label=f"{row['dtype']}, {row['line']}",
+                zorder=3 + number,
+            )
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_xticks(STEPS, [str(k) for k in STEPS], fontsize=8)
@@ -82,21 +116,43 @@ def figure(record: dict[str, Any]) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.rollout_error", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m benchmarks.rollout_error",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--output", type=Path, help="JSON file; the figure lies beside it (default: benchmarks/results/<device>/rollout_error.json)"
+        "--output",
+        type=Path,
+        help="JSON file; the figure lies beside it (default: "
+        "benchmarks/results/<device>/rollout_error.json)",
     )
     arguments = parser.parse_args(argv)
     lines = []
     for kind in CELLS:
         for dtype in (torch.float32, torch.bfloat16):
             for line, error in measure(kind, dtype, arguments.rows, arguments.seed).items():
-                lines.append({"cell": kind, "dtype": str(dtype).removeprefix("torch."), "line": line, "error": error})
-                print(f"{kind:<13} {lines[-1]['dtype']:<9} {line:<13}" + "".join(f" {value:9.2e}" for value in error), flush=True)
-    record = {"schema": harness.SCHEMA_VERSION, "steps": STEPS, "rows": arguments.rows, "hidden": HIDDEN, "seed": arguments.seed}
+                lines.append(
+                    {
+                        "cell": kind,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "line": line,
+                        "error": error,
+                    }
+                )
+                print(
+                    f"{kind:<13} {lines[-1]['dtype']:<9} {line:<13}"
+                    + "".join(f" {value:9.2e}" for value in error),
+                    flush=True,
+                )
+    record = {
+        "schema": harness.SCHEMA_VERSION,
+        "steps": STEPS,
+        "rows": arguments.rows,
+        "hidden": HIDDEN,
+        "seed": arguments.seed,
+    }
     record |= {"lines": lines, **machine.provenance("cpu")}
     output = arguments.output or machine.RESULTS / machine.device_key("cpu") / "rollout_error.json"
     output.parent.mkdir(parents=True, exist_ok=True)

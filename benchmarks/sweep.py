@@ -1,13 +1,16 @@
-"""The resolution sweep: how the training and fine-tuning throughput of every variant scales with frame resolution.
+"""The resolution sweep: how the training and fine-tuning throughput of every variant scales with
+frame resolution.
 
-    python -m benchmarks.sweep                                          all 28 variants, micro, 64 to 224 px, within six minutes
-    python -m benchmarks.sweep --size tiny --resolutions 64,112,160,224 --budget 1500 --output runs/tiny.json
-    python -m benchmarks.sweep --variants baseline,ld --backends torch,cpu --data tensors
-    python -m benchmarks.sweep --predict 512x512x32 --batch 8           expected step time and memory, from a finished sweep
+    python -m benchmarks.sweep                                          all 28 variants, micro, 64
+    to 224 px, within six minutes python -m benchmarks.sweep --size tiny --resolutions
+    64,112,160,224 --budget 1500 --output runs/tiny.json python -m benchmarks.sweep --variants
+    baseline,ld --backends torch,cpu --data tensors python -m benchmarks.sweep --predict 512x512x32
+    --batch 8           expected step time and memory, from a finished sweep
 
-Shared work is timed once: variants of one mask policy and target kind differ in their objectives only, so the other phases are measured
-per group, and each set of objectives alone, paired with the baseline's. Finished resolutions are kept: the same command goes on where it
-was stopped. `benchmarks.report` turns the record into a page.
+Shared work is timed once: variants of one mask policy and target kind differ in their objectives
+only, so the other phases are measured per group, and each set of objectives alone, paired with the
+baseline's. Finished resolutions are kept: the same command goes on where it was stopped.
+`benchmarks.report` turns the record into a page.
 """
 
 from __future__ import annotations
@@ -44,38 +47,128 @@ def _names(text: str) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     what = made.add_argument_group("what to measure")
-    what.add_argument("--variants", type=_names, default=list(VARIANTS), help=f"comma-separated names (default: all {len(VARIANTS)})")
     what.add_argument(
-        "--resolutions", type=_names, default=["64", "112", "160", "224"], help="pixels: 224, 240x320, ucf101 (default 64,112,160,224)"
+        "--variants",
+        type=_names,
+        default=list(VARIANTS),
+        help=f"comma-separated names (default: all {len(VARIANTS)})",
     )
-    what.add_argument("--frames", type=parse_frames, default=16, help="frames per clip, or still, 8f, 16f, 32f, 64f (default 16)")
-    what.add_argument("--size", default="micro", choices=list(SIZES), help="model size (default micro)")
-    what.add_argument("--batch", type=int, default=2, help="clips per step (default 2); with --predict: clips of the predicted step")
-    what.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="fp32, or bf16 autocast (default fp32)")
-    what.add_argument("--backends", type=_names, default=["torch", "auto"], help=f"of {', '.join(CHOICES)} (default torch,auto)")
-    what.add_argument("--modes", type=_names, default=list(MODES), help=f"of {', '.join(MODES)} (default: all)")
     what.add_argument(
-        "--data", default="moving_shapes", help="moving_shapes, tensors (no loader), or a UCF-101 folder (default moving_shapes)"
+        "--resolutions",
+        type=_names,
+        default=["64", "112", "160", "224"],
+        help="pixels: 224, 240x320, ucf101 (default 64,112,160,224)",
     )
-    what.add_argument("--truncate", default="none", choices=["none", "batch_min"], help="batch_min: cut masks as published code does")
-    what.add_argument("--encoder", help="your own encoder, package.module:factory, called with the ModelConfig")
-    what.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if there is one")
+    what.add_argument(
+        "--frames",
+        type=parse_frames,
+        default=16,
+        help="frames per clip, or still, 8f, 16f, 32f, 64f (default 16)",
+    )
+    what.add_argument(
+        "--size", default="micro", choices=list(SIZES), help="model size (default micro)"
+    )
+    what.add_argument(
+        "--batch",
+        type=int,
+        default=2,
+        help="clips per step (default 2); with --predict: clips of the predicted step",
+    )
+    what.add_argument(
+        "--dtype",
+        default="fp32",
+        choices=list(DTYPES),
+        help="fp32, or bf16 autocast (default fp32)",
+    )
+    what.add_argument(
+        "--backends",
+        type=_names,
+        default=["torch", "auto"],
+        help=f"of {', '.join(CHOICES)} (default torch,auto)",
+    )
+    what.add_argument(
+        "--modes", type=_names, default=list(MODES), help=f"of {', '.join(MODES)} (default: all)"
+    )
+    what.add_argument(
+        "--data",
+        default="moving_shapes",
+        help="moving_shapes, tensors (no loader), or a UCF-101 folder (default moving_shapes)",
+    )
+    what.add_argument(
+        "--truncate",
+        default="none",
+        choices=["none", "batch_min"],
+        help="batch_min: cut masks as published code does",
+    )
+    what.add_argument(
+        "--encoder", help="your own encoder, package.module:factory, called with the ModelConfig"
+    )
+    what.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: cuda if there is one",
+    )
     how = made.add_argument_group("how long and where to")
-    how.add_argument("--rounds", type=int, default=5, help="palindromic rounds per resolution, if the budget allows (default 5)")
-    how.add_argument("--budget", type=float, default=330.0, help="seconds; what does not fit is left out and named (default 330)")
+    how.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="palindromic rounds per resolution, if the budget allows (default 5)",
+    )
+    how.add_argument(
+        "--budget",
+        type=float,
+        default=330.0,
+        help="seconds; what does not fit is left out and named (default 330)",
+    )
     how.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
-    how.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: CPU time with --threads 1, for a busy machine (default wall)")
+    how.add_argument(
+        "--clock",
+        default="wall",
+        choices=CLOCKS,
+        help="cpu: CPU time with --threads 1, for a busy machine (default wall)",
+    )
     how.add_argument("--seed", type=int, default=0)
-    how.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="record (default runs/bench/sweep.json); its page lies beside it")
-    how.add_argument("--fresh", action="store_true", help="measure everything again instead of keeping finished resolutions")
-    how.add_argument("--plan", action="store_true", help="print what would run and what would be left out, then stop")
-    how.add_argument("--main-job", action="store_true", help="also time every op and print its table (what `make bench` runs)")
-    how.add_argument("--op-budget", type=float, default=60.0, help="seconds for the op table of --main-job (default 60), out of --budget")
+    how.add_argument(
+        "--output",
+        type=Path,
+        default=DEFAULT_OUTPUT,
+        help="record (default runs/bench/sweep.json); its page lies beside it",
+    )
+    how.add_argument(
+        "--fresh",
+        action="store_true",
+        help="measure everything again instead of keeping finished resolutions",
+    )
+    how.add_argument(
+        "--plan",
+        action="store_true",
+        help="print what would run and what would be left out, then stop",
+    )
+    how.add_argument(
+        "--main-job",
+        action="store_true",
+        help="also time every op and print its table (what `make bench` runs)",
+    )
+    how.add_argument(
+        "--op-budget",
+        type=float,
+        default=60.0,
+        help="seconds for the op table of --main-job (default 60), out of --budget",
+    )
     how.add_argument("--no-report", action="store_true", help="record and tables only, no page")
     ask = made.add_argument_group("asking a finished sweep")
-    ask.add_argument("--predict", metavar="HxWxFRAMES", help="expected step time and memory of a size that was not measured")
+    ask.add_argument(
+        "--predict",
+        metavar="HxWxFRAMES",
+        help="expected step time and memory of a size that was not measured",
+    )
     ask.add_argument("--record", type=Path, help="the sweep to predict from (default: --output)")
     return made
 
@@ -92,7 +185,9 @@ def check(arguments: argparse.Namespace) -> list[Resolution]:
     for name in ("batch", "rounds"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"sweep: {name} must be at least 1, got {getattr(arguments, name)}.")
-    sizes = sorted((parse_resolution(text) for text in arguments.resolutions), key=lambda size: size.pixels)
+    sizes = sorted(
+        (parse_resolution(text) for text in arguments.resolutions), key=lambda size: size.pixels
+    )
     if not sizes:
         raise ValueError("sweep: resolutions must not be empty.")
     for size in sizes:
@@ -117,7 +212,8 @@ def workload(arguments: argparse.Namespace, resolution: Resolution) -> Workload:
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a cell depends on, apart from its resolution; a record with other settings is not continued."""
+    """What a cell depends on, apart from its resolution; a record with other settings is not
+    continued."""
     names = (
         "variants",
         "frames",
@@ -136,7 +232,9 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names}
 
 
-def fresh_record(arguments: argparse.Namespace, configs: dict[str, VariantConfig]) -> dict[str, Any]:
+def fresh_record(
+    arguments: argparse.Namespace, configs: dict[str, VariantConfig]
+) -> dict[str, Any]:
     device = arguments.device
     return {
         "schema": sweep_record.SCHEMA_VERSION,
@@ -147,8 +245,13 @@ def fresh_record(arguments: argparse.Namespace, configs: dict[str, VariantConfig
         "peak_flops": machine.peak_flops(device, DTYPES[arguments.dtype]),
         "peak_bandwidth": machine.peak_bandwidth(device),
         "flop_crossover_tokens": flop.crossover_tokens(SIZES[arguments.size]),
-        "groups": {name: Group.of(config, arguments.truncate).name for name, config in configs.items()},
-        "signatures": {name: None if is_baseline(config) else signature(config) for name, config in configs.items()},
+        "groups": {
+            name: Group.of(config, arguments.truncate).name for name, config in configs.items()
+        },
+        "signatures": {
+            name: None if is_baseline(config) else signature(config)
+            for name, config in configs.items()
+        },
         "sizes": [],
         "left_out": [],
         "measured": [],
@@ -161,33 +264,58 @@ def fresh_record(arguments: argparse.Namespace, configs: dict[str, VariantConfig
 
 
 def measure_resolution(
-    record: dict[str, Any], work: Workload, configs: dict[str, VariantConfig], arguments: argparse.Namespace, budget_s: float
+    record: dict[str, Any],
+    work: Workload,
+    configs: dict[str, VariantConfig],
+    arguments: argparse.Namespace,
+    budget_s: float,
 ) -> None:
     """Adds one resolution's rows to the record."""
     started = time.perf_counter()
     pretrains = any(mode in ("pretrain", "finetune+objective") for mode in arguments.modes)
-    groups = list(dict.fromkeys(Group.of(config, arguments.truncate) for config in configs.values())) if pretrains else []
+    groups = (
+        list(dict.fromkeys(Group.of(config, arguments.truncate) for config in configs.values()))
+        if pretrains
+        else []
+    )
     try:
         bench = Bench(work, groups, arguments.modes)
     except (RuntimeError, MemoryError, NotImplementedError) as error:
         problem = failure(error)
         if problem is None:
             raise
-        record["left_out"].append({"resolution": work.resolution.name, "tokens": work.tokens, "reason": ": ".join(problem)})
+        record["left_out"].append(
+            {
+                "resolution": work.resolution.name,
+                "tokens": work.tokens,
+                "reason": ": ".join(problem),
+            }
+        )
         return
     sides = list(bench.sides(arguments.backends))
     time_sides(sides, arguments.rounds, STEP_SHARE * budget_s)
     record["measured"] += [side_row(side, work) for side in sides]
     jobs = {}
     for group in groups:
-        members = [config for config in configs.values() if Group.of(config, arguments.truncate) == group and not is_baseline(config)]
+        members = [
+            config
+            for config in configs.values()
+            if Group.of(config, arguments.truncate) == group and not is_baseline(config)
+        ]
         jobs[group] = {signature(config): config for config in members}
     count = len(arguments.backends) * sum(len(variants) for variants in jobs.values())
     remaining = max(0.0, started + budget_s - time.perf_counter())
     for group, variants in jobs.items():
         if variants:
             record["objectives"] += list(
-                objective_rows(bench, group, variants, arguments.backends, arguments.rounds, remaining / max(1, count))
+                objective_rows(
+                    bench,
+                    group,
+                    variants,
+                    arguments.backends,
+                    arguments.rounds,
+                    remaining / max(1, count),
+                )
             )
     record["sizes"].append(
         {
@@ -203,7 +331,8 @@ def measure_resolution(
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures what is missing and fits, and returns the record (also written after every resolution)."""
+    """Measures what is missing and fits, and returns the record (also written after every
+    resolution)."""
     sizes = check(arguments)
     configs = {name: variant(name) for name in arguments.variants}
     if arguments.threads is not None:
@@ -216,7 +345,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         earlier = sweep_record.load(arguments.output)
         if earlier["settings"] == record["settings"]:
             done = [row["resolution"] for row in earlier["sizes"]]
-            print(f"kept from {arguments.output}: {', '.join(done) or 'nothing'} (--fresh measures again)")
+            print(
+                f"kept from {arguments.output}: {', '.join(done) or 'nothing'} (--fresh measures "
+                "again)"
+            )
             earlier["left_out"] = []
             record = earlier
         else:
@@ -233,7 +365,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for number, work in enumerate(todo):
         reason = plan.refusal(work)
         if reason is not None:
-            record["left_out"].append({"resolution": work.resolution.name, "tokens": work.tokens, "reason": reason})
+            record["left_out"].append(
+                {"resolution": work.resolution.name, "tokens": work.tokens, "reason": reason}
+            )
             print(f"{work.resolution.name:>8} px: left out, {reason}", flush=True)
             continue
         budget = plan.share(todo[number:])
@@ -253,12 +387,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def predict(arguments: argparse.Namespace) -> str:
     parts = arguments.predict.lower().split("x")
     if len(parts) != 3 or not all(part.isdigit() for part in parts):
-        raise ValueError(f"sweep: predict must look like HEIGHTxWIDTHxFRAMES, got {arguments.predict!r}.")
+        raise ValueError(
+            f"sweep: predict must look like HEIGHTxWIDTHxFRAMES, got {arguments.predict!r}."
+        )
     size = Resolution(int(parts[0]), int(parts[1]))
     path = arguments.record if arguments.record is not None else arguments.output
     if not path.exists():
-        raise ValueError(f"sweep: record must be a finished sweep, got {path}, which does not exist.")
-    return sweep_tables.prediction(sweep_record.load(path), size, int(parts[2]), arguments.batch, path)
+        raise ValueError(
+            f"sweep: record must be a finished sweep, got {path}, which does not exist."
+        )
+    return sweep_tables.prediction(
+        sweep_record.load(path), size, int(parts[2]), arguments.batch, path
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -284,7 +424,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.no_report and record["sizes"]:
         from benchmarks import report
 
-        print(f"page: {report.write(record, arguments.output.with_suffix('.html'), source=arguments.output)}")
+        page = report.write(record, arguments.output.with_suffix(".html"), source=arguments.output)
+        print(f"page: {page}")
     print(f"record: {arguments.output}")
     return 0
 

@@ -1,7 +1,9 @@
-"""Measures one resolution of a sweep: every group and mode on every backend in palindromic rounds, then each objective alone.
+"""Measures one resolution of a sweep: every group and mode on every backend in palindromic rounds,
+then each objective alone.
 
-A round runs all sides in order and then in reverse order, so that drift of the machine hits them alike (A B B A with more letters).
-A side that does not fit or is not supported is recorded with its reason and leaves the rounds; the others go on.
+A round runs all sides in order and then in reverse order, so that drift of the machine hits them
+alike (A B B A with more letters). A side that does not fit or is not supported is recorded with its
+reason and leaves the rounds; the others go on.
 """
 
 from __future__ import annotations
@@ -27,11 +29,16 @@ Row = dict[str, Any]
 
 
 def failure(error: BaseException) -> tuple[str, str] | None:
-    """("out of memory" | "unsupported", one line) of an error that a sweep may step over; None of any other."""
+    """("out of memory" | "unsupported", one line) of an error that a sweep may step over; None of
+    any other."""
     text = " ".join(str(error).split())[:300]
     if isinstance(error, BackendUnsupportedError):
         return "unsupported", text
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text or "not enough memory" in text:
+    if (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or "can't allocate memory" in text
+        or "not enough memory" in text
+    ):
         return "out of memory", text or "MemoryError"
     return None
 
@@ -86,7 +93,9 @@ class Bench:
             self.batches[group] = []
             for number in range(POOL):
                 start = now()
-                self.batches[group].append(make_batch(self.workload, None if group is None else group.policy, read, number))
+                self.batches[group].append(
+                    make_batch(self.workload, None if group is None else group.policy, read, number)
+                )
                 spent.append(now() - start)
             self.data_s[group] = min(spent)  # the first batch also opens files and builds tables
         self.pretraining = Pretraining(self.workload) if self.groups else None
@@ -95,19 +104,36 @@ class Bench:
         work = self.workload
         for group in self.groups:
             lengths = _lengths(self.batches[group][0])
-            cost = flop.pretrain_step(work.model, work.tokens, work.batch, *lengths, online_target=group.target == "online")
+            cost = flop.pretrain_step(
+                work.model,
+                work.tokens,
+                work.batch,
+                *lengths,
+                online_target=group.target == "online",
+            )
             for backend in backends:
                 run = self._pretrain(group, backend)
                 yield Side("pretrain", group.name, backend, run, cost, self.data_s[group])
         for kind in ("finetune", "frozen"):
             if kind in self.modes or (kind == "finetune" and "finetune+objective" in self.modes):
                 trainer = Finetuning(work, frozen=kind == "frozen")
-                cost = flop.finetune_step(work.model, work.tokens, work.batch, frozen=kind == "frozen")
+                cost = flop.finetune_step(
+                    work.model, work.tokens, work.batch, frozen=kind == "frozen"
+                )
                 for backend in backends:
-                    yield Side(kind, None, backend, self._finetune(trainer, backend), cost, self.data_s[None])
+                    yield Side(
+                        kind,
+                        None,
+                        backend,
+                        self._finetune(trainer, backend),
+                        cost,
+                        self.data_s[None],
+                    )
 
     def _pretrain(self, group: Group, backend: str) -> Callable[[int], dict[str, float]]:
-        return lambda number: self.pretraining.step(group, self.batches[group][number % POOL], backend)
+        return lambda number: self.pretraining.step(
+            group, self.batches[group][number % POOL], backend
+        )
 
     def _finetune(self, trainer: Finetuning, backend: str) -> Callable[[int], dict[str, float]]:
         return lambda number: trainer.step(self.batches[None][number % POOL], backend)
@@ -118,7 +144,8 @@ def _lengths(batch: Batch) -> tuple[list[int], list[int]]:
 
 
 def time_sides(sides: Sequence[Side], rounds: int, budget_s: float) -> None:
-    """Warm every side, then palindromic rounds until `rounds`, or until one more would pass the budget (but at least one)."""
+    """Warm every side, then palindromic rounds until `rounds`, or until one more would pass the
+    budget (but at least one)."""
     deadline = time.perf_counter() + budget_s
     for side in sides:
         side.attempt(0)
@@ -159,29 +186,49 @@ def side_row(side: Side, workload: Workload) -> Row:
     return row | {
         "status": "ok",
         "rounds_s": side.rounds,
-        "phases_s": {name: statistics.median(phases[name] for phases in side.phases) for name in names},
+        "phases_s": {
+            name: statistics.median(phases[name] for phases in side.phases) for name in names
+        },
         "added_bytes": peak.added_bytes,
         "peak_bytes": peak.total_bytes,
     }
 
 
 def _total(side: Side, part: str) -> float:
-    """FLOP of a step: forward phases as they are, backward as the formula has it (stored under the part it belongs to)."""
+    """FLOP of a step: forward phases as they are, backward as the formula has it (stored under the
+    part it belongs to)."""
     return sum(getattr(value, part) for value in side.flop.values())
 
 
 def objective_rows(
-    bench: Bench, group: Group, variants: dict[str, VariantConfig], backends: Sequence[str], rounds: int, budget_s: float
+    bench: Bench,
+    group: Group,
+    variants: dict[str, VariantConfig],
+    backends: Sequence[str],
+    rounds: int,
+    budget_s: float,
 ) -> Iterator[Row]:
     """One row per distinct set of objectives of a group and backend; `budget_s` is for each."""
     batch = bench.batches[group][0]
     features = bench.pretraining.features(group, batch)
     for signature, config in variants.items():
         for backend in backends:
-            row: Row = {"signature": signature, "group": group.name, "resolution": bench.workload.resolution.name, "backend": backend}
+            row: Row = {
+                "signature": signature,
+                "group": group.name,
+                "resolution": bench.workload.resolution.name,
+                "backend": backend,
+            }
             try:
                 cost = objective_cost.measure(
-                    bench.pretraining, group, config, batch, features, backend=backend, rounds=rounds, budget_s=budget_s
+                    bench.pretraining,
+                    group,
+                    config,
+                    batch,
+                    features,
+                    backend=backend,
+                    rounds=rounds,
+                    budget_s=budget_s,
                 )
             except (RuntimeError, MemoryError, NotImplementedError) as error:
                 problem = failure(error)

@@ -1,4 +1,5 @@
-"""How long a sweep will take and what has to be left out: FLOP over a rate that is corrected after every finished resolution."""
+"""How long a sweep will take and what has to be left out: FLOP over a rate that is corrected after
+every finished resolution."""
 
 from __future__ import annotations
 
@@ -34,38 +35,71 @@ def step_flop(work: Workload, online: bool = False) -> float:
     """Of a step with typical masks."""
     seen = [round(CONTEXT_SHARE / 2 * work.tokens)] * (2 * work.batch)
     hidden = [work.tokens - seen[0]] * (2 * work.batch)
-    return sum(part.total for part in flop.pretrain_step(work.model, work.tokens, work.batch, seen, hidden, online_target=online).values())
+    return sum(
+        part.total
+        for part in flop.pretrain_step(
+            work.model, work.tokens, work.batch, seen, hidden, online_target=online
+        ).values()
+    )
 
 
 def step_bytes(work: Workload) -> float:
-    """What an online-target step keeps for its backward: all tokens and the context in the encoder, all tokens twice in the predictor."""
+    """What an online-target step keeps for its backward: all tokens and the context in the encoder,
+    all tokens twice in the predictor."""
     model, tokens = work.model, work.batch * work.tokens
     encoder = (1 + CONTEXT_SHARE) * tokens * model.width * model.depth
     predictor = 2 * tokens * model.predictor.width * model.predictor.depth
-    return 4.0 * SAVED_FLOATS_PER_TOKEN_AND_WIDTH * (encoder + predictor) + 4.0 * 6 * tokens * model.feature_width * 2
+    return (
+        4.0 * SAVED_FLOATS_PER_TOKEN_AND_WIDTH * (encoder + predictor)
+        + 4.0 * 6 * tokens * model.feature_width * 2
+    )
 
 
 class Plan:
     """Keeps the clock of the whole sweep."""
 
-    def __init__(self, record: dict[str, Any], configs: dict[str, VariantConfig], arguments: argparse.Namespace) -> None:
+    def __init__(
+        self,
+        record: dict[str, Any],
+        configs: dict[str, VariantConfig],
+        arguments: argparse.Namespace,
+    ) -> None:
         self.record, self.arguments = record, arguments
         self.deadline = time.perf_counter() + arguments.budget
         self.rate = FIRST_GUESS_OF_PEAK * record["peak_flops"]
         pretrains = any(mode in ("pretrain", "finetune+objective") for mode in arguments.modes)
-        self.groups = {Group.of(config, arguments.truncate) for config in configs.values()} if pretrains else set()
+        self.groups = (
+            {Group.of(config, arguments.truncate) for config in configs.values()}
+            if pretrains
+            else set()
+        )
         self.objectives = (
-            len({(signature(c), Group.of(c, arguments.truncate)) for c in configs.values() if not is_baseline(c)}) if pretrains else 0
+            len(
+                {
+                    (signature(c), Group.of(c, arguments.truncate))
+                    for c in configs.values()
+                    if not is_baseline(c)
+                }
+            )
+            if pretrains
+            else 0
         )
         finetunes = any(mode.startswith("finetune") for mode in arguments.modes)
-        # In steps of pre-training: a fine-tuning step runs all tokens forward and backward, a frozen one forward only.
-        self.steps_per_pass = len(self.groups) + 1.0 * finetunes + 0.4 * ("frozen" in arguments.modes)
+        # In steps of pre-training: a fine-tuning step runs all tokens forward and backward, a
+        # frozen one forward only.
+        self.steps_per_pass = (
+            len(self.groups) + 1.0 * finetunes + 0.4 * ("frozen" in arguments.modes)
+        )
 
     def seconds(self, work: Workload, rounds: int) -> float:
         """Expected time of one resolution."""
         step = OVERHEAD_S + step_flop(work) / self.rate
         passes = (2 * rounds + 2) * self.steps_per_pass
-        objectives = (2 * max(LEAST_OBJECTIVE_ROUNDS, rounds) + 4) * self.objectives * (0.005 + OBJECTIVE_SHARE * step)
+        objectives = (
+            (2 * max(LEAST_OBJECTIVE_ROUNDS, rounds) + 4)
+            * self.objectives
+            * (0.005 + OBJECTIVE_SHARE * step)
+        )
         return len(self.arguments.backends) * (passes * step + objectives) + 1.0
 
     def remaining(self) -> float:
@@ -75,14 +109,21 @@ class Plan:
         """Why this resolution is not even tried; None if it is."""
         need, have = step_bytes(work), memory_limit(work.device)
         if need > 0.8 * have:
-            return f"it would need about {need / 2**30:.1f} GB of memory, this device has {have / 2**30:.1f} GB"
+            return (
+                f"it would need about {need / 2**30:.1f} GB of memory, this device has "
+                f"{have / 2**30:.1f} GB"
+            )
         least = self.seconds(work, 1)
         if self.record["sizes"] and least > self.remaining():
-            return f"it would take at least {least:.0f} s, {max(0.0, self.remaining()):.0f} s of the budget are left"
+            return (
+                f"it would take at least {least:.0f} s, {max(0.0, self.remaining()):.0f} s of "
+                "the budget are left"
+            )
         return None
 
     def share(self, todo: Sequence[Workload]) -> float:
-        """Seconds for the first of what is left: in proportion to its expected cost, but rounds are given up before a later resolution is."""
+        """Seconds for the first of what is left: in proportion to its expected cost, but rounds are
+        given up before a later resolution is."""
         first, *later = (work for work in todo if self.refusal(work) is None)
         wanted = [self.seconds(work, self.arguments.rounds) for work in (first, *later)]
         fair = self.remaining() * wanted[0] / sum(wanted)
@@ -94,7 +135,11 @@ class Plan:
 
     def learn(self, work: Workload) -> None:
         """Corrects the rate from the baseline steps just measured."""
-        rows = [row for row in self.record["measured"] if row["resolution"] == work.resolution.name and row["status"] == "ok"]
+        rows = [
+            row
+            for row in self.record["measured"]
+            if row["resolution"] == work.resolution.name and row["status"] == "ok"
+        ]
         steps = [sum(row["phases_s"].values()) for row in rows if row["kind"] == "pretrain"]
         if steps:
             mean = sum(steps) / len(steps)
@@ -102,9 +147,12 @@ class Plan:
 
     def describe(self, todo: Sequence[Workload]) -> str:
         lines = [
-            f"sweep: {len(self.arguments.variants)} variants in {len(self.groups)} groups, {self.objectives} sets of objectives, "
-            f"backends {', '.join(self.arguments.backends)}, {self.arguments.size}, {self.arguments.frames} frames, "
-            f"batch {self.arguments.batch}, {self.arguments.dtype}, budget {self.arguments.budget:.0f} s"
+            f"sweep: {len(self.arguments.variants)} variants in {len(self.groups)} groups, "
+            f"{self.objectives} sets of objectives, "
+            f"backends {', '.join(self.arguments.backends)}, {self.arguments.size}, "
+            f"{self.arguments.frames} frames, "
+            f"batch {self.arguments.batch}, {self.arguments.dtype}, budget "
+            f"{self.arguments.budget:.0f} s"
         ]
         spent = 0.0
         for work in todo:
@@ -116,5 +164,8 @@ class Plan:
             else:
                 fits = "left out unless faster than expected"
             spent += min(wanted, max(least, self.arguments.budget - spent))
-            lines.append(f"{work.resolution.name:>8} px  {work.tokens:6d} tokens  about {wanted:5.0f} s for all rounds ({fits})")
+            lines.append(
+                f"{work.resolution.name:>8} px  {work.tokens:6d} tokens  about {wanted:5.0f} s "
+                f"for all rounds ({fits})"
+            )
         return "\n".join(lines)

@@ -1,7 +1,9 @@
-"""The sweep's record: one JSON file with the command, the machine, what was measured, and the cells made from it.
+"""The sweep's record: one JSON file with the command, the machine, what was measured, and the cells
+made from it.
 
-`measured` holds what a clock saw: steps by phase of every (mode, group, backend, resolution), and objectives alone. `cells` holds one row
-per variant, put together from those; `assemble` is the only place that adds or divides times, and can be run again on an old record.
+`measured` holds what a clock saw: steps by phase of every (mode, group, backend, resolution), and
+objectives alone. `cells` holds one row per variant, put together from those; `assemble` is the only
+place that adds or divides times, and can be run again on an old record.
 """
 
 from __future__ import annotations
@@ -25,8 +27,14 @@ Row = dict[str, Any]
 
 def load(path: Path) -> Row:
     content = json.loads(path.read_text())
-    if not isinstance(content, dict) or content.get("kind") != "sweep" or content.get("schema") != SCHEMA_VERSION:
-        raise ValueError(f"sweep record: {path} must be a sweep of schema {SCHEMA_VERSION}, got something else.")
+    if (
+        not isinstance(content, dict)
+        or content.get("kind") != "sweep"
+        or content.get("schema") != SCHEMA_VERSION
+    ):
+        raise ValueError(
+            f"sweep record: {path} must be a sweep of schema {SCHEMA_VERSION}, got something else."
+        )
     return content
 
 
@@ -57,7 +65,9 @@ def _interval(samples: Sequence[float]) -> tuple[float, float]:
     return harness.bootstrap_interval(samples)
 
 
-def _paired(rows: Sequence[float], base: Sequence[float], shift: float = 0.0, base_shift: float = 0.0) -> tuple[float, list[float]]:
+def _paired(
+    rows: Sequence[float], base: Sequence[float], shift: float = 0.0, base_shift: float = 0.0
+) -> tuple[float, list[float]]:
     """Median ratio and its interval over rounds that both sides share."""
     count = min(len(rows), len(base))
     ratios = [(rows[i] + shift) / (base[i] + base_shift) for i in range(count)]
@@ -65,19 +75,35 @@ def _paired(rows: Sequence[float], base: Sequence[float], shift: float = 0.0, ba
 
 
 def assemble(record: Row) -> list[Row]:
-    """Cells of every asked (mode, variant, resolution, backend), from what was measured. Cells that could not run keep their reason."""
+    """Cells of every asked (mode, variant, resolution, backend), from what was measured. Cells that
+    could not run keep their reason."""
     settings, measured = record["settings"], record["measured"]
     cells: list[Row] = []
     for mode in settings["modes"]:
         for size in record["sizes"]:
-            for variant in settings["variants"] if mode in ("pretrain", "finetune+objective") else [ANY_VARIANT]:
+            for variant in (
+                settings["variants"]
+                if mode in ("pretrain", "finetune+objective")
+                else [ANY_VARIANT]
+            ):
                 for backend in settings["backends"]:
-                    key = {"mode": mode, "variant": variant, "resolution": size["resolution"], "backend": backend}
-                    cells.append(key | size | _cell(record, measured, mode, variant, size["resolution"], backend))
+                    key = {
+                        "mode": mode,
+                        "variant": variant,
+                        "resolution": size["resolution"],
+                        "backend": backend,
+                    }
+                    cells.append(
+                        key
+                        | size
+                        | _cell(record, measured, mode, variant, size["resolution"], backend)
+                    )
     return cells
 
 
-def _parts(record: Row, measured: Sequence[Row], mode: str, variant: str, resolution: str, backend: str) -> list[Row] | str:
+def _parts(
+    record: Row, measured: Sequence[Row], mode: str, variant: str, resolution: str, backend: str
+) -> list[Row] | str:
     """The measured steps whose sum is this cell's step, or why there is none."""
     wanted = []
     if mode in ("pretrain", "finetune+objective"):
@@ -102,10 +128,18 @@ def _objective(record: Row, variant: str, resolution: str, backend: str) -> Row 
     signature = record["signatures"].get(variant)
     if signature is None:
         return None
-    return find(record["objectives"], signature=signature, group=record["groups"][variant], resolution=resolution, backend=backend)
+    return find(
+        record["objectives"],
+        signature=signature,
+        group=record["groups"][variant],
+        resolution=resolution,
+        backend=backend,
+    )
 
 
-def _cell(record: Row, measured: Sequence[Row], mode: str, variant: str, resolution: str, backend: str) -> Row:
+def _cell(
+    record: Row, measured: Sequence[Row], mode: str, variant: str, resolution: str, backend: str
+) -> Row:
     parts = _parts(record, measured, mode, variant, resolution, backend)
     if isinstance(parts, str):
         status, _, reason = parts.partition(": ")
@@ -117,7 +151,9 @@ def _cell(record: Row, measured: Sequence[Row], mode: str, variant: str, resolut
         return {"status": "not measured yet", "reason": "objective not measured yet"}
     if extra is not None and extra["status"] != "ok":
         return {"status": extra["status"], "reason": extra["reason"]}
-    added, low, high = (extra["added_s"], *extra["interval_s"]) if extra is not None else (0.0, 0.0, 0.0)
+    added, low, high = (
+        (extra["added_s"], *extra["interval_s"]) if extra is not None else (0.0, 0.0, 0.0)
+    )
     rounds = [sum(values) for values in zip(*(part["rounds_s"] for part in parts), strict=False)]
     step = statistics.median(rounds) + added
     ends = _interval(rounds)
@@ -145,7 +181,9 @@ def _cell(record: Row, measured: Sequence[Row], mode: str, variant: str, resolut
         "achieved_flops": work / step,
         "peak_share": work / step / record["peak_flops"],
         "peak_bytes": _peak(parts, extra),
-        "activation_bytes": None if any(part["added_bytes"] is None for part in parts) else max(part["added_bytes"] for part in parts),
+        "activation_bytes": None
+        if any(part["added_bytes"] is None for part in parts)
+        else max(part["added_bytes"] for part in parts),
         "objective_added_ms": 1e3 * added if extra is not None else None,
         "objective_interval_ms": [1e3 * low, 1e3 * high] if extra is not None else None,
     }
@@ -156,7 +194,9 @@ def _cell(record: Row, measured: Sequence[Row], mode: str, variant: str, resolut
     if has_objective:
         cell |= _against_baseline(record, measured, mode, resolution, backend, rounds, added)
     if backend != REFERENCE_BACKEND:
-        cell |= _against_torch(record, measured, mode, variant, resolution, rounds, added, has_objective)
+        cell |= _against_torch(
+            record, measured, mode, variant, resolution, rounds, added, has_objective
+        )
     return cell
 
 
@@ -168,17 +208,29 @@ def _peak(parts: Sequence[Row], extra: Row | None) -> int | None:
 
 
 def _against_baseline(
-    record: Row, measured: Sequence[Row], mode: str, resolution: str, backend: str, rounds: Sequence[float], added: float
+    record: Row,
+    measured: Sequence[Row],
+    mode: str,
+    resolution: str,
+    backend: str,
+    rounds: Sequence[float],
+    added: float,
 ) -> Row:
-    """Step time over the baseline variant's, round by round: what the masks, the target and the objectives change together."""
+    """Step time over the baseline variant's, round by round: what the masks, the target and the
+    objectives change together."""
     if "baseline" not in record["groups"]:
         return {}
     base = _parts(record, measured, mode, "baseline", resolution, backend)
     if isinstance(base, str):
         return {}
-    base_rounds = [sum(values) for values in zip(*(part["rounds_s"] for part in base), strict=False)]
+    base_rounds = [
+        sum(values) for values in zip(*(part["rounds_s"] for part in base), strict=False)
+    ]
     ratio, interval = _paired(rounds, base_rounds, shift=added)
-    return {"over_baseline": ratio - 1.0, "over_baseline_interval": [value - 1.0 for value in interval]}
+    return {
+        "over_baseline": ratio - 1.0,
+        "over_baseline_interval": [value - 1.0 for value in interval],
+    }
 
 
 def _against_torch(
@@ -197,12 +249,18 @@ def _against_torch(
         return {}
     extra = _objective(record, variant, resolution, REFERENCE_BACKEND) if has_objective else None
     theirs = [sum(values) for values in zip(*(part["rounds_s"] for part in peer), strict=False)]
-    ratio, interval = _paired(theirs, rounds, shift=extra["added_s"] if extra and extra["status"] == "ok" else 0.0, base_shift=added)
+    ratio, interval = _paired(
+        theirs,
+        rounds,
+        shift=extra["added_s"] if extra and extra["status"] == "ok" else 0.0,
+        base_shift=added,
+    )
     return {"speedup": ratio, "speedup_interval": interval}
 
 
 def fits(cells: Sequence[Row]) -> list[Row]:
-    """Cost models of every (mode, variant, backend): the step, each phase, and peak memory, with a held-out check and local exponents."""
+    """Cost models of every (mode, variant, backend): the step, each phase, and peak memory, with a
+    held-out check and local exponents."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for cell in cells:
         if cell["status"] == "ok":
@@ -210,7 +268,10 @@ def fits(cells: Sequence[Row]) -> list[Row]:
     made = []
     for (mode, variant, backend), rows in groups.items():
         rows.sort(key=lambda row: row["tokens"])
-        tokens, batch = [float(row["tokens"]) for row in rows], [float(row["batch"]) for row in rows]
+        tokens, batch = (
+            [float(row["tokens"]) for row in rows],
+            [float(row["batch"]) for row in rows],
+        )
         steps = [row["step_ms"] / 1e3 for row in rows]
         check = costmodel.holdout(tokens, batch, steps)
         model = costmodel.fit(tokens, batch, steps)
@@ -220,7 +281,9 @@ def fits(cells: Sequence[Row]) -> list[Row]:
             phases[name] = costmodel.fit(tokens, batch, values).as_dict()
         memory = None
         if all(row["peak_bytes"] for row in rows):
-            memory = costmodel.fit(tokens, batch, [float(row["peak_bytes"]) for row in rows]).as_dict()
+            memory = costmodel.fit(
+                tokens, batch, [float(row["peak_bytes"]) for row in rows]
+            ).as_dict()
         made.append(
             {
                 "mode": mode,
@@ -233,7 +296,9 @@ def fits(cells: Sequence[Row]) -> list[Row]:
                 "memory": memory,
                 "exponents": [model.exponent(n, b) for n, b in zip(tokens, batch, strict=True)],
                 "slopes": costmodel.slopes(tokens, steps),
-                "holdout": None if check is None else {"tokens": check.tokens, "error": check.error},
+                "holdout": None
+                if check is None
+                else {"tokens": check.tokens, "error": check.error},
             }
         )
     return made

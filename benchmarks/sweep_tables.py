@@ -13,7 +13,11 @@ Row = dict[str, Any]
 
 
 def _ok(record: Row, **wanted: object) -> list[Row]:
-    return [cell for cell in record["cells"] if cell["status"] == "ok" and all(cell[name] == value for name, value in wanted.items())]
+    return [
+        cell
+        for cell in record["cells"]
+        if cell["status"] == "ok" and all(cell[name] == value for name, value in wanted.items())
+    ]
 
 
 def ours(record: Row) -> str:
@@ -27,21 +31,31 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = []
     for line in [header, *rows]:
         lines.append(
-            "  ".join(text.ljust(width) if i == 0 else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths, strict=True)))
+            "  ".join(
+                text.ljust(width) if i == 0 else text.rjust(width)
+                for i, (text, width) in enumerate(zip(line, widths, strict=True))
+            )
         )
     return "\n".join(lines)
 
 
 def resolution_line(record: Row, resolution: str) -> str:
     backend = ours(record)
-    baseline = _ok(record, mode="pretrain", variant=record["settings"]["variants"][0], resolution=resolution, backend=backend)
+    baseline = _ok(
+        record,
+        mode="pretrain",
+        variant=record["settings"]["variants"][0],
+        resolution=resolution,
+        backend=backend,
+    )
     spent = record["spent_s"].get(resolution, 0.0)
     if not baseline:
         return f"{resolution:>8} px: done in {spent:.0f} s"
     cell = baseline[0]
     gain = f", {cell['speedup']:.2f}x over torch" if "speedup" in cell else ""
     return (
-        f"{resolution:>8} px: {cell['variant']} {cell['step_ms']:.1f} ms per step, {cell['clips_per_s']:.2f} clips/s on {backend}{gain} "
+        f"{resolution:>8} px: {cell['variant']} {cell['step_ms']:.1f} ms per step, "
+        f"{cell['clips_per_s']:.2f} clips/s on {backend}{gain} "
         f"({spent:.0f} s)"
     )
 
@@ -51,7 +65,11 @@ def throughput(record: Row, mode: str) -> str:
     backend, sizes = ours(record), [row["resolution"] for row in record["sizes"]]
     header = ["variant", *[f"{size} px" for size in sizes], "exponent", "x torch"]
     rows = []
-    names = record["settings"]["variants"] if mode in ("pretrain", "finetune+objective") else [sweep_record.ANY_VARIANT]
+    names = (
+        record["settings"]["variants"]
+        if mode in ("pretrain", "finetune+objective")
+        else [sweep_record.ANY_VARIANT]
+    )
     for name in names:
         found = {
             cell["resolution"]: cell
@@ -61,7 +79,13 @@ def throughput(record: Row, mode: str) -> str:
         line = [name]
         for size in sizes:
             cell = found.get(size)
-            line.append("-" if cell is None else f"{cell['clips_per_s']:.2f}" if cell["status"] == "ok" else cell["status"])
+            line.append(
+                "-"
+                if cell is None
+                else f"{cell['clips_per_s']:.2f}"
+                if cell["status"] == "ok"
+                else cell["status"]
+            )
         model = sweep_record.find(record["fits"], mode=mode, variant=name, backend=backend)
         line.append(f"{model['exponents'][-1]:.2f}" if model else "-")
         last = found.get(sizes[-1]) if sizes else None
@@ -79,7 +103,11 @@ def overheads(record: Row) -> str:
     """What objectives add to a step, the worst first, at the largest resolution."""
     backend = ours(record)
     size = record["sizes"][-1]["resolution"]
-    cells = [cell for cell in _ok(record, mode="pretrain", resolution=size, backend=backend) if cell.get("overhead") is not None]
+    cells = [
+        cell
+        for cell in _ok(record, mode="pretrain", resolution=size, backend=backend)
+        if cell.get("overhead") is not None
+    ]
     cells.sort(key=lambda cell: -cell["overhead"])
     rows = [
         [
@@ -90,14 +118,20 @@ def overheads(record: Row) -> str:
         ]
         for cell in cells
     ]
-    return f"cost of the objectives at {size} px, backend {backend}\n" + table(["variant", "added ms", "interval", "of the step"], rows)
+    return f"cost of the objectives at {size} px, backend {backend}\n" + table(
+        ["variant", "added ms", "interval", "of the step"], rows
+    )
 
 
 def summary(record: Row) -> str:
     if not record["sizes"]:
-        return "sweep: nothing was measured; " + "; ".join(f"{row['resolution']} px: {row['reason']}" for row in record["left_out"])
+        return "sweep: nothing was measured; " + "; ".join(
+            f"{row['resolution']} px: {row['reason']}" for row in record["left_out"]
+        )
     parts = []
-    modes = [mode for mode in record["settings"]["modes"] if mode in ("pretrain", "finetune", "frozen")]
+    modes = [
+        mode for mode in record["settings"]["modes"] if mode in ("pretrain", "finetune", "frozen")
+    ]
     if "pretrain" in modes:
         parts += [throughput(record, "pretrain"), overheads(record)]
     parts += [throughput(record, mode) for mode in modes if mode != "pretrain"]
@@ -118,7 +152,11 @@ def prediction(record: Row, size: Resolution, frames: int, batch: int, source: P
             continue
         step = _fit(made["step"])
         seconds = step.predict(model_tokens, batch)
-        memory = "-" if made["memory"] is None else f"{_fit(made['memory']).predict(model_tokens, batch) / 2**30:.2f} GB"
+        memory = (
+            "-"
+            if made["memory"] is None
+            else f"{_fit(made['memory']).predict(model_tokens, batch) / 2**30:.2f} GB"
+        )
         rows.append(
             [
                 made["mode"],
@@ -129,18 +167,33 @@ def prediction(record: Row, size: Resolution, frames: int, batch: int, source: P
                 f"{step.exponent(model_tokens, batch):.2f}",
             ]
         )
-    checks = [made["holdout"] for made in record["fits"] if made["holdout"] is not None and made["backend"] == backend]
+    checks = [
+        made["holdout"]
+        for made in record["fits"]
+        if made["holdout"] is not None and made["backend"] == backend
+    ]
     errors = sorted(abs(check["error"]) for check in checks)
     lines = [
-        f"{size.name} px, {frames} frames, batch {batch}: {model_tokens} tokens per clip, {record['settings']['size']}, "
+        f"{size.name} px, {frames} frames, batch {batch}: {model_tokens} tokens per clip, "
+        f"{record['settings']['size']}, "
         f"{record['settings']['dtype']}, backend {backend}, on {record['machine']['device_key']}",
-        f"from {source} (largest measured: {measured} tokens; this is {model_tokens / measured:.1f} times that)",
+        f"from {source} (largest measured: {measured} tokens; this is "
+        f"{model_tokens / measured:.1f} times that)",
     ]
     if errors:
         worst, middle = 100 * errors[-1], 100 * errors[len(errors) // 2]
-        lines.append(f"held-out check: the largest measured size was predicted within {worst:.0f} % (worst), {middle:.0f} % (median)")
+        lines.append(
+            f"held-out check: the largest measured size was predicted within {worst:.0f} % "
+            f"(worst), {middle:.0f} % (median)"
+        )
     return "\n".join([*lines, table(header, rows)])
 
 
 def _fit(values: Row) -> costmodel.Fit:
-    return costmodel.Fit(values["constant"], values["per_token"], values["per_pair"], values["points"], values["worst_error"])
+    return costmodel.Fit(
+        values["constant"],
+        values["per_token"],
+        values["per_pair"],
+        values["points"],
+        values["worst_error"],
+    )

@@ -1,4 +1,5 @@
-"""pytest-benchmark rows for every op, comparable across commits; the paired ratio to each baseline is extra information.
+"""pytest-benchmark rows for every op, comparable across commits; the paired ratio to each baseline
+is extra information.
 
 python -m pytest benchmarks/test_micro.py --benchmark-autosave
 python -m pytest-benchmark compare
@@ -43,6 +44,9 @@ def test_op(key: Key, benchmark: Any) -> None:
             benchmark.pedantic(item.candidate, rounds=7, warmup_rounds=1, iterations=1)
             timed = True
         record = harness.measure(key[0], item, PAIRED)
-        benchmark.extra_info[f"ratio to {item.baseline}"] = {"median": record["ratio"], "interval": record["interval"]}
+        benchmark.extra_info[f"ratio to {item.baseline}"] = {
+            "median": record["ratio"],
+            "interval": record["interval"],
+        }
         benchmark.extra_info["device"] = record["device_key"]
     assert timed

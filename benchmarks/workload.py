@@ -1,7 +1,9 @@
-"""What the sweep runs: batches of one shape, and steps cut into timed phases. No clocks but `Marks`, no files, no tables.
+"""What the sweep runs: batches of one shape, and steps cut into timed phases. No clocks but
+`Marks`, no files, no tables.
 
-One set of weights serves every mask policy and target kind of a workload, because time depends on shapes only; learning rates are those
-of training, so nothing overflows over the few steps taken here.
+One set of weights serves every mask policy and target kind of a workload, because time depends on
+shapes only; learning rates are those of training, so nothing overflows over the few steps taken
+here.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ class Workload:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        return self.resolution.grid(self.frames, tubelet_size=self.model.tubelet_size, patch_size=self.model.patch_size)
+        return self.resolution.grid(
+            self.frames, tubelet_size=self.model.tubelet_size, patch_size=self.model.patch_size
+        )
 
     @property
     def tokens(self) -> int:
@@ -82,7 +86,8 @@ class Group:
 
 
 class Marks:
-    """Time stamps between phases: the harness's timer on a CPU, CUDA events on a GPU (read back only at the end)."""
+    """Time stamps between phases: the harness's timer on a CPU, CUDA events on a GPU (read back
+    only at the end)."""
 
     def __init__(self, workload: Workload) -> None:
         self._on_gpu = workload.device.startswith("cuda")
@@ -121,13 +126,16 @@ class TensorClips:
 
 
 def clip_source(workload: Workload) -> Callable[[int], np.ndarray]:
-    """A function from a sample number to uint8 frames [frames, height, width, 3]; `data` is a name or a UCF-101 folder."""
+    """A function from a sample number to uint8 frames [frames, height, width, 3]; `data` is a name
+    or a UCF-101 folder."""
     if workload.data == "tensors":
         return TensorClips(workload)
     from jepa.data.clip import ClipSpec
 
     size = {"height": workload.resolution.height, "width": workload.resolution.width}
-    spec = ClipSpec(frames=workload.frames, stride=1 if workload.data == "moving_shapes" else 2, **size)
+    spec = ClipSpec(
+        frames=workload.frames, stride=1 if workload.data == "moving_shapes" else 2, **size
+    )
     if workload.data == "moving_shapes":
         from jepa.data.moving_shapes import MovingShapes
 
@@ -135,33 +143,56 @@ def clip_source(workload: Workload) -> Callable[[int], np.ndarray]:
         return lambda index: shapes.read(index % len(shapes), spec, 0.5).frames
     folder = Path(workload.data)
     if not folder.is_dir():
-        raise ValueError(f"sweep: data must be moving_shapes, tensors or an existing UCF-101 folder, got {workload.data!r}.")
+        raise ValueError(
+            "sweep: data must be moving_shapes, tensors or an existing UCF-101 folder, got "
+            f"{workload.data!r}."
+        )
     from jepa.data.files import FileClips
 
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.avi"))
     if not files:
-        raise ValueError(f"sweep: data must be a folder with .avi files in class folders, got {folder}, which has none.")
+        raise ValueError(
+            f"sweep: data must be a folder with .avi files in class folders, got {folder}, which "
+            "has none."
+        )
     # Labels only feed a loss whose value nobody reads; the class folders number them.
     classes = sorted({Path(name).parent.name for name in files})
-    videos = FileClips("ucf101", folder, files, [classes.index(Path(name).parent.name) for name in files], max(CLASSES, len(classes)))
+    videos = FileClips(
+        "ucf101",
+        folder,
+        files,
+        [classes.index(Path(name).parent.name) for name in files],
+        max(CLASSES, len(classes)),
+    )
     return lambda index: videos.read(index % len(videos), spec, 0.5).frames
 
 
-def make_batch(workload: Workload, policy: MaskPolicy | None, read: Callable[[int], np.ndarray], number: int) -> Batch:
-    """What a loader does for one batch, in this process: frames, motion maps if the policy asks, masks with their lists, to the device."""
+def make_batch(
+    workload: Workload, policy: MaskPolicy | None, read: Callable[[int], np.ndarray], number: int
+) -> Batch:
+    """What a loader does for one batch, in this process: frames, motion maps if the policy asks,
+    masks with their lists, to the device."""
     samples = [number * workload.batch + place for place in range(workload.batch)]
     frames = [read(sample) for sample in samples]
     masks: MaskBatch | None = None
     if policy is not None:
         maps = None if policy.motion is None else motion_maps(frames, workload.grid, policy.motion)
-        masks = sample_masks(policy, workload.grid, seed=workload.seed, step=number, samples=range(workload.batch), motion_maps=maps)
+        masks = sample_masks(
+            policy,
+            workload.grid,
+            seed=workload.seed,
+            step=number,
+            samples=range(workload.batch),
+            motion_maps=maps,
+        )
     labels = torch.tensor([sample % CLASSES for sample in samples])
     batch = Batch(torch.from_numpy(np.stack(frames)), labels, torch.tensor(samples), masks, STEP)
     return batch if workload.device == "cpu" else batch.to(workload.device)
 
 
 def load_encoder(path: str, model: ModelConfig) -> nn.Module:
-    """`package.module:factory`, called with the ModelConfig; called like `jepa.models.encoder.Encoder`, with `blocks` for fine-tuning."""
+    """`package.module:factory`, called with the ModelConfig; called like
+    `jepa.models.encoder.Encoder`, with `blocks` for fine-tuning."""
     module_name, separator, attribute = path.partition(":")
     if not separator:
         raise ValueError(f"sweep: encoder must look like package.module:factory, got {path!r}.")
@@ -190,9 +221,15 @@ class Pretraining:
     def config(self, group: Group, config: VariantConfig | None = None) -> training.StepConfig:
         """The group's step with the baseline's objectives, or with those of a variant."""
         base = variant("baseline") if config is None else config
-        chosen = replace(base, masks=group.policy, target=TargetConfig(group.target, base.target.detach))
-        schedule = ScheduleConfig(total_steps=TOTAL_STEPS, warmup_steps=0, rate=1e-5, initial_rate=1e-5, final_rate=1e-5)
-        return training.StepConfig(self.workload.model, chosen, schedule, precision=self.workload.precision)
+        chosen = replace(
+            base, masks=group.policy, target=TargetConfig(group.target, base.target.detach)
+        )
+        schedule = ScheduleConfig(
+            total_steps=TOTAL_STEPS, warmup_steps=0, rate=1e-5, initial_rate=1e-5, final_rate=1e-5
+        )
+        return training.StepConfig(
+            self.workload.model, chosen, schedule, precision=self.workload.precision
+        )
 
     def step(self, group: Group, batch: Batch, backend: str) -> dict[str, float]:
         """Seconds by phase of one step of the group with the baseline's objectives."""
@@ -207,7 +244,9 @@ class Pretraining:
             predicted, predicted_context = training.predictions(self.bundle, context, batch, cfg)
             mark("predictor")
             counts = Denominators.of(batch.masks)
-            ctx = training.objective_context(self.bundle, batch, cfg, counts, target, live, context, predicted, predicted_context)
+            ctx = training.objective_context(
+                self.bundle, batch, cfg, counts, target, live, context, predicted, predicted_context
+            )
             loss, _ = compute_all(ctx, cfg.variant.objectives, weight)
             mark("objective")
             training.backward(loss)
@@ -224,12 +263,18 @@ class Pretraining:
             _, live = training.target_features(self.bundle, batch, cfg)
             context = training.context_features(self.bundle, batch, cfg)
             predicted, predicted_context = training.predictions(self.bundle, context, batch, cfg)
-        return {"target_live": live, "context_tokens": context, "predicted": predicted, "predicted_context": predicted_context}
+        return {
+            "target_live": live,
+            "context_tokens": context,
+            "predicted": predicted,
+            "predicted_context": predicted_context,
+        }
 
 
 @dataclass
 class Finetuning:
-    """Supervised training as `jepa.finetune` does it: attentive pooler, layer-wise rates, clipping; with `frozen` only the head trains."""
+    """Supervised training as `jepa.finetune` does it: attentive pooler, layer-wise rates, clipping;
+    with `frozen` only the head trains."""
 
     workload: Workload
     frozen: bool = False
@@ -249,16 +294,23 @@ class Finetuning:
         cfg = FinetuneConfig(rate=1e-5)
         groups: Any = self.head.parameters()
         if not self.frozen:
-            groups = layer_groups(SimpleNamespace(context_encoder=self.encoder), self.head, cfg, False)
+            groups = layer_groups(
+                SimpleNamespace(context_encoder=self.encoder), self.head, cfg, False
+            )
         self.optimizer = torch.optim.AdamW(groups, lr=cfg.rate)
         self._limit = cfg.clip_gradient
-        self._trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self._trained = [
+            parameter for group in self.optimizer.param_groups for parameter in group["params"]
+        ]
 
     def step(self, batch: Batch, backend: str) -> dict[str, float]:
         device = torch.device(self.workload.device).type
         with use_backend(backend):
             mark = Marks(self.workload)
-            with torch.autocast(device, torch.bfloat16, enabled=self.workload.precision == "bf16"), torch.set_grad_enabled(not self.frozen):
+            with (
+                torch.autocast(device, torch.bfloat16, enabled=self.workload.precision == "bf16"),
+                torch.set_grad_enabled(not self.frozen),
+            ):
                 tokens = self.encoder(batch.clips, levels="last")
             mark("encoder")
             loss = nn.functional.cross_entropy(self.head(tokens.float())["class"], batch.labels)

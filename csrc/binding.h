@@ -1,4 +1,5 @@
-// What every op's binding.cpp shares: torch's thread pool as a jk_parallel_for, dtype codes, strided views, the CUDA library.
+// What every op's binding.cpp shares: torch's thread pool as a jk_parallel_for, dtype codes,
+// strided views, the CUDA library.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -23,9 +24,11 @@ namespace jk {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// torch's intra-op pool behind the C callback. A negative grain asks for one piece per unit of work.
+// torch's intra-op pool behind the C callback. A negative grain asks for one piece per unit of
+// work.
 inline void parallel_for(int64_t count, int64_t grain, jk_body body, void* context) {
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+  torch::stable::parallel_for(0, count, grain,
+                              [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
 inline int64_t dtype_code(const char* op, const Tensor& t) {
@@ -44,19 +47,22 @@ inline int64_t dtype_code(const char* op, const Tensor& t) {
 
 // An isa argument narrowed to what kernels take: JK_ISA_AUTO or one of jk_isa.
 inline int checked_isa(const char* op, int64_t isa) {
-  STD_TORCH_CHECK(isa >= JK_ISA_AUTO && isa <= JK_ISA_AVX512_BF16, op, ": isa must be from -1 to 3, got ", isa, ".");
+  STD_TORCH_CHECK(isa >= JK_ISA_AUTO && isa <= JK_ISA_AVX512_BF16, op,
+                  ": isa must be from -1 to 3, got ", isa, ".");
   return static_cast<int>(isa);
 }
 
-// Asks for huge pages under a new CPU tensor of 32 MiB or more, which malloc takes from the system and gives back each time: filling 4 KiB
-// pages for the first time takes as long as the kernels that fill them. A wish: where the system has none, nothing changes.
+// Asks for huge pages under a new CPU tensor of 32 MiB or more, which malloc takes from the system
+// and gives back each time: filling 4 KiB pages for the first time takes as long as the kernels
+// that fill them. A wish: where the system has none, nothing changes.
 inline void advise_huge_pages(const Tensor& t) {
 #ifdef MADV_HUGEPAGE
   constexpr int64_t kLarge = int64_t{1} << 25, kPage = int64_t{1} << 21;
   const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
   if (!t.is_cpu() || bytes < kLarge) return;
   const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + bytes) / kPage * kPage;
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage,
+                  last = (begin + bytes) / kPage * kPage;
   madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #else
   (void)t;
@@ -65,7 +71,8 @@ inline void advise_huge_pages(const Tensor& t) {
 
 inline void check_sentence(const char* sentence) { STD_TORCH_CHECK(sentence == nullptr, sentence); }
 
-// A function of the CUDA kernel library, which is opened at its first use. Throws a sentence when it is missing.
+// A function of the CUDA kernel library, which is opened at its first use. Throws a sentence when
+// it is missing.
 void* cuda_symbol(const char* name);
 // The current CUDA stream of the device, as torch sees it.
 void* cuda_stream(int32_t device);

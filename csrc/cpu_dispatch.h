@@ -1,5 +1,6 @@
-// Run-time choice of the instruction set a CPU kernel uses. Include it from baseline translation units only: a header
-// function compiled with AVX flags could be the copy that the linker keeps for every caller.
+// Run-time choice of the instruction set a CPU kernel uses. Include it from baseline translation
+// units only: a header function compiled with AVX flags could be the copy that the linker keeps for
+// every caller.
 #pragma once
 #include "abi.h"
 
@@ -20,8 +21,8 @@ inline const char* isa_name(int isa) {
   }
 }
 
-// Whether this machine can run kernels of the given instruction set. JK_EMULATED_ISA is defined by test builds whose
-// AVX-512 kernels are compiled against an emulation of the intrinsics.
+// Whether this machine can run kernels of the given instruction set. JK_EMULATED_ISA is defined by
+// test builds whose AVX-512 kernels are compiled against an emulation of the intrinsics.
 inline bool cpu_supports(int isa) {
   if (isa == JK_ISA_PORTABLE) return true;
 #ifdef JK_EMULATED_ISA
@@ -29,8 +30,9 @@ inline bool cpu_supports(int isa) {
 #endif
 #ifdef __x86_64__
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
   switch (isa) {
     case JK_ISA_AVX2:
       return avx2;

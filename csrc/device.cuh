@@ -1,5 +1,6 @@
-// The thin layer under which one kernel source is compiled by nvcc for a GPU and by g++ for the SIMT executor of
-// tests/simt. Kernels use CUDA C++ plus the names in namespace jk below; nothing here allocates or synchronises.
+// The thin layer under which one kernel source is compiled by nvcc for a GPU and by g++ for the
+// SIMT executor of tests/simt. Kernels use CUDA C++ plus the names in namespace jk below; nothing
+// here allocates or synchronises.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -7,8 +8,10 @@
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 
-// Launches `kernel` (a function pointer or a parenthesised template) with `bytes` of dynamic shared memory.
-#define JK_LAUNCH(kernel, grid, block, bytes, stream, ...) kernel<<<grid, block, bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+// Launches `kernel` (a function pointer or a parenthesised template) with `bytes` of dynamic shared
+// memory.
+#define JK_LAUNCH(kernel, grid, block, bytes, stream, ...) \
+  kernel<<<grid, block, bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #define JK_DYNAMIC_SHARED(type, name)                           \
   extern __shared__ __align__(128) unsigned char jk_dynamic_[]; \
   type* name = reinterpret_cast<type*>(jk_dynamic_)
@@ -16,8 +19,9 @@
 #else
 #include "simt_tensor.h"
 
-#define JK_LAUNCH(kernel, grid, block, bytes, stream, ...) \
-  simt::launch(reinterpret_cast<const void*>(kernel), grid, block, bytes, [=] { (kernel)(__VA_ARGS__); })
+#define JK_LAUNCH(kernel, grid, block, bytes, stream, ...)                \
+  simt::launch(reinterpret_cast<const void*>(kernel), grid, block, bytes, \
+               [=] { (kernel)(__VA_ARGS__); })
 #define JK_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(simt::shared_memory())
 #define JK_DEVICE inline
 #endif
@@ -40,24 +44,31 @@ inline const char* launch_error() {
   return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
 }
 
-// Needed once per process and device before a launch with more than 48 KiB of dynamic shared memory.
+// Needed once per process and device before a launch with more than 48 KiB of dynamic shared
+// memory.
 template <class Kernel>
 inline const char* allow_dynamic_shared(Kernel kernel, size_t bytes) {
-  const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             static_cast<int>(bytes));
   return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
 }
 
-// The dynamic shared memory that a block may ask for on the current device, with `allow_dynamic_shared`. If the device does not
-// answer, what every device has: `launch_error` then says what is wrong.
+// The dynamic shared memory that a block may ask for on the current device, with
+// `allow_dynamic_shared`. If the device does not answer, what every device has: `launch_error` then
+// says what is wrong.
 inline size_t most_dynamic_shared() {
   int device = 0, bytes = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 48 * 1024;
-  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 48 * 1024;
+  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+      cudaSuccess)
+    return 48 * 1024;
   return static_cast<size_t>(bytes);
 }
 
 JK_DEVICE int lane_id() { return static_cast<int>(threadIdx.x & 31); }
-JK_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+JK_DEVICE uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
 
 // 2^x to about 2^-22; denormal results become zero.
 JK_DEVICE float exp2_fast(float x) {
@@ -110,20 +121,26 @@ JK_DEVICE uint32_t pack2<float16>(float low, float high) {
   return r;
 }
 
-// d += a * b on the tensor cores, 16 x 8 x 16, float accumulation. Lane l holds rows l/4 and l/4 + 8 of a and d.
+// d += a * b on the tensor cores, 16 x 8 x 16, float accumulation. Lane l holds rows l/4 and l/4 +
+// 8 of a and d.
 template <class T>
 JK_DEVICE void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
-JK_DEVICE void mma_16816<bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+JK_DEVICE void mma_16816<bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                   uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <>
 JK_DEVICE void mma_16816<float16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // A float rounded to the 10-bit mantissa that mma_1688_tf32 multiplies.
@@ -133,12 +150,15 @@ JK_DEVICE uint32_t to_tf32(float x) {
   return r;
 }
 JK_DEVICE void mma_1688_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Four 8 x 8 tiles of 16-bit elements; lane l gives the address of row l % 8 of tile l / 8 (16-byte aligned).
+// Four 8 x 8 tiles of 16-bit elements; lane l gives the address of row l % 8 of tile l / 8 (16-byte
+// aligned).
 JK_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -152,19 +172,27 @@ JK_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// Asynchronous copy of 16 bytes to shared memory; zeros where `valid` is false (then `from` is not read).
+// Asynchronous copy of 16 bytes to shared memory; zeros where `valid` is false (then `from` is not
+// read).
 JK_DEVICE void cp_async_16(void* to, const void* from, bool valid = true) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(valid ? 16 : 0)
+               : "memory");
 }
 // The same for 8 and 4 bytes.
 JK_DEVICE void cp_async_8(void* to, const void* from, bool valid = true) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 8 : 0) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(valid ? 8 : 0)
+               : "memory");
 }
 JK_DEVICE void cp_async_4(void* to, const void* from, bool valid = true) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 4 : 0) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(valid ? 4 : 0)
+               : "memory");
 }
 JK_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most `kGroupsLeft` of this thread's newest groups are in flight; a barrier must follow before others read.
+// Waits until at most `kGroupsLeft` of this thread's newest groups are in flight; a barrier must
+// follow before others read.
 template <int kGroupsLeft>
 JK_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
@@ -212,14 +240,19 @@ inline uint32_t pack2(float low, float high) {
 
 template <class T>
 inline void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_HERE) {
-  simt::mma_16x8<2>(d, a, b0, b1, {"mma_16816", file, line},
-                    [](uint32_t bits, int which) { return to_float(T{uint16_t(bits >> (16 * which))}); });
+  simt::mma_16x8<2>(d, a, b0, b1, {"mma_16816", file, line}, [](uint32_t bits, int which) {
+    return to_float(T{uint16_t(bits >> (16 * which))});
+  });
 }
 inline uint32_t to_tf32(float x) { return (__float_as_uint(x) + 0x1000u) & 0xffffe000u; }
-inline void mma_1688_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_HERE) {
-  simt::mma_16x8<1>(d, a, b0, b1, {"mma_1688_tf32", file, line}, [](uint32_t bits, int) { return __uint_as_float(bits & 0xffffe000u); });
+inline void mma_1688_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                          SIMT_HERE) {
+  simt::mma_16x8<1>(d, a, b0, b1, {"mma_1688_tf32", file, line},
+                    [](uint32_t bits, int) { return __uint_as_float(bits & 0xffffe000u); });
 }
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, SIMT_HERE) { simt::ldmatrix<false>(r, row, {"ldmatrix_x4", file, line}); }
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, SIMT_HERE) {
+  simt::ldmatrix<false>(r, row, {"ldmatrix_x4", file, line});
+}
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, SIMT_HERE) {
   simt::ldmatrix<true>(r, row, {"ldmatrix_x4_trans", file, line});
 }
@@ -245,18 +278,20 @@ JK_DEVICE float2 unpack2(uint32_t pair) {
   return make_float2(to_float(T{uint16_t(pair & 0xffffu)}), to_float(T{uint16_t(pair >> 16)}));
 }
 
-// Reductions over the lanes whose number differs in the bits below kLanes (32: the whole warp); every lane gets the result.
-// The order of additions is fixed, so results are bitwise reproducible.
+// Reductions over the lanes whose number differs in the bits below kLanes (32: the whole warp);
+// every lane gets the result. The order of additions is fixed, so results are bitwise reproducible.
 template <int kLanes = 32>
 JK_DEVICE float warp_sum(float x) {
 #pragma unroll
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  for (int offset = kLanes / 2; offset > 0; offset /= 2)
+    x += __shfl_xor_sync(0xffffffffu, x, offset);
   return x;
 }
 template <int kLanes = 32>
 JK_DEVICE float warp_max(float x) {
 #pragma unroll
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+  for (int offset = kLanes / 2; offset > 0; offset /= 2)
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
   return x;
 }
 

@@ -1,5 +1,5 @@
-// The torch library of this package on the stable ABI: version, instruction set, and the CUDA kernel library's location.
-// Each op registers itself in csrc/<op>/binding.cpp. No arithmetic here.
+// The torch library of this package on the stable ABI: version, instruction set, and the CUDA
+// kernel library's location. Each op registers itself in csrc/<op>/binding.cpp. No arithmetic here.
 #include <dlfcn.h>
 
 #include <mutex>
@@ -29,7 +29,8 @@ void* cuda_symbol(const char* name) {
   if (cuda_handle == nullptr) {
     STD_TORCH_CHECK(!cuda_path.empty(), "jepa_kernels: the CUDA library is not built.");
     cuda_handle = dlopen(cuda_path.c_str(), RTLD_NOW | RTLD_LOCAL);
-    STD_TORCH_CHECK(cuda_handle != nullptr, "jepa_kernels: the CUDA library does not load: ", dlerror());
+    STD_TORCH_CHECK(cuda_handle != nullptr,
+                    "jepa_kernels: the CUDA library does not load: ", dlerror());
   }
   void* symbol = dlsym(cuda_handle, name);
   STD_TORCH_CHECK(symbol != nullptr, "jepa_kernels: the CUDA library has no function ", name, ".");
@@ -37,15 +38,19 @@ void* cuda_symbol(const char* name) {
 }
 
 void* cuda_stream(int32_t device) {
-  // libtorch_cuda is already in the process when a CUDA tensor is; RTLD_DEFAULT would not find the symbol.
+  // libtorch_cuda is already in the process when a CUDA tensor is; RTLD_DEFAULT would not find the
+  // symbol.
   using current_stream = int32_t (*)(int32_t, void**);
   static current_stream function = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
-    return library == nullptr ? nullptr : reinterpret_cast<current_stream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+    return library == nullptr ? nullptr
+                              : reinterpret_cast<current_stream>(
+                                    dlsym(library, "aoti_torch_get_current_cuda_stream"));
   }();
   STD_TORCH_CHECK(function != nullptr, "jepa_kernels: this build of torch has no CUDA.");
   void* stream = nullptr;
-  STD_TORCH_CHECK(function(device, &stream) == 0, "jepa_kernels: torch gave no CUDA stream for device ", device, ".");
+  STD_TORCH_CHECK(function(device, &stream) == 0,
+                  "jepa_kernels: torch gave no CUDA stream for device ", device, ".");
   return stream;
 }
 

@@ -10,13 +10,16 @@ _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Keeps freed memory in the process, for the next step to use again; call it once, before training on a CPU.
+    """Keeps freed memory in the process, for the next step to use again; call it once, before
+    training on a CPU.
 
-    A step frees activations of many megabytes that the next step allocates again. glibc gives such memory back to the system each time,
-    which fills its pages with zeros at their next first touch. The price: the resident set does not shrink between steps any more.
+    A step frees activations of many megabytes that the next step allocates again. glibc gives such
+    memory back to the system each time, which fills its pages with zeros at their next first touch.
+    The price: the resident set does not shrink between steps any more.
 
     Returns:
-        Whether the C library took the settings: true with glibc, false with others, whose behaviour stays as it was.
+        Whether the C library took the settings: true with glibc, false with others, whose behaviour
+        stays as it was.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

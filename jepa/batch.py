@@ -1,4 +1,5 @@
-"""What one training step reads: clips, and the token lists of their masks, packed so that no step needs a loop or a look-up on the host."""
+"""What one training step reads: clips, and the token lists of their masks, packed so that no step
+needs a loop or a look-up on the host."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from jepa import host, lattice
 
 
 def _moved(record: Any, change: Any) -> Any:
-    """A copy of a dataclass with `change` applied to every tensor (and every record of tensors) in it."""
+    """A copy of a dataclass with `change` applied to every tensor (and every record of tensors) in
+    it."""
     values = {}
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
@@ -27,10 +29,12 @@ def _moved(record: Any, change: Any) -> Any:
 
 @dataclass(frozen=True)
 class MaskBatch:
-    """Context and target tokens of J mask sets over B samples, packed set-major: sequence s = j*B + b.
+    """Context and target tokens of J mask sets over B samples, packed set-major: sequence s = j*B +
+    b.
 
-    A token id is t*H*W + y*W + x on the grid (T, H, W), N = T*H*W; `*_rows` are b*N + id, rows of a dense [B*N, D]; `*_cu` are
-    the cumulative lengths of the J*B sequences. Pairs and columns list sites of the *context* that exist at several time steps.
+    A token id is t*H*W + y*W + x on the grid (T, H, W), N = T*H*W; `*_rows` are b*N + id, rows of a
+    dense [B*N, D]; `*_cu` are the cumulative lengths of the J*B sequences. Pairs and columns list
+    sites of the *context* that exist at several time steps.
     """
 
     num_sets: int
@@ -44,7 +48,8 @@ class MaskBatch:
     target_cu: Tensor  # int32 [J*B+1]
     target_set: Tensor  # int64 [Nt]
     target_rows: Tensor  # int64 [Nt]
-    context_distance: Tensor  # float32 [Nc]: sqrt of the Euclidean distance to the nearest target token of the sequence
+    # float32 [Nc]: sqrt of the Euclidean distance to the nearest target token of the sequence
+    context_distance: Tensor
     pairs: Tensor  # int64 [P, K+1]: packed context rows of one site at t, t+1, .. t+K
     pair_rows: Tensor  # int64 [P, K+1]
     pair_set: Tensor  # int64 [P]
@@ -55,7 +60,9 @@ class MaskBatch:
     target_count: Tensor  # float32 [J]
     pair_count: Tensor  # float32 [J]
     column_count: Tensor  # float32 [J]
-    context_sizes: tuple[int, ...]  # Nc of each set, known on the host: set j is a slice of the packed context
+    context_sizes: tuple[
+        int, ...
+    ]  # Nc of each set, known on the host: set j is a slice of the packed context
 
     @property
     def horizon(self) -> int:
@@ -79,34 +86,44 @@ class MaskBatch:
         """Packs per-set, per-sample id arrays and derives every list from them.
 
         Args:
-            context: J lists of B integer arrays of distinct ids, in any order (the packed order is the given one); may be empty arrays.
+            context: J lists of B integer arrays of distinct ids, in any order (the packed order is
+                the given one); may be empty arrays.
             target: the same layout; disjoint from the context of the same sequence.
             grid: (T, H, W) in tokens.
             horizon: K >= 1, the number of steps a pair spans.
             backend: "auto" (C++ host code where built), "host" or "numpy"; the lists are the same.
 
         Returns:
-            A MaskBatch on the CPU. A sequence without targets has infinite context distances (weight 1/distance = 0).
+            A MaskBatch on the CPU. A sequence without targets has infinite context distances
+            (weight 1/distance = 0).
 
         Raises:
-            ValueError: lists of unequal size, ids out of range, repeated ids, or a token that is both context and target.
+            ValueError: lists of unequal size, ids out of range, repeated ids, or a token that is
+                both context and target.
         """
         num_sets, batch_size = len(context), len(context[0]) if context else 0
         grid = _checked_grid(grid)
         num_tokens = grid[0] * grid[1] * grid[2]
         if horizon < 1:
             raise ValueError(f"MaskBatch.from_ids: horizon must be at least 1, got {horizon}.")
-        context_ids, context_cu, context_seq = _packed("context", context, num_sets, batch_size, num_tokens)
-        target_ids, target_cu, target_seq = _packed("target", target, num_sets, batch_size, num_tokens)
+        context_ids, context_cu, context_seq = _packed(
+            "context", context, num_sets, batch_size, num_tokens
+        )
+        target_ids, target_cu, target_seq = _packed(
+            "target", target, num_sets, batch_size, num_tokens
+        )
 
         num_sequences = num_sets * batch_size
-        context_table = _distinct_table("context", context_ids, context_seq, num_sequences, num_tokens)
+        context_table = _distinct_table(
+            "context", context_ids, context_seq, num_sequences, num_tokens
+        )
         target_table = _distinct_table("target", target_ids, target_seq, num_sequences, num_tokens)
         shared = (context_table >= 0) & (target_table >= 0)
         if shared.any():
             sequence, token = (int(v) for v in np.argwhere(shared)[0])
             raise ValueError(
-                f"MaskBatch.from_ids: target must not share tokens with the context of its sequence, got token {token} in both "
+                "MaskBatch.from_ids: target must not share tokens with the context of its "
+                f"sequence, got token {token} in both "
                 f"(set {sequence // batch_size}, sample {sequence % batch_size})."
             )
         module = host.resolve(backend)
@@ -115,8 +132,8 @@ class MaskBatch:
             pairs, pair_ids, pair_seq = lattice.temporal_pairs(context_table, grid, horizon)
             columns, column_ids, column_seq = lattice.full_columns(context_table, grid)
         else:
-            distance, (pairs, pair_ids, pair_seq), (columns, column_ids, column_seq) = module.mask_lists(
-                context_ids, context_cu, target_ids, target_cu, grid, horizon
+            distance, (pairs, pair_ids, pair_seq), (columns, column_ids, column_seq) = (
+                module.mask_lists(context_ids, context_cu, target_ids, target_cu, grid, horizon)
             )
 
         def rows(ids: NDArray[np.int64], sequence: NDArray[np.int64]) -> Tensor:
@@ -127,7 +144,9 @@ class MaskBatch:
             return torch.from_numpy(sequence // batch_size)
 
         def counts(sequence: NDArray[np.int64]) -> Tensor:
-            return torch.from_numpy(np.bincount(sequence // batch_size, minlength=num_sets).astype(np.float32))
+            return torch.from_numpy(
+                np.bincount(sequence // batch_size, minlength=num_sets).astype(np.float32)
+            )
 
         return cls(
             num_sets=num_sets,
@@ -152,7 +171,9 @@ class MaskBatch:
             target_count=counts(target_seq),
             pair_count=counts(pair_seq),
             column_count=counts(column_seq),
-            context_sizes=tuple(int(n) for n in np.bincount(context_seq // batch_size, minlength=num_sets)),
+            context_sizes=tuple(
+                int(n) for n in np.bincount(context_seq // batch_size, minlength=num_sets)
+            ),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
@@ -164,7 +185,8 @@ class MaskBatch:
 
 @dataclass(frozen=True)
 class Views:
-    """The part of each clip that a step sees, in shares of the frame, and whether it is mirrored. Cut out on the device: data/transforms.py."""
+    """The part of each clip that a step sees, in shares of the frame, and whether it is mirrored.
+    Cut out on the device: data/transforms.py."""
 
     boxes: Tensor  # float32 [B, 4]: top, left, height, width
     flips: Tensor  # bool [B]
@@ -178,7 +200,8 @@ class Views:
 
 @dataclass
 class Batch:
-    """Clips of one step. uint8 clips are channel-last as decoded; float clips are channel-first and normalised."""
+    """Clips of one step. uint8 clips are channel-last as decoded; float clips are channel-first and
+    normalised."""
 
     clips: Tensor  # uint8 [B, T_frames, H, W, 3] or float [B, 3, T_frames, H, W]
     labels: Tensor | None  # int64 [B]
@@ -196,33 +219,60 @@ class Batch:
 
 def _checked_grid(grid: tuple[int, int, int]) -> tuple[int, int, int]:
     if len(grid) != 3 or min(grid) < 1 or max(grid) > lattice.LONGEST_SIDE:
-        raise ValueError(f"MaskBatch.from_ids: grid must be three numbers (T, H, W) from 1 to {lattice.LONGEST_SIDE}, got {tuple(grid)}.")
+        raise ValueError(
+            "MaskBatch.from_ids: grid must be three numbers (T, H, W) from 1 to "
+            f"{lattice.LONGEST_SIDE}, got {tuple(grid)}."
+        )
     return int(grid[0]), int(grid[1]), int(grid[2])
 
 
 def _packed(
-    name: str, ids: Sequence[Sequence[NDArray[np.int64]]], num_sets: int, batch_size: int, num_tokens: int
+    name: str,
+    ids: Sequence[Sequence[NDArray[np.int64]]],
+    num_sets: int,
+    batch_size: int,
+    num_tokens: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
     """Ids in packed order, cumulative lengths, and the sequence of each id."""
-    if num_sets < 1 or batch_size < 1 or len(ids) != num_sets or any(len(samples) != batch_size for samples in ids):
+    if (
+        num_sets < 1
+        or batch_size < 1
+        or len(ids) != num_sets
+        or any(len(samples) != batch_size for samples in ids)
+    ):
         sizes = [len(samples) for samples in ids]
-        raise ValueError(f"MaskBatch.from_ids: {name} must hold {num_sets} mask sets of {batch_size} samples (at least one), got {sizes}.")
+        raise ValueError(
+            f"MaskBatch.from_ids: {name} must hold {num_sets} mask sets of {batch_size} samples "
+            f"(at least one), got {sizes}."
+        )
     flat = [np.asarray(one) for samples in ids for one in samples]
     if any(one.ndim != 1 or (one.size and one.dtype.kind not in "iu") for one in flat):
         kinds = sorted({f"{one.dtype}[{one.ndim}-d]" for one in flat})
-        raise ValueError(f"MaskBatch.from_ids: {name} must hold one-dimensional integer arrays, got {', '.join(kinds)}.")
+        raise ValueError(
+            f"MaskBatch.from_ids: {name} must hold one-dimensional integer arrays, got "
+            f"{', '.join(kinds)}."
+        )
     lengths = np.array([one.size for one in flat], dtype=np.int64)
     packed = np.concatenate([one.astype(np.int64) for one in flat])
     if packed.size and (packed.min() < 0 or packed.max() >= num_tokens):
-        raise ValueError(f"MaskBatch.from_ids: {name} ids must lie in [0, {num_tokens}), got {packed.min()} to {packed.max()}.")
+        raise ValueError(
+            f"MaskBatch.from_ids: {name} ids must lie in [0, {num_tokens}), got {packed.min()} to "
+            f"{packed.max()}."
+        )
     cumulative = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return packed, cumulative, np.repeat(np.arange(len(flat), dtype=np.int64), lengths)
 
 
 def _distinct_table(
-    name: str, ids: NDArray[np.int64], sequence: NDArray[np.int64], num_sequences: int, num_tokens: int
+    name: str,
+    ids: NDArray[np.int64],
+    sequence: NDArray[np.int64],
+    num_sequences: int,
+    num_tokens: int,
 ) -> NDArray[np.int64]:
     table = lattice.presence_table(ids, sequence, num_sequences, num_tokens)
     if np.count_nonzero(table >= 0) != ids.size:
-        raise ValueError(f"MaskBatch.from_ids: {name} ids must be distinct within a sequence, got a repeated id.")
+        raise ValueError(
+            f"MaskBatch.from_ids: {name} ids must be distinct within a sequence, got a repeated id."
+        )
     return table

@@ -1,10 +1,12 @@
-"""Checkpoints: a folder of safetensors and JSON that appears whole or not at all. Loading never executes pickled code.
+"""Checkpoints: a folder of safetensors and JSON that appears whole or not at all. Loading never
+executes pickled code.
 
     <run>/checkpoints/step_00000500/{model.safetensors, optimizer.safetensors, state.json}
 
-A folder is written under a temporary name, flushed to disk and renamed: whoever kills the process finds either the old set of checkpoints or
-the new one. The best checkpoint is the kept one with the lowest score in its `state.json`; nothing else has to be written for it. `state.json`
-also holds a digest of the tensor files, so that a damaged one is refused.
+A folder is written under a temporary name, flushed to disk and renamed: whoever kills the process
+finds either the old set of checkpoints or the new one. The best checkpoint is the kept one with the
+lowest score in its `state.json`; nothing else has to be written for it. `state.json` also holds a
+digest of the tensor files, so that a damaged one is refused.
 """
 
 from __future__ import annotations
@@ -59,36 +61,51 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`, for whole or sharded parameters. A name that the model lacks is an error."""
+def load_optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """The inverse of `optimizer_tensors`, for whole or sharded parameters. A name that the model
+    lacks is an error."""
     parameters = dict(model.named_parameters())
     fused = bool(optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
     state: dict[nn.Parameter, dict[str, Tensor]] = {}
     for full, value in tensors.items():
         key, _, name = full.partition("/")
         if name not in parameters:
-            raise CheckpointError(f"checkpoint: optimizer.safetensors must hold parameters of the model, got {name!r}.")
+            raise CheckpointError(
+                "checkpoint: optimizer.safetensors must hold parameters of the model, got "
+                f"{name!r}."
+            )
         parameter = parameters[name]
         if value.dim() and value.shape != parameter.shape:
             raise CheckpointError(
-                f"checkpoint: optimizer.safetensors must hold {full} of shape {tuple(parameter.shape)}, got {tuple(value.shape)}."
+                f"checkpoint: optimizer.safetensors must hold {full} of shape "
+                f"{tuple(parameter.shape)}, got {tuple(value.shape)}."
             )
         # A step count is one number and stays as it is; moments go where their parameter is.
         placed = value.to(parameter.device if value.dim() or fused else "cpu")
-        state.setdefault(parameter, {})[key] = sharded_like(placed, parameter) if value.dim() else placed
+        state.setdefault(parameter, {})[key] = (
+            sharded_like(placed, parameter) if value.dim() else placed
+        )
     optimizer.state.clear()
     optimizer.state.update(state)
 
 
-def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What training goes on from: (weights, moments and the random state of the CPU), gathered where sharded (then every process must call)."""
+def training_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What training goes on from: (weights, moments and the random state of the CPU), gathered
+    where sharded (then every process must call)."""
     weights = {name: whole(value) for name, value in model.state_dict().items()}
     moments = {name: whole(value) for name, value in optimizer_tensors(model, optimizer).items()}
     return weights, {**moments, _RANDOM: torch.get_rng_state()}
 
 
 def load_training_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
 ) -> None:
     """The inverse of `training_tensors`.
 
@@ -98,7 +115,9 @@ def load_training_tensors(
     load_model_tensors(model, weights)
     if _RANDOM not in moments:
         raise CheckpointError(f"checkpoint: optimizer.safetensors must hold {_RANDOM}, got none.")
-    load_optimizer_tensors(model, optimizer, {name: value for name, value in moments.items() if name != _RANDOM})
+    load_optimizer_tensors(
+        model, optimizer, {name: value for name, value in moments.items() if name != _RANDOM}
+    )
     torch.set_rng_state(moments[_RANDOM])
 
 
@@ -125,11 +144,18 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     own = model.state_dict()
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     other = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
-    for problem, names in (("have", missing), ("not have", extra), ("have other shapes for", sorted(other))):
+    for problem, names in (
+        ("have", missing),
+        ("not have", extra),
+        ("have other shapes for", sorted(other)),
+    ):
         if names:
-            listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            listed = ", ".join(names[:3]) + (
+                f" and {len(names) - 3} more" if len(names) > 3 else ""
+            )
             raise CheckpointError(
-                f"checkpoint: model.safetensors must fit the configured model, got a file that should {problem} {listed}."
+                "checkpoint: model.safetensors must fit the configured model, got a file that "
+                f"should {problem} {listed}."
             )
     with torch.no_grad():
         for name, value in own.items():
@@ -174,13 +200,19 @@ class Checkpoints:
         return self.folder / f"step_{step:08d}"
 
     def best(self) -> tuple[int, float] | None:
-        """(step, score) of the best checkpoint that is there, lower being better and the earliest winning a tie."""
+        """(step, score) of the best checkpoint that is there, lower being better and the earliest
+        winning a tie."""
         scores = [(read_state(self.path(step))["score"], step) for step in self.steps()]
         known = [(score, step) for score, step in scores if score is not None]
         return None if not known else (min(known)[1], min(known)[0])
 
     def save(
-        self, step: int, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: Mapping[str, Any], score: float | None = None
+        self,
+        step: int,
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        score: float | None = None,
     ) -> Path:
         """Writes the checkpoint of `step` atomically, and removes those that need not be kept.
 
@@ -197,18 +229,29 @@ class Checkpoints:
         for name, tensors in zip(_TENSOR_FILES, (model, optimizer)):
             # Cloned on the way: safetensors refuses tensors that share memory.
             save_file(
-                {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}, temporary / f"{name}.safetensors"
+                {
+                    key: value.detach().to("cpu").contiguous().clone()
+                    for key, value in tensors.items()
+                },
+                temporary / f"{name}.safetensors",
             )
         digests = {name: _digest(temporary / f"{name}.safetensors") for name in _TENSOR_FILES}
         known = None if score is None or not math.isfinite(score) else score
-        head = {"format": FORMAT, "step": step, "score": known, "sha256": digests, "environment": environment()}
+        head = {
+            "format": FORMAT,
+            "step": step,
+            "score": known,
+            "sha256": digests,
+            "environment": environment(),
+        }
         write_json(temporary / "state.json", {**head, **state})
         for file in temporary.iterdir():
             _flush(file)
         _flush(temporary)
         final = self.path(step)
         if final.exists():
-            # A run that was resumed from an earlier step comes by again: the same step means the same bits.
+            # A run that was resumed from an earlier step comes by again: the same step means the
+            # same bits.
             shutil.rmtree(temporary)
         else:
             os.rename(temporary, final)
@@ -216,7 +259,9 @@ class Checkpoints:
         self._prune()
         return final
 
-    def load(self, step: int | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    def load(
+        self, step: int | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
         """(model, optimizer, state) of a step, or of the newest one.
 
         Raises:
@@ -225,7 +270,9 @@ class Checkpoints:
         if step is None:
             steps = self.steps()
             if not steps:
-                raise CheckpointError(f"checkpoint: {self.folder} must hold a checkpoint, got none.")
+                raise CheckpointError(
+                    f"checkpoint: {self.folder} must hold a checkpoint, got none."
+                )
             step = steps[-1]
         return load(self.path(step))
 
@@ -238,7 +285,8 @@ class Checkpoints:
         keep = {*self.steps()[-self.keep_last :], *([best[0]] if best else [])}
         for step in self.steps():
             if step not in keep:
-                # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a valid name.
+                # Renamed first: a kill in the middle of the removal must not leave half a
+                # checkpoint under a valid name.
                 doomed = self.folder / f"{_TEMPORARY}{os.getpid()}-old-{step:08d}"
                 os.rename(self.path(step), doomed)
                 shutil.rmtree(doomed)
@@ -254,13 +302,18 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint: {path} must be the JSON of a checkpoint, got {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"checkpoint: {path} must be the JSON of a checkpoint, got {type(error).__name__}: "
+            f"{error}"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"checkpoint: {path} must be of format {FORMAT}, got {found!r}.")
     lacking = [key for key in ("step", "score", "sha256", "environment") if key not in state]
     if lacking:
-        raise CheckpointError(f"checkpoint: {path} must have the keys {', '.join(lacking)}, got none of that name.")
+        raise CheckpointError(
+            f"checkpoint: {path} must have the keys {', '.join(lacking)}, got none of that name."
+        )
     return state
 
 
@@ -271,7 +324,10 @@ def load(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict
         CheckpointError: a file is missing, damaged or of another format.
     """
     state = read_state(folder)
-    model, optimizer = (_read_tensors(Path(folder) / f"{name}.safetensors", state["sha256"].get(name)) for name in _TENSOR_FILES)
+    model, optimizer = (
+        _read_tensors(Path(folder) / f"{name}.safetensors", state["sha256"].get(name))
+        for name in _TENSOR_FILES
+    )
     return model, optimizer, state
 
 
@@ -285,10 +341,15 @@ def _read_tensors(path: Path, digest: str | None) -> dict[str, Tensor]:
     try:
         found = _digest(path)
         if found != digest:
-            raise CheckpointError(f"checkpoint: {path} must have the digest that state.json gives ({digest}), got {found}.")
+            raise CheckpointError(
+                f"checkpoint: {path} must have the digest that state.json gives ({digest}), got "
+                f"{found}."
+            )
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint: {path} must be a whole file, got {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"checkpoint: {path} must be a whole file, got {type(error).__name__}: {error}"
+        ) from error
 
 
 def _digest(path: Path) -> str:
@@ -297,10 +358,17 @@ def _digest(path: Path) -> str:
 
 
 def warn_of_differences(saved: Mapping[str, Any]) -> list[str]:
-    """Logs what differs from the environment a checkpoint was written in; the resumed run is then not bitwise equal."""
-    differences = [f"{key} {saved.get(key)!r} then, {value!r} now" for key, value in environment().items() if saved.get(key) != value]
+    """Logs what differs from the environment a checkpoint was written in; the resumed run is then
+    not bitwise equal."""
+    differences = [
+        f"{key} {saved.get(key)!r} then, {value!r} now"
+        for key, value in environment().items()
+        if saved.get(key) != value
+    ]
     for difference in differences:
-        _log.warning("resuming in another environment, so results will not be bitwise equal: %s", difference)
+        _log.warning(
+            "resuming in another environment, so results will not be bitwise equal: %s", difference
+        )
     return differences
 
 

@@ -1,8 +1,10 @@
-"""The command line: ``jepa pretrain | probe | finetune | encode | variants | conformance``. Every option is a field of the command's configuration.
+"""The command line: ``jepa pretrain | probe | finetune | encode | variants | conformance``. Every
+option is a field of the command's configuration.
 
 jepa pretrain variant=fwm_hw_ld model=micro schedule.total_steps=300 output=runs/demo
 jepa probe run=runs/demo
-jepa pretrain --config run.yaml --data.kind ucf101 --data.at.files /data/UCF-101 --data.at.lists /data/ucfTrainTestlist
+jepa pretrain --config run.yaml --data.kind ucf101 --data.at.files /data/UCF-101 --data.at.lists
+/data/ucfTrainTestlist
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ def _encode() -> tuple[type, Callable[[Any], object]]:
     return encode.EncodeConfig, encode.run
 
 
-# Each configured command names its configuration and what runs it; imported when chosen, since that loads torch and more.
+# Each configured command names its configuration and what runs it; imported when chosen, since that
+# loads torch and more.
 COMMANDS: dict[str, tuple[str, Callable[[], tuple[type, Callable[[Any], object]]]]] = {
     "pretrain": ("train an encoder, with any variant's objectives", _pretrain),
     "probe": ("ask a frozen encoder for appearance, motion or classes", _probe),
@@ -62,10 +65,14 @@ def overrides(arguments: Sequence[str]) -> list[str]:
         word = words.pop(0)
         if not word.startswith("--"):
             if "=" not in word:
-                raise ConfigError(f"config: arguments must look like key=value or --key value, got {word!r}.")
+                raise ConfigError(
+                    f"config: arguments must look like key=value or --key value, got {word!r}."
+                )
             result.append(word)
         elif "=" in word:
-            result.append(word[2:].replace("-", "_") if "-" in word[2:].partition("=")[0] else word[2:])
+            result.append(
+                word[2:].replace("-", "_") if "-" in word[2:].partition("=")[0] else word[2:]
+            )
         else:
             alone = not words or words[0].startswith("--") or "=" in words[0]
             result.append(f"{word[2:].replace('-', '_')}={'true' if alone else words.pop(0)}")
@@ -73,7 +80,8 @@ def overrides(arguments: Sequence[str]) -> list[str]:
 
 
 def _nested_defaults(kind: type) -> dict[str, Any]:
-    """Defaults of nested configurations that differ from those of their own class, so that giving one key of them keeps the others."""
+    """Defaults of nested configurations that differ from those of their own class, so that giving
+    one key of them keeps the others."""
     made = {
         f.name: f.default_factory()
         for f in dataclasses.fields(kind)
@@ -90,10 +98,17 @@ def _describe(kind: type) -> str:
 def _configured(name: str, arguments: Sequence[str]) -> int:
     purpose, find = COMMANDS[name]
     parser = argparse.ArgumentParser(
-        prog=f"jepa {name}", description=purpose, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_describe(find()[0])
+        prog=f"jepa {name}",
+        description=purpose,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_describe(find()[0]),
     )
-    parser.add_argument("--config", help="YAML file; what is given on the command line is laid over it")
-    parser.add_argument("--show", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument(
+        "--config", help="YAML file; what is given on the command line is laid over it"
+    )
+    parser.add_argument(
+        "--show", action="store_true", help="print the resolved configuration and stop"
+    )
     known, rest = parser.parse_known_args(arguments)
     kind, run = find()
     config = load(kind, known.config, overrides(rest), base=_nested_defaults(kind))
@@ -114,15 +129,26 @@ def _variants() -> int:
     for name in VARIANTS:
         made = variant(name)
         policy = VARIANTS[name].get("masks", {"name": "blocks"})
-        extra = ", ".join(f"{k} {c.weight:g}" for k, c in made.objectives.items() if k not in ("prediction", "context"))
-        table.add_row(name, " ".join(str(v) if k == "name" else f"{k}={v}" for k, v in policy.items()), extra or "-", made.target.kind)
+        extra = ", ".join(
+            f"{k} {c.weight:g}"
+            for k, c in made.objectives.items()
+            if k not in ("prediction", "context")
+        )
+        table.add_row(
+            name,
+            " ".join(str(v) if k == "name" else f"{k}={v}" for k, v in policy.items()),
+            extra or "-",
+            made.target.kind,
+        )
     Console().print(table)
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="jepa", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="jepa", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     choices = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (purpose, _) in COMMANDS.items():
         choices.add_parser(name, help=purpose, add_help=False)

@@ -1,7 +1,9 @@
-"""Strict configuration: frozen dataclasses built from nested mappings, YAML files and dotted overrides.
+"""Strict configuration: frozen dataclasses built from nested mappings, YAML files and dotted
+overrides.
 
-A key that no field claims is an error that names the nearest valid key; a value of the wrong type is an error that names its path.
-Nothing here knows what is being configured: the dataclasses live beside the code that reads them.
+A key that no field claims is an error that names the nearest valid key; a value of the wrong type
+is an error that names its path. Nothing here knows what is being configured: the dataclasses live
+beside the code that reads them.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class ConfigError(ValueError):
 
 
 def parsed_by(parse: Parse) -> Mapping[str, Parse]:
-    """Metadata of a dataclass field whose value is built by `parse(value, path)` instead of by its annotation."""
+    """Metadata of a dataclass field whose value is built by `parse(value, path)` instead of by its
+    annotation."""
     return {"parse": parse}
 
 
@@ -47,14 +50,16 @@ def from_dict(kind: type[T], data: Mapping[str, Any], path: str = "") -> T:
 
     Args:
         kind: a dataclass type.
-        data: values by field name; missing fields keep their defaults; an instance of `kind` is returned as it is.
+        data: values by field name; missing fields keep their defaults; an instance of `kind` is
+            returned as it is.
         path: dotted prefix for error messages.
 
     Returns:
         An instance of `kind`.
 
     Raises:
-        ConfigError: unknown key, missing key without a default, or a value that does not fit the field's type.
+        ConfigError: unknown key, missing key without a default, or a value that does not fit the
+            field's type.
     """
     if isinstance(data, kind):
         return data
@@ -63,14 +68,18 @@ def from_dict(kind: type[T], data: Mapping[str, Any], path: str = "") -> T:
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
-            raise ConfigError(f"config: unknown key {_joined(path, key)!r}; {nearest(str(key), fields)}")
+            raise ConfigError(
+                f"config: unknown key {_joined(path, key)!r}; {nearest(str(key), fields)}"
+            )
     hints = typing.get_type_hints(kind)
     values = {}
     for name, field in fields.items():
         if name in data:
             parse = field.metadata.get("parse")
             here = _joined(path, name)
-            values[name] = parse(data[name], here) if parse else _convert(hints[name], data[name], here)
+            values[name] = (
+                parse(data[name], here) if parse else _convert(hints[name], data[name], here)
+            )
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"config: key {_joined(path, name)!r} must be given.")
     return kind(**values)
@@ -83,7 +92,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return _convert_union(args, value, path)
     if origin is Literal:
         if value not in args:
-            raise ConfigError(f"config: {path} must be one of {', '.join(map(repr, args))}, got {value!r}.")
+            raise ConfigError(
+                f"config: {path} must be one of {', '.join(map(repr, args))}, got {value!r}."
+            )
         return value
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, path)
@@ -97,7 +108,11 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return float(value)
     if hint is Path and isinstance(value, str | Path):
         return Path(value)
-    if hint is Any or (isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
+    if hint is Any or (
+        isinstance(hint, type)
+        and isinstance(value, hint)
+        and not (hint is int and isinstance(value, bool))
+    ):
         return value
     raise ConfigError(f"config: {path} must be {getattr(hint, '__name__', hint)}, got {value!r}.")
 
@@ -125,13 +140,19 @@ def _convert_sequence(origin: type, args: tuple[Any, ...], value: Any, path: str
         return origin(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if len(value) != len(args):
         raise ConfigError(f"config: {path} must have {len(args)} entries, got {len(value)}.")
-    return tuple(_convert(arg, item, f"{path}[{i}]") for i, (arg, item) in enumerate(zip(args, value, strict=True)))
+    return tuple(
+        _convert(arg, item, f"{path}[{i}]")
+        for i, (arg, item) in enumerate(zip(args, value, strict=True))
+    )
 
 
 def to_dict(config: Any) -> Any:
-    """The configuration as plain mappings and lists, ready for YAML; `from_dict` of it gives an equal configuration."""
+    """The configuration as plain mappings and lists, ready for YAML; `from_dict` of it gives an
+    equal configuration."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config) if f.init}
+        return {
+            f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config) if f.init
+        }
     if isinstance(config, Mapping):
         return {key: to_dict(value) for key, value in config.items()}
     if isinstance(config, list | tuple):
@@ -143,7 +164,9 @@ def changed_keys(then: Any, now: Any, path: str = "") -> list[str]:
     """Dotted keys whose values differ between two configurations as plain mappings."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         return [
-            found for key in sorted(then.keys() | now.keys()) for found in changed_keys(then.get(key), now.get(key), _joined(path, key))
+            found
+            for key in sorted(then.keys() | now.keys())
+            for found in changed_keys(then.get(key), now.get(key), _joined(path, key))
         ]
     return [] if then == now else [path]
 
@@ -162,7 +185,9 @@ def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
     result = dict(base)
     for key, value in change.items():
         old = result.get(key)
-        result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        result[key] = (
+            merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        )
     return result
 
 
@@ -188,15 +213,22 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def _number(text: str) -> str | float:
-    # YAML 1.1 reads 1e-4 as a string (it wants 1.0e-4), which nobody who types it on a command line expects.
+    # YAML 1.1 reads 1e-4 as a string (it wants 1.0e-4), which nobody who types it on a command line
+    # expects.
     try:
         return float(text)
     except ValueError:
         return text
 
 
-def load(kind: type[T], path: str | Path | None = None, overrides: Iterable[str] = (), base: Mapping[str, Any] | None = None) -> T:
-    """Builds `kind` from `base`, then a YAML file, then dotted overrides, each laid over the one before.
+def load(
+    kind: type[T],
+    path: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    base: Mapping[str, Any] | None = None,
+) -> T:
+    """Builds `kind` from `base`, then a YAML file, then dotted overrides, each laid over the one
+    before.
 
     Raises:
         ConfigError: as `from_dict`, or a file that does not hold a mapping.

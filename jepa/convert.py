@@ -1,14 +1,16 @@
 """Weights under other names: public V-JEPA 2 and 2.1 releases, transformers VJEPA2, and this stack.
 
-Four layouts, each a dict of parts ("encoder", "predictor", ...) of tensors without wrapper prefixes:
+Four layouts, each a dict of parts ("encoder", "predictor", ...) of tensors without wrapper
+prefixes:
 
     stack         jepa.models.Encoder and Predictor
     vjepa2.1      the same names and the same function
-    vjepa2        one final norm, no modality embeddings, a linear predictor_embed; RoPE layout `tiled`
-    transformers  VJEPA2Model: the function of vjepa2 with query, key and value apart
+    vjepa2        one final norm, no modality embeddings, a linear predictor_embed; RoPE layout
+    `tiled` transformers  VJEPA2Model: the function of vjepa2 with query, key and value apart
 
-stack <-> vjepa2.1 and vjepa2 <-> transformers are exact. Between the two pairs only an encoder's weights can go, and what they compute changes:
-`tiled` and `interleaved` RoPE are different functions, and no change of weights makes one of the other. `other_rope=True` says that this is
+stack <-> vjepa2.1 and vjepa2 <-> transformers are exact. Between the two pairs only an encoder's
+weights can go, and what they compute changes: `tiled` and `interleaved` RoPE are different
+functions, and no change of weights makes one of the other. `other_rope=True` says that this is
 meant, as a start for more training.
 """
 
@@ -67,20 +69,27 @@ def layout_of(parts: Mapping[str, Mapping[str, Tensor]]) -> str:
             return "vjepa2"
         if "norms_block.0.weight" in encoder:
             return "vjepa2.1"
-    raise ConversionError(f"convert: parts must hold an encoder of one of {', '.join(LAYOUTS)}, got names like {sorted(encoder)[:3]}.")
+    raise ConversionError(
+        f"convert: parts must hold an encoder of one of {', '.join(LAYOUTS)}, got names like "
+        f"{sorted(encoder)[:3]}."
+    )
 
 
 def convert(parts: Parts, to: str, *, other_rope: bool = False, levels: int = 1) -> Parts:
-    """The same weights in another layout. Tensors that only change their name are shared, not copied.
+    """The same weights in another layout. Tensors that only change their name are shared, not
+    copied.
 
     Args:
         parts: as from `read`.
         to: one of LAYOUTS.
-        other_rope: allow an encoder to go between layouts whose RoPE differs (see the module); predictors do not.
-        levels: from vjepa2 or transformers to the stack: how many copies of the final norm become level norms.
+        other_rope: allow an encoder to go between layouts whose RoPE differs (see the module);
+            predictors do not.
+        levels: from vjepa2 or transformers to the stack: how many copies of the final norm become
+            level norms.
 
     Raises:
-        ConversionError: an unknown layout, names that do not fit theirs, or a change of function that was not asked for.
+        ConversionError: an unknown layout, names that do not fit theirs, or a change of function
+            that was not asked for.
     """
     if to not in LAYOUTS:
         raise ConversionError(f"convert: to must be one of {', '.join(LAYOUTS)}, got {to!r}.")
@@ -92,7 +101,8 @@ def convert(parts: Parts, to: str, *, other_rope: bool = False, levels: int = 1)
         return {part: change(part, state) for part, state in parts.items()}
     if not other_rope:
         raise ConversionError(
-            f"convert: other_rope must be True to go from {source} to {to}, got False: they rotate differently, "
+            f"convert: other_rope must be True to go from {source} to {to}, got False: they "
+            "rotate differently, "
             "so that the weights compute something else there and need more training."
         )
     if source in _EXACT[1]:
@@ -101,7 +111,9 @@ def convert(parts: Parts, to: str, *, other_rope: bool = False, levels: int = 1)
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    return re.compile(re.escape(template).replace(re.escape("{i}"), r"(?P<i>\d+)") + r"(?P<rest>(\..*)?)")
+    return re.compile(
+        re.escape(template).replace(re.escape("{i}"), r"(?P<i>\d+)") + r"(?P<rest>(\..*)?)"
+    )
 
 
 def _renamed(part: str, name: str, forwards: bool) -> str:
@@ -119,14 +131,19 @@ def _to_transformers(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor
     result = {}
     tokens = [name for name in state if name.startswith("mask_tokens.")]
     if tokens:
-        result["embeddings.mask_tokens"] = torch.stack([state[f"mask_tokens.{i}"] for i in range(len(tokens))])
+        result["embeddings.mask_tokens"] = torch.stack(
+            [state[f"mask_tokens.{i}"] for i in range(len(tokens))]
+        )
     for name, value in state.items():
         if name in tokens:
             continue
         before, joined, kind = name.partition(".attn.qkv.")
         if joined:
             stem = _renamed(part, before, forwards=True)
-            result |= {f"{stem}.attention.{which}.{kind}": third for which, third in zip(_SPLIT, value.chunk(3))}
+            result |= {
+                f"{stem}.attention.{which}.{kind}": third
+                for which, third in zip(_SPLIT, value.chunk(3))
+            }
         else:
             result[_renamed(part, name, forwards=True)] = value
     return result
@@ -142,12 +159,15 @@ def _from_transformers(part: str, state: Mapping[str, Tensor]) -> dict[str, Tens
             result[_renamed(part, name, forwards=False)] = value
         elif match[2] == "query":
             thirds = [state[f"{match[1]}.attention.{which}.{match[3]}"] for which in _SPLIT]
-            result[f"{_renamed(part, match[1], forwards=False)}.attn.qkv.{match[3]}"] = torch.cat(thirds)
+            result[f"{_renamed(part, match[1], forwards=False)}.attn.qkv.{match[3]}"] = torch.cat(
+                thirds
+            )
     return result
 
 
 def _narrowed(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A stack encoder as vjepa2: the last level's norm; the video embedding becomes part of the patch bias, which is exact for clips."""
+    """A stack encoder as vjepa2: the last level's norm; the video embedding becomes part of the
+    patch bias, which is exact for clips."""
     last = max(int(name.split(".")[1]) for name in encoder if name.startswith("norms_block."))
     result = {}
     for name, value in encoder.items():
@@ -161,12 +181,16 @@ def _narrowed(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _widened(encoder: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
-    """A vjepa2 encoder under the stack's names: no modality embeddings, the final norm at each level, and an image as a frame repeated."""
+    """A vjepa2 encoder under the stack's names: no modality embeddings, the final norm at each
+    level, and an image as a frame repeated."""
     absent = encoder["norm.weight"].new_zeros(1, 1, encoder["norm.weight"].shape[0])
     result = {"img_mod_embed": absent, "video_mod_embed": absent.clone()}
     for name, value in encoder.items():
         if name.startswith("norm."):
-            result |= {f"norms_block.{level}.{name.rpartition('.')[2]}": value.clone() for level in range(levels)}
+            result |= {
+                f"norms_block.{level}.{name.rpartition('.')[2]}": value.clone()
+                for level in range(levels)
+            }
         else:
             result[name] = value
     result["patch_embed_img.proj.weight"] = encoder["patch_embed.proj.weight"].sum(2, keepdim=True)
@@ -175,32 +199,48 @@ def _widened(encoder: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
 
 
 def read(path: str | Path, encoder: str = "encoder") -> Parts:
-    """Encoder and predictor of a release: a .pt file, a .safetensors file, or a folder of whole or sharded safetensors.
+    """Encoder and predictor of a release: a .pt file, a .safetensors file, or a folder of whole or
+    sharded safetensors.
 
-    A .pt file is read without executing what is pickled in it. Everything else that is there (steps, optimiser, pooler) is left out.
+    A .pt file is read without executing what is pickled in it. Everything else that is there
+    (steps, optimiser, pooler) is left out.
 
     Args:
         path: file or folder, a checkpoint folder of this stack among them.
-        encoder: which part to take as the encoder: "target_encoder" of a pre-training run, "context_encoder" of this stack.
+        encoder: which part to take as the encoder: "target_encoder" of a pre-training run,
+            "context_encoder" of this stack.
 
     Raises:
         ConversionError: no such part, with the parts that are there.
     """
     found = _found(Path(path))
     if encoder not in found:
-        raise ConversionError(f"convert: encoder must be one of the parts {', '.join(sorted(found))}, got {encoder!r}.")
-    return {"encoder": found[encoder]} | {part: state for part, state in found.items() if part == "predictor"}
+        raise ConversionError(
+            f"convert: encoder must be one of the parts {', '.join(sorted(found))}, got "
+            f"{encoder!r}."
+        )
+    return {"encoder": found[encoder]} | {
+        part: state for part, state in found.items() if part == "predictor"
+    }
 
 
 def _found(path: Path) -> Parts:
     """Every part of a file or folder; `read` picks."""
     if path.suffix in (".pt", ".pth", ".tar"):
         found = torch.load(path, map_location="cpu", weights_only=True)
-        kept = {part: state for part, state in found.items() if isinstance(state, Mapping) and _all_tensors(state)}
+        kept = {
+            part: state
+            for part, state in found.items()
+            if isinstance(state, Mapping) and _all_tensors(state)
+        }
         return {part: stripped(dict(state)) for part, state in kept.items()}
     if path.is_dir():
         index = path / _INDEX
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        files = (
+            sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if index.is_file()
+            else ["model.safetensors"]
+        )
         flat: dict[str, Tensor] = {}
         for name in files:
             flat |= load_file(path / name)
@@ -218,11 +258,16 @@ def _all_tensors(state: Mapping) -> bool:
 
 
 def write(parts: Parts, folder: str | Path, shard_bytes: int = 5_000_000_000) -> None:
-    """Writes safetensors named ``<part>.<name>``, in numbered shards with an index where they do not fit one of `shard_bytes`."""
+    """Writes safetensors named ``<part>.<name>``, in numbered shards with an index where they do
+    not fit one of `shard_bytes`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Copies: tensors that share memory, as tied or sliced ones do, are refused by the format.
-    flat = {f"{part}.{name}": value.detach().clone().contiguous() for part, state in parts.items() for name, value in state.items()}
+    flat = {
+        f"{part}.{name}": value.detach().clone().contiguous()
+        for part, state in parts.items()
+        for name, value in state.items()
+    }
     shards: list[dict[str, Tensor]] = [{}]
     room = shard_bytes
     for name, value in flat.items():
@@ -239,5 +284,8 @@ def write(parts: Parts, folder: str | Path, shard_bytes: int = 5_000_000_000) ->
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": sum(value.nbytes for value in flat.values())}, "weight_map": where}
+    index = {
+        "metadata": {"total_size": sum(value.nbytes for value in flat.values())},
+        "weight_map": where,
+    }
     (folder / _INDEX).write_text(json.dumps(index, indent=1) + "\n")

@@ -1,7 +1,9 @@
-"""Counter-based random numbers: a pure function of (seed, step, sample, stream, index), so nothing has to be stored or replayed.
+"""Counter-based random numbers: a pure function of (seed, step, sample, stream, index), so nothing
+has to be stored or replayed.
 
-Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011). csrc/host/philox.h computes the
-same numbers. Counter words: draw block, sample, low half of step, stream + (high part of step << 16); the key is the 64-bit seed.
+Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+csrc/host/philox.h computes the same numbers. Counter words: draw block, sample, low half of step,
+stream + (high part of step << 16); the key is the 64-bit seed.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ _HALF = np.uint64(32)
 
 
 class Stream(IntEnum):
-    """What a number is for. Two purposes never share numbers; a purpose owns 256 sub-streams (such as one per mask set)."""
+    """What a number is for. Two purposes never share numbers; a purpose owns 256 sub-streams (such
+    as one per mask set)."""
 
     BLOCK_SIZE = 1
     BLOCK_ORIGIN = 2
@@ -39,8 +42,11 @@ def stream_id(stream: Stream, sub_stream: int = 0) -> int:
     return int(stream) * 256 + sub_stream
 
 
-def philox4x32(counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], key: int) -> tuple[NDArray[np.uint64], ...]:
-    """Four arrays of 32-bit words (held in uint64) for four broadcastable arrays of 32-bit counter words."""
+def philox4x32(
+    counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], key: int
+) -> tuple[NDArray[np.uint64], ...]:
+    """Four arrays of 32-bit words (held in uint64) for four broadcastable arrays of 32-bit counter
+    words."""
     c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
     k0, k1 = key & 0xFFFFFFFF, key >> 32
     for _ in range(_ROUNDS):
@@ -55,17 +61,22 @@ def philox4x32(counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], key: 
     return c0, c1, c2, c3
 
 
-def uniforms(seed: int, step: int, sample: ArrayLike, stream: int, count: int, first: int = 0) -> NDArray[np.float64]:
+def uniforms(
+    seed: int, step: int, sample: ArrayLike, stream: int, count: int, first: int = 0
+) -> NDArray[np.float64]:
     """`count` numbers in [0, 1) with 53 random bits each, per sample: shape of `sample` + [count].
 
-    `first` is the index of the first number (even: a Philox block gives two numbers). `stream` comes from `stream_id`.
+    `first` is the index of the first number (even: a Philox block gives two numbers). `stream`
+    comes from `stream_id`.
     """
     samples = np.asarray(sample)
     check_keys(seed, step, samples)
     if first % 2 or first < 0:
         raise ValueError(f"counter_rng: first must be even and not negative, got {first}.")
     block = np.arange(first // 2, first // 2 + (count + 1) // 2, dtype=np.uint64)
-    words = philox4x32((block, samples[..., None], step & 0xFFFFFFFF, stream + ((step >> 32) << 16)), seed)
+    words = philox4x32(
+        (block, samples[..., None], step & 0xFFFFFFFF, stream + ((step >> 32) << 16)), seed
+    )
     w0, w1, w2, w3 = np.broadcast_arrays(*words)
     pairs = np.stack([_unit(w0, w1), _unit(w2, w3)], axis=-1)
     return pairs.reshape(*samples.shape, -1)[..., :count]
@@ -82,8 +93,13 @@ def check_keys(seed: int, step: int, samples: NDArray) -> None:
         raise ValueError(f"counter_rng: seed must lie in [0, 2**64), got {seed}.")
     if not 0 <= step < 2**48:
         raise ValueError(f"counter_rng: step must lie in [0, 2**48), got {step}.")
-    if samples.size and not (samples.dtype.kind in "iu" and samples.min() >= 0 and samples.max() < 2**32):
-        raise ValueError(f"counter_rng: sample must be integers in [0, 2**32), got {samples.dtype} {samples.min()} to {samples.max()}.")
+    if samples.size and not (
+        samples.dtype.kind in "iu" and samples.min() >= 0 and samples.max() < 2**32
+    ):
+        raise ValueError(
+            f"counter_rng: sample must be integers in [0, 2**32), got {samples.dtype} "
+            f"{samples.min()} to {samples.max()}."
+        )
 
 
 def permutation(seed: int, epoch: int, size: int) -> NDArray[np.int64]:

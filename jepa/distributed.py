@@ -1,4 +1,5 @@
-"""One process or many: nothing to configure for one; torchrun's variables for several. No process group exists without need."""
+"""One process or many: nothing to configure for one; torchrun's variables for several. No process
+group exists without need."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ Wrapper = Literal["auto", "none", "ddp", "fsdp2"]
 
 @dataclass(frozen=True)
 class World:
-    """This process's place. `reduce` sums a tensor over all ranks (None for one process); `owner` says whether `start` made the group."""
+    """This process's place. `reduce` sums a tensor over all ranks (None for one process); `owner`
+    says whether `start` made the group."""
 
     rank: int
     size: int
@@ -38,7 +40,10 @@ class World:
 
 def start(device: str = "auto") -> World:
     """Joins the processes that torchrun started; a single process stays alone."""
-    size, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    size, rank, local = (
+        int(os.environ.get(name, default))
+        for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+    )
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     place = torch.device(f"cuda:{local}") if kind == "cuda" else torch.device(kind)
     if place.type == "cuda":
@@ -67,22 +72,31 @@ def summed(value: Tensor) -> Tensor:
 def wrap(bundle: ModelBundle, world: World, how: Wrapper) -> nn.Module | None:
     """The data-parallel wrapper to call instead of the bundle, or None for one process.
 
-    FSDP2 shards the blocks of encoder and predictor, and the target encoder alike, so that the EMA works on matching local shards. The
-    optimiser must be built after this, since it has to hold the shards.
+    FSDP2 shards the blocks of encoder and predictor, and the target encoder alike, so that the EMA
+    works on matching local shards. The optimiser must be built after this, since it has to hold the
+    shards.
     """
     if world.size == 1:
         if how in ("ddp", "fsdp2"):
-            raise ConfigError(f"config: distributed must be 'auto' or 'none' for one process (start several with torchrun), got {how!r}.")
+            raise ConfigError(
+                "config: distributed must be 'auto' or 'none' for one process (start several "
+                f"with torchrun), got {how!r}."
+            )
         return None
     if how == "none":
-        raise ConfigError(f"config: distributed must be 'auto', 'ddp' or 'fsdp2' for {world.size} processes, got 'none'.")
+        raise ConfigError(
+            f"config: distributed must be 'auto', 'ddp' or 'fsdp2' for {world.size} processes, "
+            "got 'none'."
+        )
     if how == "fsdp2":
         return _sharded(bundle, world)
     from torch.nn.parallel import DistributedDataParallel
 
     # The image path and unused mask tokens get no gradient in a step of videos.
     devices = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(bundle, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True)
+    return DistributedDataParallel(
+        bundle, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True
+    )
 
 
 def _sharded(bundle: ModelBundle, world: World) -> nn.Module:
@@ -93,7 +107,8 @@ def _sharded(bundle: ModelBundle, world: World) -> nn.Module:
     for part in (bundle.context_encoder, bundle.predictor, bundle.target_encoder):
         if part is None:
             continue
-        # Sharded again after every forward, the outermost ones too: between steps the EMA, the optimiser and checkpoints see shards only.
+        # Sharded again after every forward, the outermost ones too: between steps the EMA, the
+        # optimiser and checkpoints see shards only.
         for block in getattr(part, "blocks", ()) or getattr(part, "predictor_blocks", ()):
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
         fully_shard(part, mesh=mesh, reshard_after_forward=True)

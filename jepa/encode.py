@@ -1,4 +1,5 @@
-"""`jepa encode`: features of a folder or list of videos, one safetensors file per video, in bounded memory and without gradients."""
+"""`jepa encode`: features of a folder or list of videos, one safetensors file per video, in bounded
+memory and without gradients."""
 
 from __future__ import annotations
 
@@ -32,10 +33,13 @@ class EncodeConfig:
     """What to encode and where to.
 
     Args:
-        input: a folder, searched through for videos and images, or a text file of paths (a label after a path is ignored).
-        output: folder; `a/b.mp4` of the input becomes `a/b.mp4.safetensors` with `features` [clips, N, D].
+        input: a folder, searched through for videos and images, or a text file of paths (a label
+            after a path is ignored).
+        output: folder; `a/b.mp4` of the input becomes `a/b.mp4.safetensors` with `features` [clips,
+            N, D].
         run, checkpoint: whose encoder. levels: ``last`` or ``all`` (side by side).
-        clips: clips per video, evenly spread. frames, stride, fps, height, width: None for the run's.
+        clips: clips per video, evenly spread. frames, stride, fps, height, width: None for the
+            run's.
         half: store float16. skip_existing: leave files alone that are there.
     """
 
@@ -71,17 +75,29 @@ def found(source: Path) -> list[tuple[Path, Path]]:
         pairs = [(path, path.relative_to(source)) for path in files]
     elif source.is_file():
         listed = pathlist(source)
-        pairs = [(listed.root / name, Path(*(part for part in Path(name).parts if part not in ("/", "..")))) for name in listed.files]
+        pairs = [
+            (
+                listed.root / name,
+                Path(*(part for part in Path(name).parts if part not in ("/", ".."))),
+            )
+            for name in listed.files
+        ]
     else:
-        raise ConfigError(f"config: input must be a folder or a list of files, got {source}, where nothing is.")
+        raise ConfigError(
+            f"config: input must be a folder or a list of files, got {source}, where nothing is."
+        )
     if not pairs:
-        raise ConfigError(f"config: input must hold videos ({', '.join(VIDEOS)}) or images ({', '.join(IMAGES)}), got none in {source}.")
+        raise ConfigError(
+            f"config: input must hold videos ({', '.join(VIDEOS)}) or images "
+            f"({', '.join(IMAGES)}), got none in {source}."
+        )
     return pairs
 
 
 @torch.inference_mode()
 def run(cfg: EncodeConfig) -> tuple[int, int]:
-    """Encodes every file; (number written, number that could not be read). One video is in memory at a time."""
+    """Encodes every file; (number written, number that could not be read). One video is in memory
+    at a time."""
     pairs = found(cfg.input)
     world = distributed.start(cfg.device)
     if cfg.threads is not None:
@@ -90,7 +106,9 @@ def run(cfg: EncodeConfig) -> tuple[int, int]:
     encoder = bundle.evaluation_encoder.to(world.device).eval()
     spec = InputSpec.of(trained_with, "files", cfg.frames, cfg.height, cfg.width)
     stride = spec.stride if cfg.stride is None else cfg.stride
-    clip = ClipSpec(spec.frames, stride, spec.fps if cfg.fps is None else cfg.fps, *spec.views.canvas())
+    clip = ClipSpec(
+        spec.frames, stride, spec.fps if cfg.fps is None else cfg.fps, *spec.views.canvas()
+    )
     written = bad = 0
     for path, name in pairs[world.rank :: world.size]:
         target = cfg.output / f"{name}.safetensors"
@@ -99,20 +117,35 @@ def run(cfg: EncodeConfig) -> tuple[int, int]:
         still = path.suffix.lower() in IMAGES
         draws = [0.5] if still else [(i + 0.5) / cfg.clips for i in range(cfg.clips)]
         try:
-            read = [read_image(path, clip) if still else read_video(path, clip, draw) for draw in draws]
+            read = [
+                read_image(path, clip) if still else read_video(path, clip, draw) for draw in draws
+            ]
         except BadClipError as error:
             bad += 1
             _log.warning("skipped a file that could not be read: %s", error)
             continue
         frames = torch.from_numpy(np.stack([one.frames for one in read])).to(world.device)
-        views = centre_views(spec.views, [(one.source_height, one.source_width) for one in read]).to(world.device)
+        views = centre_views(
+            spec.views, [(one.source_height, one.source_width) for one in read]
+        ).to(world.device)
         # One clip at a time, so that memory does not grow with `clips`.
-        cut = [cut_views(frames[i : i + 1], Views(views.boxes[i : i + 1], views.flips[i : i + 1]), spec.views) for i in range(len(read))]
+        cut = [
+            cut_views(
+                frames[i : i + 1], Views(views.boxes[i : i + 1], views.flips[i : i + 1]), spec.views
+            )
+            for i in range(len(read))
+        ]
         parts = [encoder(one, levels=cfg.levels) for one in cut]
-        features = torch.cat(parts).to("cpu", torch.float16 if cfg.half else torch.float32).contiguous()
+        features = (
+            torch.cat(parts).to("cpu", torch.float16 if cfg.half else torch.float32).contiguous()
+        )
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".writing-{os.getpid()}-{target.name}")
-        save_file({"features": features}, temporary, {"weights": digest, "source": str(path), "grid": str(encoder.grid(cut[0]))})
+        save_file(
+            {"features": features},
+            temporary,
+            {"weights": digest, "source": str(path), "grid": str(encoder.grid(cut[0]))},
+        )
         os.replace(temporary, target)
         written += 1
     _log.info("encoded %d files into %s; %d could not be read", written, cfg.output, bad)

@@ -1,4 +1,5 @@
-"""What probes, fine-tuning and `encode` share: the frozen encoder of a run, clips in order, and features kept on disk."""
+"""What probes, fine-tuning and `encode` share: the frozen encoder of a run, clips in order, and
+features kept on disk."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ Which = Literal["newest", "best"] | int
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What an evaluation shows the encoder; `whole` takes frames as they are instead of their largest centred box."""
+    """What an evaluation shows the encoder; `whole` takes frames as they are instead of their
+    largest centred box."""
 
     frames: int
     stride: int
@@ -43,18 +45,31 @@ class InputSpec:
 
     @classmethod
     def of(
-        cls, cfg: PretrainConfig, kind: str, frames: int | None = None, height: int | None = None, width: int | None = None
+        cls,
+        cfg: PretrainConfig,
+        kind: str,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> InputSpec:
         """The input of a run, with what is given in its place. Generated clips are shown whole."""
         trained = cfg.final_size
         size = (trained[0] if height is None else height, trained[1] if width is None else width)
-        return cls(cfg.frames if frames is None else frames, cfg.stride, cfg.fps, *size, kind == "moving_shapes")
+        return cls(
+            cfg.frames if frames is None else frames,
+            cfg.stride,
+            cfg.fps,
+            *size,
+            kind == "moving_shapes",
+        )
 
     @property
     def views(self) -> ViewSpec:
         return ViewSpec(self.height, self.width, scale=(1.0, 1.0), flip=0.0)
 
-    def batches(self, dataset: ClipDataset, batch_size: int, workers: int, device: torch.device) -> Iterator[Batch]:
+    def batches(
+        self, dataset: ClipDataset, batch_size: int, workers: int, device: torch.device
+    ) -> Iterator[Batch]:
         """Every clip once, in order, its middle part, normalised on the device."""
         canvas = (self.height, self.width) if self.whole else self.views.canvas()
         config = LoaderConfig(
@@ -82,13 +97,18 @@ def checkpoint_folder(run: Path, which: Which = "newest") -> Path:
     checkpoints = Checkpoints(run / "checkpoints")
     steps = checkpoints.steps()
     if not steps:
-        raise ConfigError(f"config: run must be the folder of a run with checkpoints (`jepa pretrain` makes one), got {run}.")
+        raise ConfigError(
+            "config: run must be the folder of a run with checkpoints (`jepa pretrain` makes "
+            f"one), got {run}."
+        )
     if which == "best":
         best = checkpoints.best()
         which = steps[-1] if best is None else best[0]
     step = steps[-1] if which == "newest" else which
     if step not in steps:
-        raise ConfigError(f"config: checkpoint must be newest, best or one of {steps}, got {which}.")
+        raise ConfigError(
+            f"config: checkpoint must be newest, best or one of {steps}, got {which}."
+        )
     return checkpoints.path(step)
 
 
@@ -120,7 +140,8 @@ def cached_features(
     workers: int = 0,
     device: torch.device | None = None,
 ) -> NDArray[np.float16]:
-    """float16 [clips, N, D] of every clip, mapped from `path`, which is computed once and appears whole or not at all."""
+    """float16 [clips, N, D] of every clip, mapped from `path`, which is computed once and appears
+    whole or not at all."""
     if not path.exists():
         device = torch.device("cpu") if device is None else device
         encoder = encoder.to(device).eval()
@@ -131,7 +152,9 @@ def cached_features(
         for batch in spec.batches(dataset, batch_size, workers, device):
             features = encoder(batch.clips, levels=levels).to("cpu", torch.float16).numpy()
             if table is None:
-                table = np.lib.format.open_memmap(temporary, "w+", np.float16, (len(dataset), *features.shape[1:]))
+                table = np.lib.format.open_memmap(
+                    temporary, "w+", np.float16, (len(dataset), *features.shape[1:])
+                )
             table[done : done + len(features)] = features
             done += len(features)
         if table is None:

@@ -1,4 +1,5 @@
-"""Fine-tuning on labelled clips: the run's encoder and an attentive pooler, rates that fall layer by layer, the objective kept on or not."""
+"""Fine-tuning on labelled clips: the run's encoder and an attentive pooler, rates that fall layer
+by layer, the objective kept on or not."""
 
 from __future__ import annotations
 
@@ -16,7 +17,14 @@ from torch.nn import functional
 from jepa import distributed
 from jepa.allocator import keep_freed_memory
 from jepa.batch import Batch
-from jepa.checkpoint import Checkpoints, load_training_tensors, read_state, training_tensors, warn_of_differences, write_json
+from jepa.checkpoint import (
+    Checkpoints,
+    load_training_tensors,
+    read_state,
+    training_tensors,
+    warn_of_differences,
+    write_json,
+)
 from jepa.config import ConfigError, changed_keys, to_json
 from jepa.data.build import DataConfig, build_dataset
 from jepa.data.clip import ClipDataset
@@ -37,15 +45,18 @@ class FinetuneConfig:
     """What to fine-tune and how.
 
     Args:
-        run, checkpoint: whose evaluation encoder to start from; `scratch` starts from random weights of its architecture.
-        data: labelled data; None means the run's own (moving_shapes asks for `data.target`). train_clips, test_clips: of moving_shapes.
+        run, checkpoint: whose evaluation encoder to start from; `scratch` starts from random
+            weights of its architecture.
+        data: labelled data; None means the run's own (moving_shapes asks for `data.target`).
+            train_clips, test_clips: of moving_shapes.
         frames, height, width: of the input, None for the run's.
-        steps, batch_size, warmup_steps, rate, layer_decay, weight_decay: AdamW; block i of n trains at rate * layer_decay^(n - i).
-        objective_weight: 0 trains on labels alone; otherwise the variant's whole loss is added with this weight, EMA included.
-        heads: of the pooler. seed: of the new weights, data order, crops and masks.
-        output: JSON file of the results, None for `finetune.json` in the run's folder. Checkpoints lie beside it, in a folder of its name.
-        checkpoint_every: in steps. resume: go on from the newest checkpoint where it is of this configuration and these weights; those of
-            another one are removed, as its results are.
+        steps, batch_size, warmup_steps, rate, layer_decay, weight_decay: AdamW; block i of n trains
+        at rate * layer_decay^(n - i). objective_weight: 0 trains on labels alone; otherwise the
+        variant's whole loss is added with this weight, EMA included. heads: of the pooler. seed: of
+        the new weights, data order, crops and masks. output: JSON file of the results, None for
+            `finetune.json` in the run's folder. Checkpoints lie beside it, in a folder of its name.
+        checkpoint_every: in steps. resume: go on from the newest checkpoint where it is of this
+            configuration and these weights; those of another one are removed, as its results are.
     """
 
     run: Path = Path("runs/pretrain")
@@ -75,17 +86,29 @@ class FinetuneConfig:
     resume: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("train_clips", "test_clips", "steps", "batch_size", "heads", "checkpoint_every"):
+        for name in (
+            "train_clips",
+            "test_clips",
+            "steps",
+            "batch_size",
+            "heads",
+            "checkpoint_every",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"config: {name} must be at least 1, got {getattr(self, name)}.")
         if not 0.0 < self.layer_decay <= 1.0:
             raise ConfigError(f"config: layer_decay must lie in (0, 1], got {self.layer_decay}.")
         if self.objective_weight < 0.0:
-            raise ConfigError(f"config: objective_weight must not be negative, got {self.objective_weight}.")
+            raise ConfigError(
+                f"config: objective_weight must not be negative, got {self.objective_weight}."
+            )
 
 
-def layer_groups(bundle: ModelBundle, head: nn.Module, cfg: FinetuneConfig, with_objective: bool) -> list[dict[str, Any]]:
-    """Optimiser groups by depth: `rate_scale` is layer_decay^(distance from the head). Vectors and biases do not decay."""
+def layer_groups(
+    bundle: ModelBundle, head: nn.Module, cfg: FinetuneConfig, with_objective: bool
+) -> list[dict[str, Any]]:
+    """Optimiser groups by depth: `rate_scale` is layer_decay^(distance from the head). Vectors and
+    biases do not decay."""
     encoder = bundle.context_encoder
     depth = len(encoder.blocks)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
@@ -96,7 +119,9 @@ def layer_groups(bundle: ModelBundle, head: nn.Module, cfg: FinetuneConfig, with
 
     for name, parameter in encoder.named_parameters():
         first = name.split(".")
-        layer = int(first[1]) + 1 if first[0] == "blocks" else depth if first[0] == "norms_block" else 0
+        layer = (
+            int(first[1]) + 1 if first[0] == "blocks" else depth if first[0] == "norms_block" else 0
+        )
         add(name, parameter, depth + 1 - layer)
     others = [head, *((bundle.predictor, bundle.heads) if with_objective else ())]
     for module in others:
@@ -141,7 +166,11 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
         data = replace(data, size=cfg.train_clips, test_size=cfg.test_clips)
     train, test = (build_dataset(data, split) for split in ("train", "test"))
     size = dict(zip(("height", "width"), trained_with.final_size, strict=True))
-    size |= {key: getattr(cfg, key) for key in ("frames", "height", "width") if getattr(cfg, key) is not None}
+    size |= {
+        key: getattr(cfg, key)
+        for key in ("frames", "height", "width")
+        if getattr(cfg, key) is not None
+    }
     schedule = replace(trained_with.schedule, total_steps=cfg.steps)
     step_cfg = replace(
         trained_with,
@@ -155,11 +184,16 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
         **size,
     )
     bundle = bundle.to(world.device)
-    head = Probe("attentive", trained_with.model.width, cfg.heads, {"class": train.num_classes}).to(world.device)
+    head = Probe("attentive", trained_with.model.width, cfg.heads, {"class": train.num_classes}).to(
+        world.device
+    )
     path = cfg.run / "finetune.json" if cfg.output is None else cfg.output
     tuned = nn.ModuleDict({"bundle": bundle, "head": head})
     checkpoints = _checkpoints(cfg, path, digest)
-    losses, began = _train(cfg, step_cfg, tuned, train, world, checkpoints, digest), time.perf_counter()
+    losses, began = (
+        _train(cfg, step_cfg, tuned, train, world, checkpoints, digest),
+        time.perf_counter(),
+    )
     spec = InputSpec.of(step_cfg, data.kind)
     right = _right(bundle, head, step_cfg, spec, test, world.device)
     report = {
@@ -180,13 +214,24 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, report)
     low, high = report["interval"]
-    _log.info("top-1 %.1f %% [%.1f, %.1f] of %d test clips; wrote %s", 100 * report["top1"], 100 * low, 100 * high, len(test), path)
+    _log.info(
+        "top-1 %.1f %% [%.1f, %.1f] of %d test clips; wrote %s",
+        100 * report["top1"],
+        100 * low,
+        100 * high,
+        len(test),
+        path,
+    )
     return report
 
 
 def _identity(cfg: FinetuneConfig, digest: str) -> dict[str, Any]:
     """What makes a fine-tuning the one that a checkpoint is of."""
-    settings = {key: value for key, value in to_json(cfg).items() if key not in ("device", "threads", "workers", "output", "resume")}
+    settings = {
+        key: value
+        for key, value in to_json(cfg).items()
+        if key not in ("device", "threads", "workers", "output", "resume")
+    }
     return {**settings, "weights": digest}
 
 
@@ -195,10 +240,14 @@ def _checkpoints(cfg: FinetuneConfig, output: Path, digest: str) -> Checkpoints:
     checkpoints = Checkpoints(output.with_suffix("") / "checkpoints", keep_last=1)
     steps = checkpoints.steps()
     if steps:
-        others = changed_keys(read_state(checkpoints.path(steps[-1])).get("identity"), _identity(cfg, digest))
+        others = changed_keys(
+            read_state(checkpoints.path(steps[-1])).get("identity"), _identity(cfg, digest)
+        )
         reason = f"it was of another value of {', '.join(others)}" if others else "resume is off"
         if others or not cfg.resume:
-            _log.warning("starting over, not from step %d of %s: %s", steps[-1], checkpoints.folder, reason)
+            _log.warning(
+                "starting over, not from step %d of %s: %s", steps[-1], checkpoints.folder, reason
+            )
             shutil.rmtree(checkpoints.folder)
     return checkpoints
 
@@ -219,10 +268,14 @@ def _train(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     start, means, pending = _restored(tuned, optimizer, checkpoints)
     loader_cfg = step_cfg.loader(world)
-    loader = Loader(Epochs(train), loader_cfg if keeps else replace(loader_cfg, masks=None), start, cfg.steps)
+    loader = Loader(
+        Epochs(train), loader_cfg if keeps else replace(loader_cfg, masks=None), start, cfg.steps
+    )
     for number, fetched in enumerate(loader, start=start + 1):
         batch: Batch = prepared(fetched.batch, step_cfg, world.device, number - 1)
-        loss = functional.cross_entropy(logits_of(bundle, head, batch.clips, step_cfg), batch.labels)
+        loss = functional.cross_entropy(
+            logits_of(bundle, head, batch.clips, step_cfg), batch.labels
+        )
         pending.append(loss.detach())
         if keeps:
             loss = loss + cfg.objective_weight * loss_step(bundle, batch, step_cfg)[0]
@@ -234,7 +287,11 @@ def _train(
             nn.utils.clip_grad_norm_(parameters, cfg.clip_gradient)
         optimizer.step()
         if keeps and step_cfg.variant.target.kind == "ema":
-            update_ema(bundle.target_encoder, bundle.context_encoder, step_cfg.schedule.ema_momentum(number))
+            update_ema(
+                bundle.target_encoder,
+                bundle.context_encoder,
+                step_cfg.schedule.ema_momentum(number),
+            )
         if len(pending) == max(1, cfg.steps // 10) or number == cfg.steps:
             means.append(float(torch.stack(pending).mean()))
             _log.info("step %d/%d  label loss %.4f", number, cfg.steps, means[-1])
@@ -242,12 +299,17 @@ def _train(
         if number % cfg.checkpoint_every == 0 or number == cfg.steps:
             weights, moments = training_tensors(tuned, optimizer)
             losses = {"means": means, "pending": [float(value) for value in pending]}
-            checkpoints.save(number, weights, moments, {"identity": _identity(cfg, digest), "losses": losses})
+            checkpoints.save(
+                number, weights, moments, {"identity": _identity(cfg, digest), "losses": losses}
+            )
     return means
 
 
-def _restored(tuned: nn.ModuleDict, optimizer: torch.optim.Optimizer, checkpoints: Checkpoints) -> tuple[int, list[float], list[Tensor]]:
-    """Goes on from the newest checkpoint: steps done, mean losses, and the losses since the last mean."""
+def _restored(
+    tuned: nn.ModuleDict, optimizer: torch.optim.Optimizer, checkpoints: Checkpoints
+) -> tuple[int, list[float], list[Tensor]]:
+    """Goes on from the newest checkpoint: steps done, mean losses, and the losses since the last
+    mean."""
     if not checkpoints.steps():
         return 0, [], []
     weights, moments, saved = checkpoints.load()
@@ -256,11 +318,22 @@ def _restored(tuned: nn.ModuleDict, optimizer: torch.optim.Optimizer, checkpoint
     _log.info("resumed from step %d of %s", saved["step"], checkpoints.folder)
     device = next(tuned.parameters()).device
     # A float32 survives JSON: it is written as the double that it equals.
-    return saved["step"], list(saved["losses"]["means"]), [torch.tensor(value, device=device) for value in saved["losses"]["pending"]]
+    return (
+        saved["step"],
+        list(saved["losses"]["means"]),
+        [torch.tensor(value, device=device) for value in saved["losses"]["pending"]],
+    )
 
 
 @torch.inference_mode()
-def _right(bundle: ModelBundle, head: Probe, step_cfg: PretrainConfig, spec: InputSpec, test: ClipDataset, device: torch.device) -> int:
+def _right(
+    bundle: ModelBundle,
+    head: Probe,
+    step_cfg: PretrainConfig,
+    spec: InputSpec,
+    test: ClipDataset,
+    device: torch.device,
+) -> int:
     bundle.eval()
     head.eval()
     right = torch.zeros((), device=device)

@@ -14,8 +14,13 @@ def _load() -> tuple[ModuleType | None, str]:
         return importlib.import_module("jepa_kernels._host"), ""
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name != "jepa_kernels._host":
-            raise  # the package itself is broken, which is no reason to go on without its host module
-        return None, f"jepa_kernels._host cannot be imported ({error}); build it with `pip install -e . --no-build-isolation`."
+            # the package itself is broken, which is no reason to go on without its host module
+            raise
+        return (
+            None,
+            f"jepa_kernels._host cannot be imported ({error}); build it with `pip install -e . "
+            "--no-build-isolation`.",
+        )
 
 
 _module, _reason = _load()
@@ -28,7 +33,8 @@ def reason() -> str:
 
 
 def resolve(backend: str) -> ModuleType | None:
-    """The host module for "auto" (when built) and "host" (required); None means NumPy, which gives the same numbers more slowly."""
+    """The host module for "auto" (when built) and "host" (required); None means NumPy, which gives
+    the same numbers more slowly."""
     global _warned
     if backend not in ("auto", "host", "numpy"):
         raise ValueError(f"masks: backend must be 'auto', 'host' or 'numpy', got {backend!r}.")
@@ -38,6 +44,8 @@ def resolve(backend: str) -> ModuleType | None:
         if backend == "host":
             raise RuntimeError(f"masks: backend 'host' must be built, got none: {_reason}")
         if not _warned:
-            _log.warning("masks are sampled in NumPy, with the same result but more slowly: %s", _reason)
+            _log.warning(
+                "masks are sampled in NumPy, with the same result but more slowly: %s", _reason
+            )
             _warned = True
     return _module

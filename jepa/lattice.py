@@ -1,7 +1,7 @@
 """Index lists over the (T, H, W) token lattice of a packed batch, in NumPy.
 
-A sequence is one (mask set, sample) pair; token id = t*H*W + y*W + x. Every function is a whole-array formula: no loop over
-sequences or tokens.
+A sequence is one (mask set, sample) pair; token id = t*H*W + y*W + x. Every function is a
+whole-array formula: no loop over sequences or tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
 
-# The longest side of a grid: squared distances then stay below _FAR / 2, and adding one to _FAR stays within int32 in the host code.
+# The longest side of a grid: squared distances then stay below _FAR / 2, and adding one to _FAR
+# stays within int32 in the host code.
 LONGEST_SIDE = 8192
 _FAR = np.int64(1) << 29
 
@@ -23,11 +24,15 @@ def presence_table(ids: Int64, sequence: Int64, num_sequences: int, num_tokens: 
     return table.reshape(num_sequences, num_tokens)
 
 
-def nearest_distance(targets: Int64, ids: Int64, sequence: Int64, grid: tuple[int, int, int]) -> NDArray[np.float32]:
-    """[Nc] sqrt of the Euclidean lattice distance of each token to the nearest target of its sequence; infinite where there is none.
+def nearest_distance(
+    targets: Int64, ids: Int64, sequence: Int64, grid: tuple[int, int, int]
+) -> NDArray[np.float32]:
+    """[Nc] sqrt of the Euclidean lattice distance of each token to the nearest target of its
+    sequence; infinite where there is none.
 
-    `targets` is the [S, N] presence table. The squared distance separates over the axes, so three one-dimensional min-plus passes are
-    exact: O(sites * (T + H + W)), where comparing all pairs of tokens costs O(sites * targets).
+    `targets` is the [S, N] presence table. The squared distance separates over the axes, so three
+    one-dimensional min-plus passes are exact: O(sites * (T + H + W)), where comparing all pairs of
+    tokens costs O(sites * targets).
     """
     field = np.where(targets.reshape(-1, *grid) >= 0, np.int64(0), _FAR)
     for axis in (1, 2, 3):
@@ -40,8 +45,11 @@ def nearest_distance(targets: Int64, ids: Int64, sequence: Int64, grid: tuple[in
     return np.sqrt(np.sqrt(squared)).astype(np.float32)
 
 
-def temporal_pairs(table: Int64, grid: tuple[int, int, int], horizon: int) -> tuple[Int64, Int64, Int64]:
-    """Sites present at t, t+1, .. t+horizon: packed rows [P, horizon+1], token ids [P, horizon+1], sequence [P].
+def temporal_pairs(
+    table: Int64, grid: tuple[int, int, int], horizon: int
+) -> tuple[Int64, Int64, Int64]:
+    """Sites present at t, t+1, .. t+horizon: packed rows [P, horizon+1], token ids [P, horizon+1],
+    sequence [P].
 
     Ordered by sequence, then t, then site. Empty when the grid has no horizon+1 time steps.
     """
@@ -59,7 +67,8 @@ def temporal_pairs(table: Int64, grid: tuple[int, int, int], horizon: int) -> tu
 
 
 def full_columns(table: Int64, grid: tuple[int, int, int]) -> tuple[Int64, Int64, Int64]:
-    """Sites present at every time step: packed rows [C, T], token ids [C, T], sequence [C]; ordered by sequence, then site."""
+    """Sites present at every time step: packed rows [C, T], token ids [C, T], sequence [C]; ordered
+    by sequence, then site."""
     steps = grid[0]
     sites = grid[1] * grid[2]
     by_time = table.reshape(-1, steps, sites)

@@ -1,4 +1,5 @@
-"""What a run writes and shows: one JSON line per log interval, TensorBoard scalars, and a rich progress bar or plain lines."""
+"""What a run writes and shows: one JSON line per log interval, TensorBoard scalars, and a rich
+progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -17,10 +18,12 @@ _SHOWN = ("loss", "effective_rank", "clips_per_s", "data_wait_share")
 
 
 class RunLog:
-    """`log.jsonl` and TensorBoard files in a run's folder; lines past the step a run resumes from are dropped first.
+    """`log.jsonl` and TensorBoard files in a run's folder; lines past the step a run resumes from
+    are dropped first.
 
     Args:
-        folder: of the run. step: the optimiser step to go on from. active: False for all but one process.
+        folder: of the run. step: the optimiser step to go on from. active: False for all but one
+            process.
     """
 
     def __init__(self, folder: Path, step: int, *, active: bool = True) -> None:
@@ -68,7 +71,15 @@ class RunLog:
         if not self.active:
             return
         # JSON has no NaN.
-        self._file.write(json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}) + "\n")
+        self._file.write(
+            json.dumps(
+                {
+                    k: None if isinstance(v, float) and not math.isfinite(v) else v
+                    for k, v in line.items()
+                }
+            )
+            + "\n"
+        )
         self._file.flush()
         for name, value in line.items():
             if name != "step":
@@ -83,7 +94,8 @@ class RunLog:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drops the lines of steps that a resumed run will do again, and a last line that a kill cut short."""
+    """Drops the lines of steps that a resumed run will do again, and a last line that a kill cut
+    short."""
     if not path.exists():
         return
     kept = []

@@ -15,7 +15,8 @@ from jepa.target import standardise
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """`clips` of a batch are looked at; a value below its threshold is warned of. `min_std` is in units of a standardised feature."""
+    """`clips` of a batch are looked at; a value below its threshold is warned of. `min_std` is in
+    units of a standardised feature."""
 
     clips: int = 4
     min_rank: float = 4.0
@@ -23,31 +24,39 @@ class MonitorConfig:
 
 
 def effective_rank(features: Tensor) -> Tensor:
-    """RankMe (Garrido et al., arXiv 2210.02885, eq. 1): exp of the entropy of the normalised singular values of [rows, D].
+    """RankMe (Garrido et al., arXiv 2210.02885, eq. 1): exp of the entropy of the normalised
+    singular values of [rows, D].
 
     NaN where a feature is not finite (the decomposition itself would raise).
     """
     finite = features.isfinite().all()
-    values = torch.linalg.svdvals(torch.where(finite, features, torch.zeros_like(features)).double())
+    values = torch.linalg.svdvals(
+        torch.where(finite, features, torch.zeros_like(features)).double()
+    )
     shares = values / values.sum().clamp(min=1e-12) + 1e-7
     rank = torch.exp(-(shares * shares.log()).sum()).float()
     return torch.where(finite, rank, torch.full_like(rank, torch.nan))
 
 
 @torch.no_grad()
-def collapse_metrics(bundle: ModelBundle, batch: Batch, cfg: StepConfig, monitor: MonitorConfig) -> dict[str, Tensor]:
-    """How spread out the evaluated encoder's features are, and how close teacher and student stay. Nothing is read back.
+def collapse_metrics(
+    bundle: ModelBundle, batch: Batch, cfg: StepConfig, monitor: MonitorConfig
+) -> dict[str, Tensor]:
+    """How spread out the evaluated encoder's features are, and how close teacher and student stay.
+    Nothing is read back.
 
     Returns:
-        feature_std and feature_std_min: standard deviation over tokens, mean and smallest over dimensions of the last level.
-        effective_rank: RankMe of centred token features of the last level.
-        teacher_student_cosine: mean cosine of all-level features (1 with an online target).
+        feature_std and feature_std_min: standard deviation over tokens, mean and smallest over
+        dimensions of the last level. effective_rank: RankMe of centred token features of the last
+        level. teacher_student_cosine: mean cosine of all-level features (1 with an online target).
     """
     clips = batch.clips[: monitor.clips]
     with precision(clips.device, cfg):
         online = bundle.context_encoder(clips)
         evaluated = online if bundle.target_encoder is None else bundle.target_encoder(clips)
-    online, evaluated = (standardise(f.flatten(0, 1), cfg.model.levels) for f in (online, evaluated))
+    online, evaluated = (
+        standardise(f.flatten(0, 1), cfg.model.levels) for f in (online, evaluated)
+    )
     last = evaluated[:, -cfg.model.width :]
     # A bounded number of rows: the decomposition costs rows * D^2.
     last = last[:: max(1, last.shape[0] // 1024)]

@@ -1,4 +1,5 @@
-"""Pre-training: the loop around `jepa.step.train_step`. Counts are optimiser steps and samples, never epochs."""
+"""Pre-training: the loop around `jepa.step.train_step`. Counts are optimiser steps and samples,
+never epochs."""
 
 from __future__ import annotations
 
@@ -41,25 +42,33 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PretrainConfig(StepConfig):
-    """A whole run. The defaults are the embedded one: the micro model on moving_shapes, a few minutes on two cores.
+    """A whole run. The defaults are the embedded one: the micro model on moving_shapes, a few
+    minutes on two cores.
 
     Args:
         schedule: steps and rates; `schedule.total_steps` is the length of the run.
         data: what to train on. output: folder of checkpoints, logs and the resolved configuration.
         batch_size: clips per process and micro-batch. accumulate: micro-batches per optimiser step.
         frames, stride, fps: of a clip. height, width: pixels that the model sees.
-        resize: (step, height, width), by rising step: after so many optimiser steps the model sees another size. The last one is evaluated.
+        resize: (step, height, width), by rising step: after so many optimiser steps the model sees
+            another size. The last one is evaluated.
         crop_scale, crop_aspect: of the random resized crop. flip: its probability of mirroring.
         seed: of weights, data order, crops and masks. workers: loader processes.
-        device: ``auto``, ``cpu`` or ``cuda``. distributed: ``auto`` (DDP when torchrun starts several), ``ddp`` or ``fsdp2``.
-        threads: CPU threads, None for torch's choice. compile: torch.compile of every transformer block.
-        log_every, checkpoint_every: in steps; a checkpoint also closes a log interval. keep_last: checkpoints kept besides the best.
+        device: ``auto``, ``cpu`` or ``cuda``. distributed: ``auto`` (DDP when torchrun starts
+            several), ``ddp`` or ``fsdp2``.
+        threads: CPU threads, None for torch's choice. compile: torch.compile of every transformer
+            block.
+        log_every, checkpoint_every: in steps; a checkpoint also closes a log interval. keep_last:
+            checkpoints kept besides the best.
         max_skipped: updates skipped for a gradient that is not finite before the run stops.
-        resume: go on from the newest checkpoint in `output` when there is one; without it, such a folder is refused.
+        resume: go on from the newest checkpoint in `output` when there is one; without it, such a
+            folder is refused.
     """
 
     schedule: ScheduleConfig = field(
-        default_factory=lambda: ScheduleConfig(total_steps=300, warmup_steps=30, momentum=0.99, final_momentum=0.999)
+        default_factory=lambda: ScheduleConfig(
+            total_steps=300, warmup_steps=30, momentum=0.99, final_momentum=0.999
+        )
     )
     data: DataConfig = field(default_factory=DataConfig)
     output: Path = Path("runs/pretrain")
@@ -88,16 +97,33 @@ class PretrainConfig(StepConfig):
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "frames", "height", "width", "log_every", "checkpoint_every", "keep_last"):
+        for name in (
+            "batch_size",
+            "accumulate",
+            "frames",
+            "height",
+            "width",
+            "log_every",
+            "checkpoint_every",
+            "keep_last",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"config: {name} must be at least 1, got {getattr(self, name)}.")
         steps = [step for step, _, _ in self.resize]
-        if steps != sorted(set(steps)) or any(value < 1 for stage in self.resize for value in stage):
-            raise ConfigError(f"config: resize must be (step, height, width) of at least 1 each, by rising step, got {list(self.resize)}.")
+        if steps != sorted(set(steps)) or any(
+            value < 1 for stage in self.resize for value in stage
+        ):
+            raise ConfigError(
+                "config: resize must be (step, height, width) of at least 1 each, by rising "
+                f"step, got {list(self.resize)}."
+            )
 
     def size_at(self, step: int) -> tuple[int, int]:
         """(height, width) after `step` optimiser steps."""
-        return next(((height, width) for begin, height, width in reversed(self.resize) if begin <= step), (self.height, self.width))
+        return next(
+            ((height, width) for begin, height, width in reversed(self.resize) if begin <= step),
+            (self.height, self.width),
+        )
 
     @property
     def final_size(self) -> tuple[int, int]:
@@ -106,7 +132,12 @@ class PretrainConfig(StepConfig):
 
     def views_at(self, step: int) -> ViewSpec:
         """What the model sees of a clip after `step` optimiser steps."""
-        return ViewSpec(*self.size_at(step), scale=self.crop_scale, aspect_ratio=self.crop_aspect, flip=self.flip)
+        return ViewSpec(
+            *self.size_at(step),
+            scale=self.crop_scale,
+            aspect_ratio=self.crop_aspect,
+            flip=self.flip,
+        )
 
     def _read_at(self, step: int) -> tuple[ClipSpec, ViewSpec]:
         views = self.views_at(step)
@@ -120,7 +151,9 @@ class PretrainConfig(StepConfig):
             rank_independent_seed=self.variant.quirks.rank_independent_seed,
             clip=clip,
             views=views,
-            stages=tuple(Stage(step * self.accumulate, *self._read_at(step)) for step, _, _ in self.resize),
+            stages=tuple(
+                Stage(step * self.accumulate, *self._read_at(step)) for step, _, _ in self.resize
+            ),
             masks=self.variant.mask_policy,
             patch_size=self.model.patch_size,
             tubelet_size=self.model.tubelet_size,
@@ -134,7 +167,8 @@ class PretrainConfig(StepConfig):
 
 
 class NotFiniteError(RuntimeError):
-    """Too many updates were skipped because a gradient was not finite; `replay.json` in the run's folder says which batches."""
+    """Too many updates were skipped because a gradient was not finite; `replay.json` in the run's
+    folder says which batches."""
 
 
 @dataclass
@@ -156,11 +190,17 @@ class _Interval:
     def read(self, world: distributed.World) -> tuple[dict[str, float], list[int]]:
         """Means over the interval, and the steps that were skipped: the one read of the interval.
 
-        A mean is over the steps that have the metric and where it is finite, NaN when there is none; `skipped` is a count.
+        A mean is over the steps that have the metric and where it is finite, NaN when there is
+        none; `skipped` is a count.
         """
         names = sorted({name for metrics in self.metrics for name in metrics})
         absent = self.metrics[0]["loss"].new_zeros((), dtype=torch.float32)
-        table = torch.stack([torch.stack([m.get(name, absent).detach().float() for name in names]) for m in self.metrics])
+        table = torch.stack(
+            [
+                torch.stack([m.get(name, absent).detach().float() for name in names])
+                for m in self.metrics
+            ]
+        )
         if world.reduce is not None:
             shares = [i for i, name in enumerate(names) if name not in ("gradient_norm", "skipped")]
             table[:, shares] = world.reduce(table[:, shares].contiguous())
@@ -181,9 +221,12 @@ def run(cfg: PretrainConfig) -> TrainState:
         The state after the last step.
 
     Raises:
-        ConfigError, MissingDataError: before anything is written. NotFiniteError, TooManyBadFilesError: during the run.
+        ConfigError, MissingDataError: before anything is written. NotFiniteError,
+            TooManyBadFilesError: during the run.
     """
-    picker = build_picker(replace(cfg.data, repeat_stills=cfg.data.repeat_stills or cfg.variant.quirks.repeat_stills))
+    picker = build_picker(
+        replace(cfg.data, repeat_stills=cfg.data.repeat_stills or cfg.variant.quirks.repeat_stills)
+    )
     world = distributed.start(cfg.device)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
@@ -200,7 +243,8 @@ def _run(cfg: PretrainConfig, picker: Picker, world: distributed.World) -> Train
     checkpoints = Checkpoints(cfg.output / "checkpoints", cfg.keep_last)
     if not cfg.resume and checkpoints.steps():
         raise ConfigError(
-            f"config: output must hold no checkpoints where resume is off, got {cfg.output} at step {checkpoints.steps()[-1]}."
+            f"config: output must hold no checkpoints where resume is off, got {cfg.output} at "
+            f"step {checkpoints.steps()[-1]}."
         )
     state = new_state(cfg, world.device)
     state.reduce, state.ranks = world.reduce, world.size
@@ -230,14 +274,17 @@ def _loop(
     skipped_total: int,
 ) -> None:
     total = cfg.schedule.total_steps
-    loader = Loader(picker, cfg.loader(world), min(state.step, total) * cfg.accumulate, total * cfg.accumulate)
+    loader = Loader(
+        picker, cfg.loader(world), min(state.step, total) * cfg.accumulate, total * cfg.accumulate
+    )
     interval, losses = _Interval(), []
     for parts in _grouped(iter(loader), cfg.accumulate):
         batches = [prepared(part.batch, cfg, world.device, state.step) for part in parts]
         _, metrics = train_step(state, batches)
         interval.add(metrics, state.step, parts)
         saves = state.step % cfg.checkpoint_every == 0 or state.step == total
-        # An interval never spans a checkpoint, so that a resumed run writes the lines of an uninterrupted one.
+        # An interval never spans a checkpoint, so that a resumed run writes the lines of an
+        # uninterrupted one.
         if state.step % cfg.log_every == 0 or saves:
             values, skipped = interval.read(world)
             losses.append(values["loss"])
@@ -252,14 +299,16 @@ def _loop(
 
 
 def compile_blocks(bundle: ModelBundle, backend: str = "inductor") -> None:
-    """Compiles the transformer blocks in place, any token count: the one part of a step whose shapes are all that changes."""
+    """Compiles the transformer blocks in place, any token count: the one part of a step whose
+    shapes are all that changes."""
     for module in bundle.modules():
         if isinstance(module, Block):
             module.compile(dynamic=True, backend=backend)
 
 
 def prepared(batch: Batch, cfg: PretrainConfig, device: torch.device, step: int) -> Batch:
-    """A loader's batch on the device: views cut out and normalised there, and numbered by the optimiser step."""
+    """A loader's batch on the device: views cut out and normalised there, and numbered by the
+    optimiser step."""
     batch = batch.to(device, non_blocking=True)
     return replace(batch, clips=model_input(batch, cfg.views_at(step)), views=None, step=step)
 
@@ -274,10 +323,19 @@ def _grouped(fetched: Iterator[Fetched], size: int) -> Iterator[list[Fetched]]:
 
 
 def _report(
-    cfg: PretrainConfig, state: TrainState, interval: _Interval, values: dict[str, float], batch: Batch, last: Fetched, log: RunLog
+    cfg: PretrainConfig,
+    state: TrainState,
+    interval: _Interval,
+    values: dict[str, float],
+    batch: Batch,
+    last: Fetched,
+    log: RunLog,
 ) -> None:
     seconds = time.perf_counter() - interval.began
-    watched = {name: float(value) for name, value in collapse_metrics(state.bundle, batch, cfg, cfg.monitor).items()}
+    watched = {
+        name: float(value)
+        for name, value in collapse_metrics(state.bundle, batch, cfg, cfg.monitor).items()
+    }
     for sentence in warnings(watched, cfg.monitor):
         _log.warning("step %d: %s", state.step, sentence)
     line = {
@@ -293,29 +351,53 @@ def _report(
     log.write(line, cfg.schedule.total_steps)
 
 
-def _replay(cfg: PretrainConfig, interval: _Interval, skipped: list[int], total: int, world: distributed.World) -> None:
+def _replay(
+    cfg: PretrainConfig,
+    interval: _Interval,
+    skipped: list[int],
+    total: int,
+    world: distributed.World,
+) -> None:
     """Names the batches whose gradient was not finite; stops the run past the limit."""
     path = cfg.output / "replay.json"
     if world.leads:
-        found = [{"seed": cfg.seed, "step": step, "sample_ids": ids} for step, ids in interval.samples if step in skipped]
+        found = [
+            {"seed": cfg.seed, "step": step, "sample_ids": ids}
+            for step, ids in interval.samples
+            if step in skipped
+        ]
         earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         # A resumed run may come by a step again.
-        write_json(path, [entry for entry in earlier if entry["step"] < interval.samples[0][0]] + found)
-        _log.warning("skipped the update of steps %s: a gradient was not finite (batches in %s)", skipped, path)
+        write_json(
+            path, [entry for entry in earlier if entry["step"] < interval.samples[0][0]] + found
+        )
+        _log.warning(
+            "skipped the update of steps %s: a gradient was not finite (batches in %s)",
+            skipped,
+            path,
+        )
     if total > cfg.max_skipped:
         raise NotFiniteError(
-            f"pretrain: at most {cfg.max_skipped} updates may be skipped for a gradient that is not finite, got {total}; "
+            f"pretrain: at most {cfg.max_skipped} updates may be skipped for a gradient that is "
+            f"not finite, got {total}; "
             f"{path} names the batches."
         )
 
 
 def save(
-    state: TrainState, checkpoints: Checkpoints, cfg: PretrainConfig, world: distributed.World, score: float | None = None, skipped: int = 0
+    state: TrainState,
+    checkpoints: Checkpoints,
+    cfg: PretrainConfig,
+    world: distributed.World,
+    score: float | None = None,
+    skipped: int = 0,
 ) -> None:
     """Writes a checkpoint from the first process."""
     model, moments = training_tensors(state.bundle, state.optimizer)
     if world.leads:
-        checkpoints.save(state.step, model, moments, {"skipped": skipped, "config": to_json(cfg)}, score)
+        checkpoints.save(
+            state.step, model, moments, {"skipped": skipped, "config": to_json(cfg)}, score
+        )
     world.barrier()
 
 
@@ -336,9 +418,18 @@ def _restore(state: TrainState, checkpoints: Checkpoints, cfg: PretrainConfig) -
 def _without_heads(
     bundle: ModelBundle, model: dict[str, Tensor], moments: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A checkpoint whose heads are as new: the bundle's present weights, and no moments. A quirk of the published code."""
-    fresh = {name: whole(value) for name, value in bundle.state_dict().items() if name.startswith("heads.")}
-    kept = {name: value for name, value in moments.items() if not name.partition("/")[2].startswith("heads.")}
+    """A checkpoint whose heads are as new: the bundle's present weights, and no moments. A quirk of
+    the published code."""
+    fresh = {
+        name: whole(value)
+        for name, value in bundle.state_dict().items()
+        if name.startswith("heads.")
+    }
+    kept = {
+        name: value
+        for name, value in moments.items()
+        if not name.partition("/")[2].startswith("heads.")
+    }
     return {**model, **fresh}, kept
 
 
@@ -346,13 +437,20 @@ def _summary(cfg: PretrainConfig, state: TrainState, world: distributed.World) -
     schedule = cfg.schedule
     clips = cfg.batch_size * cfg.accumulate * world.size
     return {
-        "objectives": ", ".join(f"{name} x {c.weight:g}" for name, c in cfg.variant.objectives.items() if c.weight),
+        "objectives": ", ".join(
+            f"{name} x {c.weight:g}" for name, c in cfg.variant.objectives.items() if c.weight
+        ),
         "target": cfg.variant.target.kind,
         "data": f"{cfg.data.kind}, {cfg.frames} frames of {cfg.height} x {cfg.width}"
-        + "".join(f", of {height} x {width} after step {step}" for step, height, width in cfg.resize),
-        "model": f"{sum(p.numel() for p in state.bundle.context_encoder.parameters()) / 1e6:.2f} M encoder parameters",
-        "steps": f"{schedule.total_steps} of {clips} clips ({schedule.total_steps * clips} samples), from step {state.step}",
-        "rate": f"{schedule.initial_rate:g} -> {schedule.rate:g} over {schedule.warmup_steps} steps -> {schedule.final_rate:g}",
+        + "".join(
+            f", of {height} x {width} after step {step}" for step, height, width in cfg.resize
+        ),
+        "model": f"{sum(p.numel() for p in state.bundle.context_encoder.parameters()) / 1e6:.2f} "
+        "M encoder parameters",
+        "steps": f"{schedule.total_steps} of {clips} clips ({schedule.total_steps * clips} "
+        f"samples), from step {state.step}",
+        "rate": f"{schedule.initial_rate:g} -> {schedule.rate:g} over {schedule.warmup_steps} "
+        f"steps -> {schedule.final_rate:g}",
         "ema": f"{schedule.momentum:g} -> {schedule.final_momentum:g}",
         "precision": cfg.precision,
         "device": f"{world.device} x {world.size}",

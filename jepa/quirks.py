@@ -1,8 +1,10 @@
-"""The published code's defects that change numbers, by name. All are off by default; each can be switched on alone, or all together.
+"""The published code's defects that change numbers, by name. All are off by default; each can be
+switched on alone, or all together.
 
-Numbers D1..D13 are those of the project's list of defects. D8 (modules missing from the repository), D9 (crashes), D12 (host
-synchronisations) and D13 (a slow loop) change no number and have no switch; D5 (where the appearance share lies) is the option
-`factorisation.split`, whose default is the published one.
+Numbers D1..D13 are those of the project's list of defects. D8 (modules missing from the
+repository), D9 (crashes), D12 (host synchronisations) and D13 (a slow loop) change no number and
+have no switch; D5 (where the appearance share lies) is the option `factorisation.split`, whose
+default is the published one.
 """
 
 from __future__ import annotations
@@ -23,18 +25,41 @@ def _quirk(defect: str, meaning: str) -> Any:
 class Quirks:
     """One switch per published defect; False means fixed."""
 
-    dynamics_hard_no_gradient: bool = _quirk("D1", "a hard-region-weighted dynamics loss sends no gradient to anything")
-    dynamics_hard_pooled: bool = _quirk("D1", "its softmax pools every pair of a mask set instead of those of one sample")
-    motion_maximum_of_wrong_sample: bool = _quirk("D2", "a motion map's step t is divided by the maximum of sample t")
-    motion_point_sampling: bool = _quirk("D3", "motion maps are point samples instead of area averages")
-    evaluate_initial_target: bool = _quirk("D4", "without an EMA, the encoder that is evaluated is the one from before training")
-    context_ramp_fixed_steps: bool = _quirk("D6", "the context-loss ramp runs from step 15,000 to 30,000 whatever the length of training")
+    dynamics_hard_no_gradient: bool = _quirk(
+        "D1", "a hard-region-weighted dynamics loss sends no gradient to anything"
+    )
+    dynamics_hard_pooled: bool = _quirk(
+        "D1", "its softmax pools every pair of a mask set instead of those of one sample"
+    )
+    motion_maximum_of_wrong_sample: bool = _quirk(
+        "D2", "a motion map's step t is divided by the maximum of sample t"
+    )
+    motion_point_sampling: bool = _quirk(
+        "D3", "motion maps are point samples instead of area averages"
+    )
+    evaluate_initial_target: bool = _quirk(
+        "D4", "without an EMA, the encoder that is evaluated is the one from before training"
+    )
+    context_ramp_fixed_steps: bool = _quirk(
+        "D6",
+        "the context-loss ramp runs from step 15,000 to 30,000 whatever the length of training",
+    )
     resume_drops_heads: bool = _quirk("D7", "resuming starts the objectives' heads anew")
-    truncate_to_batch_minimum: bool = _quirk("D10", "every token list of a mask set is cut to the shortest of the batch")
-    shared_block_size: bool = _quirk("D10", "all samples of a batch share one block size, which makes truncation bearable")
-    shared_mask_token: bool = _quirk("D11", "all mask sets share mask token 0; the others never train")
-    repeat_stills: bool = _quirk("D11", "a still becomes a clip of equal frames, so the image path never trains")
-    rank_independent_seed: bool = _quirk("-", "all ranks draw the same crops, clip starts and masks")
+    truncate_to_batch_minimum: bool = _quirk(
+        "D10", "every token list of a mask set is cut to the shortest of the batch"
+    )
+    shared_block_size: bool = _quirk(
+        "D10", "all samples of a batch share one block size, which makes truncation bearable"
+    )
+    shared_mask_token: bool = _quirk(
+        "D11", "all mask sets share mask token 0; the others never train"
+    )
+    repeat_stills: bool = _quirk(
+        "D11", "a still becomes a clip of equal frames, so the image path never trains"
+    )
+    rank_independent_seed: bool = _quirk(
+        "-", "all ranks draw the same crops, clip starts and masks"
+    )
 
     @classmethod
     def published(cls) -> Quirks:
@@ -57,7 +82,10 @@ class Quirks:
             return cls.published()
         for name in chosen:
             if name not in cls.names():
-                raise ConfigError(f"config: unknown quirk {name!r}; {nearest(name, (*cls.names(), 'published_quirks'))}")
+                raise ConfigError(
+                    f"config: unknown quirk {name!r}; "
+                    f"{nearest(name, (*cls.names(), 'published_quirks'))}"
+                )
         return cls(**{name: True for name in chosen})
 
     def active(self) -> tuple[str, ...]:
@@ -66,11 +94,14 @@ class Quirks:
     @classmethod
     def describe(cls) -> dict[str, tuple[str, str]]:
         """Name -> (number in the list of defects, what the published code does)."""
-        return {f.name: (f.metadata["defect"], f.metadata["meaning"]) for f in dataclasses.fields(cls)}
+        return {
+            f.name: (f.metadata["defect"], f.metadata["meaning"]) for f in dataclasses.fields(cls)
+        }
 
 
 def parse_quirks(value: Any, path: str) -> Quirks:
-    """A configuration value as Quirks: a list of names, ``published_quirks``, a mapping name -> bool, or Quirks."""
+    """A configuration value as Quirks: a list of names, ``published_quirks``, a mapping name ->
+    bool, or Quirks."""
     if isinstance(value, Quirks):
         return value
     if isinstance(value, Mapping):

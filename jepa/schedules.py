@@ -1,4 +1,5 @@
-"""Schedules as pure functions of the optimiser step, and the published parameter groups. Counts are steps, never epochs.
+"""Schedules as pure functions of the optimiser step, and the published parameter groups. Counts are
+steps, never epochs.
 
 The first optimiser step is step 1: a schedule's value at 0 is never used.
 """
@@ -15,7 +16,8 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The published values. `decay_scale` stretches the cosines beyond the run (published ``ipe_scale``)."""
+    """The published values. `decay_scale` stretches the cosines beyond the run (published
+    ``ipe_scale``)."""
 
     total_steps: int = 30_000
     warmup_steps: int = 300
@@ -37,11 +39,18 @@ class ScheduleConfig:
 
     def decay(self, step: int) -> float:
         """A cosine from `weight_decay` to `final_weight_decay`."""
-        return cosine(self.weight_decay, self.final_weight_decay, step / max(1.0, self.total_steps * self.decay_scale))
+        return cosine(
+            self.weight_decay,
+            self.final_weight_decay,
+            step / max(1.0, self.total_steps * self.decay_scale),
+        )
 
     def ema_momentum(self, step: int) -> float:
-        """Linear from `momentum`, which the first step uses, to `final_momentum`, and no further."""
-        moved = self.momentum + (step - 1) * (self.final_momentum - self.momentum) / max(1.0, self.total_steps * self.decay_scale)
+        """Linear from `momentum`, which the first step uses, to `final_momentum`, and no
+        further."""
+        moved = self.momentum + (step - 1) * (self.final_momentum - self.momentum) / max(
+            1.0, self.total_steps * self.decay_scale
+        )
         low, high = sorted((self.momentum, self.final_momentum))
         return min(max(moved, low), high)
 
@@ -52,11 +61,15 @@ def cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def parameter_groups(modules: Mapping[str, nn.Module], extra: Iterable[nn.Module] = ()) -> list[dict[str, Any]]:
-    """The published optimiser groups: for each module, parameters that decay and parameters that do not.
+def parameter_groups(
+    modules: Mapping[str, nn.Module], extra: Iterable[nn.Module] = ()
+) -> list[dict[str, Any]]:
+    """The published optimiser groups: for each module, parameters that decay and parameters that do
+    not.
 
-    Biases and one-dimensional tensors do not decay; embeddings of shape [1, 1, width] do. The order is that of the published code:
-    the decaying group of every module, then the other group of every module, then two groups for each of `extra` (heads).
+    Biases and one-dimensional tensors do not decay; embeddings of shape [1, 1, width] do. The order
+    is that of the published code: the decaying group of every module, then the other group of every
+    module, then two groups for each of `extra` (heads).
 
     Args:
         modules: by name, in order.
@@ -65,15 +78,25 @@ def parameter_groups(modules: Mapping[str, nn.Module], extra: Iterable[nn.Module
     Returns:
         Groups for a torch optimiser; `decays` says which ones the weight-decay schedule is for.
     """
-    groups = [_group(name, module, decays) for decays in (True, False) for name, module in modules.items()]
+    groups = [
+        _group(name, module, decays) for decays in (True, False) for name, module in modules.items()
+    ]
     for index, module in enumerate(extra):
         groups += [_group(f"head{index}", module, decays) for decays in (True, False)]
     return [group for group in groups if group["params"]]
 
 
 def _group(name: str, module: nn.Module, decays: bool) -> dict[str, Any]:
-    chosen = [(key, value) for key, value in module.named_parameters() if _decays(key, value) == decays and value.requires_grad]
-    return {"name": f"{name}.{'decay' if decays else 'plain'}", "params": [value for _, value in chosen], "decays": decays}
+    chosen = [
+        (key, value)
+        for key, value in module.named_parameters()
+        if _decays(key, value) == decays and value.requires_grad
+    ]
+    return {
+        "name": f"{name}.{'decay' if decays else 'plain'}",
+        "params": [value for _, value in chosen],
+        "decays": decays,
+    }
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:

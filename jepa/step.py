@@ -1,7 +1,8 @@
-"""One training step, as functions that can be called one by one: no I/O, no globals, nothing read back from the device.
+"""One training step, as functions that can be called one by one: no I/O, no globals, nothing read
+back from the device.
 
-target_features, context_features, predictions, objective_loss -> a loss; backward; update (clip, optimiser, EMA). `loss_step` and
-`train_step` chain them.
+target_features, context_features, predictions, objective_loss -> a loss; backward; update (clip,
+optimiser, EMA). `loss_step` and `train_step` chain them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from jepa.models.encoder import Encoder
 from jepa.models.patches import is_image
 from jepa.models.predictor import Predictor
 from jepa.models.sizes import SIZES, ModelConfig, parse_model
-from jepa.objectives import Denominators, FeatureDims, ObjectiveContext, build_heads, compute_all, weights
+from jepa.objectives import (
+    Denominators,
+    FeatureDims,
+    ObjectiveContext,
+    build_heads,
+    compute_all,
+    weights,
+)
 from jepa.schedules import ScheduleConfig, parameter_groups, set_rates
 from jepa.target import frozen_copy, standardise, update_ema
 from jepa.variants import VariantConfig, parse_variant
@@ -32,10 +40,13 @@ from jepa_kernels.optim import AdamWEMA
 class StepConfig:
     """Everything a step depends on besides the weights and the batch.
 
-    `optimizer`: ``adamw_ema`` moves parameters and EMA target in one pass over memory; ``adamw`` is torch's fused AdamW, then the EMA.
+    `optimizer`: ``adamw_ema`` moves parameters and EMA target in one pass over memory; ``adamw`` is
+    torch's fused AdamW, then the EMA.
     """
 
-    model: ModelConfig = field(default_factory=lambda: SIZES["micro"], metadata=parsed_by(parse_model))
+    model: ModelConfig = field(
+        default_factory=lambda: SIZES["micro"], metadata=parsed_by(parse_model)
+    )
     variant: VariantConfig = field(default_factory=VariantConfig, metadata=parsed_by(parse_variant))
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -45,7 +56,8 @@ class StepConfig:
 
 
 class ModelBundle(nn.Module):
-    """Context encoder, predictor, heads and, with an EMA, the target encoder. Calling it is `loss_step`, so that DDP can wrap it."""
+    """Context encoder, predictor, heads and, with an EMA, the target encoder. Calling it is
+    `loss_step`, so that DDP can wrap it."""
 
     def __init__(self, model: ModelConfig, variant: VariantConfig) -> None:
         super().__init__()
@@ -53,7 +65,8 @@ class ModelBundle(nn.Module):
         self.predictor = Predictor(model, shared_mask_token=variant.quirks.shared_mask_token)
         dims = FeatureDims(model.feature_width, model.levels, variant.factorisation)
         self.heads = build_heads(variant.objectives, dims)
-        # Without an EMA a target encoder would only be ballast, unless its initial weights are what gets evaluated (published).
+        # Without an EMA a target encoder would only be ballast, unless its initial weights are what
+        # gets evaluated (published).
         keeps_target = variant.target.kind == "ema" or variant.quirks.evaluate_initial_target
         self.target_encoder = frozen_copy(self.context_encoder) if keeps_target else None
 
@@ -65,14 +78,26 @@ class ModelBundle(nn.Module):
     def trained(self) -> dict[str, nn.Module]:
         return {"context_encoder": self.context_encoder, "predictor": self.predictor}
 
-    def forward(self, batch: Batch, cfg: StepConfig, denominators: Denominators | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, batch: Batch, cfg: StepConfig, denominators: Denominators | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         masks = _masks(batch)
         weight = objective_weights(cfg, batch.step)
         target, target_live = target_features(self, batch, cfg)
         context_tokens = context_features(self, batch, cfg)
-        predicted, predicted_context = predictions(self, context_tokens, batch, cfg, predict_context=bool(weight.get("context")))
+        predicted, predicted_context = predictions(
+            self, context_tokens, batch, cfg, predict_context=bool(weight.get("context"))
+        )
         ctx = objective_context(
-            self, batch, cfg, denominators or Denominators.of(masks), target, target_live, context_tokens, predicted, predicted_context
+            self,
+            batch,
+            cfg,
+            denominators or Denominators.of(masks),
+            target,
+            target_live,
+            context_tokens,
+            predicted,
+            predicted_context,
         )
         return compute_all(ctx, cfg.variant.objectives, weight)
 
@@ -88,7 +113,8 @@ def progress(cfg: StepConfig, step: int) -> float:
 
 
 def target_features(bundle: ModelBundle, batch: Batch, cfg: StepConfig) -> tuple[Tensor, Tensor]:
-    """Standardised target features of every token, [B*N, D], for the objectives and, before any detaching, for kinematic ones.
+    """Standardised target features of every token, [B*N, D], for the objectives and, before any
+    detaching, for kinematic ones.
 
     With an EMA they carry no gradient. With an online target they do, unless `target.detach`.
     """
@@ -103,18 +129,25 @@ def target_features(bundle: ModelBundle, batch: Batch, cfg: StepConfig) -> tuple
 
 
 def context_features(bundle: ModelBundle, batch: Batch, cfg: StepConfig) -> Tensor:
-    """The context encoder on the visible tokens of every mask set and sample, one packed call: [Nc, D]."""
+    """The context encoder on the visible tokens of every mask set and sample, one packed call: [Nc,
+    D]."""
     with precision(batch.clips.device, cfg):
         return bundle.context_encoder(batch.clips, _masks(batch))
 
 
 def predictions(
-    bundle: ModelBundle, context_tokens: Tensor, batch: Batch, cfg: StepConfig, predict_context: bool = True
+    bundle: ModelBundle,
+    context_tokens: Tensor,
+    batch: Batch,
+    cfg: StepConfig,
+    predict_context: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """The predictor at targets [Nt, D] and, if asked, at context tokens [Nc, D]."""
     masks = _masks(batch)
     with precision(batch.clips.device, cfg):
-        return bundle.predictor(context_tokens, masks, image=is_image(batch.clips), predict_context=predict_context)
+        return bundle.predictor(
+            context_tokens, masks, image=is_image(batch.clips), predict_context=predict_context
+        )
 
 
 def objective_context(
@@ -159,10 +192,12 @@ def loss_step(
         bundle: a `ModelBundle`, or one in a wrapper such as DDP.
         batch: clips and masks.
         cfg: the step's configuration.
-        denominators: global row counts where the batch is a part of a larger one; None when it is the whole.
+        denominators: global row counts where the batch is a part of a larger one; None when it is
+            the whole.
 
     Returns:
-        The loss (float32 scalar; this part's share of the global loss) and metrics (tensors without gradient).
+        The loss (float32 scalar; this part's share of the global loss) and metrics (tensors without
+        gradient).
     """
     loss, metrics = bundle(batch, cfg, denominators)
     return loss, {"loss": loss.detach(), **metrics}
@@ -173,7 +208,8 @@ Reduce = Callable[[Tensor], Tensor]
 
 @dataclass
 class TrainState:
-    """What a step changes: weights, optimiser moments, the step count. `reduce` sums a tensor over `ranks` processes."""
+    """What a step changes: weights, optimiser moments, the step count. `reduce` sums a tensor over
+    `ranks` processes."""
 
     bundle: ModelBundle
     optimizer: torch.optim.Optimizer
@@ -195,7 +231,8 @@ def new_state(cfg: StepConfig, device: torch.device | str = "cpu") -> TrainState
 
 
 def build_optimizer(bundle: ModelBundle, cfg: StepConfig) -> torch.optim.Optimizer:
-    """AdamW with the published groups; with an EMA target, `AdamWEMA` holds it as its teacher. Both skip a step by a flag on the device."""
+    """AdamW with the published groups; with an EMA target, `AdamWEMA` holds it as its teacher. Both
+    skip a step by a flag on the device."""
     groups = parameter_groups(bundle.trained(), bundle.heads.values())
     schedule = cfg.schedule
     set_rates(groups, schedule.learning_rate(1), schedule.decay(1))
@@ -205,17 +242,22 @@ def build_optimizer(bundle: ModelBundle, cfg: StepConfig) -> torch.optim.Optimiz
         return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=True)
     teacher = None
     if cfg.variant.target.kind == "ema":
-        teacher = EMATeacher(bundle.context_encoder, schedule.ema_momentum(1), module=bundle.target_encoder)
+        teacher = EMATeacher(
+            bundle.context_encoder, schedule.ema_momentum(1), module=bundle.target_encoder
+        )
     # Step counts have to be where the flag of a skipped step is.
     on_device = next(bundle.parameters()).device.type != "cpu"
     return AdamWEMA(groups, lr=rate, betas=betas, eps=eps, capturable=on_device, teacher=teacher)
 
 
-def train_step(state: TrainState, batch: Batch | Sequence[Batch]) -> tuple[TrainState, dict[str, Tensor]]:
+def train_step(
+    state: TrainState, batch: Batch | Sequence[Batch]
+) -> tuple[TrainState, dict[str, Tensor]]:
     """One optimiser step on a batch, or on micro-batches that make up one.
 
     Returns:
-        The same state, advanced, and the step's metrics: tensors on the device, summed over the micro-batches of this process.
+        The same state, advanced, and the step's metrics: tensors on the device, summed over the
+        micro-batches of this process.
     """
     batches = [batch] if isinstance(batch, Batch) else list(batch)
     denominators = global_denominators(batches, state.reduce, state.ranks)
@@ -229,15 +271,20 @@ def train_step(state: TrainState, batch: Batch | Sequence[Batch]) -> tuple[Train
     return state, totals
 
 
-def global_denominators(batches: Sequence[Batch], reduce: Reduce | None = None, ranks: int = 1) -> Denominators:
+def global_denominators(
+    batches: Sequence[Batch], reduce: Reduce | None = None, ranks: int = 1
+) -> Denominators:
     """Row counts over all micro-batches and, by one small all-reduce, all ranks."""
     counts = [Denominators.of(_masks(batch)).packed() for batch in batches]
     total = counts[0] if len(counts) == 1 else torch.stack(counts).sum(0)
-    return Denominators.unpacked(total if reduce is None else reduce(total), parts=len(batches) * ranks)
+    return Denominators.unpacked(
+        total if reduce is None else reduce(total), parts=len(batches) * ranks
+    )
 
 
 def backward(loss: Tensor, ranks: int = 1) -> None:
-    """Adds this part's gradients. Data-parallel wrappers average over ranks, but shares of a global mean are to be added up."""
+    """Adds this part's gradients. Data-parallel wrappers average over ranks, but shares of a global
+    mean are to be added up."""
     if loss.requires_grad:
         (loss * ranks if ranks > 1 else loss).backward()
 
@@ -245,8 +292,9 @@ def backward(loss: Tensor, ranks: int = 1) -> None:
 def update(state: TrainState, loss: Tensor | None = None) -> dict[str, Tensor]:
     """Clips, steps the optimiser and then the EMA, clears the gradients, and counts the step.
 
-    A gradient or loss that is not finite skips the update on the device: weights, moments and targets stay as they are. (A loss that is
-    NaN may well have a finite gradient: that of |x| is 0 there.)
+    A gradient or loss that is not finite skips the update on the device: weights, moments and
+    targets stay as they are. (A loss that is NaN may well have a finite gradient: that of |x| is 0
+    there.)
     """
     schedule, step = state.cfg.schedule, state.step + 1
     set_rates(state.optimizer.param_groups, schedule.learning_rate(step), schedule.decay(step))
@@ -255,7 +303,9 @@ def update(state: TrainState, loss: Tensor | None = None) -> dict[str, Tensor]:
     if loss is not None:
         # This process's share of the loss; the norm is already that of all.
         bad = torch.isfinite(loss).logical_not().to(torch.float32)
-        skipped = torch.maximum(skipped, (bad if state.reduce is None else state.reduce(bad)).clamp(max=1.0))
+        skipped = torch.maximum(
+            skipped, (bad if state.reduce is None else state.reduce(bad)).clamp(max=1.0)
+        )
     optimizer = state.optimizer
     optimizer.found_inf, optimizer.grad_scale = skipped, None
     teacher, follows = getattr(optimizer, "teacher", None), state.cfg.variant.target.kind == "ema"
@@ -272,7 +322,9 @@ def update(state: TrainState, loss: Tensor | None = None) -> dict[str, Tensor]:
 
 def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None) -> Tensor:
     """The norm of all gradients, which are scaled down to `limit` where they exceed it."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    parameters = [
+        p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+    ]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
     if hasattr(norm, "full_tensor"):
         # Of sharded gradients (FSDP2): one number for all ranks.

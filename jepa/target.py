@@ -17,7 +17,8 @@ STANDARDISE_EPS = 1e-5
 
 
 def standardise(features: Tensor, levels: int) -> Tensor:
-    """Every level of every token to mean 0 and variance 1: (x - mean) / sqrt(var + 1e-5) over its channels, no affine map.
+    """Every level of every token to mean 0 and variance 1: (x - mean) / sqrt(var + 1e-5) over its
+    channels, no affine map.
 
     Args:
         features: [.., levels * E].
@@ -37,9 +38,13 @@ def frozen_copy(encoder: M) -> M:
 
 
 def update_ema(target: nn.Module, online: nn.Module, momentum: float | Tensor) -> None:
-    """target <- momentum * target + (1 - momentum) * online for every parameter, in one pass and in the target's dtype.
+    """target <- momentum * target + (1 - momentum) * online for every parameter, in one pass and in
+    the target's dtype.
 
     A momentum on the device is never read back.
     """
-    targets, sources = list(target.parameters()), [source.detach() for source in online.parameters()]
+    targets, sources = (
+        list(target.parameters()),
+        [source.detach() for source in online.parameters()],
+    )
     jepa_kernels.ema_update_(targets, sources, momentum)

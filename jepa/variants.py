@@ -1,7 +1,8 @@
-"""The named variants of the study: a mask policy, a set of weighted objectives, and whether the target is an EMA. Data, not code.
+"""The named variants of the study: a mask policy, a set of weighted objectives, and whether the
+target is an EMA. Data, not code.
 
-`variant("fwm_ld")` gives a `VariantConfig`; any other combination is a `VariantConfig` of its own, written in a configuration file as
-a `base` and what differs from it.
+`variant("fwm_ld")` gives a `VariantConfig`; any other combination is a `VariantConfig` of its own,
+written in a configuration file as a `base` and what differs from it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from jepa.quirks import Quirks, parse_quirks
 
 
 def parse_masks(value: Any, path: str) -> MaskPolicy:
-    """A configuration value as a mask policy: a name, a mapping of `name` and what differs from it, or a whole policy."""
+    """A configuration value as a mask policy: a name, a mapping of `name` and what differs from it,
+    or a whole policy."""
     if isinstance(value, MaskPolicy):
         return value
     if isinstance(value, str):
@@ -25,15 +27,21 @@ def parse_masks(value: Any, path: str) -> MaskPolicy:
     if not isinstance(value, Mapping) or "name" not in value:
         return from_dict(MaskPolicy, value, path)
     if value["name"] not in POLICY_NAMES:
-        raise ConfigError(f"config: unknown mask policy {value['name']!r}; {nearest(str(value['name']), POLICY_NAMES)}")
+        raise ConfigError(
+            f"config: unknown mask policy {value['name']!r}; "
+            f"{nearest(str(value['name']), POLICY_NAMES)}"
+        )
     guidance = {key: value[key] for key in ("strength", "random_rate") if key in value}
     rest = {key: item for key, item in value.items() if key != "name" and key not in guidance}
-    return from_dict(MaskPolicy, merged(to_dict(mask_policy(value["name"], **guidance)), rest), path)
+    return from_dict(
+        MaskPolicy, merged(to_dict(mask_policy(value["name"], **guidance)), rest), path
+    )
 
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """Where the targets come from. `detach` cuts an online target's gradient for every objective but the kinematic ones."""
+    """Where the targets come from. `detach` cuts an online target's gradient for every objective
+    but the kinematic ones."""
 
     kind: Literal["ema", "online"] = "ema"
     detach: bool = False
@@ -53,12 +61,17 @@ class VariantConfig:
 
     @property
     def mask_policy(self) -> MaskPolicy:
-        """The policy to sample from: `masks` with those of its published defects that `quirks` switches on."""
+        """The policy to sample from: `masks` with those of its published defects that `quirks`
+        switches on."""
         quirks, policy = self.quirks, self.masks
         if policy.motion is not None:
             sampling = "point" if quirks.motion_point_sampling else policy.motion.sampling
-            maximum = "published" if quirks.motion_maximum_of_wrong_sample else policy.motion.maximum
-            policy = replace(policy, motion=replace(policy.motion, sampling=sampling, maximum=maximum))
+            maximum = (
+                "published" if quirks.motion_maximum_of_wrong_sample else policy.motion.maximum
+            )
+            policy = replace(
+                policy, motion=replace(policy.motion, sampling=sampling, maximum=maximum)
+            )
         return replace(
             policy,
             truncate="batch_min" if quirks.truncate_to_batch_minimum else policy.truncate,
@@ -68,7 +81,10 @@ class VariantConfig:
     @property
     def pair_horizon(self) -> int:
         """K of the mask pairs: the longest that any objective looks ahead."""
-        return max([getattr(cfg, "horizon", 1) for cfg in self.objectives.values() if cfg.weight != 0.0], default=1)
+        return max(
+            [getattr(cfg, "horizon", 1) for cfg in self.objectives.values() if cfg.weight != 0.0],
+            default=1,
+        )
 
 
 _ALWAYS: dict[str, Any] = {"prediction": {}, "context": {}}
@@ -81,7 +97,10 @@ _HARD_DYNAMICS = {"weight": 1.0, "hard_region": True}
 
 
 def _accelerated(**options: Any) -> dict[str, Any]:
-    return {"target": _ONLINE, "objectives": {"kinematic": {"weight": 0.1, "kind": "acceleration", **options}}}
+    return {
+        "target": _ONLINE,
+        "objectives": {"kinematic": {"weight": 0.1, "kind": "acceleration", **options}},
+    }
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -92,12 +111,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "motion_future": {"masks": {**_MOTION, "name": "motion_future"}},
     "hw": {"objectives": {"hard_region": _HARD}},
     "delta": {"objectives": {"delta": {"weight": 0.5}}},
-    "combo": {"masks": _STRONG_MOTION, "objectives": {"delta": {"weight": 0.5}, "hard_region": _HARD}},
+    "combo": {
+        "masks": _STRONG_MOTION,
+        "objectives": {"delta": {"weight": 0.5}, "hard_region": _HARD},
+    },
     "fwm": {"objectives": _FWM},
     "ld": {"objectives": {"latent_dynamics": {"weight": 1.0}}},
     "fwm_ld": {"objectives": {**_FWM, "latent_dynamics": {"weight": 1.0, "channels": "dynamics"}}},
     "hw_ld": {"objectives": {"hard_region": {"weight": 1.0}, "latent_dynamics": _HARD_DYNAMICS}},
-    "fwm_hw_ld": {"objectives": {**_FWM, "hard_region": {"weight": 1.0}, "latent_dynamics": {**_HARD_DYNAMICS, "channels": "dynamics"}}},
+    "fwm_hw_ld": {
+        "objectives": {
+            **_FWM,
+            "hard_region": {"weight": 1.0},
+            "latent_dynamics": {**_HARD_DYNAMICS, "channels": "dynamics"},
+        }
+    },
     "spectral": {"objectives": {"spectral": {"weight": 1.0}}},
     "ltc": {"objectives": {"ltc": {"weight": 0.5, "margin": 0.5}}},
     "ac": {"objectives": {"action": {"weight": 1.0}}},
@@ -105,7 +133,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fac": {"objectives": {**_FWM, "action": {"weight": 1.0, "channels": "dynamics"}}},
     "kinematic": {"target": _ONLINE, "objectives": {"kinematic": {"weight": 1.0}}},
     "kinematic_0_1": {"target": _ONLINE, "objectives": {"kinematic": {"weight": 0.1}}},
-    "kinematic_huber": {"target": _ONLINE, "objectives": {"kinematic": {"weight": 0.1, "kind": "huber", "huber_delta": 0.1}}},
+    "kinematic_huber": {
+        "target": _ONLINE,
+        "objectives": {"kinematic": {"weight": 0.1, "kind": "huber", "huber_delta": 0.1}},
+    },
     "kinematic_accel": _accelerated(),
     "kinematic_split": _accelerated(channel_share=0.5),
     "kinematic_anneal": _accelerated(schedule={"kind": "cosine"}),
@@ -137,7 +168,8 @@ def variant_data(name: str) -> dict[str, Any]:
 
 
 def parse_variant(value: Any, path: str) -> VariantConfig:
-    """A configuration value as a variant: a name, or a mapping whose `base` names the one it starts from."""
+    """A configuration value as a variant: a name, or a mapping whose `base` names the one it starts
+    from."""
     if isinstance(value, VariantConfig):
         return value
     if isinstance(value, str):
@@ -145,4 +177,6 @@ def parse_variant(value: Any, path: str) -> VariantConfig:
     if not isinstance(value, Mapping):
         raise ConfigError(f"config: {path} must be a variant name or a mapping, got {value!r}.")
     changes = {key: item for key, item in value.items() if key != "base"}
-    return from_dict(VariantConfig, merged(variant_data(value.get("base", "baseline")), changes), path)
+    return from_dict(
+        VariantConfig, merged(variant_data(value.get("base", "baseline")), changes), path
+    )

@@ -1,6 +1,7 @@
 """jepa_kernels: fast kernels of Joint-Embedding Predictive Architectures as torch custom ops.
 
-Importing needs torch alone: Triton, CUDA and the compiled library are looked up, never built, and are optional.
+Importing needs torch alone: Triton, CUDA and the compiled library are looked up, never built, and
+are optional.
 """
 
 from __future__ import annotations
@@ -10,7 +11,14 @@ from importlib.metadata import PackageNotFoundError, version
 from .backend import BACKENDS, BackendUnsupportedError, explain, use_backend
 from .ops.adamw_ema import TeacherLists, adamw_ema_
 from .ops.ema_update import ema_update_
-from .ops.latent_rollout import GRU, Hamiltonian, HardRegion, ResidualMLP, latent_rollout, latent_rollout_loss
+from .ops.latent_rollout import (
+    GRU,
+    Hamiltonian,
+    HardRegion,
+    ResidualMLP,
+    latent_rollout,
+    latent_rollout_loss,
+)
 from .ops.masked_attention import masked_attention
 from .profile import profile
 from .rope3d import Rope3D

@@ -1,4 +1,5 @@
-"""``python -m jepa_kernels doctor``: what this installation can run, what it cannot, why, and what fixes it."""
+"""``python -m jepa_kernels doctor``: what this installation can run, what it cannot, why, and what
+fixes it."""
 
 from __future__ import annotations
 
@@ -34,11 +35,25 @@ def _machine() -> list[tuple[str, str]]:
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(i)
-            rows.append((f"GPU {i}", f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"))
+            rows.append(
+                (f"GPU {i}", f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}")
+            )
     elif torch.version.cuda is None:
-        rows.append(("GPU", "none usable: this build of torch has no CUDA (install a CUDA build of torch for one)"))
+        rows.append(
+            (
+                "GPU",
+                "none usable: this build of torch has no CUDA (install a CUDA build of torch for "
+                "one)",
+            )
+        )
     else:
-        rows.append(("GPU", f"none found by torch (built for CUDA {torch.version.cuda}; check the driver with nvidia-smi)"))
+        rows.append(
+            (
+                "GPU",
+                f"none found by torch (built for CUDA {torch.version.cuda}; check the driver with "
+                "nvidia-smi)",
+            )
+        )
     return rows
 
 
@@ -47,7 +62,9 @@ def _example_calls(room: backend.Room) -> list[tuple[str, object]]:
     calls = []
     for device in ("cpu", "cuda"):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            calls.append((f"{device} {str(dtype).removeprefix('torch.')}", room.example(device, dtype)))
+            calls.append(
+                (f"{device} {str(dtype).removeprefix('torch.')}", room.example(device, dtype))
+            )
     return calls
 
 
@@ -77,7 +94,11 @@ def _wrong_place(call: object, name: str) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jepa_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="versions, instruction set, GPU, and which backend can run which op, with reasons and fixes")
+    commands.add_parser(
+        "doctor",
+        help="versions, instruction set, GPU, and which backend can run which op, with reasons "
+        "and fixes",
+    )
     commands.add_parser("support", help="the support table of the README, in Markdown")
     chosen = parser.parse_args(arguments)
     if chosen.command == "doctor":

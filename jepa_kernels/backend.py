@@ -1,7 +1,8 @@
 """Which implementation runs: names, precedence, refusal. The only dispatch code of the package.
 
-Precedence: the `backend=` argument, then the innermost `use_backend`, then JEPA_KERNELS_BACKEND (read once, at import), then `auto`.
-A backend chosen by name never falls back: it runs or raises `BackendUnsupportedError` with every reason.
+Precedence: the `backend=` argument, then the innermost `use_backend`, then JEPA_KERNELS_BACKEND
+(read once, at import), then `auto`. A backend chosen by name never falls back: it runs or raises
+`BackendUnsupportedError` with every reason.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ CHOICES = ("auto", *BACKENDS)
 
 
 class BackendUnsupportedError(NotImplementedError):
-    """A valid call that the chosen backend, or every backend, cannot run here. The message lists each reason."""
+    """A valid call that the chosen backend, or every backend, cannot run here. The message lists
+    each reason."""
 
 
 class Call(Protocol):
@@ -39,13 +41,16 @@ class Call(Protocol):
         ...
 
     def size_class(self) -> str:
-        """The row of the preference table that this call belongs to, such as ``short`` or ``long``."""
+        """The row of the preference table that this call belongs to, such as ``short`` or
+        ``long``."""
         ...
 
 
 def _validated(name: str, source: str) -> str:
     if name not in CHOICES:
-        raise ValueError(f"jepa_kernels: {source} must be one of {', '.join(CHOICES)}, got {name!r}.")
+        raise ValueError(
+            f"jepa_kernels: {source} must be one of {', '.join(CHOICES)}, got {name!r}."
+        )
     return name
 
 
@@ -62,7 +67,8 @@ _overrides = _Overrides()
 
 
 class use_backend:
-    """Context manager: every op called inside runs on `name`, or raises. Enter it outside a compiled region.
+    """Context manager: every op called inside runs on `name`, or raises. Enter it outside a
+    compiled region.
 
     Example:
         >>> import torch, jepa_kernels
@@ -94,7 +100,8 @@ def requested(backend: str | None) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Preference:
-    """A measured case in which `auto` passes a backend by, with the committed record that shows why."""
+    """A measured case in which `auto` passes a backend by, with the committed record that shows
+    why."""
 
     backend: str
     device_type: str
@@ -109,9 +116,10 @@ class Preference:
 class Room:
     """One op: its name, its backends in the order `auto` tries them, and how to read a call.
 
-    A backend is the module ``jepa_kernels.ops.<name>.<backend>`` with ``unsupported_reasons(call)``, ``forward`` and ``backward``.
-    `prepare` checks arguments as the public function does and describes the call; `example` describes a small ordinary call on a device
-    kind and dtype, for the support table and for `doctor`.
+    A backend is the module ``jepa_kernels.ops.<name>.<backend>`` with
+    ``unsupported_reasons(call)``, ``forward`` and ``backward``. `prepare` checks arguments as the
+    public function does and describes the call; `example` describes a small ordinary call on a
+    device kind and dtype, for the support table and for `doctor`.
     """
 
     name: str
@@ -123,7 +131,9 @@ class Room:
 
     def __post_init__(self) -> None:
         for backend in self.priority:
-            self.modules[backend] = importlib.import_module(f"jepa_kernels.ops.{self.name}.{backend}")
+            self.modules[backend] = importlib.import_module(
+                f"jepa_kernels.ops.{self.name}.{backend}"
+            )
         ROOMS[self.name] = self
 
     def reasons(self, backend: str, call: Call) -> list[str]:
@@ -133,7 +143,8 @@ class Room:
         return self.modules[backend].unsupported_reasons(call)
 
     def slower(self, backend: str, call: Any) -> Preference | None:
-        """The committed measurement that makes `auto` pass `backend` by for this call, if there is one."""
+        """The committed measurement that makes `auto` pass `backend` by for this call, if there is
+        one."""
         if not self.preferences:
             return None
         from . import native
@@ -159,7 +170,8 @@ def resolve(room: Room, call: Call, backend: str | None = None) -> str:
 
     Raises:
         ValueError: `backend` is not a backend name.
-        BackendUnsupportedError: the chosen backend (or, for ``auto``, every backend) cannot run the call.
+        BackendUnsupportedError: the chosen backend (or, for ``auto``, every backend) cannot run the
+            call.
     """
     name, source = requested(backend)
     if name != "auto":
@@ -183,7 +195,9 @@ def _warn_slow(room: Room, refused: dict[str, list[str]]) -> None:
         return
     _warned.add(room.name)
     why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items() if reasons)
-    warnings.warn(f"{room.name} runs on the torch backend on this GPU. {why}", RuntimeWarning, stacklevel=4)
+    warnings.warn(
+        f"{room.name} runs on the torch backend on this GPU. {why}", RuntimeWarning, stacklevel=4
+    )
 
 
 def _refusal(room: Room, call: Call, refused: dict[str, list[str]], name: str, source: str) -> str:
@@ -202,7 +216,8 @@ def _refusal(room: Room, call: Call, refused: dict[str, list[str]], name: str, s
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> str:
-    """A table of which backend would run this call and why each other one would not; nothing is computed.
+    """A table of which backend would run this call and why each other one would not; nothing is
+    computed.
 
     Args:
         op: name of an op, such as ``"masked_attention"``.
@@ -212,7 +227,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
         The table as text, one line per backend.
 
     Raises:
-        ValueError: `op` is not the name of an op. TypeError and ValueError of the op itself for a bad call.
+        ValueError: `op` is not the name of an op. TypeError and ValueError of the op itself for a
+            bad call.
     """
     if op not in ROOMS:
         raise ValueError(f"explain: op must be one of {', '.join(ROOMS)}, got {op!r}.")

@@ -1,7 +1,8 @@
 """Argument checks with one wording: ``<op>: <argument> must <requirement>, got <value>.``
 
-Everything here reads only shapes, dtypes, devices and flags, so it traces under torch.compile; the two functions that read
-values (`token_ids_in_grid`, `offsets_valid`) are called inside ops, on CPU tensors always and on a GPU under JEPA_KERNELS_CHECK=1.
+Everything here reads only shapes, dtypes, devices and flags, so it traces under torch.compile; the
+two functions that read values (`token_ids_in_grid`, `offsets_valid`) are called inside ops, on CPU
+tensors always and on a GPU under JEPA_KERNELS_CHECK=1.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def is_finite_number(op: str, argument: str, value: Any) -> None:
         raise ValueError(sentence(op, argument, "be finite", value))
 
 
-def has_dtype(op: str, argument: str, value: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+def has_dtype(
+    op: str, argument: str, value: torch.Tensor, allowed: tuple[torch.dtype, ...]
+) -> None:
     if value.dtype not in allowed:
         wanted = " or ".join(dtype_name(d) for d in allowed)
         raise ValueError(sentence(op, argument, f"have dtype {wanted}", dtype_name(value.dtype)))
@@ -54,26 +57,36 @@ def has_dtype(op: str, argument: str, value: torch.Tensor, allowed: tuple[torch.
 
 def has_rank(op: str, argument: str, value: torch.Tensor, rank: int, meaning: str) -> None:
     if value.dim() != rank:
-        raise ValueError(sentence(op, argument, f"have {rank} dimensions {meaning}", f"shape {tuple(value.shape)}"))
+        raise ValueError(
+            sentence(
+                op, argument, f"have {rank} dimensions {meaning}", f"shape {tuple(value.shape)}"
+            )
+        )
 
 
 def same_device(op: str, argument: str, value: torch.Tensor, device: torch.device) -> None:
     if value.device != device:
-        raise ValueError(sentence(op, argument, f"be on {device} like the first tensor", value.device))
+        raise ValueError(
+            sentence(op, argument, f"be on {device} like the first tensor", value.device)
+        )
 
 
 def is_strided(op: str, argument: str, value: torch.Tensor) -> None:
     if value.layout != torch.strided or value.is_quantized:
-        raise ValueError(sentence(op, argument, "be a dense (strided) tensor", f"layout {value.layout}"))
+        raise ValueError(
+            sentence(op, argument, "be a dense (strided) tensor", f"layout {value.layout}")
+        )
 
 
 def values_are_checked(tensor: torch.Tensor) -> bool:
-    """True where reading values costs no device synchronisation, or the user asked for it (JEPA_KERNELS_CHECK=1)."""
+    """True where reading values costs no device synchronisation, or the user asked for it
+    (JEPA_KERNELS_CHECK=1)."""
     return tensor.device.type == "cpu" or os.environ.get("JEPA_KERNELS_CHECK") == "1"
 
 
 def token_ids_in_grid(op: str, argument: str, ids: torch.Tensor, num_tokens: int) -> None:
-    """Ids lie in [-1, num_tokens); -1 marks a token without a position (class and register tokens)."""
+    """Ids lie in [-1, num_tokens); -1 marks a token without a position (class and register
+    tokens)."""
     if ids.numel() and values_are_checked(ids):
         low, high = (int(v) for v in torch.aminmax(ids))
         if low < -1 or high >= num_tokens:

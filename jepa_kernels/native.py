@@ -1,4 +1,5 @@
-"""Loads the compiled libraries, or keeps the sentence that says why one is missing. Importing this module never compiles anything."""
+"""Loads the compiled libraries, or keeps the sentence that says why one is missing. Importing this
+module never compiles anything."""
 
 from __future__ import annotations
 
@@ -50,7 +51,10 @@ def cuda_reason() -> str | None:
     if not _available:
         return _reason
     if not _cuda_built:
-        return f"the CUDA library is not built: nvcc was not found (install CUDA 12.4 or later, then {_BUILD_HINT})"
+        return (
+            "the CUDA library is not built: nvcc was not found (install CUDA 12.4 or later, "
+            f"then {_BUILD_HINT})"
+        )
     return None
 
 
@@ -76,7 +80,9 @@ def _validated_isa() -> int:
     if name == "auto":
         return -1
     if name not in ISAS:
-        raise ValueError(f"jepa_kernels: JEPA_KERNELS_ISA must be one of auto, {', '.join(ISAS)}, got {name!r}.")
+        raise ValueError(
+            f"jepa_kernels: JEPA_KERNELS_ISA must be one of auto, {', '.join(ISAS)}, got {name!r}."
+        )
     return ISAS.index(name)
 
 
@@ -84,12 +90,14 @@ _forced_isa = _validated_isa()
 _machine_isa = torch.ops.jepa_kernels_native.cpu_isa() if _available else 0
 if _available and _forced_isa > _machine_isa:
     raise ValueError(
-        f"jepa_kernels: JEPA_KERNELS_ISA must be one that this processor has (at most {ISAS[_machine_isa]}), got {ISAS[_forced_isa]!r}."
+        "jepa_kernels: JEPA_KERNELS_ISA must be one that this processor has (at most "
+        f"{ISAS[_machine_isa]}), got {ISAS[_forced_isa]!r}."
     )
 
 
 def isa() -> int:
-    """The instruction set CPU kernels are asked to use: an index into `ISAS`, or -1 for the best one (JEPA_KERNELS_ISA forces one)."""
+    """The instruction set CPU kernels are asked to use: an index into `ISAS`, or -1 for the best
+    one (JEPA_KERNELS_ISA forces one)."""
     return _forced_isa
 
 
@@ -99,7 +107,8 @@ def isa_name() -> str:
 
 
 def multiplies_bf16() -> bool:
-    """Whether CPU kernels, and torch's own products on a CPU, multiply bfloat16 faster than float32 here."""
+    """Whether CPU kernels, and torch's own products on a CPU, multiply bfloat16 faster than float32
+    here."""
     return _available and isa_name() == "avx512_bf16"
 
 

@@ -1,4 +1,5 @@
-"""Where the time of your own code goes: a named range around every op of this package, a table per op, a Chrome trace."""
+"""Where the time of your own code goes: a named range around every op of this package, a table per
+op, a Chrome trace."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ import torch
 from .backend import ROOMS
 from .checks import sentence, type_name
 
-# What a backend module runs; `compose` is the traceable form of `torch` and `reference`, whose backward is ordinary autograd.
+# What a backend module runs; `compose` is the traceable form of `torch` and `reference`, whose
+# backward is ordinary autograd.
 _PASSES = {"forward": "forward", "backward": "backward", "compose": "forward"}
 
 
@@ -44,7 +46,8 @@ class _Open:
 
 
 class _RangedBackend:
-    """Stands in for a backend module inside the context: the same names, its passes inside a range."""
+    """Stands in for a backend module inside the context: the same names, its passes inside a
+    range."""
 
     def __init__(self, module: ModuleType, op: str, backend: str, session: profile) -> None:
         self._module, self._op, self._backend, self._session = module, op, backend, session
@@ -78,24 +81,28 @@ class Summary:
 
 @dataclass
 class profile:
-    """Context manager: ranges around every op, for `torch.profiler`, Nsight (NVTX) and a table of its own.
+    """Context manager: ranges around every op, for `torch.profiler`, Nsight (NVTX) and a table of
+    its own.
 
     Args:
-        trace: file for a Chrome / Perfetto trace of everything that ran inside, or None. Recording it slows the code down.
+        trace: file for a Chrome / Perfetto trace of everything that ran inside, or None. Recording
+            it slows the code down.
         nvtx: push NVTX ranges; None does so where CUDA is available.
 
     Attributes:
-        spans: one entry per execution, in order of completion; complete after the context has ended.
+        spans: one entry per execution, in order of completion; complete after the context has
+            ended.
         wall_s: seconds between entering and leaving.
 
     Raises:
         TypeError: `trace` is not a path. RuntimeError: the same object is entered twice.
 
     Notes:
-        Ranges are called ``jepa_kernels::<op>.<forward|backward> [<backend>]``. They hold for every thread while the context is open, and
-        backward passes appear whichever thread runs them. The backends `torch` and `reference` may run as plain PyTorch with its own
-        autograd: then their forward has a range and their backward shows as PyTorch's own ops in the trace. Calls inside a region
-        compiled by torch.compile are ranged where the op itself runs, not while tracing.
+        Ranges are called ``jepa_kernels::<op>.<forward|backward> [<backend>]``. They hold for every
+        thread while the context is open, and backward passes appear whichever thread runs them. The
+        backends `torch` and `reference` may run as plain PyTorch with its own autograd: then their
+        forward has a range and their backward shows as PyTorch's own ops in the trace. Calls inside
+        a region compiled by torch.compile are ranged where the op itself runs, not while tracing.
 
     Example:
         >>> import torch, jepa_kernels
@@ -117,7 +124,9 @@ class profile:
 
     def __post_init__(self) -> None:
         if self.trace is not None and not isinstance(self.trace, (str, Path)):
-            raise TypeError(sentence("profile", "trace", "be a path or None", type_name(self.trace)))
+            raise TypeError(
+                sentence("profile", "trace", "be a path or None", type_name(self.trace))
+            )
         if self.nvtx is None:
             self.nvtx = torch.cuda.is_available()
 
@@ -134,11 +143,18 @@ class profile:
             kinds = [torch.profiler.ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 kinds.append(torch.profiler.ProfilerActivity.CUDA)
-            self._profiler = self._stack.enter_context(torch.profiler.profile(activities=kinds, record_shapes=True))
+            self._profiler = self._stack.enter_context(
+                torch.profiler.profile(activities=kinds, record_shapes=True)
+            )
         self._start = time.perf_counter()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if any(item.device == "cuda" for item in self._open):
             torch.cuda.synchronize()
         self.wall_s = time.perf_counter() - self._start
@@ -150,12 +166,20 @@ class profile:
             self._profiler.export_chrome_trace(str(self.trace))
         with self._lock:
             for item in self._open:
-                seconds = item.start.elapsed_time(item.stop) / 1e3 if item.device == "cuda" else item.stop - item.start
-                self.spans.append(Span(item.op, item.pass_name, item.backend, item.shape, item.device, seconds))
+                seconds = (
+                    item.start.elapsed_time(item.stop) / 1e3
+                    if item.device == "cuda"
+                    else item.stop - item.start
+                )
+                self.spans.append(
+                    Span(item.op, item.pass_name, item.backend, item.shape, item.device, seconds)
+                )
             self._open.clear()
 
     @contextmanager
-    def _range(self, op: str, pass_name: str, backend: str, args: tuple[Any, ...]) -> Iterator[None]:
+    def _range(
+        self, op: str, pass_name: str, backend: str, args: tuple[Any, ...]
+    ) -> Iterator[None]:
         tensor = _first_tensor(args)
         device = "cpu" if tensor is None else tensor.device.type
         shape = "" if tensor is None else "x".join(map(str, tensor.shape))
@@ -175,33 +199,55 @@ class profile:
                 self._open.append(item)
 
     def summary(self, *, by_shape: bool = False) -> list[Summary]:
-        """Totals per op, pass and backend (and shape of the first tensor), the most expensive first."""
+        """Totals per op, pass and backend (and shape of the first tensor), the most expensive
+        first."""
         rows: dict[tuple[str, ...], Summary] = {}
         for span in self.spans:
             shape = span.shape if by_shape else ""
-            row = rows.setdefault((span.op, span.pass_name, span.backend, shape), Summary(span.op, span.pass_name, span.backend, shape))
+            row = rows.setdefault(
+                (span.op, span.pass_name, span.backend, shape),
+                Summary(span.op, span.pass_name, span.backend, shape),
+            )
             row.calls += 1
             row.seconds += span.seconds
             row.slowest_s = max(row.slowest_s, span.seconds)
         return sorted(rows.values(), key=lambda row: -row.seconds)
 
     def table(self, *, by_shape: bool = False) -> str:
-        """The summary as text, with each line's share of the whole context and what remains outside this package."""
+        """The summary as text, with each line's share of the whole context and what remains outside
+        this package."""
         rows = self.summary(by_shape=by_shape)
-        header = ["op", "pass", "backend", *(["shape"] if by_shape else []), "calls", "total ms", "mean ms", "slowest ms", "share"]
+        header = [
+            "op",
+            "pass",
+            "backend",
+            *(["shape"] if by_shape else []),
+            "calls",
+            "total ms",
+            "mean ms",
+            "slowest ms",
+            "share",
+        ]
         lines = [header]
         for row in rows:
-            times = [f"{1e3 * row.seconds:.3f}", f"{1e3 * row.seconds / row.calls:.3f}", f"{1e3 * row.slowest_s:.3f}"]
+            times = [
+                f"{1e3 * row.seconds:.3f}",
+                f"{1e3 * row.seconds / row.calls:.3f}",
+                f"{1e3 * row.slowest_s:.3f}",
+            ]
             where = [row.op, row.pass_name, row.backend, *([row.shape] if by_shape else [])]
             lines.append([*where, str(row.calls), *times, self._share(row.seconds)])
         outside = max(0.0, self.wall_s - sum(row.seconds for row in rows))
         gap = [""] * (len(header) - 5)
-        lines.append(["everything else", *gap, f"{1e3 * outside:.3f}", "", "", self._share(outside)])
+        lines.append(
+            ["everything else", *gap, f"{1e3 * outside:.3f}", "", "", self._share(outside)]
+        )
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
         left = len(header) - 5
         return "\n".join(
             "  ".join(
-                text.ljust(width) if i < left else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths, strict=True))
+                text.ljust(width) if i < left else text.rjust(width)
+                for i, (text, width) in enumerate(zip(line, widths, strict=True))
             )
             for line in lines
         )

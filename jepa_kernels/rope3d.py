@@ -1,11 +1,13 @@
 """Rotary positions of a (T, H, W) grid of video tokens: the two layouts in public use, by name.
 
-A head of `head_dim` channels has ``m = 2 * floor(floor(head_dim / 3) / 2)`` channels for each of t, y, x, in that order, and leaves the
-rest alone. Channel pair i of an axis is (2i, 2i + 1); the token with id n sits at t = n // (H*W), y = (n // W) % H, x = n % W.
+A head of `head_dim` channels has ``m = 2 * floor(floor(head_dim / 3) / 2)`` channels for each of t,
+y, x, in that order, and leaves the rest alone. Channel pair i of an axis is (2i, 2i + 1); the token
+with id n sits at t = n // (H*W), y = (n // W) % H, x = n % W.
 
-``interleaved``: both channels of pair i turn by ``position * 10000 ** (-2i / m)``: a rotation (V-JEPA 2.1; RoFormer, arXiv 2104.09864).
-``tiled``: channel c turns by the angle of frequency ``c mod (m / 2)`` (V-JEPA 2 released weights). The two channels of a pair then turn by
-different angles, so this is *not* a rotation: norms change and scores do not depend on relative position alone.
+``interleaved``: both channels of pair i turn by ``position * 10000 ** (-2i / m)``: a rotation
+(V-JEPA 2.1; RoFormer, arXiv 2104.09864). ``tiled``: channel c turns by the angle of frequency ``c
+mod (m / 2)`` (V-JEPA 2 released weights). The two channels of a pair then turn by different angles,
+so this is *not* a rotation: norms change and scores do not depend on relative position alone.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ _tables: dict[tuple[Rope3D, int, torch.device], torch.Tensor] = {}
 
 
 def rope_dim(head_dim: int) -> int:
-    """Channels that each of the three axes rotates; 0 where the head is too narrow for a pair per axis."""
+    """Channels that each of the three axes rotates; 0 where the head is too narrow for a pair per
+    axis."""
     return 2 * ((head_dim // 3) // 2)
 
 
@@ -36,8 +39,9 @@ class Rope3D:
     Args:
         grid: (T, H, W) in tokens, each at least 1.
         layout: ``"interleaved"`` or ``"tiled"``; see the module text.
-        interpolate_from: grid side g0 of the pre-training resolution, or None. With it rows are scaled by (g0 - 1) / (H - 1) and
-            columns by (g0 - 1) / (W - 1), so that other resolutions span the same angles; time is never scaled.
+        interpolate_from: grid side g0 of the pre-training resolution, or None. With it rows are
+            scaled by (g0 - 1) / (H - 1) and columns by (g0 - 1) / (W - 1), so that other
+            resolutions span the same angles; time is never scaled.
 
     Raises:
         TypeError, ValueError: a wrong kind or value, in one sentence.
@@ -53,18 +57,28 @@ class Rope3D:
             raise TypeError(sentence("Rope3D", "grid", "be three ints (T, H, W)", repr(grid)))
         for size in grid:
             if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
-                raise TypeError(sentence("Rope3D", "grid", "be three ints (T, H, W)", repr(tuple(grid))))
+                raise TypeError(
+                    sentence("Rope3D", "grid", "be three ints (T, H, W)", repr(tuple(grid)))
+                )
             if size < 1:
-                raise ValueError(sentence("Rope3D", "grid", "have sizes of at least 1", tuple(grid)))
+                raise ValueError(
+                    sentence("Rope3D", "grid", "have sizes of at least 1", tuple(grid))
+                )
         if grid[0] * grid[1] * grid[2] > 2**31 - 1:
-            raise ValueError(sentence("Rope3D", "grid", "have at most 2147483647 tokens", tuple(grid)))
+            raise ValueError(
+                sentence("Rope3D", "grid", "have at most 2147483647 tokens", tuple(grid))
+            )
         if isinstance(grid, list):
             object.__setattr__(self, "grid", tuple(grid))
         if self.layout not in LAYOUTS:
-            raise ValueError(sentence("Rope3D", "layout", f"be one of {', '.join(LAYOUTS)}", repr(self.layout)))
+            raise ValueError(
+                sentence("Rope3D", "layout", f"be one of {', '.join(LAYOUTS)}", repr(self.layout))
+            )
         g0 = self.interpolate_from
         if g0 is not None and (isinstance(g0, bool) or not isinstance(g0, int)):
-            raise TypeError(sentence("Rope3D", "interpolate_from", "be an int or None", type_name(g0)))
+            raise TypeError(
+                sentence("Rope3D", "interpolate_from", "be an int or None", type_name(g0))
+            )
         if g0 is not None and g0 < 1:
             raise ValueError(sentence("Rope3D", "interpolate_from", "be at least 1", g0))
 
@@ -73,13 +87,17 @@ class Rope3D:
         return self.grid[0] * self.grid[1] * self.grid[2]
 
     def table(self, head_dim: int, device: torch.device) -> torch.Tensor:
-        """Cosines and sines of every axis position, float32 ``[2, T + H + W, m]``: a few KB, the same for every token and head.
+        """Cosines and sines of every axis position, float32 ``[2, T + H + W, m]``: a few KB, the
+        same for every token and head.
 
         Rows are the T positions of t, then the H of y, then the W of x. Kernels compute
-        ``out[2i] = x[2i] * cos[2i] - x[2i+1] * sin[2i]`` and ``out[2i+1] = x[2i+1] * cos[2i+1] + x[2i] * sin[2i+1]``,
-        which serves both layouts.
+        ``out[2i] = x[2i] * cos[2i] - x[2i+1] * sin[2i]`` and ``out[2i+1] = x[2i+1] * cos[2i+1] +
+        x[2i] * sin[2i+1]``, which serves both layouts.
         """
-        if torch.compiler.is_compiling() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+        if (
+            torch.compiler.is_compiling()
+            or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
+        ):
             return self._build(head_dim, device)
         key = (self, head_dim, device)
         if key not in _tables:
@@ -97,7 +115,9 @@ class Rope3D:
         for axis, size in enumerate(self.grid):
             position = torch.arange(size, device=device, dtype=dtype)
             if axis > 0 and self.interpolate_from is not None:
-                position = position * ((self.interpolate_from - 1) / (size - 1) if size > 1 else 0.0)
+                position = position * (
+                    (self.interpolate_from - 1) / (size - 1) if size > 1 else 0.0
+                )
             positions.append(position)
         channel = torch.arange(m, device=device)
         frequency = channel // 2 if self.layout == "interleaved" else channel % max(m // 2, 1)

@@ -1,6 +1,8 @@
-"""Tools to test a backend: inputs, a float64 oracle on the same rounded inputs, error budgets per dtype, planted faults.
+"""Tools to test a backend: inputs, a float64 oracle on the same rounded inputs, error budgets per
+dtype, planted faults.
 
-Public, so that whoever adds a backend (or patches a kernel) can hold it to the same standard as this package's own tests.
+Public, so that whoever adds a backend (or patches a kernel) can hold it to the same standard as
+this package's own tests.
 """
 
 from __future__ import annotations
@@ -35,23 +37,29 @@ def assert_within_budget(
         name: what is compared, for the message.
         actual: the result under test.
         oracle: the float64 result on the same rounded inputs.
-        peer: for float16 and bfloat16, the reference run in that dtype: the largest error may be twice the peer's plus
-            ``eps * max|oracle|``, the mean error 1.25 times it plus the same share of the mean.
+        peer: for float16 and bfloat16, the reference run in that dtype: the largest error may be
+            twice the peer's plus ``eps * max|oracle|``, the mean error 1.25 times it plus the same
+            share of the mean.
         gradient: float32 and float64 gradients may err ten times as much.
-        dtype: the dtype whose budget holds; None is that of `actual` (lse is float32 whatever the inputs are).
+        dtype: the dtype whose budget holds; None is that of `actual` (lse is float32 whatever the
+            inputs are).
 
     Raises:
         AssertionError: with the measured error and the budget.
     """
     if actual.shape != oracle.shape:
-        raise AssertionError(f"{name}: shape {tuple(actual.shape)} instead of {tuple(oracle.shape)}")
+        raise AssertionError(
+            f"{name}: shape {tuple(actual.shape)} instead of {tuple(oracle.shape)}"
+        )
     if oracle.numel() == 0:
         return
     infinite = ~torch.isfinite(oracle)
     if not torch.equal(actual.double()[infinite], oracle[infinite]):
         raise AssertionError(f"{name}: the infinities of the oracle are not where they belong")
     if not torch.isfinite(actual[~infinite]).all():
-        raise AssertionError(f"{name}: {int((~torch.isfinite(actual[~infinite])).sum())} elements are not finite")
+        raise AssertionError(
+            f"{name}: {int((~torch.isfinite(actual[~infinite])).sum())} elements are not finite"
+        )
     oracle, actual = oracle[~infinite], actual[~infinite]
     if oracle.numel() == 0:
         return
@@ -59,12 +67,16 @@ def assert_within_budget(
     dtype = actual.dtype if dtype is None else dtype
     if dtype in _TOLERANCE:
         rtol, atol = (t * (10 if gradient else 1) for t in _TOLERANCE[dtype])
-        # A sum of many terms may cancel: the scale of an element's error is that of the tensor, not of the element.
+        # A sum of many terms may cancel: the scale of an element's error is that of the tensor, not
+        # of the element.
         scale = torch.maximum(oracle.abs(), oracle.abs().mean())
         excess = (error - (atol + rtol * scale)).max()
         if excess > 0:
             worst = int((error - (atol + rtol * scale)).argmax())
-            raise AssertionError(f"{name}: error {error.flatten()[worst]:.3e} at oracle {oracle.flatten()[worst]:.3e} ({dtype})")
+            raise AssertionError(
+                f"{name}: error {error.flatten()[worst]:.3e} at oracle "
+                f"{oracle.flatten()[worst]:.3e} ({dtype})"
+            )
         return
     if peer is None:
         raise ValueError(f"assert_within_budget: peer must be given for {dtype}, got None.")
@@ -75,7 +87,9 @@ def assert_within_budget(
         ("mean", error.mean(), 1.25 * peer_error.mean() + eps * oracle.abs().mean()),
     ):
         if measured > budget:
-            raise AssertionError(f"{name}: {what} error {measured:.3e} over the budget {budget:.3e} ({dtype})")
+            raise AssertionError(
+                f"{name}: {what} error {measured:.3e} over the budget {budget:.3e} ({dtype})"
+            )
 
 
 @dataclass(frozen=True)
@@ -118,12 +132,15 @@ def attention_case(
     magnitude: float = 1.0,
     seed: int = 0,
 ) -> AttentionCase:
-    """A random case: one length per sequence (dense: all the same), ids drawn without order, the first `unrotated` ids of each sequence -1.
+    """A random case: one length per sequence (dense: all the same), ids drawn without order, the
+    first `unrotated` ids of each sequence -1.
 
     Args:
-        lengths, lengths_k: query and key tokens of each sequence; `lengths_k` None is self-attention.
+        lengths, lengths_k: query and key tokens of each sequence; `lengths_k` None is
+            self-attention.
         packed: concatenate the sequences, followed by `slack` rows that belong to none.
-        strided: make query, key and value views of one wider buffer, as of a qkv projection, with the heads in between.
+        strided: make query, key and value views of one wider buffer, as of a qkv projection, with
+            the heads in between.
         magnitude: standard deviation of query and key.
         Other arguments: as named in masked_attention.
     """
@@ -134,7 +151,11 @@ def attention_case(
 
     def values(total: int, batch: int, spread: float) -> torch.Tensor:
         shape = (total, heads, head_dim) if packed else (batch, total, heads, head_dim)
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * spread).to(dtype).double()
+        return (
+            (torch.randn(shape, generator=generator, dtype=torch.float64) * spread)
+            .to(dtype)
+            .double()
+        )
 
     def ids(counts: list[int], extra: int) -> torch.Tensor:
         rows = []
@@ -156,20 +177,29 @@ def attention_case(
         dtype=dtype,
     )
     if strided:
-        case = replace(case, query=_inside(case.query), key=_inside(case.key), value=_inside(case.value))
+        case = replace(
+            case, query=_inside(case.query), key=_inside(case.key), value=_inside(case.value)
+        )
     if grid is not None:
         query_ids = ids(counts_q, slack)
         key_ids = None if self_attention else ids(counts_k, slack)
-        case = replace(case, query_ids=query_ids, key_ids=key_ids, rope=Rope3D(grid, layout, interpolate_from))  # type: ignore[arg-type]
+        case = replace(
+            case, query_ids=query_ids, key_ids=key_ids, rope=Rope3D(grid, layout, interpolate_from)
+        )  # type: ignore[arg-type]
     if packed:
-        cu_q = torch.tensor([0, *torch.tensor(counts_q).cumsum(0).tolist()] if counts_q else [0], dtype=cu_dtype)
-        cu_k = torch.tensor([0, *torch.tensor(counts_k).cumsum(0).tolist()] if counts_k else [0], dtype=cu_dtype)
+        cu_q = torch.tensor(
+            [0, *torch.tensor(counts_q).cumsum(0).tolist()] if counts_q else [0], dtype=cu_dtype
+        )
+        cu_k = torch.tensor(
+            [0, *torch.tensor(counts_k).cumsum(0).tolist()] if counts_k else [0], dtype=cu_dtype
+        )
         case = replace(case, cu_seqlens_q=cu_q, cu_seqlens_k=None if self_attention else cu_k)
     return case
 
 
 def _inside(x: torch.Tensor) -> torch.Tensor:
-    """The same values as a view with gaps between tokens, between heads and before the first element."""
+    """The same values as a view with gaps between tokens, between heads and before the first
+    element."""
     *lead, heads, head_dim = x.shape
     wide = torch.zeros((*lead, heads + 1, head_dim + 8), dtype=x.dtype)
     view = wide[..., 1:, 8:]
@@ -192,20 +222,33 @@ class Result:
             yield name, getattr(self, name)
 
 
-def run_attention(case: AttentionCase, backend: str, dtype: torch.dtype | None = None, device: str = "cpu") -> Result:
-    """Forward and backward of masked_attention on `backend`, in the case's dtype unless another is named."""
+def run_attention(
+    case: AttentionCase, backend: str, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> Result:
+    """Forward and backward of masked_attention on `backend`, in the case's dtype unless another is
+    named."""
     from .ops.masked_attention import masked_attention
 
     dtype = case.dtype if dtype is None else dtype
 
     def placed(t: torch.Tensor) -> torch.Tensor:
         # Keeps the strides: `to` of a non-dense view would make it dense.
-        return t.to(device=device, dtype=dtype) if t.is_contiguous() else _strided_to(t, device, dtype)
+        return (
+            t.to(device=device, dtype=dtype) if t.is_contiguous() else _strided_to(t, device, dtype)
+        )
 
     leaves = [placed(t).detach().requires_grad_() for t in (case.query, case.key, case.value)]
-    options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in case.options().items()}
+    options = {
+        k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in case.options().items()
+    }
     out, lse = masked_attention(*leaves, **options, return_lse=True, backend=backend)
-    grads = torch.autograd.grad(out, leaves, case.grad_out.to(device=device, dtype=dtype), allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(
+        out,
+        leaves,
+        case.grad_out.to(device=device, dtype=dtype),
+        allow_unused=True,
+        materialize_grads=True,
+    )
     return Result(out.detach().cpu(), lse.detach().cpu(), *(g.cpu() for g in grads))
 
 
@@ -222,11 +265,20 @@ def check_attention(case: AttentionCase, backend: str, device: str = "cpu") -> R
         AssertionError: naming the tensor, its error and the budget.
     """
     oracle = run_attention(case, "reference", torch.float64)
-    peer = run_attention(case, "reference") if case.dtype in (torch.bfloat16, torch.float16) else None
+    peer = (
+        run_attention(case, "reference") if case.dtype in (torch.bfloat16, torch.float16) else None
+    )
     actual = run_attention(case, backend, device=device)
     for name, tensor in actual.named():
         other = None if peer is None else getattr(peer, name)
-        assert_within_budget(f"{backend} {name}", tensor, getattr(oracle, name), other, gradient=name.startswith("grad"), dtype=case.dtype)
+        assert_within_budget(
+            f"{backend} {name}",
+            tensor,
+            getattr(oracle, name),
+            other,
+            gradient=name.startswith("grad"),
+            dtype=case.dtype,
+        )
     return actual
 
 
@@ -246,8 +298,13 @@ def _unwritten_row(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...
     return (*tensors[:-1], last)
 
 
-# Faults in what a kernel returns, and in what it is given: (tensor arguments) -> (tensor arguments).
-RESULT_FAULTS: dict[str, Callable] = {"wrong_sign": _wrong_sign, "stale_accumulator": _stale_accumulator, "unwritten_row": _unwritten_row}
+# Faults in what a kernel returns, and in what it is given: (tensor arguments) -> (tensor
+# arguments).
+RESULT_FAULTS: dict[str, Callable] = {
+    "wrong_sign": _wrong_sign,
+    "stale_accumulator": _stale_accumulator,
+    "unwritten_row": _unwritten_row,
+}
 ATTENTION_FAULTS = (*RESULT_FAULTS, "off_by_one_id", "dropped_scale", "swapped_layout")
 
 
@@ -274,7 +331,9 @@ def planted_fault(op: str, backend: str, fault: str, phase: str = "forward") -> 
         elif fault == "swapped_layout":
             args[first + 7] = args[first + 7].flip(-1).contiguous()
         else:
-            raise ValueError(f"planted_fault: fault must be one of {', '.join(ATTENTION_FAULTS)}, got {fault!r}.")
+            raise ValueError(
+                f"planted_fault: fault must be one of {', '.join(ATTENTION_FAULTS)}, got {fault!r}."
+            )
         return sound(*args)
 
     setattr(module, phase, faulty)

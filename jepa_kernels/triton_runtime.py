@@ -1,4 +1,5 @@
-"""Can Triton run here, and for which GPU would it compile? Host facts only: importing this module does not import triton."""
+"""Can Triton run here, and for which GPU would it compile? Host facts only: importing this module
+does not import triton."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ SUPPORTED = "3.6 to 3.9"
 _OLDEST_CAPABILITY = (8, 0)
 
 
-# Asked at import, not behind functools.cache: Dynamo of torch 2.11 traces through the cache and refuses find_spec.
+# Asked at import, not behind functools.cache: Dynamo of torch 2.11 traces through the cache and
+# refuses find_spec.
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -23,38 +25,50 @@ def installed() -> bool:
 
 
 def interpreting() -> bool:
-    """True under TRITON_INTERPRET=1: kernels run in Python on CPU tensors, slowly, for tests of their meaning."""
+    """True under TRITON_INTERPRET=1: kernels run in Python on CPU tensors, slowly, for tests of
+    their meaning."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def unavailable_reasons(device_type: str) -> list[str]:
-    """Why Triton kernels cannot run on tensors of `device_type` here; empty when they can. Reads no values and launches nothing."""
+    """Why Triton kernels cannot run on tensors of `device_type` here; empty when they can. Reads no
+    values and launches nothing."""
     reasons = []
     if not installed():
-        reasons.append(f"triton is not installed ({SUPPORTED}; pip install triton, in the version that this torch names)")
+        reasons.append(
+            f"triton is not installed ({SUPPORTED}; pip install triton, in the version that this "
+            "torch names)"
+        )
     if device_type == "cpu":
         if not interpreting():
-            reasons.append("tensors must be on a CUDA device (a CPU runs Triton only under TRITON_INTERPRET=1), got cpu")
+            reasons.append(
+                "tensors must be on a CUDA device (a CPU runs Triton only under "
+                "TRITON_INTERPRET=1), got cpu"
+            )
         return reasons
     if device_type != "cuda":
         reasons.append(f"tensors must be on a CUDA device, got {device_type}")
     elif torch.version.hip is not None:
         reasons.append("the tile table knows NVIDIA GPUs only, got a ROCm build of torch")
     elif not interpreting() and _capability() < _OLDEST_CAPABILITY:
-        reasons.append("the GPU must have compute capability 8.0 or later, got {}.{}".format(*_capability()))
+        reasons.append(
+            "the GPU must have compute capability 8.0 or later, got {}.{}".format(*_capability())
+        )
     return reasons
 
 
 @functools.cache
 def _capability() -> tuple[int, int]:
-    # Of the first device: a machine with GPUs of two generations is out of scope, and a fake tensor has no index.
+    # Of the first device: a machine with GPUs of two generations is out of scope, and a fake tensor
+    # has no index.
     return torch.cuda.get_device_capability(0) if torch.cuda.is_available() else _OLDEST_CAPABILITY
 
 
 def architecture(device: torch.device) -> int:
     """The row of a tile table: 80, 90, 100 or 120 for a GPU, and 0 for the interpreter.
 
-    8.6 to 8.9 have the shared memory of 12.0 (99 KiB a block) and its mma.sync instructions, so they take its tiles.
+    8.6 to 8.9 have the shared memory of 12.0 (99 KiB a block) and its mma.sync instructions, so
+    they take its tiles.
     """
     if interpreting() or device.type != "cuda":
         return 0

@@ -1,7 +1,9 @@
-"""Arithmetic that every Triton kernel here shares, right on a GPU and under the interpreter alike. Importing it imports triton.
+"""Arithmetic that every Triton kernel here shares, right on a GPU and under the interpreter alike.
+Importing it imports triton.
 
-The interpreter computes on raw bfloat16 bit patterns and truncates when it narrows, so a kernel must not multiply or round bfloat16 with
-the plain operators: load, widen with ``.to(tl.float32)``, and come back through `narrow`; matrix products go through `matmul`.
+The interpreter computes on raw bfloat16 bit patterns and truncates when it narrows, so a kernel
+must not multiply or round bfloat16 with the plain operators: load, widen with ``.to(tl.float32)``,
+and come back through `narrow`; matrix products go through `matmul`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import triton.language as tl
 
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
-# Launch options of every kernel. Fusing a*b+c into one rounding is Triton's default to 3.9 and not after: say it.
+# Launch options of every kernel. Fusing a*b+c into one rounding is Triton's default to 3.9 and not
+# after: say it.
 FP_FUSION = {"enable_fp_fusion": True}
 
 
@@ -32,7 +35,8 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def matmul(a, b, acc):
-    """acc + a @ b with float32 accumulation: tensor cores for 16-bit operands, IEEE float32 (never TF32) for float32 ones."""
+    """acc + a @ b with float32 accumulation: tensor cores for 16-bit operands, IEEE float32 (never
+    TF32) for float32 ones."""
     if INTERPRET:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:

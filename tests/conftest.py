@@ -1,4 +1,5 @@
-"""Shared by every test: seeds, NaN-poisoned allocations, the folder of shared data, and a list of what was not exercised."""
+"""Shared by every test: seeds, NaN-poisoned allocations, the folder of shared data, and a list of
+what was not exercised."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _poisoned_allocations():
-    """torch.empty gives NaN (integers: a large value), C++ allocations included, so that an element that a kernel forgets is seen."""
+    """torch.empty gives NaN (integers: a large value), C++ allocations included, so that an element
+    that a kernel forgets is seen."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -58,7 +60,10 @@ def pytest_terminal_summary(terminalreporter) -> None:
     gpu = torch.cuda.is_available()
     lines = [f"jepa_kernels {jepa_kernels.__version__}, torch {torch.__version__}"]
     if not gpu:
-        lines.append("not exercised: cuda and triton on a device (no GPU here; their sources run in tests/simt and tests/interpret)")
+        lines.append(
+            "not exercised: cuda and triton on a device (no GPU here; their sources run in "
+            "tests/simt and tests/interpret)"
+        )
     if not jepa_kernels.native.available():
         lines.append(f"not exercised: cpu ({jepa_kernels.native.reason()})")
     for line in lines:

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 import jepa_kernels
-from jepa_kernels import BackendUnsupportedError, Rope3D, backend, explain, masked_attention, native, use_backend
+from jepa_kernels import (
+    BackendUnsupportedError,
+    Rope3D,
+    backend,
+    explain,
+    masked_attention,
+    native,
+    use_backend,
+)
 from jepa_kernels.ops.masked_attention.op import ROOM
 from jepa_kernels.testing import attention_case
 from tests.conftest import missing
@@ -45,10 +53,17 @@ def test_precedence(monkeypatch):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="use_backend name must be one of auto, reference, torch, cpu, triton, cuda, got 'gpu'"):
+    with pytest.raises(
+        ValueError,
+        match="use_backend name must be one of auto, reference, torch, cpu, triton, cuda, got "
+        "'gpu'",
+    ):
         use_backend("gpu")
     child = subprocess.run(
-        [sys.executable, "-c", "import jepa_kernels"], env={**os.environ, "JEPA_KERNELS_BACKEND": "fast"}, capture_output=True, text=True
+        [sys.executable, "-c", "import jepa_kernels"],
+        env={**os.environ, "JEPA_KERNELS_BACKEND": "fast"},
+        capture_output=True,
+        text=True,
     )
     assert child.returncode != 0
     assert "JEPA_KERNELS_BACKEND must be one of" in child.stderr
@@ -74,8 +89,12 @@ def test_a_forced_backend_never_falls_back_and_lists_every_reason():
 
 def test_explain_tells_without_running(monkeypatch):
     (q, k, v), options, _ = _arguments(lengths=(6,))
-    monkeypatch.setattr(ROOM.modules["torch"], "compose", lambda *a: pytest.fail("explain ran the op"))
-    monkeypatch.setattr(ROOM.modules["cpu"], "forward", lambda *a: pytest.fail("explain ran the op"))
+    monkeypatch.setattr(
+        ROOM.modules["torch"], "compose", lambda *a: pytest.fail("explain ran the op")
+    )
+    monkeypatch.setattr(
+        ROOM.modules["cpu"], "forward", lambda *a: pytest.fail("explain ran the op")
+    )
     text = explain("masked_attention", q, k, v, **options)
     for name in ROOM.priority:
         assert f"  {name}" in text
@@ -88,7 +107,9 @@ def test_explain_tells_without_running(monkeypatch):
 def test_auto_follows_committed_preferences(monkeypatch):
     _need("cpu")
     (q, k, v), options, _ = _arguments(lengths=(6,))
-    loss = backend.Preference("cpu", "cpu", torch.float32, "short", "measured slower", "benchmarks/results/x.json")
+    loss = backend.Preference(
+        "cpu", "cpu", torch.float32, "short", "measured slower", "benchmarks/results/x.json"
+    )
     object.__setattr__(ROOM, "preferences", (loss,))
     try:
         assert "runs on    torch" in explain("masked_attention", q, k, v, **options)
@@ -104,11 +125,14 @@ def test_auto_follows_committed_preferences(monkeypatch):
 @pytest.mark.parametrize("name", CPU_BACKENDS)
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_compiled_equals_eager(name, packed):
-    """fullgraph, forward and gradients, under use_backend; the eager and the compiled result are the same bits for a kernel."""
+    """fullgraph, forward and gradients, under use_backend; the eager and the compiled result are
+    the same bits for a kernel."""
     _need(name)
     torch._dynamo.reset()
     torch.use_deterministic_algorithms(False)
-    tensors, options, _ = _arguments(lengths=(5, 9) if packed else (7, 7), packed=packed, head_dim=16)
+    tensors, options, _ = _arguments(
+        lengths=(5, 9) if packed else (7, 7), packed=packed, head_dim=16
+    )
     leaves = [t.requires_grad_() for t in tensors]
 
     def step(q, k, v):
@@ -116,7 +140,9 @@ def test_compiled_equals_eager(name, packed):
 
     with use_backend(name):
         compiled = torch.compile(step, fullgraph=True)
-        results = [(f(*leaves), torch.autograd.grad(f(*leaves).sum(), leaves)) for f in (step, compiled)]
+        results = [
+            (f(*leaves), torch.autograd.grad(f(*leaves).sum(), leaves)) for f in (step, compiled)
+        ]
     for a, b in zip((results[0][0], *results[0][1]), (results[1][0], *results[1][1]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -132,7 +158,9 @@ def test_a_change_of_backend_recompiles():
         seen.append([str(n.target) for n in graph.graph.nodes if n.op == "call_function"])
         return graph.forward
 
-    compiled = torch.compile(lambda: masked_attention(q, k, v, **options), fullgraph=True, backend=spy)
+    compiled = torch.compile(
+        lambda: masked_attention(q, k, v, **options), fullgraph=True, backend=spy
+    )
     for name in ("cpu", "torch", "cpu"):
         with use_backend(name):
             compiled()
@@ -144,9 +172,11 @@ def test_a_change_of_backend_recompiles():
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 @pytest.mark.parametrize("name", CPU_BACKENDS)
 def test_a_thousand_length_lists_make_at_most_two_graphs(name, dynamic):
-    """Lengths are data. By default with a fixed number of sequences, as a training batch has; under dynamic=True that number varies too.
+    """Lengths are data. By default with a fixed number of sequences, as a training batch has; under
+    dynamic=True that number varies too.
 
-    Sequences of 0 tokens are in; totals of 0 and 1 are not, because Dynamo makes a graph of its own for sizes 0 and 1.
+    Sequences of 0 tokens are in; totals of 0 and 1 are not, because Dynamo makes a graph of its own
+    for sizes 0 and 1.
     """
     _need(name)
     torch._dynamo.reset()
@@ -160,7 +190,9 @@ def test_a_thousand_length_lists_make_at_most_two_graphs(name, dynamic):
 
     rope = Rope3D((4, 4, 4))
     compiled = torch.compile(
-        lambda q, ids, cu: masked_attention(q, q, q, query_ids=ids, rope=rope, cu_seqlens_q=cu, backend=name),
+        lambda q, ids, cu: masked_attention(
+            q, q, q, query_ids=ids, rope=rope, cu_seqlens_q=cu, backend=name
+        ),
         fullgraph=True,
         backend=count,
         dynamic=dynamic,

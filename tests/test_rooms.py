@@ -1,4 +1,5 @@
-"""Every op's room is complete: files, tests, benchmark, docstring sections. A new op that lacks one turns this red."""
+"""Every op's room is complete: files, tests, benchmark, docstring sections. A new op that lacks one
+turns this red."""
 
 from __future__ import annotations
 
@@ -12,8 +13,11 @@ import jepa_kernels
 from jepa_kernels.backend import BACKENDS, ROOMS
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = sorted(p.name for p in (ROOT / "jepa_kernels" / "ops").iterdir() if (p / "api.py").exists())
-# What a room is known to lack, so that it is neither hidden nor forgotten: an entry that is there after all fails too.
+FOLDERS = sorted(
+    p.name for p in (ROOT / "jepa_kernels" / "ops").iterdir() if (p / "api.py").exists()
+)
+# What a room is known to lack, so that it is neither hidden nor forgotten: an entry that is there
+# after all fails too.
 PENDING: dict[str, set[str]] = {}
 each_op = pytest.mark.parametrize("op", FOLDERS)
 
@@ -34,9 +38,17 @@ def test_a_room_has_its_files(op):
     room = ROOMS[op]
     assert set(room.priority) <= set(BACKENDS)
     lacking = {f"backend {name}" for name in set(BACKENDS) - set(room.priority)}
-    always = [f"jepa_kernels/ops/{op}/{name}.py" for name in ("__init__", "api", "op", "reference", *room.priority)]
+    always = [
+        f"jepa_kernels/ops/{op}/{name}.py"
+        for name in ("__init__", "api", "op", "reference", *room.priority)
+    ]
     native = [f"csrc/{op}/{name}" for name in ("params.h", "cpu.cpp", "cuda.cu", "binding.cpp")]
-    tests = [f"tests/ops/test_{op}.py", f"tests/ops/fuzz_{op}.py", f"benchmarks/bench_{op}.py", f"tests/golden/{op}.json"]
+    tests = [
+        f"tests/ops/test_{op}.py",
+        f"tests/ops/fuzz_{op}.py",
+        f"benchmarks/bench_{op}.py",
+        f"tests/golden/{op}.json",
+    ]
     patterns = [f"tests/simt/test_{op}*.py", f"tests/interpret/test_{op}*.py"]
     lacking |= {path for path in (*always, *native, *tests, *patterns) if not list(ROOT.glob(path))}
     pending = PENDING.get(op, set())
@@ -66,12 +78,17 @@ def test_the_public_docstring_keeps_its_sections(op):
     assert len(inspect.signature(public(op)).parameters) <= 12
 
 
-@pytest.mark.parametrize("name", [n for n in jepa_kernels.__all__ if callable(getattr(jepa_kernels, n))])
+@pytest.mark.parametrize(
+    "name", [n for n in jepa_kernels.__all__ if callable(getattr(jepa_kernels, n))]
+)
 def test_public_names_are_documented_and_their_examples_run(name):
     import doctest
 
     value = getattr(jepa_kernels, name)
     assert inspect.getdoc(value), name
     module = importlib.import_module(value.__module__)
-    results = [doctest.DocTestRunner(verbose=False).run(t) for t in doctest.DocTestFinder().find(value, name, module=module)]
+    results = [
+        doctest.DocTestRunner(verbose=False).run(t)
+        for t in doctest.DocTestFinder().find(value, name, module=module)
+    ]
     assert not sum(r.failed for r in results), f"the example of {name} fails"

@@ -1,4 +1,5 @@
-// The scalars of one AdamW step, computed in double as torch.optim.AdamW computes them, for CPU and CUDA kernels alike.
+// The scalars of one AdamW step, computed in double as torch.optim.AdamW computes them, for CPU and
+// CUDA kernels alike.
 #pragma once
 #include <math.h>
 

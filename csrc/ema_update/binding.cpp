@@ -1,5 +1,5 @@
-// Registers ema_update's native ops: checks what a direct caller of torch.ops could get wrong, fills the C ABI's structs, calls the
-// CPU kernel or the CUDA library. No arithmetic.
+// Registers ema_update's native ops: checks what a direct caller of torch.ops could get wrong,
+// fills the C ABI's structs, calls the CPU kernel or the CUDA library. No arithmetic.
 #include "describe.h"
 
 namespace jk {
@@ -7,11 +7,13 @@ namespace {
 
 constexpr const char* kOp = "ema_update_";
 
-std::vector<jk_ema_tensor> entries(const Tensors& targets, const Tensors& sources, const Tensors& copies, const Tensors& compensations,
+std::vector<jk_ema_tensor> entries(const Tensors& targets, const Tensors& sources,
+                                   const Tensors& copies, const Tensors& compensations,
                                    const std::vector<int64_t>& streams, int64_t rounding) {
   check_length(kOp, "sources", sources.size(), targets.size(), false);
   check_length(kOp, "copies", copies.size(), targets.size(), true);
-  check_length(kOp, "compensations", compensations.size(), targets.size(), rounding != JK_ROUND_KAHAN);
+  check_length(kOp, "compensations", compensations.size(), targets.size(),
+               rounding != JK_ROUND_KAHAN);
   check_length(kOp, "streams", streams.size(), targets.size(), false);
   std::vector<jk_ema_tensor> list;
   list.reserve(targets.size());
@@ -26,8 +28,8 @@ std::vector<jk_ema_tensor> entries(const Tensors& targets, const Tensors& source
   return list;
 }
 
-jk_ema_update_params describe(const std::vector<jk_ema_tensor>& list, const Tensor& momentum, int64_t rounding,
-                              const std::optional<Tensor>& seed) {
+jk_ema_update_params describe(const std::vector<jk_ema_tensor>& list, const Tensor& momentum,
+                              int64_t rounding, const std::optional<Tensor>& seed) {
   jk_ema_update_params p{};
   p.tensors = list.data();
   p.num_tensors = static_cast<int64_t>(list.size());
@@ -35,20 +37,23 @@ jk_ema_update_params describe(const std::vector<jk_ema_tensor>& list, const Tens
   return p;
 }
 
-void update_cpu(Tensors targets, Tensors sources, const Tensor& momentum, Tensors copies, Tensors compensations,
-                std::vector<int64_t> streams, int64_t rounding, const std::optional<Tensor>& seed, int64_t isa) {
+void update_cpu(Tensors targets, Tensors sources, const Tensor& momentum, Tensors copies,
+                Tensors compensations, std::vector<int64_t> streams, int64_t rounding,
+                const std::optional<Tensor>& seed, int64_t isa) {
   const auto list = entries(targets, sources, copies, compensations, streams, rounding);
   const auto p = describe(list, momentum, rounding, seed);
   check_on_host(p, kOp);
   check_sentence(jk_ema_update_cpu_fwd(&p, static_cast<int>(isa), parallel_for));
 }
 
-void update_cuda(Tensors targets, Tensors sources, const Tensor& momentum, Tensors copies, Tensors compensations,
-                 std::vector<int64_t> streams, int64_t rounding, const std::optional<Tensor>& seed) {
+void update_cuda(Tensors targets, Tensors sources, const Tensor& momentum, Tensors copies,
+                 Tensors compensations, std::vector<int64_t> streams, int64_t rounding,
+                 const std::optional<Tensor>& seed) {
   if (targets.empty()) return;
   const auto list = entries(targets, sources, copies, compensations, streams, rounding);
   const auto p = describe(list, momentum, rounding, seed);
-  const auto run = reinterpret_cast<const char* (*)(const jk_ema_update_params*, void*)>(cuda_symbol("jk_ema_update_cuda_fwd"));
+  const auto run = reinterpret_cast<const char* (*)(const jk_ema_update_params*, void*)>(
+      cuda_symbol("jk_ema_update_cuda_fwd"));
   const int32_t device = targets[0].get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
   check_sentence(run(&p, cuda_stream(device)));
@@ -59,12 +64,18 @@ void update_cuda(Tensors targets, Tensors sources, const Tensor& momentum, Tenso
 
 STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
   m.def(
-      "ema_update_cpu_(Tensor(a!)[] targets, Tensor[] sources, Tensor momentum, Tensor(b!)[] copies, Tensor(c!)[] compensations, "
+      "ema_update_cpu_(Tensor(a!)[] targets, Tensor[] sources, Tensor momentum, Tensor(b!)[] "
+      "copies, Tensor(c!)[] compensations, "
       "int[] streams, int rounding, Tensor? seed, int isa) -> ()");
   m.def(
-      "ema_update_cuda_(Tensor(a!)[] targets, Tensor[] sources, Tensor momentum, Tensor(b!)[] copies, Tensor(c!)[] compensations, "
+      "ema_update_cuda_(Tensor(a!)[] targets, Tensor[] sources, Tensor momentum, Tensor(b!)[] "
+      "copies, Tensor(c!)[] compensations, "
       "int[] streams, int rounding, Tensor? seed) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CPU, m) { m.impl("ema_update_cpu_", TORCH_BOX(&jk::update_cpu)); }
-STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CUDA, m) { m.impl("ema_update_cuda_", TORCH_BOX(&jk::update_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CPU, m) {
+  m.impl("ema_update_cpu_", TORCH_BOX(&jk::update_cpu));
+}
+STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CUDA, m) {
+  m.impl("ema_update_cuda_", TORCH_BOX(&jk::update_cuda));
+}

@@ -1,11 +1,13 @@
-// A list of tensors seen as one range of elements, so that a parallel region over it is balanced whatever their sizes.
-// Included once per instruction set: no inline functions of the standard library here, the linker would keep one copy of them.
+// A list of tensors seen as one range of elements, so that a parallel region over it is balanced
+// whatever their sizes. Included once per instruction set: no inline functions of the standard
+// library here, the linker would keep one copy of them.
 #pragma once
 #include <stdint.h>
 
 namespace {
 
-// Pieces begin at multiples of this within a tensor: threads then share no cache line and vector loads stay aligned.
+// Pieces begin at multiples of this within a tensor: threads then share no cache line and vector
+// loads stay aligned.
 constexpr int64_t kPieceAlign = 32;
 // Elements below which another thread costs more than it saves.
 constexpr int64_t kGrain = 32768;
@@ -31,14 +33,17 @@ inline int64_t tensor_of(const int64_t* ends, int64_t count, int64_t element) {
   return low;
 }
 
-// visit(tensor, first, n): blocks of at most `block` elements that cover piece [begin, end) of the concatenated list.
+// visit(tensor, first, n): blocks of at most `block` elements that cover piece [begin, end) of the
+// concatenated list.
 template <class Visit>
-inline void for_each_block(const int64_t* ends, int64_t count, int64_t begin, int64_t end, int64_t block, Visit visit) {
+inline void for_each_block(const int64_t* ends, int64_t count, int64_t begin, int64_t end,
+                           int64_t block, Visit visit) {
   for (int64_t tensor = tensor_of(ends, count, begin); tensor < count; tensor++) {
     const int64_t start = tensor == 0 ? 0 : ends[tensor - 1], numel = ends[tensor] - start;
     if (start >= end) break;
     const int64_t last = piece_boundary(end - start, numel);
-    for (int64_t i = piece_boundary(begin - start, numel); i < last; i += block) visit(tensor, i, i + block < last ? block : last - i);
+    for (int64_t i = piece_boundary(begin - start, numel); i < last; i += block)
+      visit(tensor, i, i + block < last ? block : last - i);
   }
 }
 

@@ -1,5 +1,6 @@
-// ema_update on a GPU: one launch over the list (up to 470 tensors; longer lists take more launches).
-// A block owns one chunk of one target: it reads target, source (and compensation) once and writes target (and copy) once.
+// ema_update on a GPU: one launch over the list (up to 470 tensors; longer lists take more
+// launches). A block owns one chunk of one target: it reads target, source (and compensation) once
+// and writes target (and copy) once.
 #include "cuda_lanes.h"
 #include "cuda_launch.h"
 
@@ -26,13 +27,15 @@ using List = Chunks<Entry, Scalars, kCapacity>;
 
 // target <- momentum * target + (1 - momentum) * source for one chunk of elements.
 template <int kCapacity>
-__global__ void __launch_bounds__(kThreads) ema_update_kernel(const __grid_constant__ List<kCapacity> list) {
+__global__ void __launch_bounds__(kThreads)
+    ema_update_kernel(const __grid_constant__ List<kCapacity> list) {
   const int which = entry_of(list, blockIdx.x);
   const Entry& entry = list.entries[which];
   const jk_ema_tensor& t = entry.tensor;
   const Scalars& s = list.scalars;
   const EmaWeights w = ema_weights(s.momentum_device == nullptr ? s.momentum : *s.momentum_device);
-  const RandomKey key = random_key(uint64_t(s.seed_device == nullptr ? s.seed : *s.seed_device), uint64_t(t.index));
+  const RandomKey key =
+      random_key(uint64_t(s.seed_device == nullptr ? s.seed : *s.seed_device), uint64_t(t.index));
   const int64_t chunk = blockIdx.x - (which == 0 ? 0 : list.chunk_ends[which - 1]);
 #pragma unroll
   for (int round = 0; round < 2; round++) {
@@ -52,7 +55,8 @@ const char* update(const jk_ema_update_params& p, void* stream) {
       p.num_tensors, scalars, kChunk, [&](int64_t i) { return p.tensors[i].numel; },
       [&](Entry& entry, int64_t i) {
         const jk_ema_tensor& t = p.tensors[i];
-        entry = {t, aligned16(t.target) && aligned16(t.source) && aligned16(t.copy) && aligned16(t.compensation)};
+        entry = {t, aligned16(t.target) && aligned16(t.source) && aligned16(t.copy) &&
+                        aligned16(t.compensation)};
       },
       [&](const List<kCapacity>& list, unsigned chunks) {
         JK_LAUNCH((ema_update_kernel<kCapacity>), dim3(chunks), dim3(kThreads), 0, stream, list);
@@ -63,6 +67,7 @@ const char* update(const jk_ema_update_params& p, void* stream) {
 }  // namespace
 
 JK_EXPORT const char* jk_ema_update_cuda_fwd(const jk_ema_update_params* p, void* stream) {
-  if (p->momentum_device == nullptr && !(p->momentum >= 0.0 && p->momentum <= 1.0)) return "ema_update_: momentum must be from 0 to 1.";
+  if (p->momentum_device == nullptr && !(p->momentum >= 0.0 && p->momentum <= 1.0))
+    return "ema_update_: momentum must be from 0 to 1.";
   return p->num_tensors <= 48 ? update<48>(*p, stream) : update<470>(*p, stream);
 }

@@ -1,5 +1,6 @@
-// What the CUDA kernels of ema_update and adamw_ema share: eight consecutive elements in registers, of any dtype, and the average on
-// them. Products and sums are rounded one by one, so that results equal the CPU's bit for bit.
+// What the CUDA kernels of ema_update and adamw_ema share: eight consecutive elements in registers,
+// of any dtype, and the average on them. Products and sums are rounded one by one, so that results
+// equal the CPU's bit for bit.
 #pragma once
 #include "../device.cuh"
 #include "average.h"
@@ -27,7 +28,8 @@ JK_DEVICE void unpack8(const uint4& raw, float* x) {
 
 template <class T>
 JK_DEVICE uint4 pack8(const float* x) {
-  return make_uint4(jk::pack2<T>(x[0], x[1]), jk::pack2<T>(x[2], x[3]), jk::pack2<T>(x[4], x[5]), jk::pack2<T>(x[6], x[7]));
+  return make_uint4(jk::pack2<T>(x[0], x[1]), jk::pack2<T>(x[2], x[3]), jk::pack2<T>(x[4], x[5]),
+                    jk::pack2<T>(x[6], x[7]));
 }
 
 // Elements [first, first + n), n <= kLanes; whole and aligned accesses when n == kLanes and `wide`.
@@ -42,7 +44,8 @@ JK_DEVICE void load_narrow(Lanes& out, const void* data, int64_t first, int n, b
   for (int i = 0; i < kLanes; i++) out.x[i] = i < n ? jk::to_float(p[i]) : 0.0f;
 }
 
-JK_DEVICE void load_lanes(Lanes& out, const void* data, int dtype, int64_t first, int n, bool wide) {
+JK_DEVICE void load_lanes(Lanes& out, const void* data, int dtype, int64_t first, int n,
+                          bool wide) {
   if (dtype == JK_BFLOAT16) {
     load_narrow<jk::bfloat16>(out, data, first, n, wide);
   } else if (dtype == JK_FLOAT16) {
@@ -50,7 +53,8 @@ JK_DEVICE void load_lanes(Lanes& out, const void* data, int dtype, int64_t first
   } else {
     const float* p = static_cast<const float*>(data) + first;
     if (wide && n == kLanes) {
-      const float4 a = *reinterpret_cast<const float4*>(p), b = *reinterpret_cast<const float4*>(p + 4);
+      const float4 a = *reinterpret_cast<const float4*>(p),
+                   b = *reinterpret_cast<const float4*>(p + 4);
       out = {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
       return;
     }
@@ -73,7 +77,8 @@ JK_DEVICE void store_narrow(const Lanes& in, void* data, int64_t first, int n, b
 }
 
 // Rounds to nearest.
-JK_DEVICE void store_lanes(const Lanes& in, void* data, int dtype, int64_t first, int n, bool wide) {
+JK_DEVICE void store_lanes(const Lanes& in, void* data, int dtype, int64_t first, int n,
+                           bool wide) {
   if (dtype == JK_BFLOAT16) {
     store_narrow<jk::bfloat16>(in, data, first, n, wide);
   } else if (dtype == JK_FLOAT16) {
@@ -102,17 +107,20 @@ JK_DEVICE float rounded(float x, int dtype) {
 // bfloat16 value of x after adding 16 random bits to its discarded fraction.
 JK_DEVICE float rounded_randomly(float x, uint32_t random16) {
   const uint32_t bits = __float_as_uint(x);
-  return __uint_as_float((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : (bits + random16) & 0xffff0000u);
+  return __uint_as_float((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u
+                                                            : (bits + random16) & 0xffff0000u);
 }
 
 JK_DEVICE float average(float target, float source, EmaWeights w) {
   const float difference = __fsub_rn(source, target);
-  return w.take < 0.5f ? __fadd_rn(target, __fmul_rn(w.take, difference)) : __fsub_rn(source, __fmul_rn(w.keep, difference));
+  return w.take < 0.5f ? __fadd_rn(target, __fmul_rn(w.take, difference))
+                       : __fsub_rn(source, __fmul_rn(w.keep, difference));
 }
 
-// Averages `source` into elements [first, first + n) of the target of `t` and writes compensation and copy.
-JK_DEVICE void average_lanes(const jk_ema_tensor& t, const Lanes& source, int64_t first, int n, bool wide, EmaWeights w, int rounding,
-                             RandomKey key) {
+// Averages `source` into elements [first, first + n) of the target of `t` and writes compensation
+// and copy.
+JK_DEVICE void average_lanes(const jk_ema_tensor& t, const Lanes& source, int64_t first, int n,
+                             bool wide, EmaWeights w, int rounding, RandomKey key) {
   Lanes value, lost;
   load_lanes(value, t.target, t.target_dtype, first, n, wide);
   const bool kahan = rounding == JK_ROUND_KAHAN && t.target_dtype != JK_FLOAT32;
@@ -125,13 +133,15 @@ JK_DEVICE void average_lanes(const jk_ema_tensor& t, const Lanes& source, int64_
   for (int i = 0; i < kLanes; i++) value.x[i] = average(value.x[i], source.x[i], w);
   if (kahan) {
 #pragma unroll
-    for (int i = 0; i < kLanes; i++) lost.x[i] = __fsub_rn(value.x[i], rounded(value.x[i], t.target_dtype));
+    for (int i = 0; i < kLanes; i++)
+      lost.x[i] = __fsub_rn(value.x[i], rounded(value.x[i], t.target_dtype));
     store_lanes(lost, t.compensation, t.target_dtype, first, n, wide);
   } else if (rounding == JK_ROUND_STOCHASTIC && t.target_dtype == JK_BFLOAT16) {
 #pragma unroll
     for (int i = 0; i < kLanes; i++) {
       const uint64_t element = uint64_t(first) + uint64_t(i);
-      value.x[i] = rounded_randomly(value.x[i], element_bits(key, element_salt(key, element), uint32_t(element)));
+      value.x[i] = rounded_randomly(
+          value.x[i], element_bits(key, element_salt(key, element), uint32_t(element)));
     }
   }
 #pragma unroll

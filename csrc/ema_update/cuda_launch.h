@@ -1,5 +1,6 @@
-// Lists of tensors as kernel arguments: a launch takes up to kCapacity of them by value, so nothing is uploaded, nothing waits and a
-// CUDA graph can record it. Blocks own chunks; a block finds its tensor by bisection of the chunk numbers.
+// Lists of tensors as kernel arguments: a launch takes up to kCapacity of them by value, so nothing
+// is uploaded, nothing waits and a CUDA graph can record it. Blocks own chunks; a block finds its
+// tensor by bisection of the chunk numbers.
 #pragma once
 #include "../device.cuh"
 
@@ -7,7 +8,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Argument space is 32764 bytes from compute capability 7.0 and CUDA 12.1; small lists take a small struct, which launches faster.
+// Argument space is 32764 bytes from compute capability 7.0 and CUDA 12.1; small lists take a small
+// struct, which launches faster.
 template <class Entry, class Scalars, int kCapacity>
 struct Chunks {
   Scalars scalars;
@@ -31,9 +33,11 @@ JK_DEVICE int entry_of(const List& list, uint32_t chunk) {
   return low;
 }
 
-// Calls launch(list, chunks) for runs of at most kCapacity entries that have elements. `fill(entry, i)` writes entry i.
+// Calls launch(list, chunks) for runs of at most kCapacity entries that have elements. `fill(entry,
+// i)` writes entry i.
 template <int kCapacity, class Entry, class Scalars, class Numel, class Fill, class Launch>
-inline const char* for_each_launch(int64_t count, const Scalars& scalars, int64_t chunk, Numel numel, Fill fill, Launch launch) {
+inline const char* for_each_launch(int64_t count, const Scalars& scalars, int64_t chunk,
+                                   Numel numel, Fill fill, Launch launch) {
   Chunks<Entry, Scalars, kCapacity> list;
   static_assert(sizeof(list) <= 32764, "a kernel's arguments must fit 32764 bytes");
   list.scalars = scalars;

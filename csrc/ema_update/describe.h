@@ -1,4 +1,5 @@
-// From torch tensor lists to the entries of the C ABI, for the bindings of ema_update and adamw_ema. No arithmetic.
+// From torch tensor lists to the entries of the C ABI, for the bindings of ema_update and
+// adamw_ema. No arithmetic.
 #pragma once
 #include "../binding.h"
 #include "params.h"
@@ -9,16 +10,20 @@ using Tensors = std::vector<Tensor>;
 
 // Arrays of one entry: same number of elements, one memory order (contiguous), one device.
 inline void check_array(const char* op, const char* list, const Tensor& t, const Tensor& like) {
-  STD_TORCH_CHECK(t.numel() == like.numel() && t.is_contiguous() && t.device() == like.device(), op, ": ", list,
+  STD_TORCH_CHECK(t.numel() == like.numel() && t.is_contiguous() && t.device() == like.device(), op,
+                  ": ", list,
                   " must be contiguous, on the device of targets and as long as its target.");
 }
 
-inline void check_length(const char* op, const char* list, size_t length, size_t wanted, bool optional) {
-  STD_TORCH_CHECK(length == wanted || (optional && length == 0), op, ": ", list, " must have one entry for each target.");
+inline void check_length(const char* op, const char* list, size_t length, size_t wanted,
+                         bool optional) {
+  STD_TORCH_CHECK(length == wanted || (optional && length == 0), op, ": ", list,
+                  " must have one entry for each target.");
 }
 
 // Target, copy and compensation of entry i; the source is the caller's.
-inline jk_ema_tensor ema_entry(const char* op, size_t i, const Tensor& target, const Tensors& copies, const Tensors& compensations,
+inline jk_ema_tensor ema_entry(const char* op, size_t i, const Tensor& target,
+                               const Tensors& copies, const Tensors& compensations,
                                const std::vector<int64_t>& streams, int64_t rounding) {
   STD_TORCH_CHECK(target.is_contiguous(), op, ": targets must be contiguous.");
   jk_ema_tensor e{};
@@ -33,16 +38,20 @@ inline jk_ema_tensor ema_entry(const char* op, size_t i, const Tensor& target, c
   }
   if (rounding == JK_ROUND_KAHAN && e.target_dtype != JK_FLOAT32) {
     check_array(op, "compensations", compensations[i], target);
-    STD_TORCH_CHECK(compensations[i].scalar_type() == target.scalar_type(), op, ": compensations must have the dtype of their targets.");
+    STD_TORCH_CHECK(compensations[i].scalar_type() == target.scalar_type(), op,
+                    ": compensations must have the dtype of their targets.");
     e.compensation = const_cast<void*>(compensations[i].const_data_ptr());
   }
   return e;
 }
 
-// A 0-d tensor by value when it is on the host, else its address on the device, so that nothing waits.
+// A 0-d tensor by value when it is on the host, else its address on the device, so that nothing
+// waits.
 template <class T>
-inline void host_or_device(const Tensor& t, ScalarType type, const char* op, const char* name, T& value, const T*& device) {
-  STD_TORCH_CHECK(t.numel() == 1 && t.scalar_type() == type, op, ": ", name, " must be one number of the right dtype.");
+inline void host_or_device(const Tensor& t, ScalarType type, const char* op, const char* name,
+                           T& value, const T*& device) {
+  STD_TORCH_CHECK(t.numel() == 1 && t.scalar_type() == type, op, ": ", name,
+                  " must be one number of the right dtype.");
   if (t.device().is_cpu()) {
     value = *static_cast<const T*>(t.const_data_ptr());
   } else {
@@ -52,9 +61,12 @@ inline void host_or_device(const Tensor& t, ScalarType type, const char* op, con
 
 // The fields that jk_ema_update_params and jk_adamw_ema_params share.
 template <class Params>
-inline void describe_average(Params& p, const char* op, const Tensor& momentum, int64_t rounding, const std::optional<Tensor>& seed) {
-  STD_TORCH_CHECK(rounding >= JK_ROUND_NEAREST && rounding <= JK_ROUND_STOCHASTIC, op, ": rounding must be 0, 1 or 2.");
-  STD_TORCH_CHECK(seed.has_value() || rounding != JK_ROUND_STOCHASTIC, op, ": seed must be given with stochastic rounding.");
+inline void describe_average(Params& p, const char* op, const Tensor& momentum, int64_t rounding,
+                             const std::optional<Tensor>& seed) {
+  STD_TORCH_CHECK(rounding >= JK_ROUND_NEAREST && rounding <= JK_ROUND_STOCHASTIC, op,
+                  ": rounding must be 0, 1 or 2.");
+  STD_TORCH_CHECK(seed.has_value() || rounding != JK_ROUND_STOCHASTIC, op,
+                  ": seed must be given with stochastic rounding.");
   p.rounding = rounding;
   host_or_device(momentum, ScalarType::Double, op, "momentum", p.momentum, p.momentum_device);
   if (seed) host_or_device(*seed, ScalarType::Long, op, "seed", p.seed, p.seed_device);

@@ -7,10 +7,12 @@
 namespace jk_host {
 namespace {
 
-// Above every squared distance of a grid with sides up to 8192, and small enough that adding one to it stays within int32.
+// Above every squared distance of a grid with sides up to 8192, and small enough that adding one to
+// it stays within int32.
 constexpr int32_t kFar = 1 << 29;
 
-// lines[i] = min_j (lines[j] + (i - j)^2), for `count` lines that lie `stride` apart, all `stride` of them at once.
+// lines[i] = min_j (lines[j] + (i - j)^2), for `count` lines that lie `stride` apart, all `stride`
+// of them at once.
 void min_plus(int32_t* lines, int64_t count, int64_t stride, std::vector<int32_t>& scratch) {
   scratch.assign(count * stride, std::numeric_limits<int32_t>::max());
   for (int64_t i = 0; i < count; ++i) {
@@ -38,18 +40,21 @@ void nearest_in_row(int32_t* row, int64_t width) {
   }
 }
 
-void squared_distances(const int64_t* targets, int64_t count, const Grid& grid, std::vector<int32_t>& field,
-                       std::vector<int32_t>& scratch) {
+void squared_distances(const int64_t* targets, int64_t count, const Grid& grid,
+                       std::vector<int32_t>& field, std::vector<int32_t>& scratch) {
   field.assign(grid.tokens(), kFar);
   for (int64_t i = 0; i < count; ++i) field[targets[i]] = 0;
   const int64_t plane = grid.h * grid.w;
-  for (int64_t line = 0; line < grid.t * grid.h; ++line) nearest_in_row(field.data() + line * grid.w, grid.w);
+  for (int64_t line = 0; line < grid.t * grid.h; ++line)
+    nearest_in_row(field.data() + line * grid.w, grid.w);
   for (int64_t t = 0; t < grid.t; ++t) min_plus(field.data() + t * plane, grid.h, grid.w, scratch);
   min_plus(field.data(), grid.t, plane, scratch);
 }
 
-// Appends the sites of one sequence that are present at start, start+1, .. start+length-1, for every start below `starts`.
-void append_sites(const std::vector<int64_t>& table, const Grid& grid, int64_t starts, int64_t length, int64_t sequence, SiteLists& out) {
+// Appends the sites of one sequence that are present at start, start+1, .. start+length-1, for
+// every start below `starts`.
+void append_sites(const std::vector<int64_t>& table, const Grid& grid, int64_t starts,
+                  int64_t length, int64_t sequence, SiteLists& out) {
   const int64_t sites = grid.h * grid.w;
   for (int64_t start = 0; start < starts; ++start) {
     for (int64_t site = 0; site < sites; ++site) {
@@ -68,18 +73,21 @@ void append_sites(const std::vector<int64_t>& table, const Grid& grid, int64_t s
 
 }  // namespace
 
-MaskLists mask_lists(const PackedIds& context, const PackedIds& target, int64_t num_sequences, const Grid& grid, int64_t horizon) {
+MaskLists mask_lists(const PackedIds& context, const PackedIds& target, int64_t num_sequences,
+                     const Grid& grid, int64_t horizon) {
   MaskLists lists;
   lists.distance.resize(context.cumulative[num_sequences]);
   std::vector<int32_t> field, scratch;
   std::vector<int64_t> table;
   for (int64_t s = 0; s < num_sequences; ++s) {
-    squared_distances(target.ids + target.cumulative[s], target.cumulative[s + 1] - target.cumulative[s], grid, field, scratch);
+    squared_distances(target.ids + target.cumulative[s],
+                      target.cumulative[s + 1] - target.cumulative[s], grid, field, scratch);
     table.assign(grid.tokens(), -1);
     for (int64_t row = context.cumulative[s]; row < context.cumulative[s + 1]; ++row) {
       const int64_t id = context.ids[row];
       table[id] = row;
-      const double squared = field[id] >= kFar / 2 ? std::numeric_limits<double>::infinity() : field[id];
+      const double squared =
+          field[id] >= kFar / 2 ? std::numeric_limits<double>::infinity() : field[id];
       lists.distance[row] = static_cast<float>(std::sqrt(std::sqrt(squared)));
     }
     append_sites(table, grid, grid.t - horizon, horizon + 1, s, lists.pairs);

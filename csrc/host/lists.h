@@ -1,4 +1,5 @@
-// Index lists of a packed mask batch: distances to the nearest target, temporal pairs, full columns. jepa/lattice.py is the twin in NumPy.
+// Index lists of a packed mask batch: distances to the nearest target, temporal pairs, full
+// columns. jepa/lattice.py is the twin in NumPy.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -18,10 +19,12 @@ struct SiteLists {
 };
 
 struct MaskLists {
-  std::vector<float> distance;  // sqrt of the Euclidean distance of each context token; infinite without targets
+  std::vector<float>
+      distance;  // sqrt of the Euclidean distance of each context token; infinite without targets
   SiteLists pairs, columns;
 };
 
-MaskLists mask_lists(const PackedIds& context, const PackedIds& target, int64_t num_sequences, const Grid& grid, int64_t horizon);
+MaskLists mask_lists(const PackedIds& context, const PackedIds& target, int64_t num_sequences,
+                     const Grid& grid, int64_t horizon);
 
 }  // namespace jk_host

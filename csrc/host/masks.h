@@ -1,4 +1,5 @@
-// Block-mask sampling; jepa/masks/blocks.py is the specification and gives the same masks bit for bit.
+// Block-mask sampling; jepa/masks/blocks.py is the specification and gives the same masks bit for
+// bit.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -21,9 +22,10 @@ struct MaskRequest {
   double strength, random_rate;
 };
 
-// Fills context [batch, T, H, W] (1 = seen). `motion_maps` is [batch, T, H, W] or null. Returns the block size of the first sample whose
-// blocks hid every token in all attempts, if there is one.
-std::optional<std::array<int64_t, 3>> sample_context(const MaskRequest& request, const int64_t* samples, int64_t batch,
+// Fills context [batch, T, H, W] (1 = seen). `motion_maps` is [batch, T, H, W] or null. Returns the
+// block size of the first sample whose blocks hid every token in all attempts, if there is one.
+std::optional<std::array<int64_t, 3>> sample_context(const MaskRequest& request,
+                                                     const int64_t* samples, int64_t batch,
                                                      const double* motion_maps, uint8_t* context);
 
 }  // namespace jk_host

@@ -9,7 +9,8 @@ namespace {
 
 constexpr double kScoreFloor = 1e-6;
 
-// The cells of one axis: pixel range they touch, and for each of the cells + 1 edges the pixel it cuts and the share before the cut.
+// The cells of one axis: pixel range they touch, and for each of the cells + 1 edges the pixel it
+// cuts and the share before the cut.
 struct Axis {
   int64_t first, size;
   std::vector<int64_t> whole;
@@ -29,9 +30,11 @@ struct Axis {
   int64_t edges() const { return static_cast<int64_t>(whole.size()); }
 };
 
-// Integral of one row of |x_f - x_{f-1}|, summed over channels, in each cell: the values up to each edge, then differences of them.
+// Integral of one row of |x_f - x_{f-1}|, summed over channels, in each cell: the values up to each
+// edge, then differences of them.
 template <typename Sum, typename Before, typename At>
-void cells_of_row(const Axis& axis, std::vector<double>& at_edge, double* out, const Before& sum_until, const At& value_at) {
+void cells_of_row(const Axis& axis, std::vector<double>& at_edge, double* out,
+                  const Before& sum_until, const At& value_at) {
   Sum running = 0;
   int64_t x = 0;
   for (int64_t i = 0; i < axis.edges(); ++i) {
@@ -48,18 +51,22 @@ struct ByteClip {
   int64_t frames, height, width;
   std::vector<uint8_t> change = {};
 
-  void cells(int64_t frame, int64_t y, const Axis& axis, std::vector<double>& at_edge, double* out) {
+  void cells(int64_t frame, int64_t y, const Axis& axis, std::vector<double>& at_edge,
+             double* out) {
     const uint8_t* now = data + ((frame * height + y) * width + axis.first) * 3;
     const uint8_t* before = now - height * width * 3;
     change.resize(3 * axis.size);
     uint8_t* changed = change.data();
-    for (int64_t i = 0; i < 3 * axis.size; ++i) changed[i] = now[i] > before[i] ? now[i] - before[i] : before[i] - now[i];
+    for (int64_t i = 0; i < 3 * axis.size; ++i)
+      changed[i] = now[i] > before[i] ? now[i] - before[i] : before[i] - now[i];
     const auto sum_until = [changed](int64_t running, int64_t x, int64_t end) {
       uint32_t sum = 0;
       for (int64_t i = 3 * x; i < 3 * end; ++i) sum += changed[i];
       return running + sum;
     };
-    const auto value_at = [changed](int64_t x) { return int{changed[3 * x]} + changed[3 * x + 1] + changed[3 * x + 2]; };
+    const auto value_at = [changed](int64_t x) {
+      return int{changed[3 * x]} + changed[3 * x + 1] + changed[3 * x + 2];
+    };
     cells_of_row<int64_t>(axis, at_edge, out, sum_until, value_at);
   }
 };
@@ -70,12 +77,17 @@ struct RealClip {
   const Real* data;
   int64_t frames, height, width;
 
-  void cells(int64_t frame, int64_t y, const Axis& axis, std::vector<double>& at_edge, double* out) {
+  void cells(int64_t frame, int64_t y, const Axis& axis, std::vector<double>& at_edge,
+             double* out) {
     const int64_t channel = frames * height * width;
     const Real* now = data + (frame * height + y) * width + axis.first;
     const Real* before = now - height * width;
-    const auto change = [&](int64_t i) { return std::fabs(static_cast<double>(now[i]) - static_cast<double>(before[i])); };
-    const auto value_at = [&](int64_t x) { return (change(x) + change(x + channel)) + change(x + 2 * channel); };
+    const auto change = [&](int64_t i) {
+      return std::fabs(static_cast<double>(now[i]) - static_cast<double>(before[i]));
+    };
+    const auto value_at = [&](int64_t x) {
+      return (change(x) + change(x + channel)) + change(x + 2 * channel);
+    };
     const auto sum_until = [&](double running, int64_t x, int64_t end) {
       for (; x < end; ++x) running += value_at(x);
       return running;
@@ -84,8 +96,10 @@ struct RealClip {
   }
 };
 
-// The same down the rows or along time, for `stride` columns at once: values is [axis.size, stride], out is [cells, stride].
-void cells_of_rows(const double* values, const Axis& axis, int64_t stride, std::vector<double>& at_edge, double* out) {
+// The same down the rows or along time, for `stride` columns at once: values is [axis.size,
+// stride], out is [cells, stride].
+void cells_of_rows(const double* values, const Axis& axis, int64_t stride,
+                   std::vector<double>& at_edge, double* out) {
   std::vector<double> running(stride, 0.0);
   at_edge.resize(axis.edges() * stride);
   int64_t y = 0;
@@ -94,10 +108,12 @@ void cells_of_rows(const double* values, const Axis& axis, int64_t stride, std::
       for (int64_t k = 0; k < stride; ++k) running[k] += values[y * stride + k];
     }
     const double* cut = values + axis.whole[i] * stride;
-    for (int64_t k = 0; k < stride; ++k) at_edge[i * stride + k] = running[k] + axis.share[i] * cut[k];
+    for (int64_t k = 0; k < stride; ++k)
+      at_edge[i * stride + k] = running[k] + axis.share[i] * cut[k];
   }
   for (int64_t i = 0; i + 1 < axis.edges(); ++i) {
-    for (int64_t k = 0; k < stride; ++k) out[i * stride + k] = at_edge[(i + 1) * stride + k] - at_edge[i * stride + k];
+    for (int64_t k = 0; k < stride; ++k)
+      out[i * stride + k] = at_edge[(i + 1) * stride + k] - at_edge[i * stride + k];
   }
 }
 
@@ -107,10 +123,12 @@ void motion_of(Clip clip, const Box& box, bool flip, const Grid& grid, double* o
     std::fill(out, out + grid.tokens(), 0.0);
     return;
   }
-  const Axis across(box.left, box.width, grid.w, clip.width), down(box.top, box.height, grid.h, clip.height);
+  const Axis across(box.left, box.width, grid.w, clip.width),
+      down(box.top, box.height, grid.h, clip.height);
   const Axis along(0.0, static_cast<double>(clip.frames), grid.t, clip.frames);
   const int64_t plane = grid.h * grid.w;
-  std::vector<double> edge_row(across.edges()), edge_rows, rows(down.size * grid.w), planes(clip.frames * plane);
+  std::vector<double> edge_row(across.edges()), edge_rows, rows(down.size * grid.w),
+      planes(clip.frames * plane);
   for (int64_t f = 1; f < clip.frames; ++f) {
     for (int64_t y = 0; y < down.size; ++y) {
       clip.cells(f, down.first + y, across, edge_row, rows.data() + y * grid.w);
@@ -119,28 +137,30 @@ void motion_of(Clip clip, const Box& box, bool flip, const Grid& grid, double* o
   }
   std::copy(planes.begin() + plane, planes.begin() + 2 * plane, planes.begin());
   cells_of_rows(planes.data(), along, plane, edge_rows, out);
-  const double volume = (static_cast<double>(clip.frames) / static_cast<double>(grid.t)) * (box.height / static_cast<double>(grid.h)) *
+  const double volume = (static_cast<double>(clip.frames) / static_cast<double>(grid.t)) *
+                        (box.height / static_cast<double>(grid.h)) *
                         (box.width / static_cast<double>(grid.w)) * 3.0;
   for (int64_t i = 0; i < grid.tokens(); ++i) out[i] /= volume;
   if (flip) {
-    for (int64_t i = 0; i < grid.t * grid.h; ++i) std::reverse(out + i * grid.w, out + (i + 1) * grid.w);
+    for (int64_t i = 0; i < grid.t * grid.h; ++i)
+      std::reverse(out + i * grid.w, out + (i + 1) * grid.w);
   }
 }
 
 }  // namespace
 
-void area_motion(const uint8_t* clip, int64_t frames, int64_t height, int64_t width, const Box& box, bool flip, const Grid& grid,
-                 double* out) {
+void area_motion(const uint8_t* clip, int64_t frames, int64_t height, int64_t width, const Box& box,
+                 bool flip, const Grid& grid, double* out) {
   motion_of(ByteClip{clip, frames, height, width}, box, flip, grid, out);
 }
 
-void area_motion(const float* clip, int64_t frames, int64_t height, int64_t width, const Box& box, bool flip, const Grid& grid,
-                 double* out) {
+void area_motion(const float* clip, int64_t frames, int64_t height, int64_t width, const Box& box,
+                 bool flip, const Grid& grid, double* out) {
   motion_of(RealClip<float>{clip, frames, height, width}, box, flip, grid, out);
 }
 
-void area_motion(const double* clip, int64_t frames, int64_t height, int64_t width, const Box& box, bool flip, const Grid& grid,
-                 double* out) {
+void area_motion(const double* clip, int64_t frames, int64_t height, int64_t width, const Box& box,
+                 bool flip, const Grid& grid, double* out) {
   motion_of(RealClip<double>{clip, frames, height, width}, box, flip, grid, out);
 }
 
@@ -153,7 +173,8 @@ std::vector<double> volume_table(const double* map, const Grid& grid) {
       const double* source = map + (t * grid.h + y) * grid.w;
       double* target = table.data() + (t + 1) * plane + (y + 1) * row + 1;
       double running = 0.0;
-      for (int64_t x = 0; x < grid.w; ++x) target[x] = running = x == 0 ? source[0] : running + source[x];
+      for (int64_t x = 0; x < grid.w; ++x)
+        target[x] = running = x == 0 ? source[0] : running + source[x];
       if (y > 0) {
         for (int64_t x = 0; x < grid.w; ++x) target[x] += target[x - row];
       }
@@ -166,7 +187,8 @@ std::vector<double> volume_table(const double* map, const Grid& grid) {
   return table;
 }
 
-void block_scores(const std::vector<double>& table, const Grid& grid, const std::array<int64_t, 3>& block, std::vector<double>& scores) {
+void block_scores(const std::vector<double>& table, const Grid& grid,
+                  const std::array<int64_t, 3>& block, std::vector<double>& scores) {
   const int64_t row = grid.w + 1, plane = (grid.h + 1) * row;
   const auto [t, h, w] = block;
   const double size = static_cast<double>(t * h * w);

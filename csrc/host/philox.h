@@ -1,5 +1,6 @@
-// Philox4x32-10 counter-based random numbers (Salmon, Moraes, Dror, Shaw, SC 2011). jepa/counter_rng.py is the twin in NumPy and states
-// how (seed, step, sample, stream, index) fill the counter and the key.
+// Philox4x32-10 counter-based random numbers (Salmon, Moraes, Dror, Shaw, SC 2011).
+// jepa/counter_rng.py is the twin in NumPy and states how (seed, step, sample, stream, index) fill
+// the counter and the key.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -34,7 +35,9 @@ struct Uniforms {
 
   // Numbers 2*block and 2*block + 1.
   void pair(uint32_t block, double* out) const {
-    const Words words = philox4x32({block, sample, static_cast<uint32_t>(step), stream + (static_cast<uint32_t>(step >> 32) << 16)}, seed);
+    const Words words = philox4x32({block, sample, static_cast<uint32_t>(step),
+                                    stream + (static_cast<uint32_t>(step >> 32) << 16)},
+                                   seed);
     out[0] = unit(words[0], words[1]);
     out[1] = unit(words[2], words[3]);
   }

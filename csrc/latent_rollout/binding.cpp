@@ -1,4 +1,5 @@
-// latent_rollout on torch's stable ABI: describes tensors to the C ABI of params.h. No arithmetic here.
+// latent_rollout on torch's stable ABI: describes tensors to the C ABI of params.h. No arithmetic
+// here.
 #include "params.h"
 
 #include "../binding.h"
@@ -14,18 +15,23 @@ void check(bool holds, const char* argument, const char* requirement) {
 }
 
 void check_float(const Tensor& t, const char* argument, std::initializer_list<int64_t> shape) {
-  check(t.scalar_type() == ScalarType::Float && t.is_contiguous(), argument, "be contiguous float32");
-  check(t.dim() == (int64_t)shape.size(), argument, "have the number of dimensions that the kernel reads");
+  check(t.scalar_type() == ScalarType::Float && t.is_contiguous(), argument,
+        "be contiguous float32");
+  check(t.dim() == (int64_t)shape.size(), argument,
+        "have the number of dimensions that the kernel reads");
   int64_t i = 0;
-  for (const int64_t size : shape) check(t.size(i++) == size, argument, "have the sizes that the other tensors imply");
+  for (const int64_t size : shape)
+    check(t.size(i++) == size, argument, "have the sizes that the other tensors imply");
 }
 
 // A matrix that multiplies, of the dtype to which the product rounds.
 const void* matrix(const Tensor& t, const char* argument, std::initializer_list<int64_t> shape) {
   check(t.is_contiguous(), argument, "be contiguous");
-  check(t.dim() == (int64_t)shape.size(), argument, "have the number of dimensions that the kernel reads");
+  check(t.dim() == (int64_t)shape.size(), argument,
+        "have the number of dimensions that the kernel reads");
   int64_t i = 0;
-  for (const int64_t size : shape) check(t.size(i++) == size, argument, "have the sizes that the other tensors imply");
+  for (const int64_t size : shape)
+    check(t.size(i++) == size, argument, "have the sizes that the other tensors imply");
   return t.const_data_ptr();
 }
 
@@ -54,7 +60,8 @@ struct Device {
   bool cuda;
 
   template <class Params>
-  void run(const Params& p, Sentence (*cpu)(const Params*, int, jk_parallel_for), const char* name, const Tensor& like) const {
+  void run(const Params& p, Sentence (*cpu)(const Params*, int, jk_parallel_for), const char* name,
+           const Tensor& like) const {
     if (!cuda) {
       check_sentence(cpu(&p, (int)isa, parallel_for));
       return;
@@ -65,17 +72,22 @@ struct Device {
   }
 };
 
-Device device_of(const Tensor& t, int64_t isa) { return {checked_isa("latent_rollout", isa), !t.is_cpu()}; }
+Device device_of(const Tensor& t, int64_t isa) {
+  return {checked_isa("latent_rollout", isa), !t.is_cpu()};
+}
 
-std::tuple<Tensor, Tensor> mlp_fwd(const Tensor& start, const Optional& coupling, const Optional& drift, int64_t horizon, bool keep_all,
-                                   bool save, int64_t isa) {
+std::tuple<Tensor, Tensor> mlp_fwd(const Tensor& start, const Optional& coupling,
+                                   const Optional& drift, int64_t horizon, bool keep_all, bool save,
+                                   int64_t isa) {
   const int64_t rows = start.size(0), hidden = start.size(1), kept = keep_all ? horizon : 1;
   check(horizon >= 1, "horizon", "be at least 1");
   check_float(start, "start", {rows, hidden});
-  check((coupling.has_value() && drift.has_value()) || horizon == 1, "coupling", "be given for more than one step");
+  check((coupling.has_value() && drift.has_value()) || horizon == 1, "coupling",
+        "be given for more than one step");
   if (horizon > 1) check_float(*drift, "drift", {hidden});
   Tensor sums = floats(start, {kept, rows, hidden});
-  Tensor inputs = floats(start, save ? std::vector<int64_t>{horizon, rows, hidden} : std::vector<int64_t>{0});
+  Tensor inputs =
+      floats(start, save ? std::vector<int64_t>{horizon, rows, hidden} : std::vector<int64_t>{0});
   jk_rollout_mlp_params p{};
   p.rows = rows;
   p.hidden = hidden;
@@ -87,12 +99,15 @@ std::tuple<Tensor, Tensor> mlp_fwd(const Tensor& start, const Optional& coupling
   p.drift = horizon > 1 ? numbers(*drift) : nullptr;
   p.sums = filled(sums);
   p.inputs = save ? filled(inputs) : nullptr;
-  device_of(start, isa).run(p, jk_latent_rollout_cpu_mlp_fwd, "jk_latent_rollout_cuda_mlp_fwd", start);
+  device_of(start, isa)
+      .run(p, jk_latent_rollout_cpu_mlp_fwd, "jk_latent_rollout_cuda_mlp_fwd", start);
   return {inputs, sums};
 }
 
-std::tuple<Tensor, Tensor> mlp_bwd(const Tensor& inputs, const Optional& coupling, const Tensor& grad_sums, int64_t isa) {
-  const int64_t horizon = inputs.size(0), rows = inputs.size(1), hidden = inputs.size(2), kept = grad_sums.size(0);
+std::tuple<Tensor, Tensor> mlp_bwd(const Tensor& inputs, const Optional& coupling,
+                                   const Tensor& grad_sums, int64_t isa) {
+  const int64_t horizon = inputs.size(0), rows = inputs.size(1), hidden = inputs.size(2),
+                kept = grad_sums.size(0);
   check_float(inputs, "inputs", {horizon, rows, hidden});
   check(kept == 1 || kept == horizon, "grad_sums", "hold one step or all");
   check_float(grad_sums, "grad_sums", {kept, rows, hidden});
@@ -110,21 +125,25 @@ std::tuple<Tensor, Tensor> mlp_bwd(const Tensor& inputs, const Optional& couplin
   Tensor activations = operands(inputs, {horizon - 1, rows, hidden}, p.operand);
   p.grad_inputs = grad_inputs.mutable_data_ptr();
   p.activations = activations.mutable_data_ptr();
-  device_of(inputs, isa).run(p, jk_latent_rollout_cpu_mlp_bwd, "jk_latent_rollout_cuda_mlp_bwd", inputs);
+  device_of(inputs, isa)
+      .run(p, jk_latent_rollout_cpu_mlp_bwd, "jk_latent_rollout_cuda_mlp_bwd", inputs);
   return {grad_inputs, activations};
 }
 
-std::tuple<Tensor, Tensor> hamiltonian_fwd(const Tensor& start, const Tensor& weight, const Tensor& bias, const Tensor& energy,
-                                           const Tensor& coupling, double time_step, int64_t horizon, bool keep_all, bool save,
-                                           int64_t isa) {
-  const int64_t rows = start.size(0), hidden = start.size(1), middle = weight.size(0), kept = keep_all ? horizon : 1;
+std::tuple<Tensor, Tensor> hamiltonian_fwd(const Tensor& start, const Tensor& weight,
+                                           const Tensor& bias, const Tensor& energy,
+                                           const Tensor& coupling, double time_step,
+                                           int64_t horizon, bool keep_all, bool save, int64_t isa) {
+  const int64_t rows = start.size(0), hidden = start.size(1), middle = weight.size(0),
+                kept = keep_all ? horizon : 1;
   check(horizon >= 1, "horizon", "be at least 1");
   check_float(start, "start", {rows, hidden});
   check(weight.scalar_type() == coupling.scalar_type(), "weight", "have the dtype of coupling");
   check_float(bias, "bias", {middle});
   check_float(energy, "energy", {1, middle});
   Tensor sums = floats(start, {2, kept, rows, hidden});
-  Tensor inputs = floats(start, save ? std::vector<int64_t>{2 * horizon, rows, hidden} : std::vector<int64_t>{0});
+  Tensor inputs = floats(
+      start, save ? std::vector<int64_t>{2 * horizon, rows, hidden} : std::vector<int64_t>{0});
   jk_rollout_hamiltonian_params p{};
   p.rows = rows;
   p.hidden = hidden;
@@ -140,12 +159,15 @@ std::tuple<Tensor, Tensor> hamiltonian_fwd(const Tensor& start, const Tensor& we
   p.operand = operand(coupling);
   p.sums = filled(sums);
   p.inputs = save ? filled(inputs) : nullptr;
-  device_of(start, isa).run(p, jk_latent_rollout_cpu_hamiltonian_fwd, "jk_latent_rollout_cuda_hamiltonian_fwd", start);
+  device_of(start, isa)
+      .run(p, jk_latent_rollout_cpu_hamiltonian_fwd, "jk_latent_rollout_cuda_hamiltonian_fwd",
+           start);
   return {inputs, sums};
 }
 
-std::vector<Tensor> hamiltonian_bwd(const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor& energy,
-                                    const Tensor& coupling, double time_step, bool transposed, const Tensor& following, Tensor carried,
+std::vector<Tensor> hamiltonian_bwd(const Tensor& input, const Tensor& weight, const Tensor& bias,
+                                    const Tensor& energy, const Tensor& coupling, double time_step,
+                                    bool transposed, const Tensor& following, Tensor carried,
                                     int64_t isa) {
   const int64_t rows = input.size(0), hidden = input.size(1), middle = weight.size(0);
   check_float(input, "input", {rows, hidden});
@@ -155,8 +177,10 @@ std::vector<Tensor> hamiltonian_bwd(const Tensor& input, const Tensor& weight, c
   check_float(bias, "bias", {middle});
   check_float(energy, "energy", {1, middle});
   Tensor force = floats(input, {rows, hidden});
-  // Stacked as their product needs them: [pulled; grad_middle]^T [grad_returned; activation] is the gradient of W2.
-  Tensor left = floats(input, {2, rows, middle}), right = floats(input, {2, rows, hidden}), grad_energy = floats(input, {rows, middle});
+  // Stacked as their product needs them: [pulled; grad_middle]^T [grad_returned; activation] is the
+  // gradient of W2.
+  Tensor left = floats(input, {2, rows, middle}), right = floats(input, {2, rows, hidden}),
+         grad_energy = floats(input, {rows, middle});
   jk_rollout_hamiltonian_step_params p{};
   p.rows = rows;
   p.hidden = hidden;
@@ -177,31 +201,41 @@ std::vector<Tensor> hamiltonian_bwd(const Tensor& input, const Tensor& weight, c
   p.grad_returned = filled(right);
   p.activation = filled(right) + rows * hidden;
   p.grad_energy = filled(grad_energy);
-  device_of(input, isa).run(p, jk_latent_rollout_cpu_hamiltonian_bwd, "jk_latent_rollout_cuda_hamiltonian_bwd", input);
+  device_of(input, isa)
+      .run(p, jk_latent_rollout_cpu_hamiltonian_bwd, "jk_latent_rollout_cuda_hamiltonian_bwd",
+           input);
   return {force, left, right, grad_energy};
 }
 
-jk_rollout_rows table(const Tensor& t, const Optional& index, const char* argument, int64_t channels) {
-  check(t.size(t.dim() - 1) == channels && (channels < 2 || t.stride(t.dim() - 1) == 1), argument, "have the channels of out side by side");
-  jk_rollout_rows rows{t.const_data_ptr(), nullptr, t.stride(t.dim() - 2), dtype_code("latent_rollout", t)};
-  check(!t.is_cpu() || rows.dtype == JK_FLOAT32 || rows.dtype == JK_BFLOAT16, argument, "be float32 or bfloat16 on a CPU");
+jk_rollout_rows table(const Tensor& t, const Optional& index, const char* argument,
+                      int64_t channels) {
+  check(t.size(t.dim() - 1) == channels && (channels < 2 || t.stride(t.dim() - 1) == 1), argument,
+        "have the channels of out side by side");
+  jk_rollout_rows rows{t.const_data_ptr(), nullptr, t.stride(t.dim() - 2),
+                       dtype_code("latent_rollout", t)};
+  check(!t.is_cpu() || rows.dtype == JK_FLOAT32 || rows.dtype == JK_BFLOAT16, argument,
+        "be float32 or bfloat16 on a CPU");
   if (index.has_value()) {
-    check(index->scalar_type() == ScalarType::Long && index->is_contiguous(), argument, "be indexed by contiguous int64 rows");
+    check(index->scalar_type() == ScalarType::Long && index->is_contiguous(), argument,
+          "be indexed by contiguous int64 rows");
     rows.index = index->const_data_ptr<int64_t>();
     // On a GPU the dispatching op checks them, where it is asked to.
     for (int64_t i = 0; t.is_cpu() && i < index->numel(); ++i)
-      check(rows.index[i] >= 0 && rows.index[i] < t.size(t.dim() - 2), argument, "be indexed by rows that it has");
+      check(rows.index[i] >= 0 && rows.index[i] < t.size(t.dim() - 2), argument,
+            "be indexed by rows that it has");
   }
   return rows;
 }
 
-jk_rollout_readout_params describe(const Tensor& sums, const Tensor& weight, const Optional& bias, const Tensor& base,
-                                   const Optional& base_rows, int64_t first_step) {
+jk_rollout_readout_params describe(const Tensor& sums, const Tensor& weight, const Optional& bias,
+                                   const Tensor& base, const Optional& base_rows,
+                                   int64_t first_step) {
   const int64_t channels = weight.size(1);
   check_float(sums, "sums", {sums.size(0), sums.size(1), weight.size(0)});
   if (bias.has_value()) check_float(*bias, "bias", {channels});
   check(base.dim() == 2, "base", "be [rows, D]");
-  check(base_rows.has_value() ? base_rows->size(0) == sums.size(1) : base.size(0) == sums.size(1), "base", "have one row per row of sums");
+  check(base_rows.has_value() ? base_rows->size(0) == sums.size(1) : base.size(0) == sums.size(1),
+        "base", "have one row per row of sums");
   jk_rollout_readout_params p{};
   p.steps = sums.size(0);
   p.rows = sums.size(1);
@@ -218,51 +252,61 @@ jk_rollout_readout_params describe(const Tensor& sums, const Tensor& weight, con
   return p;
 }
 
-void set_targets(jk_rollout_readout_params& p, const Tensor& targets, const Optional& target_rows, double exponent) {
-  check(targets.dim() == (target_rows.has_value() ? 2 : 3), "targets", "be [steps, rows, D], or a table with target_rows");
-  check(target_rows.has_value() ? target_rows->numel() == p.steps * p.rows : targets.size(0) == p.steps && targets.size(1) == p.rows,
+void set_targets(jk_rollout_readout_params& p, const Tensor& targets, const Optional& target_rows,
+                 double exponent) {
+  check(targets.dim() == (target_rows.has_value() ? 2 : 3), "targets",
+        "be [steps, rows, D], or a table with target_rows");
+  check(target_rows.has_value() ? target_rows->numel() == p.steps * p.rows
+                                : targets.size(0) == p.steps && targets.size(1) == p.rows,
         "targets", "have one row per step and row");
   p.targets = table(targets, target_rows, "targets", p.channels);
   p.target_step_stride = target_rows.has_value() ? 0 : targets.stride(0);
   p.exponent = (float)exponent;
 }
 
-void readout(const Tensor& sums, const Tensor& weight, const Optional& bias, const Tensor& base, const Optional& base_rows,
-             int64_t first_step, Tensor out, int64_t isa) {
+void readout(const Tensor& sums, const Tensor& weight, const Optional& bias, const Tensor& base,
+             const Optional& base_rows, int64_t first_step, Tensor out, int64_t isa) {
   auto p = describe(sums, weight, bias, base, base_rows, first_step);
-  check(out.dim() == 3 && out.size(0) == p.steps && out.size(1) == p.rows && out.size(2) == p.channels && out.stride(2) == 1, "out",
-        "be [steps, rows, D] with channel stride 1");
+  check(out.dim() == 3 && out.size(0) == p.steps && out.size(1) == p.rows &&
+            out.size(2) == p.channels && out.stride(2) == 1,
+        "out", "be [steps, rows, D] with channel stride 1");
   p.out = out.mutable_data_ptr();
   p.out_step_stride = out.stride(0);
   p.out_row_stride = out.stride(1);
   p.out_dtype = dtype_code("latent_rollout", out);
   check(!out.is_cpu() || p.out_dtype == p.operand, "out", "have the dtype of weight on a CPU");
-  device_of(sums, isa).run(p, jk_latent_rollout_cpu_readout, "jk_latent_rollout_cuda_readout", sums);
+  device_of(sums, isa).run(p, jk_latent_rollout_cpu_readout, "jk_latent_rollout_cuda_readout",
+                           sums);
 }
 
-std::tuple<Tensor, Tensor> errors(const Tensor& sums, const Tensor& weight, const Optional& bias, const Tensor& base,
-                                  const Optional& base_rows, const Tensor& targets, const Optional& target_rows, double exponent,
-                                  bool save_signs, int64_t isa) {
+std::tuple<Tensor, Tensor> errors(const Tensor& sums, const Tensor& weight, const Optional& bias,
+                                  const Tensor& base, const Optional& base_rows,
+                                  const Tensor& targets, const Optional& target_rows,
+                                  double exponent, bool save_signs, int64_t isa) {
   auto p = describe(sums, weight, bias, base, base_rows, 1);
   set_targets(p, targets, target_rows, exponent);
   Tensor values = floats(sums, {p.steps, p.rows});
   const std::vector<int64_t> planes =
-      save_signs ? std::vector<int64_t>{p.steps, p.rows, 2 * ((p.channels + 7) / 8)} : std::vector<int64_t>{0};
+      save_signs ? std::vector<int64_t>{p.steps, p.rows, 2 * ((p.channels + 7) / 8)}
+                 : std::vector<int64_t>{0};
   Tensor signs = torch::stable::new_empty(sums, planes, ScalarType::Byte);
   p.errors = filled(values);
   p.signs = save_signs ? signs.mutable_data_ptr<uint8_t>() : nullptr;
-  device_of(sums, isa).run(p, jk_latent_rollout_cpu_readout, "jk_latent_rollout_cuda_readout", sums);
+  device_of(sums, isa).run(p, jk_latent_rollout_cpu_readout, "jk_latent_rollout_cuda_readout",
+                           sums);
   return {values, signs};
 }
 
-Tensor errors_gradient(const Tensor& sums, const Tensor& weight, const Optional& bias, const Tensor& base, const Optional& base_rows,
-                       const Tensor& targets, const Optional& target_rows, double exponent, const Optional& signs, int64_t first_step,
-                       const Tensor& grad_errors, Tensor grad_base, int64_t isa) {
+Tensor errors_gradient(const Tensor& sums, const Tensor& weight, const Optional& bias,
+                       const Tensor& base, const Optional& base_rows, const Tensor& targets,
+                       const Optional& target_rows, double exponent, const Optional& signs,
+                       int64_t first_step, const Tensor& grad_errors, Tensor grad_base,
+                       int64_t isa) {
   auto p = describe(sums, weight, bias, base, base_rows, first_step);
   set_targets(p, targets, target_rows, exponent);
   check_float(grad_errors, "grad_errors", {p.steps, p.rows});
-  check(grad_base.scalar_type() == ScalarType::Float && grad_base.size(0) == p.rows && grad_base.size(1) == p.channels &&
-            grad_base.stride(1) == 1,
+  check(grad_base.scalar_type() == ScalarType::Float && grad_base.size(0) == p.rows &&
+            grad_base.size(1) == p.channels && grad_base.stride(1) == 1,
         "grad_base", "be float32 [rows, D] with channel stride 1");
   Tensor grad = operands(sums, {p.steps, p.rows, p.channels}, p.operand);
   p.grad_errors = numbers(grad_errors);
@@ -270,21 +314,27 @@ Tensor errors_gradient(const Tensor& sums, const Tensor& weight, const Optional&
   p.grad_base = filled(grad_base);
   p.grad_base_stride = grad_base.stride(0);
   if (signs.has_value()) {
-    check(signs->is_contiguous() && signs->numel() == p.steps * p.rows * 2 * ((p.channels + 7) / 8), "signs", "be what errors returned");
+    check(signs->is_contiguous() && signs->numel() == p.steps * p.rows * 2 * ((p.channels + 7) / 8),
+          "signs", "be what errors returned");
     p.signs = const_cast<uint8_t*>(signs->const_data_ptr<uint8_t>());
   }
-  device_of(sums, isa).run(p, jk_latent_rollout_cpu_readout_gradient, "jk_latent_rollout_cuda_readout_gradient", sums);
+  device_of(sums, isa).run(p, jk_latent_rollout_cpu_readout_gradient,
+                           "jk_latent_rollout_cuda_readout_gradient", sums);
   return grad;
 }
 
-jk_rollout_gru_params describe_gru(const Tensor& start, const Tensor& actions, const std::vector<Tensor>& weights, double epsilon) {
-  const int64_t horizon = actions.size(0), rows = actions.size(1), width = actions.size(2), channels = start.size(1);
+jk_rollout_gru_params describe_gru(const Tensor& start, const Tensor& actions,
+                                   const std::vector<Tensor>& weights, double epsilon) {
+  const int64_t horizon = actions.size(0), rows = actions.size(1), width = actions.size(2),
+                channels = start.size(1);
   check(horizon >= 1, "horizon", "be at least 1");
-  check(start.scalar_type() == ScalarType::Float && start.size(0) == rows && (channels < 2 || start.stride(1) == 1), "start",
-        "be float32 [rows, D] with channel stride 1");
+  check(start.scalar_type() == ScalarType::Float && start.size(0) == rows &&
+            (channels < 2 || start.stride(1) == 1),
+        "start", "be float32 [rows, D] with channel stride 1");
   check_float(actions, "actions", {horizon, rows, width});
   check(weights.size() == 6, "weights", "be the six tensors of a GRU");
-  check(weights[0].scalar_type() == weights[1].scalar_type(), "weight_input", "have the dtype of weight_state");
+  check(weights[0].scalar_type() == weights[1].scalar_type(), "weight_input",
+        "have the dtype of weight_state");
   for (int i = 2; i < 4; ++i) check_float(weights[i], "bias", {3 * channels});
   for (int i = 4; i < 6; ++i) check_float(weights[i], "norm", {channels});
   jk_rollout_gru_params p{};
@@ -306,28 +356,35 @@ jk_rollout_gru_params describe_gru(const Tensor& start, const Tensor& actions, c
   return p;
 }
 
-std::tuple<Tensor, Tensor> gru_fwd(const Tensor& start, const Tensor& actions, std::vector<Tensor> weights, double epsilon, bool keep_all,
+std::tuple<Tensor, Tensor> gru_fwd(const Tensor& start, const Tensor& actions,
+                                   std::vector<Tensor> weights, double epsilon, bool keep_all,
                                    bool save, int64_t isa) {
   auto p = describe_gru(start, actions, weights, epsilon);
   p.kept = keep_all ? p.horizon : 1;
   Tensor states = floats(start, {p.kept, p.rows, p.channels});
-  Tensor gates = floats(start, save ? std::vector<int64_t>{p.horizon, p.rows, 4 * p.channels} : std::vector<int64_t>{0});
+  Tensor gates = floats(start, save ? std::vector<int64_t>{p.horizon, p.rows, 4 * p.channels}
+                                    : std::vector<int64_t>{0});
   p.states = filled(states);
   p.gates = save ? filled(gates) : nullptr;
-  device_of(start, isa).run(p, jk_latent_rollout_cpu_gru_fwd, "jk_latent_rollout_cuda_gru_fwd", start);
+  device_of(start, isa)
+      .run(p, jk_latent_rollout_cpu_gru_fwd, "jk_latent_rollout_cuda_gru_fwd", start);
   return {states, gates};
 }
 
-std::vector<Tensor> gru_bwd(const Tensor& start, const Tensor& actions, const Tensor& states, const Tensor& gates,
-                            std::vector<Tensor> weights, double epsilon, const Tensor& grad_states, bool every_step, int64_t isa) {
+std::vector<Tensor> gru_bwd(const Tensor& start, const Tensor& actions, const Tensor& states,
+                            const Tensor& gates, std::vector<Tensor> weights, double epsilon,
+                            const Tensor& grad_states, bool every_step, int64_t isa) {
   auto p = describe_gru(start, actions, weights, epsilon);
   p.kept = p.horizon;
   check_float(states, "states", {p.horizon, p.rows, p.channels});
   check_float(gates, "gates", {p.horizon, p.rows, 4 * p.channels});
-  check(grad_states.scalar_type() == ScalarType::Float && grad_states.is_contiguous(), "grad_states", "be contiguous float32");
-  check(grad_states.numel() == (every_step ? p.horizon : 1) * p.rows * p.channels, "grad_states", "have one gradient per kept state");
+  check(grad_states.scalar_type() == ScalarType::Float && grad_states.is_contiguous(),
+        "grad_states", "be contiguous float32");
+  check(grad_states.numel() == (every_step ? p.horizon : 1) * p.rows * p.channels, "grad_states",
+        "have one gradient per kept state");
   const int64_t tiles = start.is_cpu() ? jk_latent_rollout_cpu_gru_tiles(p.rows)
-                                       : reinterpret_cast<int64_t (*)(int64_t)>(cuda_symbol("jk_latent_rollout_cuda_gru_tiles"))(p.rows);
+                                       : reinterpret_cast<int64_t (*)(int64_t)>(cuda_symbol(
+                                             "jk_latent_rollout_cuda_gru_tiles"))(p.rows);
   const bool cpu = start.is_cpu();
   Tensor grad_gates = operands(start, {p.horizon, p.rows, (cpu ? 3 : 4) * p.channels}, p.operand);
   Tensor grad_start = floats(start, {p.rows, p.channels});
@@ -343,7 +400,8 @@ std::vector<Tensor> gru_bwd(const Tensor& start, const Tensor& actions, const Te
   p.grad_small = filled(grad_small);
   p.grad_start = filled(grad_start);
   p.grad_norm = filled(grad_norm);
-  device_of(start, isa).run(p, jk_latent_rollout_cpu_gru_bwd, "jk_latent_rollout_cuda_gru_bwd", start);
+  device_of(start, isa)
+      .run(p, jk_latent_rollout_cpu_gru_bwd, "jk_latent_rollout_cuda_gru_bwd", start);
   return {grad_gates, grad_start, grad_norm, grad_actions, grad_small};
 }
 
@@ -352,32 +410,43 @@ std::vector<Tensor> gru_bwd(const Tensor& start, const Tensor& actions, const Te
 
 STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
   m.def(
-      "latent_rollout_mlp_fwd(Tensor start, Tensor? coupling, Tensor? drift, int horizon, bool keep_all, bool save, int isa) -> (Tensor, "
+      "latent_rollout_mlp_fwd(Tensor start, Tensor? coupling, Tensor? drift, int horizon, bool "
+      "keep_all, bool save, int isa) -> (Tensor, "
       "Tensor)");
-  m.def("latent_rollout_mlp_bwd(Tensor inputs, Tensor? coupling, Tensor grad_sums, int isa) -> (Tensor, Tensor)");
   m.def(
-      "latent_rollout_hamiltonian_fwd(Tensor start, Tensor weight, Tensor bias, Tensor energy, Tensor coupling, float time_step, int "
+      "latent_rollout_mlp_bwd(Tensor inputs, Tensor? coupling, Tensor grad_sums, int isa) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "latent_rollout_hamiltonian_fwd(Tensor start, Tensor weight, Tensor bias, Tensor energy, "
+      "Tensor coupling, float time_step, int "
       "horizon, "
       "bool keep_all, bool save, int isa) -> (Tensor, Tensor)");
   m.def(
-      "latent_rollout_hamiltonian_bwd(Tensor input, Tensor weight, Tensor bias, Tensor energy, Tensor coupling, float time_step, "
+      "latent_rollout_hamiltonian_bwd(Tensor input, Tensor weight, Tensor bias, Tensor energy, "
+      "Tensor coupling, float time_step, "
       "bool transposed, Tensor following, Tensor(a!) carried, int isa) -> Tensor[]");
   m.def(
-      "latent_rollout_readout(Tensor sums, Tensor weight, Tensor? bias, Tensor base, Tensor? base_rows, int first_step, Tensor(a!) out, "
+      "latent_rollout_readout(Tensor sums, Tensor weight, Tensor? bias, Tensor base, Tensor? "
+      "base_rows, int first_step, Tensor(a!) out, "
       "int isa) "
       "-> ()");
   m.def(
-      "latent_rollout_errors(Tensor sums, Tensor weight, Tensor? bias, Tensor base, Tensor? base_rows, Tensor targets, Tensor? "
+      "latent_rollout_errors(Tensor sums, Tensor weight, Tensor? bias, Tensor base, Tensor? "
+      "base_rows, Tensor targets, Tensor? "
       "target_rows, "
       "float exponent, bool save_signs, int isa) -> (Tensor, Tensor)");
   m.def(
-      "latent_rollout_errors_gradient(Tensor sums, Tensor weight, Tensor? bias, Tensor base, Tensor? base_rows, Tensor targets, "
-      "Tensor? target_rows, float exponent, Tensor? signs, int first_step, Tensor grad_errors, Tensor(a!) grad_base, int isa) -> Tensor");
+      "latent_rollout_errors_gradient(Tensor sums, Tensor weight, Tensor? bias, Tensor base, "
+      "Tensor? base_rows, Tensor targets, "
+      "Tensor? target_rows, float exponent, Tensor? signs, int first_step, Tensor grad_errors, "
+      "Tensor(a!) grad_base, int isa) -> Tensor");
   m.def(
-      "latent_rollout_gru_fwd(Tensor start, Tensor actions, Tensor[] weights, float epsilon, bool keep_all, bool save, int isa) "
+      "latent_rollout_gru_fwd(Tensor start, Tensor actions, Tensor[] weights, float epsilon, bool "
+      "keep_all, bool save, int isa) "
       "-> (Tensor, Tensor)");
   m.def(
-      "latent_rollout_gru_bwd(Tensor start, Tensor actions, Tensor states, Tensor gates, Tensor[] weights, float epsilon, Tensor "
+      "latent_rollout_gru_bwd(Tensor start, Tensor actions, Tensor states, Tensor gates, Tensor[] "
+      "weights, float epsilon, Tensor "
       "grad_states, "
       "bool every_step, int isa) -> Tensor[]");
 }

@@ -29,16 +29,17 @@ JK_INLINE typename V::Vec exp(typename V::Vec x) {
   return simd::exp2<V, 6>(smaller<V>(V::set1(126.f), V::max(V::set1(-126.f), scaled)));
 }
 
-// The normal distribution at x: upper tail Phi(-|x|) and exp(-x^2 / 2). The tail over the density is a polynomial in
-// t = 1 / (1 + 0.34 |x|), fitted in relative error over |x| <= 14 (3e-8).
+// The normal distribution at x: upper tail Phi(-|x|) and exp(-x^2 / 2). The tail over the density
+// is a polynomial in t = 1 / (1 + 0.34 |x|), fitted in relative error over |x| <= 14 (3e-8).
 template <class V>
 struct Normal {
   typename V::Vec tail, bell, size;
 };
 template <class V>
 JK_INLINE Normal<V> normal(typename V::Vec x) {
-  constexpr float kFit[] = {-0.02612047586f, 0.1394994988f, -0.2731327622f, 0.2021826941f, -0.04471846504f,
-                            0.1153591668f,   0.1151976584f, 0.1361121966f,  0.1356205035f};
+  constexpr float kFit[] = {-0.02612047586f, 0.1394994988f,   -0.2731327622f,
+                            0.2021826941f,   -0.04471846504f, 0.1153591668f,
+                            0.1151976584f,   0.1361121966f,   0.1356205035f};
   const typename V::Vec size = magnitude<V>(x);
   const typename V::Vec t = V::div(V::set1(1.f), V::fma(size, V::set1(0.34f), V::set1(1.f)));
   const typename V::Vec bell = exp<V>(V::mul(V::mul(size, size), V::set1(-0.5f)));

@@ -1,4 +1,5 @@
-// From hidden sums to predictions, errors or the gradient of errors: the product with the output weight, fused with what follows it.
+// From hidden sums to predictions, errors or the gradient of errors: the product with the output
+// weight, fused with what follows it.
 #pragma once
 #include <math.h>
 #if defined(__AVX2__) || defined(__AVX512F__)
@@ -17,7 +18,8 @@ inline int64_t row_of(const jk_rollout_rows& table, int64_t position) {
   return (table.index == nullptr ? position : table.index[position]) * table.stride;
 }
 inline void prefetch(const jk_rollout_rows& table, int64_t at) {
-  __builtin_prefetch((const char*)table.data + at * (table.dtype == JK_FLOAT32 ? sizeof(float) : sizeof(bf16)));
+  __builtin_prefetch((const char*)table.data +
+                     at * (table.dtype == JK_FLOAT32 ? sizeof(float) : sizeof(bf16)));
 }
 
 // Bit i: whether lane i is positive.
@@ -27,7 +29,8 @@ JK_INLINE uint32_t positive_lanes(typename V::Vec x) {
   if constexpr (V::kLanes == 16) return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
 #endif
 #if defined(__AVX2__)
-  if constexpr (V::kLanes == 8) return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ));
+  if constexpr (V::kLanes == 8)
+    return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ));
 #endif
   if constexpr (V::kLanes == 4) {
     float lanes[V::kLanes];
@@ -58,7 +61,8 @@ JK_INLINE typename V::Vec power_slope(typename V::Vec x, float exponent) {
   return V::load(lanes);
 }
 
-// A block of kColumns numbers of a row that may end inside it: zeros beyond the end, which are never written.
+// A block of kColumns numbers of a row that may end inside it: zeros beyond the end, which are
+// never written.
 template <class V>
 struct Columns {
   int64_t left;  // numbers from here to the end of the row
@@ -96,12 +100,14 @@ struct Columns {
 inline int64_t sign_bytes(const jk_rollout_readout_params& p) { return (p.channels + 7) / 8; }
 
 template <class V>
-JK_INLINE void store_signs(const jk_rollout_readout_params& p, int64_t row, int64_t column, const typename V::Vec (&residual)[2]) {
+JK_INLINE void store_signs(const jk_rollout_readout_params& p, int64_t row, int64_t column,
+                           const typename V::Vec (&residual)[2]) {
   constexpr int kBytes = 2 * V::kLanes / 8;
   const int64_t plane = sign_bytes(p), left = plane - column / 8;
   uint8_t* to = p.signs + row * 2 * plane + column / 8;
   const uint32_t up = positive_lanes<V>(residual[0]) | positive_lanes<V>(residual[1]) << V::kLanes;
-  const uint32_t down = positive_lanes<V>(negate<V>(residual[0])) | positive_lanes<V>(negate<V>(residual[1])) << V::kLanes;
+  const uint32_t down = positive_lanes<V>(negate<V>(residual[0])) |
+                        positive_lanes<V>(negate<V>(residual[1])) << V::kLanes;
   if (left >= kBytes) {
     memcpy(to, &up, kBytes);
     memcpy(to + plane, &down, kBytes);
@@ -120,13 +126,16 @@ int64_t readout_scratch(const jk_rollout_readout_params& p) {
 
 // Where the row of targets of step k begins.
 inline int64_t target_of(const jk_rollout_readout_params& p, int64_t k, int64_t row) {
-  return p.targets.index != nullptr ? row_of(p.targets, k * p.rows + row) : row_of(p.targets, row) + k * p.target_step_stride;
+  return p.targets.index != nullptr ? row_of(p.targets, k * p.rows + row)
+                                    : row_of(p.targets, row) + k * p.target_step_stride;
 }
 
-// One tile of rows, every step. Panels of the weight are the outer loop, so that each is read from memory once per tile and
-// the rows of a table (base, targets) are visited column block by column block for all steps.
+// One tile of rows, every step. Panels of the weight are the outer loop, so that each is read from
+// memory once per tile and the rows of a table (base, targets) are visited column block by column
+// block for all steps.
 template <class V>
-void readout(const jk_rollout_readout_params& p, const Packed& packed, int64_t first, int64_t rows, float* scratch) {
+void readout(const jk_rollout_readout_params& p, const Packed& packed, int64_t first, int64_t rows,
+             float* scratch) {
   using Number = typename V::Number;
   constexpr int kColumns = Block<V>::kColumns;
   const int64_t tile = kTileRows, h = p.hidden, size = left_size<V>(h);
@@ -140,7 +149,8 @@ void readout(const jk_rollout_readout_params& p, const Packed& packed, int64_t f
     if (p.bias != nullptr) edge.load(p.bias + column, bias);
     for (int64_t k = 0; k < p.steps; ++k) {
       const typename V::Vec times = V::set1((float)(p.first_step + k));
-      const auto finish = [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) __attribute__((always_inline)) {
+      const auto finish = [&](int64_t r, int64_t c, typename V::Vec left,
+                              typename V::Vec right) __attribute__((always_inline)) {
         const int64_t row = first + r, at = k * p.rows + row;
         typename V::Vec value[2];
         edge.load(p.base, row_of(p.base, row) + c, value);
@@ -156,7 +166,8 @@ void readout(const jk_rollout_readout_params& p, const Packed& packed, int64_t f
         value[1] = V::sub(value[1], wanted[1]);
         if (p.errors != nullptr) {
           float* total = totals + (k * tile + r) * V::kLanes;
-          V::store(total, V::add(V::load(total), V::add(power<V>(value[0], p.exponent), power<V>(value[1], p.exponent))));
+          V::store(total, V::add(V::load(total), V::add(power<V>(value[0], p.exponent),
+                                                        power<V>(value[1], p.exponent))));
           if (p.signs != nullptr) store_signs<V>(p, at, c, value);
           return;
         }
@@ -175,19 +186,21 @@ void readout(const jk_rollout_readout_params& p, const Packed& packed, int64_t f
       const auto ahead = [&](int64_t r, int64_t c) {
         prefetch(p.base, row_of(p.base, first + r) + c);
         if (p.out != nullptr) {
-          __builtin_prefetch((Number*)p.out + k * p.out_step_stride + (first + r) * p.out_row_stride + c, 1);
+          __builtin_prefetch(
+              (Number*)p.out + k * p.out_step_stride + (first + r) * p.out_row_stride + c, 1);
         } else {
           prefetch(p.targets, target_of(p, k, first + r) + c);
         }
       };
-      multiply_panel<V>(left_at<V>(sums_of(k), h, rows, h, left + k * size), packed.matrix[0] + column * units<V>(h), column, finish,
-                        ahead);
+      multiply_panel<V>(left_at<V>(sums_of(k), h, rows, h, left + k * size),
+                        packed.matrix[0] + column * units<V>(h), column, finish, ahead);
     }
   }
   if (p.errors == nullptr) return;
   for (int64_t k = 0; k < p.steps; ++k)
     for (int64_t r = 0; r < rows; ++r)
-      p.errors[k * p.rows + first + r] = V::sum(V::load(totals + (k * tile + r) * V::kLanes)) / (float)p.channels;
+      p.errors[k * p.rows + first + r] =
+          V::sum(V::load(totals + (k * tile + r) * V::kLanes)) / (float)p.channels;
 }
 
 // Eight 0 or 1 for every byte.
@@ -199,9 +212,11 @@ struct BitTable {
   }
 };
 
-// Two vectors from the bits at `up` and `down`: `times` where the first is set, minus `times` where the second.
+// Two vectors from the bits at `up` and `down`: `times` where the first is set, minus `times` where
+// the second.
 template <class V>
-JK_INLINE void load_signs(const uint8_t* up, const uint8_t* down, typename V::Vec times, typename V::Vec (&v)[2]) {
+JK_INLINE void load_signs(const uint8_t* up, const uint8_t* down, typename V::Vec times,
+                          typename V::Vec (&v)[2]) {
 #if defined(__AVX512F__)
   if constexpr (V::kLanes == 16) {
     uint16_t plus[2], minus[2];
@@ -217,7 +232,8 @@ JK_INLINE void load_signs(const uint8_t* up, const uint8_t* down, typename V::Ve
   static constexpr BitTable table;
   float lanes[2 * V::kLanes];
   for (int i = 0; i < V::kLanes / 4; ++i)
-    for (int bit = 0; bit < 8; ++bit) lanes[8 * i + bit] = table.value[up[i]][bit] - table.value[down[i]][bit];
+    for (int bit = 0; bit < 8; ++bit)
+      lanes[8 * i + bit] = table.value[up[i]][bit] - table.value[down[i]][bit];
   v[0] = V::mul(times, V::load(lanes));
   v[1] = V::mul(times, V::load(lanes + V::kLanes));
 }

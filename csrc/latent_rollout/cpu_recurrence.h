@@ -1,4 +1,5 @@
-// Residual-MLP and Hamiltonian recurrences over one tile of rows, all steps without leaving the cache.
+// Residual-MLP and Hamiltonian recurrences over one tile of rows, all steps without leaving the
+// cache.
 #pragma once
 #include "cpu_functions.h"
 #include "cpu_kernels.h"
@@ -7,7 +8,8 @@
 namespace jk::rollout {
 namespace {
 
-// Tiles in scratch have rows of `wide` floats (whole blocks, zeros beyond the edge); tensors have rows of `width`.
+// Tiles in scratch have rows of `wide` floats (whole blocks, zeros beyond the edge); tensors have
+// rows of `width`.
 inline void load_tile(float* tile, int64_t wide, const float* from, int64_t width, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) {
     memcpy(tile + r * wide, from + r * width, sizeof(float) * width);
@@ -18,12 +20,15 @@ inline void store_tile(float* to, int64_t width, const float* tile, int64_t wide
   for (int64_t r = 0; r < rows; ++r) memcpy(to + r * width, tile + r * wide, sizeof(float) * width);
 }
 template <class V>
-void store_numbers(void* to, int64_t first, int64_t width, const float* tile, int64_t wide, int64_t rows) {
-  for (int64_t r = 0; r < rows; ++r) V::put_numbers((typename V::Number*)to + (first + r) * width, tile + r * wide, width);
+void store_numbers(void* to, int64_t first, int64_t width, const float* tile, int64_t wide,
+                   int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r)
+    V::put_numbers((typename V::Number*)to + (first + r) * width, tile + r * wide, width);
 }
 template <class V>
 JK_INLINE void add_tile(float* to, const float* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += V::kLanes) V::store(to + i, V::add(V::load(to + i), V::load(from + i)));
+  for (int64_t i = 0; i < count; i += V::kLanes)
+    V::store(to + i, V::add(V::load(to + i), V::load(from + i)));
 }
 template <class V>
 JK_INLINE void add_to(float* p, typename V::Vec v) {
@@ -42,10 +47,11 @@ int64_t mlp_scratch(const jk_rollout_mlp_params& p) {
 }
 
 template <class V>
-void mlp_forward(const jk_rollout_mlp_params& p, const Packed& packed, int64_t first, int64_t rows, float* scratch) {
+void mlp_forward(const jk_rollout_mlp_params& p, const Packed& packed, int64_t first, int64_t rows,
+                 float* scratch) {
   const int64_t h = p.hidden, wide = Block<V>::padded(h), step = p.rows * h, count = rows * wide;
-  float *a = scratch, *active = a + kTileRows * wide, *sum = active + kTileRows * wide, *drift = sum + kTileRows * wide,
-        *spare = drift + wide;
+  float *a = scratch, *active = a + kTileRows * wide, *sum = active + kTileRows * wide,
+        *drift = sum + kTileRows * wide, *spare = drift + wide;
   load_tile(a, wide, p.start + first * h, h, rows);
   memset(sum, 0, sizeof(float) * count);
   if (p.horizon > 1) load_vector(drift, wide, p.drift, h);
@@ -56,19 +62,24 @@ void mlp_forward(const jk_rollout_mlp_params& p, const Packed& packed, int64_t f
       V::store(active + i, g);
       add_to<V>(sum + i, g);
     }
-    if (p.kept > 1 || k + 1 == p.horizon) store_tile(p.sums + (p.kept > 1 ? k : 0) * step + first * h, h, sum, wide, rows);
+    if (p.kept > 1 || k + 1 == p.horizon)
+      store_tile(p.sums + (p.kept > 1 ? k : 0) * step + first * h, h, sum, wide, rows);
     if (k + 1 == p.horizon) break;
-    multiply<V>(active, wide, rows, h, packed.matrix[0], h, spare, [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
-      add_to<V>(a + r * wide + c, V::add(left, V::load(drift + c)));
-      add_to<V>(a + r * wide + c + V::kLanes, V::add(right, V::load(drift + c + V::kLanes)));
-    });
+    multiply<V>(active, wide, rows, h, packed.matrix[0], h, spare,
+                [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
+                  add_to<V>(a + r * wide + c, V::add(left, V::load(drift + c)));
+                  add_to<V>(a + r * wide + c + V::kLanes,
+                            V::add(right, V::load(drift + c + V::kLanes)));
+                });
   }
 }
 
 template <class V>
-void mlp_backward(const jk_rollout_mlp_params& p, const Packed& packed, int64_t first, int64_t rows, float* scratch) {
+void mlp_backward(const jk_rollout_mlp_params& p, const Packed& packed, int64_t first, int64_t rows,
+                  float* scratch) {
   const int64_t h = p.hidden, wide = Block<V>::padded(h), step = p.rows * h, count = rows * wide;
-  float *a = scratch, *following = a + kTileRows * wide, *grad = following + kTileRows * wide, *moved = grad + kTileRows * wide;
+  float *a = scratch, *following = a + kTileRows * wide, *grad = following + kTileRows * wide,
+        *moved = grad + kTileRows * wide;
   float* spare = moved + kTileRows * wide;
   memset(grad, 0, sizeof(float) * count);
   memset(following, 0, sizeof(float) * count);
@@ -79,10 +90,11 @@ void mlp_backward(const jk_rollout_mlp_params& p, const Packed& packed, int64_t 
       add_tile<V>(following, moved, count);
     }
     if (!last) {
-      multiply<V>(grad, wide, rows, h, packed.matrix[0], h, spare, [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
-        V::store(moved + r * wide + c, left);
-        V::store(moved + r * wide + c + V::kLanes, right);
-      });
+      multiply<V>(grad, wide, rows, h, packed.matrix[0], h, spare,
+                  [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
+                    V::store(moved + r * wide + c, left);
+                    V::store(moved + r * wide + c + V::kLanes, right);
+                  });
     }
     load_tile(a, wide, p.inputs + k * step + first * h, h, rows);
     for (int64_t i = 0; i < count; i += V::kLanes) {
@@ -101,22 +113,26 @@ void mlp_backward(const jk_rollout_mlp_params& p, const Packed& packed, int64_t 
 template <class V>
 int64_t hamiltonian_scratch(int64_t hidden, int64_t middle) {
   const int64_t wide = Block<V>::padded(hidden), deep = Block<V>::padded(middle);
-  return 7 * kTileRows * wide + (4 * kTileRows + 2) * deep + left_size<V>(hidden > middle ? hidden : middle);
+  return 7 * kTileRows * wide + (4 * kTileRows + 2) * deep +
+         left_size<V>(hidden > middle ? hidden : middle);
 }
 
 // Packed matrices of both Hamiltonian functions: W2^T [h, middle], W2 [middle, h], C^T and C.
 enum { kToMiddle, kFromMiddle, kCouplingTransposed, kCoupling };
 
-// W2 gelu(a) + b2 and what follows it for a tile: pulled = w3 gelu'(.) and, for backward, gelu'(.) and w3 gelu''(.).
+// W2 gelu(a) + b2 and what follows it for a tile: pulled = w3 gelu'(.) and, for backward, gelu'(.)
+// and w3 gelu''(.).
 template <class V, bool kBackward>
-JK_INLINE void pull(const float* activation, int64_t wide, int64_t rows, int64_t hidden, int64_t middle, const Packed& packed,
-                    const float* bias, const float* energy, int64_t deep, float* pulled, float* slopes, float* curvatures, float* spare) {
+JK_INLINE void pull(const float* activation, int64_t wide, int64_t rows, int64_t hidden,
+                    int64_t middle, const Packed& packed, const float* bias, const float* energy,
+                    int64_t deep, float* pulled, float* slopes, float* curvatures, float* spare) {
   multiply<V>(activation, wide, rows, hidden, packed.matrix[kToMiddle], middle, spare,
               [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
                 const typename V::Vec value[2] = {left, right};
                 for (int half = 0; half < 2; ++half) {
                   const int64_t column = c + half * V::kLanes, at = r * deep + column;
-                  const typename V::Vec x = V::add(value[half], V::load(bias + column)), w = V::load(energy + column);
+                  const typename V::Vec x = V::add(value[half], V::load(bias + column)),
+                                        w = V::load(energy + column);
                   const Normal<V> n = normal<V>(x);
                   const typename V::Vec slope = slope_of<V>(n, x);
                   V::store(pulled + at, V::mul(w, slope));
@@ -129,12 +145,15 @@ JK_INLINE void pull(const float* activation, int64_t wide, int64_t rows, int64_t
 }
 
 template <class V>
-void hamiltonian_forward(const jk_rollout_hamiltonian_params& p, const Packed& packed, int64_t first, int64_t rows, float* scratch) {
-  const int64_t h = p.hidden, m = p.middle, wide = Block<V>::padded(h), deep = Block<V>::padded(m), step = p.rows * h, count = rows * wide;
+void hamiltonian_forward(const jk_rollout_hamiltonian_params& p, const Packed& packed,
+                         int64_t first, int64_t rows, float* scratch) {
+  const int64_t h = p.hidden, m = p.middle, wide = Block<V>::padded(h), deep = Block<V>::padded(m),
+                step = p.rows * h, count = rows * wide;
   const int64_t tile = kTileRows * wide;
   float *a = scratch, *activation = a + tile, *slope = activation + tile, *force = slope + tile,
         *sums[2] = {force + tile, force + 2 * tile};
-  float *pulled = force + 3 * tile, *bias = pulled + kTileRows * deep, *energy = bias + deep, *spare = energy + deep;
+  float *pulled = force + 3 * tile, *bias = pulled + kTileRows * deep, *energy = bias + deep,
+        *spare = energy + deep;
   load_tile(a, wide, p.start + first * h, h, rows);
   memset(sums[0], 0, sizeof(float) * 2 * tile);
   load_vector(bias, deep, p.bias, m);
@@ -148,11 +167,13 @@ void hamiltonian_forward(const jk_rollout_hamiltonian_params& p, const Packed& p
       V::store(activation + i, gelu_of<V>(n, x));
       V::store(slope + i, slope_of<V>(n, x));
     }
-    pull<V, false>(activation, wide, rows, h, m, packed, bias, energy, deep, pulled, nullptr, nullptr, spare);
+    pull<V, false>(activation, wide, rows, h, m, packed, bias, energy, deep, pulled, nullptr,
+                   nullptr, spare);
     multiply<V>(pulled, deep, rows, m, packed.matrix[kFromMiddle], h, spare,
                 [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
                   const int64_t at = r * wide + c;
-                  const typename V::Vec u = V::mul(left, V::load(slope + at)), v = V::mul(right, V::load(slope + at + V::kLanes));
+                  const typename V::Vec u = V::mul(left, V::load(slope + at)),
+                                        v = V::mul(right, V::load(slope + at + V::kLanes));
                   V::store(force + at, u);
                   V::store(force + at + V::kLanes, v);
                   add_to<V>(sums[which] + at, u);
@@ -164,8 +185,8 @@ void hamiltonian_forward(const jk_rollout_hamiltonian_params& p, const Packed& p
     }
     if (j + 1 == 2 * p.horizon) break;
     const typename V::Vec dt = V::set1(which ? -p.time_step : p.time_step);
-    multiply<V>(force, wide, rows, h, packed.matrix[which ? kCoupling : kCouplingTransposed], h, spare,
-                [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
+    multiply<V>(force, wide, rows, h, packed.matrix[which ? kCoupling : kCouplingTransposed], h,
+                spare, [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
                   float* to = a + r * wide + c;
                   V::store(to, V::fma(dt, left, V::load(to)));
                   V::store(to + V::kLanes, V::fma(dt, right, V::load(to + V::kLanes)));
@@ -174,12 +195,16 @@ void hamiltonian_forward(const jk_rollout_hamiltonian_params& p, const Packed& p
 }
 
 template <class V>
-void hamiltonian_backward(const jk_rollout_hamiltonian_step_params& p, const Packed& packed, int64_t first, int64_t rows, float* scratch) {
-  const int64_t h = p.hidden, m = p.middle, wide = Block<V>::padded(h), deep = Block<V>::padded(m), count = rows * wide;
+void hamiltonian_backward(const jk_rollout_hamiltonian_step_params& p, const Packed& packed,
+                          int64_t first, int64_t rows, float* scratch) {
+  const int64_t h = p.hidden, m = p.middle, wide = Block<V>::padded(h), deep = Block<V>::padded(m),
+                count = rows * wide;
   const int64_t tile = kTileRows * wide, deep_tile = kTileRows * deep, here = first * h;
-  float *carried = scratch, *into = carried + tile, *activation = into + tile, *slope = activation + tile, *curvature = slope + tile;
+  float *carried = scratch, *into = carried + tile, *activation = into + tile,
+        *slope = activation + tile, *curvature = slope + tile;
   float *force = curvature + tile, *returned = force + tile;
-  float *pulled = returned + tile, *slopes = pulled + deep_tile, *curvatures = slopes + deep_tile, *grad_middle = curvatures + deep_tile;
+  float *pulled = returned + tile, *slopes = pulled + deep_tile, *curvatures = slopes + deep_tile,
+        *grad_middle = curvatures + deep_tile;
   float *bias = grad_middle + deep_tile, *energy = bias + deep, *spare = energy + deep;
   load_vector(bias, deep, p.bias, m);
   load_vector(energy, deep, p.energy, m);
@@ -194,7 +219,8 @@ void hamiltonian_backward(const jk_rollout_hamiltonian_step_params& p, const Pac
     V::store(curvature + i, curvature_of<V>(n, x));
   }
   store_tile(p.activation + here, h, activation, wide, rows);
-  pull<V, true>(activation, wide, rows, h, m, packed, bias, energy, deep, pulled, slopes, curvatures, spare);
+  pull<V, true>(activation, wide, rows, h, m, packed, bias, energy, deep, pulled, slopes,
+                curvatures, spare);
   store_tile(p.pulled + first * m, m, pulled, deep, rows);
   multiply<V>(pulled, deep, rows, m, packed.matrix[kFromMiddle], h, spare,
               [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
@@ -203,7 +229,8 @@ void hamiltonian_backward(const jk_rollout_hamiltonian_step_params& p, const Pac
               });
   if (p.time_step != 0.f) {
     const typename V::Vec dt = V::set1(p.time_step);
-    multiply<V>(carried, wide, rows, h, packed.matrix[p.transposed ? kCouplingTransposed : kCoupling], h, spare,
+    multiply<V>(carried, wide, rows, h,
+                packed.matrix[p.transposed ? kCouplingTransposed : kCoupling], h, spare,
                 [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
                   float* to = into + r * wide + c;
                   V::store(to, V::fma(dt, left, V::load(to)));
@@ -211,7 +238,8 @@ void hamiltonian_backward(const jk_rollout_hamiltonian_step_params& p, const Pac
                 });
   }
   for (int64_t i = 0; i < count; i += V::kLanes) {
-    const typename V::Vec back = V::load(returned + i), grad = V::load(into + i), s = V::load(slope + i);
+    const typename V::Vec back = V::load(returned + i), grad = V::load(into + i),
+                          s = V::load(slope + i);
     V::store(force + i, V::mul(s, back));
     V::store(carried + i, V::fma(V::mul(V::load(curvature + i), back), grad, V::load(carried + i)));
     V::store(into + i, V::mul(s, grad));  // the gradient of `returned` from here on
@@ -233,7 +261,8 @@ void hamiltonian_backward(const jk_rollout_hamiltonian_step_params& p, const Pac
               [&](int64_t r, int64_t c, typename V::Vec left, typename V::Vec right) {
                 const int64_t at = r * wide + c;
                 V::store(carried + at, V::fma(left, V::load(slope + at), V::load(carried + at)));
-                V::store(carried + at + V::kLanes, V::fma(right, V::load(slope + at + V::kLanes), V::load(carried + at + V::kLanes)));
+                V::store(carried + at + V::kLanes, V::fma(right, V::load(slope + at + V::kLanes),
+                                                          V::load(carried + at + V::kLanes)));
               });
   store_tile(p.carried + here, h, carried, wide, rows);
 }

@@ -1,4 +1,5 @@
-// GRU with LayerNorm: a block owns kTile rows and takes them through every step; the state stays in shared memory.
+// GRU with LayerNorm: a block owns kTile rows and takes them through every step; the state stays in
+// shared memory.
 #pragma once
 #include "cuda_recurrence.cuh"
 
@@ -31,27 +32,34 @@ size_t gru_fwd_tiles(int64_t channels) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) latent_rollout_gru_fwd_kernel(const jk_rollout_gru_params p, const Placement placement) {
+__global__ void __launch_bounds__(kThreads, 2)
+    latent_rollout_gru_fwd_kernel(const jk_rollout_gru_params p, const Placement placement) {
   JK_DYNAMIC_SHARED(unsigned char, memory);
   const int d = int(p.channels), actions = int(p.actions);
   const Rows rows(p.rows);
   Arena arena{memory};
   const Tile<float> state = arena.floats(d);
   const Tile<T> operand = arena.operand<T>(d), action = arena.operand<T>(kActions);
-  const View<T, 3> recurrent{weights_of<T>(arena, p.weight_state, {d, d, 3}, placement.kept[0]), false, d, d};
+  const View<T, 3> recurrent{weights_of<T>(arena, p.weight_state, {d, d, 3}, placement.kept[0]),
+                             false, d, d};
   const Weights<T> input = weights_of<T>(arena, p.weight_input, {d, actions, 3}, placement.kept[1]);
   Ring<T> ring(arena, placement.slots);
   constexpr int kPass = View<T, 3>::kPass;
   const auto driven_by = [&](int from) {
-    return View<T, 3>{input.numbers_from(from), false, actions - from < kActions ? actions - from : kActions, d};
+    return View<T, 3>{input.numbers_from(from), false,
+                      actions - from < kActions ? actions - from : kActions, d};
   };
   const auto load_actions = [&](int64_t k, int from) {
     each(rows.count, kActions, [&](int r, int c) {
       const bool inside = from + c < actions;
-      action(r, c) = inside ? jk::from_float<T>(p.action[(k * p.rows + rows.first + r) * actions + from + c]) : zero_of<T>();
+      action(r, c) =
+          inside ? jk::from_float<T>(p.action[(k * p.rows + rows.first + r) * actions + from + c])
+                 : zero_of<T>();
     });
   };
-  const auto column_of = [](int first, int b, int i) { return first + int(threadIdx.x >> 5) * kBlock + Place<T>::column(b, i); };
+  const auto column_of = [](int first, int b, int i) {
+    return first + int(threadIdx.x >> 5) * kBlock + Place<T>::column(b, i);
+  };
   clear_padding(operand, rows.count, d);
   clear_padding(action, rows.count, kActions);
   each(rows.count, d, [&](int r, int c) {
@@ -65,7 +73,8 @@ __global__ void __launch_bounds__(kThreads, 2) latent_rollout_gru_fwd_kernel(con
     ring.begin(recurrent, 0);
     __syncthreads();
     for (int column = 0; column < d; column += kPass) {
-      // Reset, update, W_s z + b_s of the candidate, and what the action adds to it: sums start at their biases.
+      // Reset, update, W_s z + b_s of the candidate, and what the action adds to it: sums start at
+      // their biases.
       float acc[4][2][4];
 #pragma unroll
       for (int b = 0; b < 2; b++)
@@ -114,7 +123,8 @@ __global__ void __launch_bounds__(kThreads, 2) latent_rollout_gru_fwd_kernel(con
         const float z = (state(r, c) - of.mean) * of.inverse * p.norm_weight[c] + p.norm_bias[c];
         state(r, c) = z;
         operand(r, c) = jk::from_float<T>(z);
-        if (p.kept > 1 || k + 1 == p.horizon) p.states[((p.kept > 1 ? k * p.rows : 0) + rows.first + r) * d + c] = z;
+        if (p.kept > 1 || k + 1 == p.horizon)
+          p.states[((p.kept > 1 ? k * p.rows : 0) + rows.first + r) * d + c] = z;
       }
     }
   }
@@ -123,15 +133,18 @@ __global__ void __launch_bounds__(kThreads, 2) latent_rollout_gru_fwd_kernel(con
 // The normalised state of a step gives its room to the operand of the products.
 template <class T>
 __host__ __device__ size_t gru_bwd_shared_tile(int64_t channels) {
-  return float_bytes(channels) > operand_bytes<T>(channels) ? float_bytes(channels) : operand_bytes<T>(channels);
+  return float_bytes(channels) > operand_bytes<T>(channels) ? float_bytes(channels)
+                                                            : operand_bytes<T>(channels);
 }
 template <class T>
 size_t gru_bwd_tiles(int64_t channels) {
-  return float_bytes(channels) + gru_bwd_shared_tile<T>(channels) + number_bytes(2 * channels) + number_bytes(3 * kTile);
+  return float_bytes(channels) + gru_bwd_shared_tile<T>(channels) + number_bytes(2 * channels) +
+         number_bytes(3 * kTile);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) latent_rollout_gru_bwd_kernel(const jk_rollout_gru_params p, const Placement placement) {
+__global__ void __launch_bounds__(kThreads, 2)
+    latent_rollout_gru_bwd_kernel(const jk_rollout_gru_params p, const Placement placement) {
   JK_DYNAMIC_SHARED(unsigned char, memory);
   const int d = int(p.channels);
   const Rows rows(p.rows);
@@ -139,10 +152,13 @@ __global__ void __launch_bounds__(kThreads, 2) latent_rollout_gru_bwd_kernel(con
   const Tile<float> carried = arena.floats(d), normal = Arena{arena.next}.floats(d);
   const Tile<T> operand = Arena{arena.next}.operand<T>(d);
   arena.next += gru_bwd_shared_tile<T>(d);
-  float *norm = arena.numbers(2 * d), *inverse = arena.numbers(3 * kTile), *plain = inverse + kTile, *along = plain + kTile;
+  float *norm = arena.numbers(2 * d), *inverse = arena.numbers(3 * kTile), *plain = inverse + kTile,
+        *along = plain + kTile;
   const Weights<T> weight = weights_of<T>(arena, p.weight_state, {d, d, 3}, placement.kept[0]);
   Ring<T> ring(arena, placement.slots);
-  const auto of_gate = [&](int which) { return View<T>{weight.lines_from(int64_t(which) * d), true, d, d}; };
+  const auto of_gate = [&](int which) {
+    return View<T>{weight.lines_from(int64_t(which) * d), true, d, d};
+  };
   each(rows.count, d, [&](int r, int c) { carried(r, c) = 0.f; });
   for (int c = threadIdx.x; c < 2 * d; c += kThreads) norm[c] = 0.f;
   await_kept();
@@ -150,20 +166,25 @@ __global__ void __launch_bounds__(kThreads, 2) latent_rollout_gru_bwd_kernel(con
   for (int64_t k = p.horizon - 1; k >= 0; k--) {
     const int64_t row0 = k * p.rows + rows.first;
     const auto before = [&](int r, int c) {
-      return k > 0 ? p.states[(row0 - p.rows + r) * d + c] : p.start[(rows.first + r) * p.start_stride + c];
+      return k > 0 ? p.states[(row0 - p.rows + r) * d + c]
+                   : p.start[(rows.first + r) * p.start_stride + c];
     };
-    const auto gate = [&](int which, int r, int c) { return p.gates[((row0 + r) * 4 + which) * d + c]; };
+    const auto gate = [&](int which, int r, int c) {
+      return p.gates[((row0 + r) * 4 + which) * d + c];
+    };
     ring.begin(of_gate(0), 0);
     for (int r = threadIdx.x >> 5; r < rows.count; r += kWarps) {
       for (int c = jk::lane_id(); c < d; c += 32) {
-        if (p.every_step || k + 1 == p.horizon) carried(r, c) += p.grad_states[((p.every_step ? row0 : rows.first) + r) * d + c];
+        if (p.every_step || k + 1 == p.horizon)
+          carried(r, c) += p.grad_states[((p.every_step ? row0 : rows.first) + r) * d + c];
         const float candidate = gate(2, r, c);
         normal(r, c) = candidate + gate(1, r, c) * (before(r, c) - candidate);
       }
       const Moments of = moments(d, p.epsilon, [&](int c) { return normal(r, c); });
       float sum = 0.f, dot = 0.f;
       for (int c = jk::lane_id(); c < d; c += 32) {
-        const float scaled = carried(r, c) * p.norm_weight[c], z = (normal(r, c) - of.mean) * of.inverse;
+        const float scaled = carried(r, c) * p.norm_weight[c],
+                    z = (normal(r, c) - of.mean) * of.inverse;
         normal(r, c) = z;
         sum += scaled;
         dot = fmaf(scaled, z, dot);
@@ -184,7 +205,8 @@ __global__ void __launch_bounds__(kThreads, 2) latent_rollout_gru_bwd_kernel(con
       }
     __syncthreads();
     each(rows.count, d, [&](int r, int c) {
-      const float mix = inverse[r] * (carried(r, c) * p.norm_weight[c] - plain[r] - normal(r, c) * along[r]);
+      const float mix =
+          inverse[r] * (carried(r, c) * p.norm_weight[c] - plain[r] - normal(r, c) * along[r]);
       const float reset = gate(0, r, c), update = gate(1, r, c), candidate = gate(2, r, c);
       const float of_candidate = mix * (1.f - update) * (1.f - candidate * candidate);
       float* to = (float*)p.grad_gates + (row0 + r) * 4 * d + c;
@@ -198,9 +220,12 @@ __global__ void __launch_bounds__(kThreads, 2) latent_rollout_gru_bwd_kernel(con
     clear_padding(operand, rows.count, d);
 #pragma unroll 1
     for (int which = 0; which < 3; which++) {
-      const int place = which < 2 ? which : 3;  // the state reaches the candidate through W_s z + b_s
-      each(rows.count, d,
-           [&](int r, int c) { operand(r, c) = jk::from_float<T>(((const float*)p.grad_gates)[((row0 + r) * 4 + place) * d + c]); });
+      const int place =
+          which < 2 ? which : 3;  // the state reaches the candidate through W_s z + b_s
+      each(rows.count, d, [&](int r, int c) {
+        operand(r, c) =
+            jk::from_float<T>(((const float*)p.grad_gates)[((row0 + r) * 4 + place) * d + c]);
+      });
       __syncthreads();
       multiply(
           ring, rows.count, operand, of_gate(which),
@@ -211,8 +236,10 @@ __global__ void __launch_bounds__(kThreads, 2) latent_rollout_gru_bwd_kernel(con
       __syncthreads();
     }
   }
-  each(rows.count, d, [&](int r, int c) { p.grad_start[(rows.first + r) * d + c] = carried(r, c); });
-  for (int c = threadIdx.x; c < 2 * d; c += kThreads) p.grad_norm[int64_t(blockIdx.x) * 2 * d + c] = norm[c];
+  each(rows.count, d,
+       [&](int r, int c) { p.grad_start[(rows.first + r) * d + c] = carried(r, c); });
+  for (int c = threadIdx.x; c < 2 * d; c += kThreads)
+    p.grad_norm[int64_t(blockIdx.x) * 2 * d + c] = norm[c];
 }
 
 }  // namespace

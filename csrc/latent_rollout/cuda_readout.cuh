@@ -1,4 +1,5 @@
-// From hidden sums to predictions, errors, or the gradient of errors: a block owns kTile rows of one step and walks the channels.
+// From hidden sums to predictions, errors, or the gradient of errors: a block owns kTile rows of
+// one step and walks the channels.
 #pragma once
 #include "cuda_recurrence.cuh"
 
@@ -30,7 +31,8 @@ JK_DEVICE float power_slope(float x, float exponent) {
   return exponent == 1.f ? sign : sign * powf(fabsf(x), exponent - 1.f);
 }
 
-// A block reads a weight once, so it streams. What each thread has summed of a row waits beside the operand.
+// A block reads a weight once, so it streams. What each thread has summed of a row waits beside the
+// operand.
 constexpr int kPartial = 64;
 template <class T>
 size_t readout_tiles(int64_t hidden) {
@@ -39,7 +41,8 @@ size_t readout_tiles(int64_t hidden) {
 
 // One kernel for the three uses: p.out, p.errors or p.grad_errors is given.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) latent_rollout_readout_kernel(const jk_rollout_readout_params p, const Placement placement) {
+__global__ void __launch_bounds__(kThreads, 2)
+    latent_rollout_readout_kernel(const jk_rollout_readout_params p, const Placement placement) {
   JK_DYNAMIC_SHARED(unsigned char, memory);
   const int h = int(p.hidden), channels = int(p.channels);
   const Rows rows(p.rows);
@@ -48,16 +51,20 @@ __global__ void __launch_bounds__(kThreads, 2) latent_rollout_readout_kernel(con
   const Tile<T> operand = arena.operand<T>(h);
   float* partial = arena.numbers(kTile * kPartial);
   Ring<T> ring(arena, placement.slots);
-  // Lines are whatever lies side by side in memory: the terms of a channel, or the channels of a term.
+  // Lines are whatever lies side by side in memory: the terms of a channel, or the channels of a
+  // term.
   const bool transposed = p.weight_row_stride != 1 && p.weight_column_stride == 1;
-  const View<T> weight{weights_of<T>(p.weight, transposed ? p.weight_row_stride : p.weight_column_stride,
-                                     transposed ? p.weight_column_stride : p.weight_row_stride, transposed ? channels : h),
-                       transposed, h, channels};
+  const View<T> weight{
+      weights_of<T>(p.weight, transposed ? p.weight_row_stride : p.weight_column_stride,
+                    transposed ? p.weight_column_stride : p.weight_row_stride,
+                    transposed ? channels : h),
+      transposed, h, channels};
   const float times = float(p.first_step + k);
   const float* sums = p.sums + (k * p.rows + rows.first) * h;
   ring.begin(weight, 0);
   clear_padding(operand, rows.count, h);
-  each(rows.count, h, [&](int r, int c) { operand(r, c) = jk::from_float<T>(sums[int64_t(r) * h + c]); });
+  each(rows.count, h,
+       [&](int r, int c) { operand(r, c) = jk::from_float<T>(sums[int64_t(r) * h + c]); });
   __syncthreads();
   constexpr int kTiles = kTilesOfPass<T>;
   float total[Place<T>::kRows] = {};
@@ -68,17 +75,20 @@ __global__ void __launch_bounds__(kThreads, 2) latent_rollout_readout_kernel(con
 #pragma unroll
     for (int n = 0; n < 8 * kTiles; n++) {
       const int b = n / 4 % 2, i = n % 4, r = Place<T>::row(i);
-      const int c = column + (n / 8 * kWarps + int(threadIdx.x >> 5)) * kBlock + Place<T>::column(b, i);
+      const int c =
+          column + (n / 8 * kWarps + int(threadIdx.x >> 5)) * kBlock + Place<T>::column(b, i);
       if (r >= rows.count || c >= channels) continue;
-      const int64_t row = rows.first + r, at = k * p.rows + row, base = p.base.index == nullptr ? row : p.base.index[row];
-      const float y =
-          number(p.base.data, p.base.dtype, base * p.base.stride + c) + (p.bias == nullptr ? 0.f : times * p.bias[c]) + acc[n / 8][b][i];
+      const int64_t row = rows.first + r, at = k * p.rows + row,
+                    base = p.base.index == nullptr ? row : p.base.index[row];
+      const float y = number(p.base.data, p.base.dtype, base * p.base.stride + c) +
+                      (p.bias == nullptr ? 0.f : times * p.bias[c]) + acc[n / 8][b][i];
       if (p.out != nullptr) {
         set_number(p.out, p.out_dtype, k * p.out_step_stride + row * p.out_row_stride + c, y);
         continue;
       }
-      const int64_t target =
-          p.targets.index == nullptr ? k * p.target_step_stride + row * p.targets.stride : p.targets.index[at] * p.targets.stride;
+      const int64_t target = p.targets.index == nullptr
+                                 ? k * p.target_step_stride + row * p.targets.stride
+                                 : p.targets.index[at] * p.targets.stride;
       const float residual = y - number(p.targets.data, p.targets.dtype, target + c);
       if (p.errors != nullptr) {
         total[Place<T>::which_row(i)] += power(residual, p.exponent);
@@ -94,7 +104,8 @@ __global__ void __launch_bounds__(kThreads, 2) latent_rollout_readout_kernel(con
   constexpr int kLanes = sizeof(T) == 2 ? 4 : 8;
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    partial[Place<T>::row(i) * kPartial + int(threadIdx.x >> 5) * kLanes + jk::lane_id() % kLanes] = total[Place<T>::which_row(i)];
+    partial[Place<T>::row(i) * kPartial + int(threadIdx.x >> 5) * kLanes + jk::lane_id() % kLanes] =
+        total[Place<T>::which_row(i)];
   __syncthreads();
   for (int r = threadIdx.x >> 5; r < rows.count; r += kWarps) {
     float sum = partial[r * kPartial + jk::lane_id()];

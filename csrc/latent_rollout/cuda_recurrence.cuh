@@ -1,5 +1,6 @@
-// Residual-MLP and Hamiltonian recurrences: a block owns kTile rows and takes them through every step in shared memory. Every product
-// reads one operand tile and its results fill another, so one barrier of the block separates a product from the next.
+// Residual-MLP and Hamiltonian recurrences: a block owns kTile rows and takes them through every
+// step in shared memory. Every product reads one operand tile and its results fill another, so one
+// barrier of the block separates a product from the next.
 #pragma once
 #include "cuda_product.cuh"
 
@@ -9,7 +10,8 @@ namespace {
 struct Rows {
   int64_t first;
   int count;
-  JK_DEVICE explicit Rows(int64_t all) : first(int64_t(blockIdx.x) * kTile), count(int(all - first < kTile ? all - first : kTile)) {}
+  JK_DEVICE explicit Rows(int64_t all)
+      : first(int64_t(blockIdx.x) * kTile), count(int(all - first < kTile ? all - first : kTile)) {}
 };
 
 template <class T>
@@ -25,7 +27,8 @@ size_t mlp_fwd_tiles(int64_t hidden) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) latent_rollout_mlp_fwd_kernel(const jk_rollout_mlp_params p, const Placement placement) {
+__global__ void __launch_bounds__(kThreads, 2)
+    latent_rollout_mlp_fwd_kernel(const jk_rollout_mlp_params p, const Placement placement) {
   JK_DYNAMIC_SHARED(unsigned char, memory);
   const int h = int(p.hidden);
   const Rows rows(p.rows);
@@ -46,7 +49,8 @@ __global__ void __launch_bounds__(kThreads, 2) latent_rollout_mlp_fwd_kernel(con
   };
   clear_padding(now, rows.count, h);
   clear_padding(next, rows.count, h);
-  each(rows.count, h, [&](int r, int c) { reach(now, 0, r, c, p.start[(rows.first + r) * h + c]); });
+  each(rows.count, h,
+       [&](int r, int c) { reach(now, 0, r, c, p.start[(rows.first + r) * h + c]); });
   await_kept();
   if (p.horizon > 1) ring.begin(coupling, 0);
   for (int64_t k = 1; k < p.horizon; k++) {
@@ -68,18 +72,21 @@ size_t mlp_bwd_tiles(int64_t hidden) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) latent_rollout_mlp_bwd_kernel(const jk_rollout_mlp_params p, const Placement placement) {
+__global__ void __launch_bounds__(kThreads, 2)
+    latent_rollout_mlp_bwd_kernel(const jk_rollout_mlp_params p, const Placement placement) {
   JK_DYNAMIC_SHARED(unsigned char, memory);
   const int h = int(p.hidden);
   const Rows rows(p.rows);
   const int64_t step = p.rows * h;
   Arena arena{memory};
-  const Tile<float> following = arena.floats(h);  // gradient of the sums of this step and all later ones
+  const Tile<float> following =
+      arena.floats(h);  // gradient of the sums of this step and all later ones
   const Tile<float> grad = sizeof(T) == 4 ? following : arena.floats(h);
   Tile<T> now = arena.operand<T>(h), next = arena.operand<T>(h);  // gradients of a_{k+1}, a_k
   const View<T> coupling{weights_of<T>(arena, p.coupling, {h, h}, placement.kept[0]), true, h, h};
   Ring<T> ring(arena, placement.slots);
-  const auto reach = [&](const Tile<T>& operand, int64_t k, int r, int c, float later, float total, float x) {
+  const auto reach = [&](const Tile<T>& operand, int64_t k, int r, int c, float later, float total,
+                         float x) {
     const float g = later + gelu_slope(x) * total;
     operand(r, c) = jk::from_float<T>(g);
     if (sizeof(T) != 4) grad(r, c) = g;
@@ -123,7 +130,8 @@ size_t hamiltonian_tiles(int64_t hidden, int64_t middle) {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    latent_rollout_hamiltonian_fwd_kernel(const jk_rollout_hamiltonian_params p, const Placement placement) {
+    latent_rollout_hamiltonian_fwd_kernel(const jk_rollout_hamiltonian_params p,
+                                          const Placement placement) {
   JK_DYNAMIC_SHARED(unsigned char, memory);
   const int h = int(p.hidden), m = int(p.middle);
   const Rows rows(p.rows);
@@ -142,7 +150,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
   clear_padding(now, rows.count, h);
   clear_padding(next, rows.count, h);
-  each(rows.count, h, [&](int r, int c) { reach(now, 0, r, c, p.start[(rows.first + r) * h + c]); });
+  each(rows.count, h,
+       [&](int r, int c) { reach(now, 0, r, c, p.start[(rows.first + r) * h + c]); });
   await_kept();
   ring.begin(up, 0);
   for (int64_t j = 0; j < 2 * p.horizon; j++) {
@@ -152,7 +161,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();
     multiply(
         ring, rows.count, now, up, [&] { ring.begin(down, 0); },
-        [&](int r, int c, float v) { next(r, c) = jk::from_float<T>(p.energy[c] * gelu_slope(v + p.bias[c])); });
+        [&](int r, int c, float v) {
+          next(r, c) = jk::from_float<T>(p.energy[c] * gelu_slope(v + p.bias[c]));
+        });
     __syncthreads();
     multiply(
         ring, rows.count, next, down,
@@ -162,7 +173,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         [&](int r, int c, float v) {
           const float u = v * gelu_slope(a(r, c));
           now(r, c) = jk::from_float<T>(u);
-          float* sum = p.sums + (which * p.kept + (p.kept > 1 ? k : 0)) * step + (rows.first + r) * h + c;
+          float* sum =
+              p.sums + (which * p.kept + (p.kept > 1 ? k : 0)) * step + (rows.first + r) * h + c;
           *sum = k == 0 ? u : (p.kept > 1 ? sum[-step] : *sum) + u;
         });
     if (last) break;
@@ -177,7 +189,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    latent_rollout_hamiltonian_bwd_kernel(const jk_rollout_hamiltonian_step_params p, const Placement placement) {
+    latent_rollout_hamiltonian_bwd_kernel(const jk_rollout_hamiltonian_step_params p,
+                                          const Placement placement) {
   JK_DYNAMIC_SHARED(unsigned char, memory);
   const int h = int(p.hidden), m = int(p.middle);
   const Rows rows(p.rows);
@@ -186,7 +199,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Tile<float> into = arena.floats(h);  // the gradient that reaches the force
   const Tile<T> one = arena.operand<T>(h > m ? h : m), other = arena.operand<T>(h > m ? h : m);
   const Weights<T> weight = weights_of<T>(arena, p.weight, {m, h}, placement.kept[0]);
-  const View<T> back{weights_of<T>(arena, p.coupling, {h, h}, placement.kept[1]), p.transposed == 0, h, h};
+  const View<T> back{weights_of<T>(arena, p.coupling, {h, h}, placement.kept[1]), p.transposed == 0,
+                     h, h};
   const View<T> up{weight, false, h, m}, down{weight, true, m, h};
   Ring<T> ring(arena, placement.slots);
   const auto row = [&](int r) { return (rows.first + r) * h; };
@@ -207,7 +221,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   __syncthreads();
   if (moves) {
-    multiply(ring, rows.count, other, back, [&] { ring.begin(up, 0); }, [&](int r, int c, float v) { into(r, c) += p.time_step * v; });
+    multiply(
+        ring, rows.count, other, back, [&] { ring.begin(up, 0); },
+        [&](int r, int c, float v) { into(r, c) += p.time_step * v; });
     __syncthreads();
   }
   // The middle layer before its function waits in grad_middle until its gradient replaces it.
@@ -242,7 +258,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       });
   __syncthreads();
   multiply(
-      ring, rows.count, other, down, [] {}, [&](int r, int c, float v) { p.carried[row(r) + c] += v * gelu_slope(p.input[row(r) + c]); });
+      ring, rows.count, other, down, [] {},
+      [&](int r, int c, float v) { p.carried[row(r) + c] += v * gelu_slope(p.input[row(r) + c]); });
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Matrices of a product: kept in shared memory for the whole launch, or streamed through a ring of each warp.
+// Matrices of a product: kept in shared memory for the whole launch, or streamed through a ring of
+// each warp.
 #pragma once
 #include "cuda_shared.cuh"
 
@@ -10,9 +11,11 @@ struct Weights {
   const T* memory;
   int64_t pitch, unit;  // from line to line, and from number to number of a line
   int length;           // numbers of a line
-  int piece;            // bytes of its asynchronous copies: 16 or 4, and 0 where 16-bit numbers take plain loads
+  int piece;  // bytes of its asynchronous copies: 16 or 4, and 0 where 16-bit numbers take plain
+              // loads
   bool is_kept = false;
-  T* kept = nullptr;  // the copy; never compared with NULL, so that the compiler sees an address of shared memory
+  T* kept = nullptr;  // the copy; never compared with NULL, so that the compiler sees an address of
+                      // shared memory
   int stride = 0;     // of the copy
 
   // The matrix from a line, or from a number of every line, on.
@@ -33,8 +36,11 @@ struct Weights {
 // Pieces never reach over the end of a line: its length is a whole number of them.
 template <class T>
 JK_DEVICE Weights<T> weights_of(const void* memory, int64_t pitch, int64_t unit, int64_t length) {
-  const uint64_t together = reinterpret_cast<uint64_t>(memory) | uint64_t(pitch) * sizeof(T) | uint64_t(length) * sizeof(T);
-  const int piece = unit == 1 && together % 16 == 0 ? 16 : sizeof(T) == 4 || (unit == 1 && together % 4 == 0) ? 4 : 0;
+  const uint64_t together = reinterpret_cast<uint64_t>(memory) | uint64_t(pitch) * sizeof(T) |
+                            uint64_t(length) * sizeof(T);
+  const int piece = unit == 1 && together % 16 == 0                      ? 16
+                    : sizeof(T) == 4 || (unit == 1 && together % 4 == 0) ? 4
+                                                                         : 0;
   return {static_cast<const T*>(memory), pitch, unit, int(length), piece};
 }
 
@@ -55,19 +61,22 @@ JK_DEVICE void copy_chunk(T* to, const T* from, int inside, int piece, int64_t u
   }
 }
 
-// A contiguous matrix, and the start of the copy that keeps it if it is placed so: the block waits with `await_kept`.
+// A contiguous matrix, and the start of the copy that keeps it if it is placed so: the block waits
+// with `await_kept`.
 template <class T>
 JK_DEVICE Weights<T> weights_of(Arena& arena, const void* memory, const Extent& extent, bool kept) {
   Weights<T> weights = weights_of<T>(memory, extent.length, 1, extent.length);
   weights.is_kept = kept;
   weights.kept = arena.take<T>(kept ? kept_bytes<T>(extent) : 0);
   weights.stride = int(operand_stride<T>(extent.length));
-  const int lines = int(extent.gates * extent.lines), all_lines = kept ? int(extent.all_lines()) : 0;
+  const int lines = int(extent.gates * extent.lines),
+            all_lines = kept ? int(extent.all_lines()) : 0;
   const int chunks = int(round_up(extent.length, kBlock)) / kChunk<T>;
   each(all_lines, chunks, [&](int line, int chunk) {
     const int at = chunk * kChunk<T>;
-    copy_chunk(weights.kept + line * weights.stride + at, weights.memory + line * weights.pitch + at,
-               line < lines ? weights.length - at : 0, weights.piece, 1);
+    copy_chunk(weights.kept + line * weights.stride + at,
+               weights.memory + line * weights.pitch + at, line < lines ? weights.length - at : 0,
+               weights.piece, 1);
   });
   jk::cp_async_commit();
   return weights;
@@ -75,13 +84,15 @@ JK_DEVICE Weights<T> weights_of(Arena& arena, const void* memory, const Extent& 
 // A barrier must follow before a product.
 JK_DEVICE void await_kept() { jk::cp_async_wait<0>(); }
 
-// Blocks of columns that a warp multiplies by in one pass. Two in 16 bits, so that an ldmatrix of the left side feeds four mma; in 32
-// bits one already keeps the multipliers busy, and two would not fit the registers.
+// Blocks of columns that a warp multiplies by in one pass. Two in 16 bits, so that an ldmatrix of
+// the left side feeds four mma; in 32 bits one already keeps the multipliers busy, and two would
+// not fit the registers.
 template <class T>
 constexpr int kTilesOfPass = sizeof(T) == 2 ? 2 : 1;
 
-// What a product reads of a matrix: element (column, term) is number `term` of line `column`, or the reverse if `transposed`. A pass
-// covers kTiles blocks of kBlock columns of each warp: 128 columns apart, or, with three, the same columns of three gates.
+// What a product reads of a matrix: element (column, term) is number `term` of line `column`, or
+// the reverse if `transposed`. A pass covers kTiles blocks of kBlock columns of each warp: 128
+// columns apart, or, with three, the same columns of three gates.
 template <class T, int kTiles = kTilesOfPass<T>>
 struct View {
   Weights<T> weights;
@@ -99,7 +110,8 @@ struct View {
   }
 };
 
-// The slots of one warp. No other warp reads its columns of a matrix, so filling and reading need no barrier of the block.
+// The slots of one warp. No other warp reads its columns of a matrix, so filling and reading need
+// no barrier of the block.
 template <class T>
 struct Ring {
   T* slots;
@@ -107,13 +119,17 @@ struct Ring {
   // Where this lane's chunk of the next tile comes from, and goes to in a slot.
   const T* from = nullptr;
   int64_t unit = 1, to_term = 0, to_tile = 0;
-  int piece = 0, place = 0, columns_left = 0, terms_left = 0, apart = 0, steps = 0, tile = 0, tiles = 0;
+  int piece = 0, place = 0, columns_left = 0, terms_left = 0, apart = 0, steps = 0, tile = 0,
+      tiles = 0;
   bool transposed = false;
 
   JK_DEVICE Ring(Arena& arena, int slots_of_a_warp)
-      : slots(arena.take<T>(ring_bytes(slots_of_a_warp)) + int(threadIdx.x >> 5) * slots_of_a_warp * kNumbers), count(slots_of_a_warp) {}
+      : slots(arena.take<T>(ring_bytes(slots_of_a_warp)) +
+              int(threadIdx.x >> 5) * slots_of_a_warp * kNumbers),
+        count(slots_of_a_warp) {}
 
-  // Starts to stream the pass from column `first` on, unless the matrix is kept. All tiles begun before must have been taken.
+  // Starts to stream the pass from column `first` on, unless the matrix is kept. All tiles begun
+  // before must have been taken.
   template <int kTiles>
   JK_DEVICE void begin(const View<T, kTiles>& view, int first) {
     const Weights<T>& weights = view.weights;
@@ -121,9 +137,12 @@ struct Ring {
     transposed = view.transposed;
     const int lane = jk::lane_id(), of_a_line = transposed ? kBlock / kChunk<T> : 2;
     const int line = lane / of_a_line, along = lane % of_a_line * kChunk<T>;
-    const int column = first + int(threadIdx.x >> 5) * kBlock + (transposed ? along : line), term = transposed ? line : along;
-    const int64_t to_column = transposed ? weights.unit : weights.pitch, to_next = transposed ? weights.pitch : weights.unit;
-    // Lines of 32 bytes exchange their chunks every four lines, so that eight of them lie in different banks.
+    const int column = first + int(threadIdx.x >> 5) * kBlock + (transposed ? along : line),
+              term = transposed ? line : along;
+    const int64_t to_column = transposed ? weights.unit : weights.pitch,
+                  to_next = transposed ? weights.pitch : weights.unit;
+    // Lines of 32 bytes exchange their chunks every four lines, so that eight of them lie in
+    // different banks.
     place = of_a_line == 2 ? (lane ^ (lane >> 3 & 1)) * kChunk<T> : lane * kChunk<T>;
     unit = weights.unit;
     piece = weights.piece;

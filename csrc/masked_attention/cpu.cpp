@@ -1,5 +1,6 @@
-// masked_attention on a CPU: refuses bad calls, chooses the instruction set, cuts the call into tasks and hands them to the
-// caller's threads. A task writes memory of its own and computes the same bits wherever and whenever it runs.
+// masked_attention on a CPU: refuses bad calls, chooses the instruction set, cuts the call into
+// tasks and hands them to the caller's threads. A task writes memory of its own and computes the
+// same bits wherever and whenever it runs.
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -45,7 +46,9 @@ const Kernels* kernels_of(int isa, int64_t dtype) {
   return bf16 ? &kPortableBf16 : &kPortableFloat;
 }
 
-int64_t offset_at(const jk_ints& cu, int64_t s) { return cu.bytes == 4 ? ((const int32_t*)cu.data)[s] : ((const int64_t*)cu.data)[s]; }
+int64_t offset_at(const jk_ints& cu, int64_t s) {
+  return cu.bytes == 4 ? ((const int32_t*)cu.data)[s] : ((const int64_t*)cu.data)[s];
+}
 
 struct Task {
   int64_t seq, head;
@@ -68,8 +71,12 @@ class Call {
   void spread_table();
   Head head_of(int64_t seq, int64_t head) const;
   int64_t element_bytes() const { return p_.dtype == JK_BFLOAT16 ? 2 : 4; }
-  int64_t first_row(const jk_ints& cu, int64_t seq) const { return packed_ ? offset_at(cu, seq) : 0; }
-  int64_t length(const jk_ints& cu, int64_t len, int64_t seq) const { return packed_ ? offset_at(cu, seq + 1) - offset_at(cu, seq) : len; }
+  int64_t first_row(const jk_ints& cu, int64_t seq) const {
+    return packed_ ? offset_at(cu, seq) : 0;
+  }
+  int64_t length(const jk_ints& cu, int64_t len, int64_t seq) const {
+    return packed_ ? offset_at(cu, seq + 1) - offset_at(cu, seq) : len;
+  }
   Rows rows_of(const jk_rows& rows, const jk_ints& cu, int64_t seq, int64_t head) const;
   Ids ids_of(const jk_ints& ids, const jk_ints& cu, int64_t seq) const;
   void zero(const jk_rows& rows, int64_t seq, int64_t first, int64_t count) const;
@@ -77,7 +84,9 @@ class Call {
   void fill_rest(const jk_ints& cu, int64_t len, bool queries, bool backward) const;
 
   void measure();
-  bool small() const { return total_cost_ * p_.head_dim < (int64_t(1) << 18); }  // waking a thread would take longer
+  bool small() const {
+    return total_cost_ * p_.head_dim < (int64_t(1) << 18);
+  }  // waking a thread would take longer
   int64_t pieces(int64_t cost, int64_t most) const;
   bool too_few_heads() const;
   const char* run(std::vector<Task>& tasks, bool backward);
@@ -95,7 +104,8 @@ class Call {
 
 void Call::spread_table() {
   const int64_t padded = (p_.head_dim + kRopePad - 1) / kRopePad * kRopePad, m = p_.rope_dim;
-  const int64_t sizes[] = {p_.grid_t, p_.grid_h, p_.grid_w}, rows = p_.grid_t + p_.grid_h + p_.grid_w;
+  const int64_t sizes[] = {p_.grid_t, p_.grid_h, p_.grid_w},
+                rows = p_.grid_t + p_.grid_h + p_.grid_w;
   table_.assign((size_t)((rows + 3) * 2 * padded), 0.f);
   rope_ = {table_.data(), padded, p_.grid_t, p_.grid_h, p_.grid_w, {}, {}};
   int64_t r = 0;
@@ -107,10 +117,13 @@ void Call::spread_table() {
       float *cosines = &table_[(size_t)(r * 2 * padded)], *sines = cosines + padded;
       std::copy_n(p_.rope_table + r * m, m, cosines + begin);
       std::fill(cosines + end, cosines + last, 1.f);
-      for (int64_t c = 0; c < m; ++c) sines[begin + c] = p_.rope_table[(rows + r) * m + c] * (c % 2 == 0 ? -1.f : 1.f);
+      for (int64_t c = 0; c < m; ++c)
+        sines[begin + c] = p_.rope_table[(rows + r) * m + c] * (c % 2 == 0 ? -1.f : 1.f);
     }
   }
-  const auto axis_of = [&](int64_t channel) { return (uint8_t)(channel < m ? 0 : channel < 2 * m ? 1 : 2); };
+  const auto axis_of = [&](int64_t channel) {
+    return (uint8_t)(channel < m ? 0 : channel < 2 * m ? 1 : 2);
+  };
   for (int64_t run = 0; run < 16; ++run) {
     rope_.first_axis[run] = axis_of(8 * run);
     rope_.last_axis[run] = axis_of(8 * run + 7);
@@ -119,7 +132,8 @@ void Call::spread_table() {
 
 Rows Call::rows_of(const jk_rows& rows, const jk_ints& cu, int64_t seq, int64_t head) const {
   const int64_t start = packed_ ? first_row(cu, seq) * rows.stride_token : seq * rows.stride_seq;
-  return {(char*)rows.data + (start + head * rows.stride_head) * element_bytes(), rows.stride_token};
+  return {(char*)rows.data + (start + head * rows.stride_head) * element_bytes(),
+          rows.stride_token};
 }
 
 Ids Call::ids_of(const jk_ints& ids, const jk_ints& cu, int64_t seq) const {
@@ -145,16 +159,19 @@ Head Call::head_of(int64_t seq, int64_t head) const {
   h.ids_q = ids_of(p_.ids_q, p_.cu_q, seq);
   h.ids_k = ids_of(p_.ids_k, p_.cu_k, seq);
   h.rope = p_.rope_table == nullptr ? nullptr : &rope_;
-  h.lse = p_.lse + head * p_.lse_stride_head + (packed_ ? first_row(p_.cu_q, seq) : seq * p_.lse_stride_seq);
+  h.lse = p_.lse + head * p_.lse_stride_head +
+          (packed_ ? first_row(p_.cu_q, seq) : seq * p_.lse_stride_seq);
   return h;
 }
 
-// Zeros in `count` rows of every head from row `first` of a sequence (of the whole tensor where it is packed).
+// Zeros in `count` rows of every head from row `first` of a sequence (of the whole tensor where it
+// is packed).
 void Call::zero(const jk_rows& rows, int64_t seq, int64_t first, int64_t count) const {
   const int64_t start = packed_ ? 0 : seq * rows.stride_seq;
   for (int64_t i = first; i < first + count; ++i) {
     for (int64_t h = 0; h < p_.heads; ++h) {
-      char* row = (char*)rows.data + (start + i * rows.stride_token + h * rows.stride_head) * element_bytes();
+      char* row = (char*)rows.data +
+                  (start + i * rows.stride_token + h * rows.stride_head) * element_bytes();
       memset(row, 0, (size_t)(p_.head_dim * element_bytes()));
     }
   }
@@ -169,26 +186,29 @@ void Call::no_keys(int64_t seq, int64_t first, int64_t count) const {
   }
 }
 
-// Sums up the work and finds out how many tasks can run side by side: the number of pieces that the caller's threads cut a long
-// loop into.
+// Sums up the work and finds out how many tasks can run side by side: the number of pieces that the
+// caller's threads cut a long loop into.
 void Call::measure() {
   for (int64_t s = 0; s < p_.num_seqs; ++s) {
     total_cost_ += p_.heads * length(p_.cu_q, p_.len_q, s) * length(p_.cu_k, p_.len_k, s);
   }
   if (small()) return;
   std::atomic<int64_t> count{0};
-  parallel_for_(4096, 1, [](int64_t, int64_t, void* counter) { ++*(std::atomic<int64_t>*)counter; }, &count);
+  parallel_for_(
+      4096, 1, [](int64_t, int64_t, void* counter) { ++*(std::atomic<int64_t>*)counter; }, &count);
   workers_ = std::max<int64_t>(1, count);
 }
 
-// Into how many pieces to cut a (sequence, head): enough for every worker to get about four pieces of the whole call.
+// Into how many pieces to cut a (sequence, head): enough for every worker to get about four pieces
+// of the whole call.
 int64_t Call::pieces(int64_t cost, int64_t most) const {
   const int64_t share = std::max<int64_t>(1, total_cost_ / (4 * workers_));
   return std::clamp<int64_t>((cost + share - 1) / share, 1, std::max<int64_t>(1, most));
 }
 
 const char* Call::run(std::vector<Task>& tasks, bool backward) {
-  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
+  std::stable_sort(tasks.begin(), tasks.end(),
+                   [](const Task& a, const Task& b) { return a.cost > b.cost; });
   struct Queue {
     const Call& call;
     const std::vector<Task>& tasks;
@@ -202,19 +222,24 @@ const char* Call::run(std::vector<Task>& tasks, bool backward) {
     const Task* packed = nullptr;
     for (int64_t i = q.next++; i < (int64_t)q.tasks.size(); i = q.next++) {
       const Task& task = q.tasks[(size_t)i];
-      if (!(q.backward ? q.call.backward_task(task, arena) : q.call.forward_task(task, arena, packed))) q.failed = true;
+      if (!(q.backward ? q.call.backward_task(task, arena)
+                       : q.call.forward_task(task, arena, packed)))
+        q.failed = true;
     }
   };
   const int64_t count = (int64_t)tasks.size();
   if (count > 0) parallel_for_(count, small() ? count : 1, work, &queue);
-  return queue.failed ? "masked_attention: scratch memory must be available for one head per thread, got none." : nullptr;
+  return queue.failed ? "masked_attention: scratch memory must be available for one head per "
+                        "thread, got none."
+                      : nullptr;
 }
 
 bool Call::forward_task(const Task& task, Arena& arena, const Task*& packed) const {
   const Head head = head_of(task.seq, task.head);
   float* scratch = arena.at_least(kernels_.forward_scratch(head.head_dim, head.len_k));
   if (scratch == nullptr) return false;
-  if (packed == nullptr || packed->seq != task.seq || packed->head != task.head) kernels_.forward_keys(head, scratch);
+  if (packed == nullptr || packed->seq != task.seq || packed->head != task.head)
+    kernels_.forward_keys(head, scratch);
   packed = &task;
   kernels_.forward_queries(head, scratch, task.tiles);
   return true;
@@ -227,10 +252,17 @@ const char* Call::forward() {
     const int64_t len_q = length(p_.cu_q, p_.len_q, s), len_k = length(p_.cu_k, p_.len_k, s);
     if (len_k == 0) no_keys(s, first_row(p_.cu_q, s), len_q);
     if (len_q == 0 || len_k == 0) continue;
-    const int64_t tiles = kernels_.tiles(len_q), cost = len_q * len_k, count = pieces(cost, tiles / 4);
+    const int64_t tiles = kernels_.tiles(len_q), cost = len_q * len_k,
+                  count = pieces(cost, tiles / 4);
     for (int64_t h = 0; h < p_.heads; ++h) {
       for (int64_t i = 0; i < count; ++i) {
-        tasks.push_back({s, h, {tiles * i / count, tiles * (i + 1) / count}, {0, 0}, true, false, cost / count});
+        tasks.push_back({s,
+                         h,
+                         {tiles * i / count, tiles * (i + 1) / count},
+                         {0, 0},
+                         true,
+                         false,
+                         cost / count});
       }
     }
   }
@@ -249,8 +281,8 @@ bool Call::backward_task(const Task& task, Arena& arena) const {
   return true;
 }
 
-// Whether whole heads would leave workers idle for longer than separate passes for dQ and for dK, dV cost (seven products
-// instead of five). Only the time depends on the answer, not the result.
+// Whether whole heads would leave workers idle for longer than separate passes for dQ and for dK,
+// dV cost (seven products instead of five). Only the time depends on the answer, not the result.
 bool Call::too_few_heads() const {
   int64_t heads = 0;
   std::vector<int64_t> costs;
@@ -262,7 +294,8 @@ bool Call::too_few_heads() const {
   std::sort(costs.rbegin(), costs.rend());
   std::vector<int64_t> load((size_t)workers_, 0);
   for (const int64_t cost : costs) {
-    for (int64_t h = 0; h < p_.heads && cost > 0; ++h) *std::min_element(load.begin(), load.end()) += cost;
+    for (int64_t h = 0; h < p_.heads && cost > 0; ++h)
+      *std::min_element(load.begin(), load.end()) += cost;
   }
   const double longest = (double)*std::max_element(load.begin(), load.end());
   return longest > 1.45 * (double)total_cost_ / (double)workers_;
@@ -281,22 +314,36 @@ const char* Call::backward() {
     }
     if (len_q == 0 || len_k == 0) continue;
     const Range tiles = {0, kernels_.tiles(len_q)}, blocks = {0, kernels_.blocks(len_k)};
-    const int64_t cost = len_q * len_k, by_q = split ? pieces(cost, tiles.end / 4) : 1, by_k = split ? pieces(cost, blocks.end) : 1;
+    const int64_t cost = len_q * len_k, by_q = split ? pieces(cost, tiles.end / 4) : 1,
+                  by_k = split ? pieces(cost, blocks.end) : 1;
     for (int64_t h = 0; h < p_.heads; ++h) {
       if (by_q == 1 && by_k == 1) {
         tasks.push_back({s, h, tiles, blocks, true, true, 5 * cost});
         continue;
       }
       for (int64_t i = 0; i < by_k; ++i) {
-        tasks.push_back({s, h, tiles, {blocks.end * i / by_k, blocks.end * (i + 1) / by_k}, false, true, 4 * cost / by_k});
+        tasks.push_back({s,
+                         h,
+                         tiles,
+                         {blocks.end * i / by_k, blocks.end * (i + 1) / by_k},
+                         false,
+                         true,
+                         4 * cost / by_k});
       }
       for (int64_t i = 0; i < by_q; ++i) {
-        tasks.push_back({s, h, {tiles.end * i / by_q, tiles.end * (i + 1) / by_q}, blocks, true, false, 3 * cost / by_q});
+        tasks.push_back({s,
+                         h,
+                         {tiles.end * i / by_q, tiles.end * (i + 1) / by_q},
+                         blocks,
+                         true,
+                         false,
+                         3 * cost / by_q});
       }
     }
   }
   if (packed_) {
-    const int64_t used_q = offset_at(p_.cu_q, p_.num_seqs), used_k = offset_at(p_.cu_k, p_.num_seqs);
+    const int64_t used_q = offset_at(p_.cu_q, p_.num_seqs),
+                  used_k = offset_at(p_.cu_k, p_.num_seqs);
     zero(p_.grad_q, 0, used_q, p_.len_q - used_q);
     zero(p_.grad_k, 0, used_k, p_.len_k - used_k);
     zero(p_.grad_v, 0, used_k, p_.len_k - used_k);
@@ -304,26 +351,32 @@ const char* Call::backward() {
   return run(tasks, true);
 }
 
-const char* start(const jk_masked_attention_params* p, int isa, jk_parallel_for parallel_for, bool backward) {
+const char* start(const jk_masked_attention_params* p, int isa, jk_parallel_for parallel_for,
+                  bool backward) {
   if (const char* wrong = check(*p, backward)) return wrong;
   if (isa == JK_ISA_AUTO) isa = best_isa();
-  if (isa < JK_ISA_PORTABLE || isa > JK_ISA_AVX512_BF16) return "masked_attention: isa must be one of jk_isa, got another number.";
-  if (!cpu_supports(isa)) return "masked_attention: isa must be one that this machine can run, got one that it cannot.";
+  if (isa < JK_ISA_PORTABLE || isa > JK_ISA_AVX512_BF16)
+    return "masked_attention: isa must be one of jk_isa, got another number.";
+  if (!cpu_supports(isa))
+    return "masked_attention: isa must be one that this machine can run, got one that it cannot.";
   try {
     Call call(*p, *kernels_of(isa, p->dtype), parallel_for);
     return backward ? call.backward() : call.forward();
   } catch (const std::bad_alloc&) {  // must not cross the C ABI
-    return "masked_attention: the rotation table and the list of tasks must fit into memory, got none.";
+    return "masked_attention: the rotation table and the list of tasks must fit into memory, got "
+           "none.";
   }
 }
 
 }  // namespace
 }  // namespace jk::attention
 
-const char* jk_masked_attention_cpu_fwd(const jk_masked_attention_params* p, int isa, jk_parallel_for parallel_for) {
+const char* jk_masked_attention_cpu_fwd(const jk_masked_attention_params* p, int isa,
+                                        jk_parallel_for parallel_for) {
   return jk::attention::start(p, isa, parallel_for, false);
 }
 
-const char* jk_masked_attention_cpu_bwd(const jk_masked_attention_params* p, int isa, jk_parallel_for parallel_for) {
+const char* jk_masked_attention_cpu_bwd(const jk_masked_attention_params* p, int isa,
+                                        jk_parallel_for parallel_for) {
   return jk::attention::start(p, isa, parallel_for, true);
 }

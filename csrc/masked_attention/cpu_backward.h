@@ -1,10 +1,10 @@
-// Backward attention of one (sequence, head), or of a part of it. Keys in the outer loop, query tiles in the inner one, all
-// five products through the micro-kernel, no atomics:
-//   P = 2^(scores - lse)        dP = V dO^T         dS = P * (dP - delta),  delta = sum over channels of dO * out
-//   dV += P dO                  dK += dS Q          dQ^T += K^T dS
-// Every sum runs over tokens in their order, whichever part of the gradients is asked for, so one pass over everything and
-// separate passes for dK, dV and for dQ give the same bits.
-// Included by one translation unit per instruction set, hence the anonymous namespace.
+// Backward attention of one (sequence, head), or of a part of it. Keys in the outer loop, query
+// tiles in the inner one, all five products through the micro-kernel, no atomics:
+//   P = 2^(scores - lse)        dP = V dO^T         dS = P * (dP - delta),  delta = sum over
+//   channels of dO * out dV += P dO                  dK += dS Q          dQ^T += K^T dS
+// Every sum runs over tokens in their order, whichever part of the gradients is asked for, so one
+// pass over everything and separate passes for dK, dV and for dQ give the same bits. Included by
+// one translation unit per instruction set, hence the anonymous namespace.
 #pragma once
 #include <math.h>
 
@@ -20,18 +20,21 @@ constexpr float kLowestPower = -126.f;
 
 template <class F>
 struct BackwardShape : Shape<F> {
-  static constexpr int kGroup = F::Simd::kLanes == 16 ? 2 : 4;  // query tiles whose P and dS meet dO and Q at once
-  static constexpr int64_t kSpan = kGroup * Shape<F>::kTile;    // queries of a group
+  static constexpr int kGroup =
+      F::Simd::kLanes == 16 ? 2 : 4;  // query tiles whose P and dS meet dO and Q at once
+  static constexpr int64_t kSpan = kGroup * Shape<F>::kTile;  // queries of a group
   static constexpr int kMaxVecs = F::Simd::kLanes == 16 ? 4 : 2;
 };
 
 struct BackwardScratch {
   int64_t channels, queries;  // queries, padded to whole vectors
-  // Queries: lanes are [tile][unit of channels][lane], pairs are [unit of tokens][channels], grad_q is [tile][channels][lane].
+  // Queries: lanes are [tile][unit of channels][lane], pairs are [unit of tokens][channels], grad_q
+  // is [tile][channels][lane].
   float *q_lanes, *grad_lanes, *q_pairs, *grad_pairs, *lse, *lse_rest, *delta, *grad_q;
   // Keys of one block: rows [tokens][channels], panels [head_dim / kRows][tokens][kRows].
   float *k_rows, *v_rows, *k_panels, *grad_k, *grad_v;
-  // P and dS of one block and group: [keys][queries], and dS once more for the sum over keys where the format needs it.
+  // P and dS of one block and group: [keys][queries], and dS once more for the sum over keys where
+  // the format needs it.
   float *probs, *grads, *grads_pairs;
   int64_t floats;
 };
@@ -76,14 +79,17 @@ template <class V, class T>
 JK_INLINE float row_product(const float* row, const Rows& other, int64_t i, int64_t head_dim) {
   const T* x = (const T*)other.data + i * other.stride;
   typename V::Vec sum = V::zero();
-  for (int64_t d = 0; d < head_dim; d += V::kLanes) sum = V::fma(V::load(row + d), V::load_head(x + d, head_dim - d), sum);
+  for (int64_t d = 0; d < head_dim; d += V::kLanes)
+    sum = V::fma(V::load(row + d), V::load_head(x + d, head_dim - d), sum);
   return V::sum(sum);
 }
 
-// Reads kLanes rows and packs them as lanes and as pairs of tokens; returns them as floats, which pairs of floats are already.
+// Reads kLanes rows and packs them as lanes and as pairs of tokens; returns them as floats, which
+// pairs of floats are already.
 template <class F, class T>
-JK_INLINE const float* pack_rows(const Source& from, int64_t head_dim, int64_t channels, int64_t first, int64_t count, float* buffer,
-                                 float* lanes, float* pairs) {
+JK_INLINE const float* pack_rows(const Source& from, int64_t head_dim, int64_t channels,
+                                 int64_t first, int64_t count, float* buffer, float* lanes,
+                                 float* pairs) {
   constexpr int64_t kLanes = F::Simd::kLanes;
   float* rows = F::kPerUnit == 1 ? pairs : buffer;
   read_rows<typename F::Simd, T, false>(from, head_dim, first, count, kLanes, rows, channels);
@@ -96,23 +102,31 @@ template <class F, class T>
 void pack_queries(const Head& head, const BackwardScratch& s, Range tiles) {
   using V = typename F::Simd;
   constexpr int64_t kLanes = V::kLanes, kTile = Shape<F>::kTile, kUnit = F::kPerUnit;
-  const Source query = {head.q, head.ids_q, head.rope, scales_of(head.scale).query}, grad = {head.grad_out, head.ids_q, nullptr, 1.f};
+  const Source query = {head.q, head.ids_q, head.rope, scales_of(head.scale).query},
+               grad = {head.grad_out, head.ids_q, nullptr, 1.f};
   alignas(64) float buffer[kLanes * kMaxHeadDim];
   const int64_t origin = tile_begin<F>(head.len_q, tiles.begin);
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-    const int64_t first = tile_begin<F>(head.len_q, tile), last = tile_begin<F>(head.len_q, tile + 1);
+    const int64_t first = tile_begin<F>(head.len_q, tile),
+                  last = tile_begin<F>(head.len_q, tile + 1);
     const int64_t slot = tile - tiles.begin;
     for (int64_t n = first; n < last; n += kLanes) {
       const int64_t count = least(head.len_q - n, kLanes), lane = slot * kTile + n - first;
-      const int64_t lanes = slot * (s.channels / kUnit) * kTile + n - first, pairs = (n - origin) / kUnit * s.channels;
-      pack_rows<F, T>(query, head.head_dim, s.channels, n, count, buffer, s.q_lanes + lanes, s.q_pairs + pairs);
-      const float* rows = pack_rows<F, T>(grad, head.head_dim, s.channels, n, count, buffer, s.grad_lanes + lanes, s.grad_pairs + pairs);
+      const int64_t lanes = slot * (s.channels / kUnit) * kTile + n - first,
+                    pairs = (n - origin) / kUnit * s.channels;
+      pack_rows<F, T>(query, head.head_dim, s.channels, n, count, buffer, s.q_lanes + lanes,
+                      s.q_pairs + pairs);
+      const float* rows = pack_rows<F, T>(grad, head.head_dim, s.channels, n, count, buffer,
+                                          s.grad_lanes + lanes, s.grad_pairs + pairs);
       for (int64_t i = 0; i < kLanes; ++i) {
-        // In units of log2 and in two floats: rounding a large lse once more would double the error of P.
+        // In units of log2 and in two floats: rounding a large lse once more would double the error
+        // of P.
         const double lse = i < count ? head.lse[n + i] * M_LOG2E : kNoQueryLse;
         s.lse[lane + i] = (float)lse;
         s.lse_rest[lane + i] = (float)(lse - s.lse[lane + i]);
-        s.delta[lane + i] = i < count ? row_product<V, T>(rows + i * s.channels, head.out, n + i, head.head_dim) : 0.f;
+        s.delta[lane + i] =
+            i < count ? row_product<V, T>(rows + i * s.channels, head.out, n + i, head.head_dim)
+                      : 0.f;
       }
     }
   }
@@ -123,21 +137,24 @@ template <class F, class T>
 void pack_keys(const Head& head, const BackwardScratch& s, int64_t first, int64_t count) {
   using V = typename F::Simd;
   constexpr int64_t kLanes = V::kLanes, kUnit = F::kPerUnit;
-  const Source key = {head.k, head.ids_k, head.rope, 1.f}, value = {head.v, head.ids_k, nullptr, 1.f};
+  const Source key = {head.k, head.ids_k, head.rope, 1.f},
+               value = {head.v, head.ids_k, nullptr, 1.f};
   alignas(64) float buffer[kLanes * kMaxHeadDim];
   for (int64_t n = 0; n < count; n += kLanes) {
     const int64_t valid = least(count - n, kLanes), offset = n * s.channels / kUnit;
     float* rows = kUnit == 1 ? s.k_rows + offset : buffer;
     read_rows<V, T, false>(key, head.head_dim, first + n, valid, kLanes, rows, s.channels);
     if constexpr (kUnit > 1) put_rows<F>(rows, s.channels, kLanes, s.k_rows + offset);
-    put_panels<F>(rows, s.channels, head.head_dim, kLanes, s.k_panels, n / kUnit, kBackwardBlock / kUnit);
+    put_panels<F>(rows, s.channels, head.head_dim, kLanes, s.k_panels, n / kUnit,
+                  kBackwardBlock / kUnit);
     rows = kUnit == 1 ? s.v_rows + offset : buffer;
     read_rows<V, T, false>(value, head.head_dim, first + n, valid, kLanes, rows, s.channels);
     if constexpr (kUnit > 1) put_rows<F>(rows, s.channels, kLanes, s.v_rows + offset);
   }
 }
 
-// One query tile of a group against one block of keys: P and dS at lane `at` of the group's buffers, and dQ^T if wanted.
+// One query tile of a group against one block of keys: P and dS at lane `at` of the group's
+// buffers, and dQ^T if wanted.
 struct BackwardTile {
   const float *q_lanes, *grad_lanes, *lse, *lse_rest, *delta;
   float* grad_q;
@@ -150,7 +167,8 @@ template <class F, int NQ>
 __attribute__((noinline)) void differentiate(const BackwardScratch& s, const BackwardTile& t) {
   using V = typename F::Simd;
   constexpr int MR = Shape<F>::kRows, kJobs = MR / 2 * NQ;
-  constexpr int64_t kLanes = V::kLanes, kTile = Shape<F>::kTile, kSpan = BackwardShape<F>::kSpan, kUnit = F::kPerUnit;
+  constexpr int64_t kLanes = V::kLanes, kTile = Shape<F>::kTile, kSpan = BackwardShape<F>::kSpan,
+                    kUnit = F::kPerUnit;
   const int64_t row = s.channels / kUnit, steps = t.head_dim / kUnit;
   alignas(64) float scores[MR * NQ * kLanes], probs[MR * NQ * kLanes], products[MR * NQ * kLanes];
   const auto exponentiate = [&](int64_t key, int n) __attribute__((always_inline)) {
@@ -166,7 +184,8 @@ __attribute__((noinline)) void differentiate(const BackwardScratch& s, const Bac
       x0 = V::sub(x0, rest);
       x1 = V::sub(x1, rest);
     }
-    const typename V::Vec p0 = simd::exp2<V, F::kExpDegree>(V::max(lowest, x0)), p1 = simd::exp2<V, F::kExpDegree>(V::max(lowest, x1));
+    const typename V::Vec p0 = simd::exp2<V, F::kExpDegree>(V::max(lowest, x0)),
+                          p1 = simd::exp2<V, F::kExpDegree>(V::max(lowest, x1));
     V::store(probs + from, p0);
     V::store(probs + from + kLanes, p1);
     F::put_two_rows(s.probs, kSpan, key + n / NQ * 2, t.at + lane, p0, p1);
@@ -174,10 +193,13 @@ __attribute__((noinline)) void differentiate(const BackwardScratch& s, const Bac
   const auto multiply = [&](int64_t key, int n) __attribute__((always_inline)) {
     const int64_t lane = n % NQ * kLanes, from = n * 2 * kLanes;
     const typename V::Vec delta = V::load(t.delta + lane);
-    const typename V::Vec d0 = V::mul(V::load(probs + from), V::sub(V::load(products + from), delta));
-    const typename V::Vec d1 = V::mul(V::load(probs + from + kLanes), V::sub(V::load(products + from + kLanes), delta));
+    const typename V::Vec d0 =
+        V::mul(V::load(probs + from), V::sub(V::load(products + from), delta));
+    const typename V::Vec d1 =
+        V::mul(V::load(probs + from + kLanes), V::sub(V::load(products + from + kLanes), delta));
     F::put_two_rows(s.grads, kSpan, key + n / NQ * 2, t.at + lane, d0, d1);
-    if constexpr (kUnit > 1) F::put_pair(s.grads_pairs + (key / 2 + n / NQ) * kTile + lane, kTile, d0, d1);
+    if constexpr (kUnit > 1)
+      F::put_pair(s.grads_pairs + (key / 2 + n / NQ) * kTile + lane, kTile, d0, d1);
   };
   for (int64_t n = 0; n < t.keys; n += MR) {
     Block<F, MR, NQ> acc;
@@ -212,9 +234,11 @@ __attribute__((noinline)) void differentiate(const BackwardScratch& s, const Bac
   }
 }
 
-// sums[key][d] += sum over the queries of a group of weights[key][q] * rows[q][d], NR vectors of channels at a time
+// sums[key][d] += sum over the queries of a group of weights[key][q] * rows[q][d], NR vectors of
+// channels at a time
 template <class F, int NR>
-JK_INLINE void add_rows_part(const float* weights, const float* rows, float* sums, int64_t channels, int64_t keys, int64_t units) {
+JK_INLINE void add_rows_part(const float* weights, const float* rows, float* sums, int64_t channels,
+                             int64_t keys, int64_t units) {
   constexpr int MR = least(12, F::Simd::kAccumulators / NR);
   constexpr int64_t kStride = BackwardShape<F>::kSpan / F::kPerUnit;
   for (int64_t n = 0; n < keys; n += MR) {
@@ -226,8 +250,9 @@ JK_INLINE void add_rows_part(const float* weights, const float* rows, float* sum
 }
 
 template <class F>
-__attribute__((noinline)) void add_rows(const float* weights, const float* rows, float* sums, int64_t channels, int64_t head_dim,
-                                        int64_t keys, int64_t queries) {
+__attribute__((noinline)) void add_rows(const float* weights, const float* rows, float* sums,
+                                        int64_t channels, int64_t head_dim, int64_t keys,
+                                        int64_t queries) {
   constexpr int kLanes = F::Simd::kLanes, kMaxVecs = BackwardShape<F>::kMaxVecs;
   const int64_t units = queries / F::kPerUnit;
   int64_t vecs = (head_dim + kLanes - 1) / kLanes;
@@ -243,11 +268,14 @@ __attribute__((noinline)) void add_rows(const float* weights, const float* rows,
 
 // All query tiles of the range against the packed block of keys.
 template <class F>
-void backward_block(const Head& head, const BackwardScratch& s, Range tiles, int64_t keys, bool want_q, bool want_kv) {
+void backward_block(const Head& head, const BackwardScratch& s, Range tiles, int64_t keys,
+                    bool want_q, bool want_kv) {
   using S = BackwardShape<F>;
-  const int64_t unit_lanes = s.channels / F::kPerUnit * S::kTile, origin = tile_begin<F>(head.len_q, tiles.begin);
+  const int64_t unit_lanes = s.channels / F::kPerUnit * S::kTile,
+                origin = tile_begin<F>(head.len_q, tiles.begin);
   for (int64_t group = tiles.begin; group < tiles.end; group += S::kGroup) {
-    const int64_t end = least(group + S::kGroup, tiles.end), group_first = tile_begin<F>(head.len_q, group);
+    const int64_t end = least(group + S::kGroup, tiles.end),
+                  group_first = tile_begin<F>(head.len_q, group);
     for (int64_t tile = group; tile < end; ++tile) {
       const int64_t first = tile_begin<F>(head.len_q, tile), slot = tile - tiles.begin;
       const int64_t vecs = (tile_begin<F>(head.len_q, tile + 1) - first) / F::Simd::kLanes;
@@ -271,7 +299,8 @@ void backward_block(const Head& head, const BackwardScratch& s, Range tiles, int
       }
     }
     if (!want_kv) continue;
-    const int64_t queries = tile_begin<F>(head.len_q, end) - group_first, rows = (group_first - origin) / F::kPerUnit * s.channels;
+    const int64_t queries = tile_begin<F>(head.len_q, end) - group_first,
+                  rows = (group_first - origin) / F::kPerUnit * s.channels;
     add_rows<F>(s.probs, s.grad_pairs + rows, s.grad_v, s.channels, head.head_dim, keys, queries);
     add_rows<F>(s.grads, s.q_pairs + rows, s.grad_k, s.channels, head.head_dim, keys, queries);
   }
@@ -283,7 +312,8 @@ void write_queries(const Head& head, const BackwardScratch& s, Range tiles) {
   constexpr int64_t kLanes = V::kLanes, kTile = Shape<F>::kTile;
   alignas(64) float rows[kLanes * kMaxHeadDim];
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-    const int64_t first = tile_begin<F>(head.len_q, tile), last = tile_begin<F>(head.len_q, tile + 1);
+    const int64_t first = tile_begin<F>(head.len_q, tile),
+                  last = tile_begin<F>(head.len_q, tile + 1);
     for (int64_t n = first; n < last; n += kLanes) {
       const float* sums = s.grad_q + (tile - tiles.begin) * s.channels * kTile + (n - first);
       for (int64_t d = 0; d < head.head_dim; d += kLanes) {
@@ -293,16 +323,19 @@ void write_queries(const Head& head, const BackwardScratch& s, Range tiles) {
         JK_UNROLL for (int i = 0; i < kLanes; ++i) V::store(rows + i * kMaxHeadDim + d, r[i]);
       }
       for (int64_t i = n; i < least(n + kLanes, head.len_q); ++i) {
-        write_row<V, T>(head.grad_q, i, angle(head.rope, head.ids_q, i), head.head_dim, head.scale, rows + (i - n) * kMaxHeadDim);
+        write_row<V, T>(head.grad_q, i, angle(head.rope, head.ids_q, i), head.head_dim, head.scale,
+                        rows + (i - n) * kMaxHeadDim);
       }
     }
   }
 }
 
 template <class F, class T>
-void backward(const Head& head, float* scratch, Range tiles, Range blocks, bool want_q, bool want_kv) {
+void backward(const Head& head, float* scratch, Range tiles, Range blocks, bool want_q,
+              bool want_kv) {
   using V = typename F::Simd;
-  const int64_t queries = tile_begin<F>(head.len_q, tiles.end) - tile_begin<F>(head.len_q, tiles.begin);
+  const int64_t queries =
+      tile_begin<F>(head.len_q, tiles.end) - tile_begin<F>(head.len_q, tiles.begin);
   const BackwardScratch s = backward_layout<F>(scratch, head.head_dim, queries);
   pack_queries<F, T>(head, s, tiles);
   for (int64_t block = blocks.begin; block < blocks.end; ++block) {
@@ -314,8 +347,10 @@ void backward(const Head& head, float* scratch, Range tiles, Range blocks, bool 
     if (!want_kv) continue;
     for (int64_t i = 0; i < keys; ++i) {
       const Angle at = angle(head.rope, head.ids_k, first + i);
-      write_row<V, T>(head.grad_k, first + i, at, head.head_dim, scales_of(head.scale).grad_k, s.grad_k + i * s.channels);
-      write_row<V, T>(head.grad_v, first + i, {nullptr, {}}, head.head_dim, 1.f, s.grad_v + i * s.channels);
+      write_row<V, T>(head.grad_k, first + i, at, head.head_dim, scales_of(head.scale).grad_k,
+                      s.grad_k + i * s.channels);
+      write_row<V, T>(head.grad_v, first + i, {nullptr, {}}, head.head_dim, 1.f,
+                      s.grad_v + i * s.channels);
     }
   }
   if (want_q) write_queries<F, T>(head, s, tiles);

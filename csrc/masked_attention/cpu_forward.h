@@ -1,6 +1,7 @@
-// Forward attention of one (sequence, head). Queries sit in the lanes of vectors, so a softmax row is a lane and needs no
-// horizontal step: scores^T [keys, queries] = K Q^T, P = 2^(scores - shift), out^T += V^T P. Scores are in units of log2.
-// Included by one translation unit per instruction set, hence the anonymous namespace.
+// Forward attention of one (sequence, head). Queries sit in the lanes of vectors, so a softmax row
+// is a lane and needs no horizontal step: scores^T [keys, queries] = K Q^T, P = 2^(scores - shift),
+// out^T += V^T P. Scores are in units of log2. Included by one translation unit per instruction
+// set, hence the anonymous namespace.
 #pragma once
 #include <math.h>
 
@@ -10,9 +11,11 @@ namespace jk::attention {
 namespace {
 
 constexpr int64_t kForwardBlock = 128;  // keys whose P is kept before it meets V
-// Below this bound on |score| the sum of 2^score can neither overflow nor lose terms: no running maximum is needed.
+// Below this bound on |score| the sum of 2^score can neither overflow nor lose terms: no running
+// maximum is needed.
 constexpr float kScoreBound = 48.f;
-// Elsewhere a lane's shift may lag its maximum by this much; a narrow margin would rescale all the time.
+// Elsewhere a lane's shift may lag its maximum by this much; a narrow margin would rescale all the
+// time.
 constexpr float kShiftMargin = 64.f;
 constexpr float kLowestExponent = -126.f;
 
@@ -43,7 +46,12 @@ ForwardScratch forward_layout(float* base, int64_t head_dim, int64_t len_k) {
     return p;
   };
   s.key_norm = take(1);
-  s.keys = {take(tokens * channels / kUnit), take(tokens / kUnit * head_dim), len_k, channels, head_dim, tokens / kUnit};
+  s.keys = {take(tokens * channels / kUnit),
+            take(tokens / kUnit * head_dim),
+            len_k,
+            channels,
+            head_dim,
+            tokens / kUnit};
   s.lanes = take(channels / kUnit * kTile);
   s.out = take(channels * kTile);
   s.probs = take(kForwardBlock / kUnit * kTile);
@@ -57,16 +65,19 @@ void forward_keys(const Head& head, float* scratch) {
   const ForwardScratch s = forward_layout<F>(scratch, head.head_dim, head.len_k);
   const int64_t channels = s.keys.channels, tokens = round_up(head.len_k, kTokenPad);
   alignas(64) float buffer[kLanes * kMaxHeadDim];
-  const Source key = {head.k, head.ids_k, head.rope, 1.f}, value = {head.v, head.ids_k, nullptr, 1.f};
+  const Source key = {head.k, head.ids_k, head.rope, 1.f},
+               value = {head.v, head.ids_k, nullptr, 1.f};
   float largest = 0;
   for (int64_t n = 0; n < tokens; n += kLanes) {
     const int64_t count = n < head.len_k ? least(head.len_k - n, kLanes) : 0;
     float* packed = s.keys.rows + n * channels / F::kPerUnit;
     float* rows = F::kPerUnit == 1 ? packed : buffer;
-    largest = largest_of(largest, read_rows<typename F::Simd, T, true>(key, head.head_dim, n, count, kLanes, rows, channels));
+    largest = largest_of(largest, read_rows<typename F::Simd, T, true>(key, head.head_dim, n, count,
+                                                                       kLanes, rows, channels));
     if constexpr (F::kPerUnit > 1) put_rows<F>(rows, channels, kLanes, packed);
     read_rows<typename F::Simd, T, false>(value, head.head_dim, n, count, kLanes, buffer, channels);
-    put_panels<F>(buffer, channels, head.head_dim, kLanes, s.keys.panels, n / F::kPerUnit, s.keys.panel_units);
+    put_panels<F>(buffer, channels, head.head_dim, kLanes, s.keys.panels, n / F::kPerUnit,
+                  s.keys.panel_units);
   }
   *s.key_norm = sqrtf(largest);
 }
@@ -81,7 +92,8 @@ struct Softmax {
 
 // out^T[d][q] += sum over keys first .. last of V[key][d] P[key][q], and the same for the sum of P
 template <class F, int NQ>
-JK_INLINE void add_values(const PackedKeys& keys, const float* probs, Softmax<F>& state, float* out, int64_t first, int64_t last) {
+JK_INLINE void add_values(const PackedKeys& keys, const float* probs, Softmax<F>& state, float* out,
+                          int64_t first, int64_t last) {
   using V = typename F::Simd;
   constexpr int MR = Shape<F>::kRows;
   constexpr int64_t kTile = Shape<F>::kTile;
@@ -109,39 +121,47 @@ JK_INLINE bool outgrown(const Block<F, Shape<F>::kRows, NQ>& acc, float scale, c
   JK_UNROLL for (int j = 0; j < NQ; ++j) {
     typename V::Vec top = acc[0][j];
     JK_UNROLL for (int r = 1; r < Shape<F>::kRows; ++r) top = V::max(top, acc[r][j]);
-    any |= V::any_greater(V::mul(top, V::set1(scale)), V::add(V::load(shift + j * V::kLanes), V::set1(kShiftMargin)));
+    any |= V::any_greater(V::mul(top, V::set1(scale)),
+                          V::add(V::load(shift + j * V::kLanes), V::set1(kShiftMargin)));
   }
   return any;
 }
 
-// Raises the shifts to the scores of this tile and brings the sums and outputs so far to the new scale, in place.
+// Raises the shifts to the scores of this tile and brings the sums and outputs so far to the new
+// scale, in place.
 template <class F, int NQ>
-__attribute__((noinline)) void raise_shift(const float* jobs, float scale, int64_t head_dim, bool have_out, Softmax<F>& state, float* out) {
+__attribute__((noinline)) void raise_shift(const float* jobs, float scale, int64_t head_dim,
+                                           bool have_out, Softmax<F>& state, float* out) {
   using V = typename F::Simd;
   constexpr int64_t kLanes = V::kLanes, kTile = Shape<F>::kTile;
   for (int64_t j = 0; j < NQ; ++j) {
     typename V::Vec top = V::load(state.shift + j * kLanes);
     const typename V::Vec old = top;
     for (int64_t r = 0; r < Shape<F>::kRows; ++r)
-      top = V::max(V::mul(V::set1(scale), V::load(jobs + ((r / 2 * NQ + j) * 2 + r % 2) * kLanes)), top);
-    const typename V::Vec factor = simd::exp2<V, 6>(V::max(V::set1(kLowestExponent), V::sub(old, top)));
+      top = V::max(V::mul(V::set1(scale), V::load(jobs + ((r / 2 * NQ + j) * 2 + r % 2) * kLanes)),
+                   top);
+    const typename V::Vec factor =
+        simd::exp2<V, 6>(V::max(V::set1(kLowestExponent), V::sub(old, top)));
     V::store(state.shift + j * kLanes, top);
     V::store(state.sum + j * kLanes, V::mul(factor, V::load(state.sum + j * kLanes)));
     if (!have_out) continue;
-    for (int64_t d = 0; d < head_dim; ++d) V::store(out + d * kTile + j * kLanes, V::mul(factor, V::load(out + d * kTile + j * kLanes)));
+    for (int64_t d = 0; d < head_dim; ++d)
+      V::store(out + d * kTile + j * kLanes, V::mul(factor, V::load(out + d * kTile + j * kLanes)));
   }
 }
 
-// One query tile against all keys. P of a key tile is computed beside the dot products of the next one.
+// One query tile against all keys. P of a key tile is computed beside the dot products of the next
+// one.
 template <class F, int NQ, bool kBounded>
-__attribute__((noinline)) void attend(const PackedKeys& keys, const float* lanes, float scale, float* probs, Softmax<F>& state,
-                                      float* out) {
+__attribute__((noinline)) void attend(const PackedKeys& keys, const float* lanes, float scale,
+                                      float* probs, Softmax<F>& state, float* out) {
   using V = typename F::Simd;
   constexpr int MR = Shape<F>::kRows, kJobs = MR / 2 * NQ;
   constexpr int64_t kLanes = V::kLanes, kTile = Shape<F>::kTile;
   const int64_t row = keys.channels / F::kPerUnit, steps = keys.head_dim / F::kPerUnit;
   alignas(64) float jobs[MR * NQ * kLanes];
-  for (int64_t i = 0; i < kTile; ++i) state.sum[i] = state.part[i] = 0, state.shift[i] = kBounded ? 0 : -INFINITY;
+  for (int64_t i = 0; i < kTile; ++i)
+    state.sum[i] = state.part[i] = 0, state.shift[i] = kBounded ? 0 : -INFINITY;
   const float masked = kBounded ? (kLowestExponent + 1) / scale : -INFINITY;
   const float scales[] = {scale, 1.f, kLowestExponent};
   float* pending = probs;
@@ -151,13 +171,15 @@ __attribute__((noinline)) void attend(const PackedKeys& keys, const float* lanes
     const float* factors = scales;
     if constexpr (V::kConstantsInMemory) JK_KEEP_IN_MEMORY(factors);
     if constexpr (!kBounded) {
-      const typename V::Vec shift = V::load(state.shift + j * kLanes), lowest = V::broadcast(factors + 2);
+      const typename V::Vec shift = V::load(state.shift + j * kLanes),
+                            lowest = V::broadcast(factors + 2);
       x0 = V::max(lowest, V::fms(x0, V::broadcast(factors), shift));
       x1 = V::max(lowest, V::fms(x1, V::broadcast(factors), shift));
     }
     float* sum = state.part + j * kLanes;
     float* units = pending + n / NQ * (2 / F::kPerUnit) * kTile + j * kLanes;
-    V::store(sum, F::put_exp2(units, kTile, x0, x1, V::broadcast(factors + (kBounded ? 0 : 1)), V::load(sum)));
+    V::store(sum, F::put_exp2(units, kTile, x0, x1, V::broadcast(factors + (kBounded ? 0 : 1)),
+                              V::load(sum)));
   };
   int64_t done = 0;  // keys that out has seen
   for (int64_t n = 0; n < keys.count; n += MR) {
@@ -178,7 +200,8 @@ __attribute__((noinline)) void attend(const PackedKeys& keys, const float* lanes
       done = n;
     }
     if constexpr (!kBounded) {
-      if (__builtin_expect(raise, 0)) raise_shift<F, NQ>(jobs, scale, keys.head_dim, n > 0, state, out);
+      if (__builtin_expect(raise, 0))
+        raise_shift<F, NQ>(jobs, scale, keys.head_dim, n > 0, state, out);
     }
     pending = probs + (n - done) / F::kPerUnit * kTile;
   }
@@ -187,19 +210,23 @@ __attribute__((noinline)) void attend(const PackedKeys& keys, const float* lanes
 }
 
 template <class F, class T, int NQ>
-void write_out(const Head& head, const Softmax<F>& state, float* out, float key_poison, int64_t first) {
+void write_out(const Head& head, const Softmax<F>& state, float* out, float key_poison,
+               int64_t first) {
   using V = typename F::Simd;
   constexpr int64_t kLanes = V::kLanes, kTile = Shape<F>::kTile;
   for (int64_t j = 0; j < NQ; ++j) {
     const int64_t begin = first + j * kLanes, count = least(head.len_q - begin, kLanes);
     // A lane whose shift is not finite met a NaN or an infinity, which P need not show.
-    const typename V::Vec poison = V::fma(V::load(state.shift + j * kLanes), V::zero(), V::set1(key_poison));
-    const typename V::Vec inverse = V::add(V::div(V::set1(1.f), V::load(state.sum + j * kLanes)), poison);
+    const typename V::Vec poison =
+        V::fma(V::load(state.shift + j * kLanes), V::zero(), V::set1(key_poison));
+    const typename V::Vec inverse =
+        V::add(V::div(V::set1(1.f), V::load(state.sum + j * kLanes)), poison);
     alignas(64) float poisons[kLanes];
     V::store(poisons, poison);
     for (int64_t d = 0; d < head.head_dim; d += kLanes) {
       typename V::Vec r[kLanes];
-      JK_UNROLL for (int i = 0; i < kLanes; ++i) r[i] = V::mul(inverse, V::load(out + (d + i) * kTile + j * kLanes));
+      JK_UNROLL for (int i = 0; i < kLanes; ++i) r[i] =
+          V::mul(inverse, V::load(out + (d + i) * kTile + j * kLanes));
       V::transpose(r);
       alignas(64) float rows[kLanes * kLanes];
       JK_UNROLL for (int i = 0; i < kLanes; ++i) V::store(rows + i * kLanes, r[i]);
@@ -209,7 +236,9 @@ void write_out(const Head& head, const Softmax<F>& state, float* out, float key_
       }
     }
     for (int64_t i = 0; i < count; ++i) {
-      head.lse[begin + i] = (float)(state.shift[j * kLanes + i] * M_LN2 + logf(state.sum[j * kLanes + i])) + poisons[i];
+      head.lse[begin + i] =
+          (float)(state.shift[j * kLanes + i] * M_LN2 + logf(state.sum[j * kLanes + i])) +
+          poisons[i];
     }
   }
 }
@@ -225,7 +254,8 @@ void forward_tile(const Head& head, const ForwardScratch& s, int64_t first) {
   float largest = 0;
   for (int64_t j = 0; j < NQ; ++j) {
     const int64_t begin = first + j * kLanes, count = least(head.len_q - begin, kLanes);
-    largest = largest_of(largest, read_rows<V, T, true>(query, head.head_dim, begin, count, kLanes, rows, channels));
+    largest = largest_of(
+        largest, read_rows<V, T, true>(query, head.head_dim, begin, count, kLanes, rows, channels));
     put_lanes<F>(rows, channels, s.lanes + j * kLanes);
   }
   Softmax<F> state;

@@ -1,5 +1,6 @@
-// What masked_attention's CPU scheduler (cpu.cpp) and its kernels (one translation unit per instruction set) share.
-// Plain data only: nothing here may compile to code that two translation units could both define.
+// What masked_attention's CPU scheduler (cpu.cpp) and its kernels (one translation unit per
+// instruction set) share. Plain data only: nothing here may compile to code that two translation
+// units could both define.
 #pragma once
 #include "params.h"
 
@@ -17,10 +18,11 @@ struct Ids {
   int64_t bytes, stride;
 };
 
-// The caller's cos/sin table spread over whole head vectors, so that a token's rotation is the sum of one row of each axis.
-// A row is `padded` cosines, then `padded` sines with the sign of the even channels flipped; it is 0 outside the channels of
-// its axis. Channels behind the three axes count as x's and have cosine 1. Rows: grid_t, grid_h, grid_w, then one of each
-// axis that rotates nothing. first_axis and last_axis name the axes that meet in each run of eight channels.
+// The caller's cos/sin table spread over whole head vectors, so that a token's rotation is the sum
+// of one row of each axis. A row is `padded` cosines, then `padded` sines with the sign of the even
+// channels flipped; it is 0 outside the channels of its axis. Channels behind the three axes count
+// as x's and have cosine 1. Rows: grid_t, grid_h, grid_w, then one of each axis that rotates
+// nothing. first_axis and last_axis name the axes that meet in each run of eight channels.
 struct RopeRows {
   const float* data;
   int64_t padded;
@@ -42,8 +44,9 @@ struct Range {
   int64_t begin, end;
 };
 
-// The kernels of one instruction set for one storage type. Sizes are in floats. `tiles` counts query tiles, `blocks` counts
-// key blocks; both are cut from the start of a sequence, so results do not depend on how ranges of them are handed out.
+// The kernels of one instruction set for one storage type. Sizes are in floats. `tiles` counts
+// query tiles, `blocks` counts key blocks; both are cut from the start of a sequence, so results do
+// not depend on how ranges of them are handed out.
 struct Kernels {
   int64_t (*tiles)(int64_t len_q);
   int64_t (*blocks)(int64_t len_k);
@@ -51,9 +54,10 @@ struct Kernels {
   void (*forward_keys)(const Head& head, float* scratch);  // rotates and packs K and V
   void (*forward_queries)(const Head& head, float* scratch, Range tiles);
   int64_t (*backward_scratch)(int64_t head_dim, int64_t len_q);
-  // Gradients of the queries of `tiles` when want_q, of the keys and values of `blocks` when want_kv. Complete gradients need
-  // all blocks for want_q and all tiles for want_kv.
-  void (*backward)(const Head& head, float* scratch, Range tiles, Range blocks, bool want_q, bool want_kv);
+  // Gradients of the queries of `tiles` when want_q, of the keys and values of `blocks` when
+  // want_kv. Complete gradients need all blocks for want_q and all tiles for want_kv.
+  void (*backward)(const Head& head, float* scratch, Range tiles, Range blocks, bool want_q,
+                   bool want_kv);
 };
 
 extern const Kernels kPortableFloat, kPortableBf16;

@@ -1,6 +1,7 @@
-// The two micro-kernels of attention on registers, and the packed number formats they read. Everything is packed in units of
-// four bytes: one float, or two bfloat16 that one dot-product instruction multiplies and adds. Included by one translation
-// unit per instruction set, hence the anonymous namespace: no two of them may share a definition.
+// The two micro-kernels of attention on registers, and the packed number formats they read.
+// Everything is packed in units of four bytes: one float, or two bfloat16 that one dot-product
+// instruction multiplies and adds. Included by one translation unit per instruction set, hence the
+// anonymous namespace: no two of them may share a definition.
 #pragma once
 #include <stdint.h>
 
@@ -25,12 +26,14 @@ struct FloatFormat {
   }
   // The same with 2^(x0 * factor) and 2^(x1 * factor); returns the sum with both added to it.
   static JK_INLINE Vec put_exp2(float* units, int64_t stride, Vec x0, Vec x1, Vec factor, Vec sum) {
-    const Vec p0 = simd::exp2<V, kExpDegree>(x0, factor), p1 = simd::exp2<V, kExpDegree>(x1, factor);
+    const Vec p0 = simd::exp2<V, kExpDegree>(x0, factor),
+              p1 = simd::exp2<V, kExpDegree>(x1, factor);
     put_pair(units, stride, p0, p1);
     return V::add(sum, V::add(p0, p1));
   }
   // Elements `at` .. of rows n and n + 1 of a matrix whose rows of `row` numbers are summed along.
-  static JK_INLINE void put_two_rows(float* units, int64_t row, int64_t n, int64_t at, Vec x0, Vec x1) {
+  static JK_INLINE void put_two_rows(float* units, int64_t row, int64_t n, int64_t at, Vec x0,
+                                     Vec x1) {
     V::store(units + n * row + at, x0);
     V::store(units + (n + 1) * row + at, x1);
   }
@@ -50,9 +53,11 @@ struct Shape {
 template <class F, int MR, int NR>
 using Block = typename F::Vec[MR][NR];
 
-// acc[r][j] += sum over s < steps of a[r * a_row + s * a_step] * b[s * b_step + j * lanes .. + lanes]
+// acc[r][j] += sum over s < steps of a[r * a_row + s * a_step] * b[s * b_step + j * lanes .. +
+// lanes]
 template <class F, int MR, int NR>
-JK_INLINE void dot(Block<F, MR, NR>& acc, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t steps) {
+JK_INLINE void dot(Block<F, MR, NR>& acc, const float* a, int64_t a_row, int64_t a_step,
+                   const float* b, int64_t b_step, int64_t steps) {
   using V = typename F::Simd;
 #pragma GCC unroll 4
   for (int64_t s = 0; s < steps; ++s, a += a_step, b += b_step) {
@@ -65,11 +70,12 @@ JK_INLINE void dot(Block<F, MR, NR>& acc, const float* a, int64_t a_row, int64_t
   }
 }
 
-// The same with side jobs. Where registers are plenty they are spread over the steps, and their instructions fill the gaps
-// that the dot products leave; sixteen registers hold no more than the accumulators, so there the jobs go first.
+// The same with side jobs. Where registers are plenty they are spread over the steps, and their
+// instructions fill the gaps that the dot products leave; sixteen registers hold no more than the
+// accumulators, so there the jobs go first.
 template <class F, int MR, int NR, class Job>
-JK_INLINE void dot_beside(Block<F, MR, NR>& acc, const float* a, int64_t a_row, const float* b, int64_t b_step, int64_t steps, bool active,
-                          Job job) {
+JK_INLINE void dot_beside(Block<F, MR, NR>& acc, const float* a, int64_t a_row, const float* b,
+                          int64_t b_step, int64_t steps, bool active, Job job) {
   constexpr int kJobs = MR / 2 * NR;
   if constexpr (F::Simd::kAccumulators < 16) {
     if (active) {
@@ -89,18 +95,20 @@ JK_INLINE void dot_beside(Block<F, MR, NR>& acc, const float* a, int64_t a_row, 
 
 template <class F, int MR, int NR>
 JK_INLINE void clear(Block<F, MR, NR>& acc) {
-  JK_UNROLL for (int r = 0; r < MR; ++r) JK_UNROLL for (int j = 0; j < NR; ++j) acc[r][j] = F::Simd::zero();
+  JK_UNROLL for (int r = 0; r < MR; ++r) JK_UNROLL for (int j = 0; j < NR; ++j) acc[r][j] =
+      F::Simd::zero();
 }
 
 template <class F, int MR, int NR>
 JK_INLINE void store(const Block<F, MR, NR>& acc, float* c, int64_t stride) {
   JK_UNROLL for (int r = 0; r < MR; ++r) {
-    JK_UNROLL for (int j = 0; j < NR; ++j) F::Simd::store(c + r * stride + j * F::Simd::kLanes, acc[r][j]);
+    JK_UNROLL for (int j = 0; j < NR; ++j)
+        F::Simd::store(c + r * stride + j * F::Simd::kLanes, acc[r][j]);
   }
 }
 
-// Sums of blocks are added to the total one block at a time: a single running sum over thousands of tokens would round
-// several times worse.
+// Sums of blocks are added to the total one block at a time: a single running sum over thousands of
+// tokens would round several times worse.
 template <class F, int MR, int NR>
 JK_INLINE void add(const Block<F, MR, NR>& acc, float* c, int64_t stride) {
   using V = typename F::Simd;
@@ -112,12 +120,14 @@ JK_INLINE void add(const Block<F, MR, NR>& acc, float* c, int64_t stride) {
   }
 }
 
-// Scores of a tile of keys wait here for their side jobs: job n owns rows 2 * (n / NR) and the next, lanes n % NR.
+// Scores of a tile of keys wait here for their side jobs: job n owns rows 2 * (n / NR) and the
+// next, lanes n % NR.
 template <class F, int MR, int NR>
 JK_INLINE void store_jobs(const Block<F, MR, NR>& acc, float* jobs) {
   constexpr int kLanes = F::Simd::kLanes;
   JK_UNROLL for (int r = 0; r < MR; ++r) {
-    JK_UNROLL for (int j = 0; j < NR; ++j) F::Simd::store(jobs + ((r / 2 * NR + j) * 2 + r % 2) * kLanes, acc[r][j]);
+    JK_UNROLL for (int j = 0; j < NR; ++j)
+        F::Simd::store(jobs + ((r / 2 * NR + j) * 2 + r % 2) * kLanes, acc[r][j]);
   }
 }
 

@@ -1,5 +1,6 @@
-// Rotation, scaling and packing: from strided rows of the caller's dtype to what the micro-kernels read, and back.
-// Included by one translation unit per instruction set, hence the anonymous namespace.
+// Rotation, scaling and packing: from strided rows of the caller's dtype to what the micro-kernels
+// read, and back. Included by one translation unit per instruction set, hence the anonymous
+// namespace.
 #pragma once
 #include <math.h>
 #include <string.h>
@@ -11,9 +12,12 @@ namespace jk::attention {
 namespace {
 
 constexpr int64_t kMaxHeadDim = 128;
-constexpr int64_t kTokenPad = 16;  // packed token counts are padded to this: a multiple of every vector width and row block
+constexpr int64_t kTokenPad =
+    16;  // packed token counts are padded to this: a multiple of every vector width and row block
 
-constexpr JK_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr JK_INLINE int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 constexpr JK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Rows of a head lie a whole token apart, too far for the hardware to fetch them ahead.
@@ -35,19 +39,22 @@ JK_INLINE int64_t padded_channels(int64_t head_dim) {
   return round_up(head_dim, F::Simd::kLanes * F::kPerUnit);
 }
 
-// The table rows of t, y and x whose sum is a token's rotation; `rope` is NULL where nothing rotates.
+// The table rows of t, y and x whose sum is a token's rotation; `rope` is NULL where nothing
+// rotates.
 struct Angle {
   const RopeRows* rope;
   const float* axes[3];
 };
 
 JK_INLINE int64_t id_at(const Ids& ids, int64_t i) {
-  return ids.bytes == 4 ? ((const int32_t*)ids.data)[i * ids.stride] : ((const int64_t*)ids.data)[i * ids.stride];
+  return ids.bytes == 4 ? ((const int32_t*)ids.data)[i * ids.stride]
+                        : ((const int64_t*)ids.data)[i * ids.stride];
 }
 
 JK_INLINE Angle angle(const RopeRows* rope, const Ids& ids, int64_t i) {
   if (rope == nullptr) return {nullptr, {}};
-  const int64_t row = 2 * rope->padded, h = rope->grid_t, w = h + rope->grid_h, rest = w + rope->grid_w;
+  const int64_t row = 2 * rope->padded, h = rope->grid_t, w = h + rope->grid_h,
+                rest = w + rope->grid_w;
   const int64_t id = id_at(ids, i);
   int64_t at[3] = {rest, rest + 1, rest + 2};
   if (id >= 0) {
@@ -80,8 +87,9 @@ struct Source {
   float scale;
 };
 
-// How scale * log2(e) is shared out: scores take it inside a fused multiply-add, because rounding every scaled query once more
-// would show in large scores; packed queries take its sign, or all of it where it is too small to divide by.
+// How scale * log2(e) is shared out: scores take it inside a fused multiply-add, because rounding
+// every scaled query once more would show in large scores; packed queries take its sign, or all of
+// it where it is too small to divide by.
 struct Scales {
   float query, score;
   float grad_k;  // turns sums over packed queries into the gradient of K
@@ -100,10 +108,11 @@ JK_INLINE typename V::Vec rotated(typename V::Vec x, const Angle& at, int64_t d)
   return V::fma(x, c, V::mul(V::swap_pairs(x), s));
 }
 
-// Rows first .. first + count as floats, rotated and scaled, then zero rows up to `padded`. Returns the largest squared norm
-// where it is asked for.
+// Rows first .. first + count as floats, rotated and scaled, then zero rows up to `padded`. Returns
+// the largest squared norm where it is asked for.
 template <class V, class T, bool kNorm>
-float read_rows(const Source& from, int64_t head_dim, int64_t first, int64_t count, int64_t padded, float* rows, int64_t stride) {
+float read_rows(const Source& from, int64_t head_dim, int64_t first, int64_t count, int64_t padded,
+                float* rows, int64_t stride) {
   const typename V::Vec scale = V::set1(from.scale);
   float largest = 0;
   const T* src = (const T*)from.rows.data + first * from.rows.stride;
@@ -121,17 +130,21 @@ float read_rows(const Source& from, int64_t head_dim, int64_t first, int64_t cou
     if (at.rope == nullptr) {
       for (int64_t d = 0; d < head_dim; d += V::kLanes) put(d, V::load_head(src + d, head_dim - d));
     } else {
-      for (int64_t d = 0; d < head_dim; d += V::kLanes) put(d, rotated<V>(V::load_head(src + d, head_dim - d), at, d));
+      for (int64_t d = 0; d < head_dim; d += V::kLanes)
+        put(d, rotated<V>(V::load_head(src + d, head_dim - d), at, d));
     }
     if constexpr (kNorm) largest = largest_of(largest, V::sum(squares));
   }
-  if (padded > count) memset(rows + count * stride, 0, (size_t)((padded - count) * stride) * sizeof(float));
+  if (padded > count)
+    memset(rows + count * stride, 0, (size_t)((padded - count) * stride) * sizeof(float));
   return largest;
 }
 
-// A gradient of a rotated, scaled row back to the caller: times scale, through the transpose of the rotation.
+// A gradient of a rotated, scaled row back to the caller: times scale, through the transpose of the
+// rotation.
 template <class V, class T>
-JK_INLINE void write_row(const Rows& to, int64_t i, const Angle& at, int64_t head_dim, float scale, const float* row) {
+JK_INLINE void write_row(const Rows& to, int64_t i, const Angle& at, int64_t head_dim, float scale,
+                         const float* row) {
   T* dst = (T*)to.data + i * to.stride;
   for (int64_t d = 0; d < head_dim; d += V::kLanes) {
     typename V::Vec g = V::mul(V::load(row + d), V::set1(scale));
@@ -160,15 +173,17 @@ void put_pairs(const float* rows, int64_t channels, int64_t count, float* dst) {
   using V = typename F::Simd;
   for (int64_t n = 0; n < count; n += 2) {
     for (int64_t d = 0; d < channels; d += V::kLanes) {
-      F::put_pair(dst + n / F::kPerUnit * channels + d, channels, V::load(rows + n * channels + d), V::load(rows + (n + 1) * channels + d));
+      F::put_pair(dst + n / F::kPerUnit * channels + d, channels, V::load(rows + n * channels + d),
+                  V::load(rows + (n + 1) * channels + d));
     }
   }
 }
 
-// The same cut into panels of kRows channels, so that a row block reads on and on: dst[d / kRows][n / kPerUnit][kRows],
-// `first` being the unit of the first token and `units` the length of a panel.
+// The same cut into panels of kRows channels, so that a row block reads on and on: dst[d / kRows][n
+// / kPerUnit][kRows], `first` being the unit of the first token and `units` the length of a panel.
 template <class F>
-void put_panels(const float* rows, int64_t channels, int64_t head_dim, int64_t count, float* dst, int64_t first, int64_t units) {
+void put_panels(const float* rows, int64_t channels, int64_t head_dim, int64_t count, float* dst,
+                int64_t first, int64_t units) {
   constexpr int64_t kRows = Shape<F>::kRows;
   alignas(64) float line[2 * kMaxHeadDim];
   for (int64_t n = 0; n < count; n += 2) {
@@ -176,7 +191,8 @@ void put_panels(const float* rows, int64_t channels, int64_t head_dim, int64_t c
     for (int64_t i = 0; i < 2 / F::kPerUnit; ++i) {
       const int64_t unit = first + n / F::kPerUnit + i;
       for (int64_t d = 0; d < head_dim; d += kRows) {
-        memcpy(dst + (d / kRows * units + unit) * kRows, line + i * channels + d, kRows * sizeof(float));
+        memcpy(dst + (d / kRows * units + unit) * kRows, line + i * channels + d,
+               kRows * sizeof(float));
       }
     }
   }
@@ -201,7 +217,8 @@ void put_lanes(const float* rows, int64_t channels, float* dst) {
   }
 }
 
-// Query tiles of a sequence: whole ones of kVecs vectors, and the last two even where the last would have a single vector.
+// Query tiles of a sequence: whole ones of kVecs vectors, and the last two even where the last
+// would have a single vector.
 template <class F>
 JK_INLINE int64_t tile_count(int64_t len) {
   return (len + Shape<F>::kTile - 1) / Shape<F>::kTile;

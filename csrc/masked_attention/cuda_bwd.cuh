@@ -1,7 +1,8 @@
-// Backward kernels for bfloat16 and float16. Two passes, each of which owns the rows it writes, so nothing is added up by
-// atomics and the result does not depend on scheduling.
+// Backward kernels for bfloat16 and float16. Two passes, each of which owns the rows it writes, so
+// nothing is added up by atomics and the result does not depend on scheduling.
 //   P_ij = exp(scale q_i k_j - lse_i),  dP_ij = grad_out_i v_j,  dS_ij = P_ij (dP_ij - delta_i)
-//   grad_v_j = sum_i P_ij grad_out_i,  grad_k_j = R^T scale sum_i dS_ij q_i,  grad_q_i = R^T scale sum_j dS_ij k_j
+//   grad_v_j = sum_i P_ij grad_out_i,  grad_k_j = R^T scale sum_i dS_ij q_i,  grad_q_i = R^T scale
+//   sum_j dS_ij k_j
 // Queries and keys come rotated.
 #pragma once
 #include "cuda_mma.cuh"
@@ -16,18 +17,23 @@ struct BackwardTile {
   static constexpr bool kKeep = kKeep_;
   template <class T>
   static constexpr size_t bytes(bool keys) {
-    return size_t(2 * kOwn + 4 * kStep) * kStride<T, kDim> * sizeof(T) + (keys ? 2 * kStep * sizeof(float2) : 0);
+    return size_t(2 * kOwn + 4 * kStep) * kStride<T, kDim> * sizeof(T) +
+           (keys ? 2 * kStep * sizeof(float2) : 0);
   }
 };
 
 // The stats of a lane's two columns in a column group of an accumulator: lse, delta, lse, delta.
-JK_DEVICE float4 read_pair(const float2* group) { return *reinterpret_cast<const float4*>(group + lane_id() % 4 * 2); }
+JK_DEVICE float4 read_pair(const float2* group) {
+  return *reinterpret_cast<const float4*>(group + lane_id() % 4 * 2);
+}
 
-// One block owns kOwn keys of one head and reads the queries and output gradients of their sequence; grid: (tiles, heads).
-// Everything is transposed (rows are keys), so that P and dS are left operands where they stand.
+// One block owns kOwn keys of one head and reads the queries and output gradients of their
+// sequence; grid: (tiles, heads). Everything is transposed (rows are keys), so that P and dS are
+// left operands where they stand.
 template <class T, class Tile>
 __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_keys_kernel(const Args a) {
-  constexpr int kDim = Tile::kDim, kBands = Tile::kBands, kStep = Tile::kStep, kLd = kStride<T, kDim>;
+  constexpr int kDim = Tile::kDim, kBands = Tile::kBands, kStep = Tile::kStep,
+                kLd = kStride<T, kDim>;
   JK_DYNAMIC_SHARED(T, keys);
   T* values = keys + Tile::kOwn * kLd;
   T* queries = values + Tile::kOwn * kLd;  // two stages, as all that follow
@@ -51,13 +57,17 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_keys_kernel(
   auto stage = [&](int step) {
     const int64_t first = int64_t(step) * kStep;
     const int valid = s.other - static_cast<int>(first), slot = step % 2 * kStep;
-    stage_rows<T, kDim, kStep>(queries + slot * kLd, query + first * a.p.q.stride_token, a.p.q.stride_token, valid, head_dim);
-    stage_rows<T, kDim, kStep>(grads + slot * kLd, grad + first * a.p.grad_out.stride_token, a.p.grad_out.stride_token, valid, head_dim);
+    stage_rows<T, kDim, kStep>(queries + slot * kLd, query + first * a.p.q.stride_token,
+                               a.p.q.stride_token, valid, head_dim);
+    stage_rows<T, kDim, kStep>(grads + slot * kLd, grad + first * a.p.grad_out.stride_token,
+                               a.p.grad_out.stride_token, valid, head_dim);
     stage_stats<kStep>(stats + slot, stat + first, valid);
     cp_async_commit();
   };
-  stage_rows<T, kDim, Tile::kOwn>(keys, row_pointer<const T>(a.p.k, a.p.cu_k, s.seq, own, head), a.p.k.stride_token, rows, head_dim);
-  stage_rows<T, kDim, Tile::kOwn>(values, row_pointer<const T>(a.p.v, a.p.cu_k, s.seq, own, head), a.p.v.stride_token, rows, head_dim);
+  stage_rows<T, kDim, Tile::kOwn>(keys, row_pointer<const T>(a.p.k, a.p.cu_k, s.seq, own, head),
+                                  a.p.k.stride_token, rows, head_dim);
+  stage_rows<T, kDim, Tile::kOwn>(values, row_pointer<const T>(a.p.v, a.p.cu_k, s.seq, own, head),
+                                  a.p.v.stride_token, rows, head_dim);
   stage(0);
 
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16 * kBands;
@@ -75,7 +85,8 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_keys_kernel(
     }
     if (step + 1 < steps) stage(step + 1);
     const int slot = step % 2 * kStep;
-    // Queries from `valid` on are zero rows with zero stats, so P is 1 and dS is 0 there: they add nothing.
+    // Queries from `valid` on are zero rows with zero stats, so P is 1 and dS is 0 there: they add
+    // nothing.
     float p[kBands][kStep / 8][4], ds[kBands][kStep / 8][4];
     clear(p);
     multiply_rows<T, kDim, kBands, kStep>(p, left_key, queries + slot * kLd, head_dim);
@@ -85,7 +96,8 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_keys_kernel(
 #pragma unroll
       for (int band = 0; band < kBands; band++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) p[band][n][e] = exp2_fast(p[band][n][e] * scale - (e % 2 ? stat_pair.z : stat_pair.x));
+        for (int e = 0; e < 4; e++)
+          p[band][n][e] = exp2_fast(p[band][n][e] * scale - (e % 2 ? stat_pair.z : stat_pair.x));
     }
     multiply_weights<T, kDim, kBands, kStep>(grad_value, p, grads + slot * kLd, head_dim);
     clear(ds);
@@ -96,7 +108,8 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_keys_kernel(
 #pragma unroll
       for (int band = 0; band < kBands; band++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) ds[band][n][e] = p[band][n][e] * (ds[band][n][e] - (e % 2 ? stat_pair.w : stat_pair.y));
+        for (int e = 0; e < 4; e++)
+          ds[band][n][e] = p[band][n][e] * (ds[band][n][e] - (e % 2 ? stat_pair.w : stat_pair.y));
     }
     multiply_weights<T, kDim, kBands, kStep>(grad_key, ds, queries + slot * kLd, head_dim);
   }
@@ -109,14 +122,18 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_keys_kernel(
       scales[band][half] = a.p.scale;
       ones[band][half] = 1.f;
     }
-  write_rows<T, kDim, true>(a, s, a.p.ids_k, grad_key, scales, keys, target_key, a.p.grad_k.stride_token, a.vector_grad_k);
-  write_rows<T, kDim, false>(a, s, a.p.ids_k, grad_value, ones, values, target_value, a.p.grad_v.stride_token, a.vector_grad_v);
+  write_rows<T, kDim, true>(a, s, a.p.ids_k, grad_key, scales, keys, target_key,
+                            a.p.grad_k.stride_token, a.vector_grad_k);
+  write_rows<T, kDim, false>(a, s, a.p.ids_k, grad_value, ones, values, target_value,
+                             a.p.grad_v.stride_token, a.vector_grad_v);
 }
 
-// One block owns kOwn queries of one head and reads the keys and values of their sequence; grid: (tiles, heads).
+// One block owns kOwn queries of one head and reads the keys and values of their sequence; grid:
+// (tiles, heads).
 template <class T, class Tile>
 __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_queries_kernel(const Args a) {
-  constexpr int kDim = Tile::kDim, kBands = Tile::kBands, kStep = Tile::kStep, kLd = kStride<T, kDim>;
+  constexpr int kDim = Tile::kDim, kBands = Tile::kBands, kStep = Tile::kStep,
+                kLd = kStride<T, kDim>;
   JK_DYNAMIC_SHARED(T, queries);
   T* grads = queries + Tile::kOwn * kLd;
   T* keys = grads + Tile::kOwn * kLd;  // two stages
@@ -127,20 +144,25 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_queries_kern
   const int head_dim = static_cast<int>(a.p.head_dim), steps = (s.other + kStep - 1) / kStep;
   T* target = row_pointer<T>(a.p.grad_q, a.p.cu_q, s.seq, own, head);
   const int rows = s.length - s.first < Tile::kOwn ? s.length - s.first : Tile::kOwn;
-  if (steps == 0) return zero_rows(target, a.p.grad_q.stride_token, rows, head_dim, a.vector_grad_q);
+  if (steps == 0)
+    return zero_rows(target, a.p.grad_q.stride_token, rows, head_dim, a.vector_grad_q);
 
   const T* key = row_pointer<const T>(a.p.k, a.p.cu_k, s.seq, s.partner, head);
   const T* value = row_pointer<const T>(a.p.v, a.p.cu_k, s.seq, s.partner, head);
   auto stage = [&](int step) {
     const int64_t first = int64_t(step) * kStep;
     const int valid = s.other - static_cast<int>(first), slot = step % 2 * kStep * kLd;
-    stage_rows<T, kDim, kStep>(keys + slot, key + first * a.p.k.stride_token, a.p.k.stride_token, valid, head_dim);
-    stage_rows<T, kDim, kStep>(values + slot, value + first * a.p.v.stride_token, a.p.v.stride_token, valid, head_dim);
+    stage_rows<T, kDim, kStep>(keys + slot, key + first * a.p.k.stride_token, a.p.k.stride_token,
+                               valid, head_dim);
+    stage_rows<T, kDim, kStep>(values + slot, value + first * a.p.v.stride_token,
+                               a.p.v.stride_token, valid, head_dim);
     cp_async_commit();
   };
-  stage_rows<T, kDim, Tile::kOwn>(queries, row_pointer<const T>(a.p.q, a.p.cu_q, s.seq, own, head), a.p.q.stride_token, rows, head_dim);
-  stage_rows<T, kDim, Tile::kOwn>(grads, row_pointer<const T>(a.p.grad_out, a.p.cu_q, s.seq, own, head), a.p.grad_out.stride_token, rows,
-                                  head_dim);
+  stage_rows<T, kDim, Tile::kOwn>(queries, row_pointer<const T>(a.p.q, a.p.cu_q, s.seq, own, head),
+                                  a.p.q.stride_token, rows, head_dim);
+  stage_rows<T, kDim, Tile::kOwn>(grads,
+                                  row_pointer<const T>(a.p.grad_out, a.p.cu_q, s.seq, own, head),
+                                  a.p.grad_out.stride_token, rows, head_dim);
   stage(0);
 
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16 * kBands;
@@ -179,12 +201,14 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_queries_kern
       for (int n = 0; n < kStep / 8; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++)
-          ds[band][n][e] = exp2_fast(p[band][n][e] * scale - shift[band][e / 2]) * (ds[band][n][e] - mean[band][e / 2]);
+          ds[band][n][e] = exp2_fast(p[band][n][e] * scale - shift[band][e / 2]) *
+                           (ds[band][n][e] - mean[band][e / 2]);
     // A key beyond the end has logit 0, whose weight overflows where lse is very negative.
     if ((step + 1) * kStep > s.other) fill_tail(ds, s.other - step * kStep, 0.f);
     multiply_weights<T, kDim, kBands, kStep>(grad_query, ds, keys + slot, head_dim);
   }
-  write_rows<T, kDim, true>(a, s, a.p.ids_q, grad_query, scales, queries, target, a.p.grad_q.stride_token, a.vector_grad_q);
+  write_rows<T, kDim, true>(a, s, a.p.ids_q, grad_query, scales, queries, target,
+                            a.p.grad_q.stride_token, a.vector_grad_q);
 }
 
 }  // namespace masked_attention

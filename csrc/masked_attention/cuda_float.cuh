@@ -1,8 +1,10 @@
-// Forward and backward kernels for float32, on the FMA units: TF32 tensor cores keep 10 bits of a product, this keeps 23.
+// Forward and backward kernels for float32, on the FMA units: TF32 tensor cores keep 10 bits of a
+// product, this keeps 23.
 //
-// A block of 16 x 8 threads works on kRows = 16 R rows that it owns and kStep rows of the other side at a time. Thread
-// (y, x) holds rows y R .. y R + R - 1 of every product; columns x, x + 8, x + 16, x + 24 of a kRows x kStep product; and
-// channels 4 x + 32 g .. + 3 of a kRows x kDim product. A row's columns are thus spread over 8 lanes of one warp.
+// A block of 16 x 8 threads works on kRows = 16 R rows that it owns and kStep rows of the other
+// side at a time. Thread (y, x) holds rows y R .. y R + R - 1 of every product; columns x, x + 8, x
+// + 16, x + 24 of a kRows x kStep product; and channels 4 x + 32 g .. + 3 of a kRows x kDim
+// product. A row's columns are thus spread over 8 lanes of one warp.
 #pragma once
 #include "cuda_rows.cuh"
 
@@ -11,10 +13,13 @@ namespace masked_attention {
 
 template <int kDim_, int kR_>
 struct FloatTile {
-  static constexpr int kDim = kDim_, kR = kR_, kRows = 16 * kR_, kStep = 32, kLd = kStride<float, kDim_>, kWeightLd = kStep + 4;
+  static constexpr int kDim = kDim_, kR = kR_, kRows = 16 * kR_, kStep = 32,
+                       kLd = kStride<float, kDim_>, kWeightLd = kStep + 4;
   static constexpr int kGroups = kDim / 32;
-  static constexpr size_t kForwardBytes = size_t((kRows + 2 * kStep) * kLd + kRows * kWeightLd) * sizeof(float);
-  static constexpr size_t kBackwardBytes = size_t((2 * kRows + 2 * kStep) * kLd + 2 * kRows * kWeightLd + 2 * kStep) * sizeof(float);
+  static constexpr size_t kForwardBytes =
+      size_t((kRows + 2 * kStep) * kLd + kRows * kWeightLd) * sizeof(float);
+  static constexpr size_t kBackwardBytes =
+      size_t((2 * kRows + 2 * kStep) * kLd + 2 * kRows * kWeightLd + 2 * kStep) * sizeof(float);
 };
 
 JK_DEVICE float4 read4(const float* p) { return *reinterpret_cast<const float4*>(p); }
@@ -38,7 +43,9 @@ JK_DEVICE void float_rows(float (&sum)[Tile::kR][4], const float* own, const flo
       const float4 right = read4(other + (x + 8 * c) * kLd + d);
 #pragma unroll
       for (int r = 0; r < kR; r++)
-        sum[r][c] = fmaf(left[r].w, right.w, fmaf(left[r].z, right.z, fmaf(left[r].y, right.y, fmaf(left[r].x, right.x, sum[r][c]))));
+        sum[r][c] = fmaf(left[r].w, right.w,
+                         fmaf(left[r].z, right.z,
+                              fmaf(left[r].y, right.y, fmaf(left[r].x, right.x, sum[r][c]))));
     }
   }
 }
@@ -50,12 +57,14 @@ JK_DEVICE void share_weights(float* weights, const float (&value)[Tile::kR][4]) 
 #pragma unroll
   for (int r = 0; r < Tile::kR; r++)
 #pragma unroll
-    for (int c = 0; c < 4; c++) weights[(y * Tile::kR + r) * Tile::kWeightLd + x + 8 * c] = value[r][c];
+    for (int c = 0; c < 4; c++)
+      weights[(y * Tile::kR + r) * Tile::kWeightLd + x + 8 * c] = value[r][c];
 }
 
 // sum += weights * other over kStep rows. Weight rows are read only by the warp that wrote them.
 template <class Tile>
-JK_DEVICE void float_weights(float (&sum)[Tile::kR][Tile::kGroups][4], const float* weights, const float* other) {
+JK_DEVICE void float_weights(float (&sum)[Tile::kR][Tile::kGroups][4], const float* weights,
+                             const float* other) {
   constexpr int kR = Tile::kR;
   const int y = static_cast<int>(threadIdx.x) / 8, x = static_cast<int>(threadIdx.x) % 8;
 #pragma unroll 4
@@ -89,9 +98,12 @@ JK_DEVICE void float_clear(float (&sum)[Tile::kR][Tile::kGroups][4]) {
 
 // Writes factor[r] * sum, with kTurnBack through the transpose of the rotation that `ids` name.
 template <class Tile, bool kTurnBack>
-JK_DEVICE void float_write(const Args& a, const Sequence& s, const jk_ints& ids, const float (&sum)[Tile::kR][Tile::kGroups][4],
-                           const float (&factor)[Tile::kR], float* target, int64_t stride, bool vector) {
-  const int y = static_cast<int>(threadIdx.x) / 8, x = static_cast<int>(threadIdx.x) % 8, head_dim = static_cast<int>(a.p.head_dim);
+JK_DEVICE void float_write(const Args& a, const Sequence& s, const jk_ints& ids,
+                           const float (&sum)[Tile::kR][Tile::kGroups][4],
+                           const float (&factor)[Tile::kR], float* target, int64_t stride,
+                           bool vector) {
+  const int y = static_cast<int>(threadIdx.x) / 8, x = static_cast<int>(threadIdx.x) % 8,
+            head_dim = static_cast<int>(a.p.head_dim);
 #pragma unroll
   for (int r = 0; r < Tile::kR; r++) {
     const int row = y * Tile::kR + r;
@@ -120,7 +132,8 @@ JK_DEVICE void float_write(const Args& a, const Sequence& s, const jk_ints& ids,
   }
 }
 
-// As masked_attention_fwd_kernel. Loads are not double buffered: shared memory goes into larger tiles instead.
+// As masked_attention_fwd_kernel. Loads are not double buffered: shared memory goes into larger
+// tiles instead.
 template <class Tile>
 __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_float_kernel(const Args a) {
   constexpr int kDim = Tile::kDim, kR = Tile::kR, kStep = Tile::kStep, kLd = Tile::kLd;
@@ -134,7 +147,8 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_float_kernel
   if (s.other == 0) return write_no_keys<float, Tile::kRows>(a, s, head);
   const float* key = row_pointer<const float>(a.p.k, a.p.cu_k, s.seq, s.partner, head);
   const float* value = row_pointer<const float>(a.p.v, a.p.cu_k, s.seq, s.partner, head);
-  const int head_dim = static_cast<int>(a.p.head_dim), y = static_cast<int>(threadIdx.x) / 8, x = static_cast<int>(threadIdx.x) % 8;
+  const int head_dim = static_cast<int>(a.p.head_dim), y = static_cast<int>(threadIdx.x) / 8,
+            x = static_cast<int>(threadIdx.x) % 8;
   const float scale = positive_scale(a);
   load_queries<float, kDim, Tile::kRows>(a, s, head, queries);
 
@@ -147,8 +161,10 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_float_kernel
   }
   for (int first = 0; first < s.other; first += kStep) {
     const int valid = s.other - first;
-    stage_rows<float, kDim, kStep>(keys, key + first * a.p.k.stride_token, a.p.k.stride_token, valid, head_dim);
-    stage_rows<float, kDim, kStep>(values, value + first * a.p.v.stride_token, a.p.v.stride_token, valid, head_dim);
+    stage_rows<float, kDim, kStep>(keys, key + first * a.p.k.stride_token, a.p.k.stride_token,
+                                   valid, head_dim);
+    stage_rows<float, kDim, kStep>(values, value + first * a.p.v.stride_token, a.p.v.stride_token,
+                                   valid, head_dim);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
@@ -191,14 +207,17 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_float_kernel
     const int row = y * kR + r;
     if (x == 0 && s.first + row < s.length) lse[row] = (top[r] * scale + log2f(sum)) * kLn2;
   }
-  float_write<Tile, false>(a, s, a.p.ids_q, out, factor, row_pointer<float>(a.p.out, a.p.cu_q, s.seq, s.begin + s.first, head),
+  float_write<Tile, false>(a, s, a.p.ids_q, out, factor,
+                           row_pointer<float>(a.p.out, a.p.cu_q, s.seq, s.begin + s.first, head),
                            a.p.out.stride_token, a.vector_out);
 }
 
-// As masked_attention_bwd_keys_kernel (kKeysOwned) and masked_attention_bwd_queries_kernel: the block owns one side's rows.
+// As masked_attention_bwd_keys_kernel (kKeysOwned) and masked_attention_bwd_queries_kernel: the
+// block owns one side's rows.
 template <class Tile, bool kKeysOwned>
 __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_float_kernel(const Args a) {
-  constexpr int kDim = Tile::kDim, kR = Tile::kR, kStep = Tile::kStep, kLd = Tile::kLd, kRows = Tile::kRows;
+  constexpr int kDim = Tile::kDim, kR = Tile::kR, kStep = Tile::kStep, kLd = Tile::kLd,
+                kRows = Tile::kRows;
   JK_DYNAMIC_SHARED(float, own_first);            // keys or queries
   float* own_second = own_first + kRows * kLd;    // values or output gradients
   float* other_first = own_second + kRows * kLd;  // queries or keys
@@ -206,29 +225,40 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_float_kernel
   float* weights_p = other_second + kStep * kLd;
   float* weights_ds = weights_p + kRows * Tile::kWeightLd;
   float2* stats = reinterpret_cast<float2*>(weights_ds + kRows * Tile::kWeightLd);
-  const jk_ints &cu_own = kKeysOwned ? a.p.cu_k : a.p.cu_q, &cu_other = kKeysOwned ? a.p.cu_q : a.p.cu_k;
+  const jk_ints &cu_own = kKeysOwned ? a.p.cu_k : a.p.cu_q,
+                &cu_other = kKeysOwned ? a.p.cu_q : a.p.cu_k;
   Sequence s;
-  if (!find_sequence<kRows>(a, cu_own, cu_other, kKeysOwned ? a.p.len_k : a.p.len_q, kKeysOwned ? a.p.len_q : a.p.len_k, s)) return;
+  if (!find_sequence<kRows>(a, cu_own, cu_other, kKeysOwned ? a.p.len_k : a.p.len_q,
+                            kKeysOwned ? a.p.len_q : a.p.len_k, s))
+    return;
   const int64_t head = blockIdx.y, own = s.begin + s.first;
-  const int head_dim = static_cast<int>(a.p.head_dim), y = static_cast<int>(threadIdx.x) / 8, x = static_cast<int>(threadIdx.x) % 8;
+  const int head_dim = static_cast<int>(a.p.head_dim), y = static_cast<int>(threadIdx.x) / 8,
+            x = static_cast<int>(threadIdx.x) % 8;
   const int rows = s.length - s.first < kRows ? s.length - s.first : kRows;
-  float* target = row_pointer<float>(kKeysOwned ? a.p.grad_k : a.p.grad_q, cu_own, s.seq, own, head);
+  float* target =
+      row_pointer<float>(kKeysOwned ? a.p.grad_k : a.p.grad_q, cu_own, s.seq, own, head);
   float* target_value = row_pointer<float>(a.p.grad_v, a.p.cu_k, s.seq, own, head);
   const int64_t target_stride = kKeysOwned ? a.p.grad_k.stride_token : a.p.grad_q.stride_token;
   const bool target_vector = kKeysOwned ? a.vector_grad_k : a.vector_grad_q;
   if (s.other == 0) {
     zero_rows(target, target_stride, rows, head_dim, target_vector);
-    if (kKeysOwned) zero_rows(target_value, a.p.grad_v.stride_token, rows, head_dim, a.vector_grad_v);
+    if (kKeysOwned)
+      zero_rows(target_value, a.p.grad_v.stride_token, rows, head_dim, a.vector_grad_v);
     return;
   }
-  const jk_rows &rows_own_1 = kKeysOwned ? a.p.k : a.p.q, &rows_own_2 = kKeysOwned ? a.p.v : a.p.grad_out;
-  const jk_rows &rows_other_1 = kKeysOwned ? a.p.q : a.p.k, &rows_other_2 = kKeysOwned ? a.p.grad_out : a.p.v;
-  stage_rows<float, kDim, kRows>(own_first, row_pointer<const float>(rows_own_1, cu_own, s.seq, own, head), rows_own_1.stride_token, rows,
-                                 head_dim);
-  stage_rows<float, kDim, kRows>(own_second, row_pointer<const float>(rows_own_2, cu_own, s.seq, own, head), rows_own_2.stride_token, rows,
-                                 head_dim);
+  const jk_rows &rows_own_1 = kKeysOwned ? a.p.k : a.p.q,
+                &rows_own_2 = kKeysOwned ? a.p.v : a.p.grad_out;
+  const jk_rows &rows_other_1 = kKeysOwned ? a.p.q : a.p.k,
+                &rows_other_2 = kKeysOwned ? a.p.grad_out : a.p.v;
+  stage_rows<float, kDim, kRows>(own_first,
+                                 row_pointer<const float>(rows_own_1, cu_own, s.seq, own, head),
+                                 rows_own_1.stride_token, rows, head_dim);
+  stage_rows<float, kDim, kRows>(own_second,
+                                 row_pointer<const float>(rows_own_2, cu_own, s.seq, own, head),
+                                 rows_own_2.stride_token, rows, head_dim);
   const float* first_row = row_pointer<const float>(rows_other_1, cu_other, s.seq, s.partner, head);
-  const float* second_row = row_pointer<const float>(rows_other_2, cu_other, s.seq, s.partner, head);
+  const float* second_row =
+      row_pointer<const float>(rows_other_2, cu_other, s.seq, s.partner, head);
   // Stats belong to queries: per column of a step where keys are owned, else per owned row.
   const float2* stat = stats_pointer(a, s.seq, head) + (kKeysOwned ? s.partner : own);
   const float scale = a.p.scale * kLog2e;
@@ -246,9 +276,10 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_float_kernel
   }
   for (int first = 0; first < s.other; first += kStep) {
     const int valid = s.other - first;
-    stage_rows<float, kDim, kStep>(other_first, first_row + first * rows_other_1.stride_token, rows_other_1.stride_token, valid, head_dim);
-    stage_rows<float, kDim, kStep>(other_second, second_row + first * rows_other_2.stride_token, rows_other_2.stride_token, valid,
-                                   head_dim);
+    stage_rows<float, kDim, kStep>(other_first, first_row + first * rows_other_1.stride_token,
+                                   rows_other_1.stride_token, valid, head_dim);
+    stage_rows<float, kDim, kStep>(other_second, second_row + first * rows_other_2.stride_token,
+                                   rows_other_2.stride_token, valid, head_dim);
     if (kKeysOwned) stage_stats<kStep>(stats, stat + first, valid);
     cp_async_commit();
     cp_async_wait<0>();
@@ -274,8 +305,11 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_float_kernel
     float_weights<Tile>(grad, weights_ds, other_first);
     __syncthreads();
   }
-  float_write<Tile, true>(a, s, kKeysOwned ? a.p.ids_k : a.p.ids_q, grad, factor, target, target_stride, target_vector);
-  if (kKeysOwned) float_write<Tile, false>(a, s, a.p.ids_k, grad_value, ones, target_value, a.p.grad_v.stride_token, a.vector_grad_v);
+  float_write<Tile, true>(a, s, kKeysOwned ? a.p.ids_k : a.p.ids_q, grad, factor, target,
+                          target_stride, target_vector);
+  if (kKeysOwned)
+    float_write<Tile, false>(a, s, a.p.ids_k, grad_value, ones, target_value,
+                             a.p.grad_v.stride_token, a.vector_grad_v);
 }
 
 }  // namespace masked_attention

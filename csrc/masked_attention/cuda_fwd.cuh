@@ -8,7 +8,8 @@ namespace masked_attention {
 // Tile of one thread block: kBands bands of 16 queries per warp, kKeys keys per step.
 template <int kDim_, int kBands_, int kKeys_, bool kKeep_>
 struct ForwardTile {
-  static constexpr int kDim = kDim_, kBands = kBands_, kKeys = kKeys_, kQueries = kWarps * 16 * kBands_;
+  static constexpr int kDim = kDim_, kBands = kBands_, kKeys = kKeys_,
+                       kQueries = kWarps * 16 * kBands_;
   static constexpr bool kKeep = kKeep_;
   template <class T>
   static constexpr size_t bytes() {
@@ -31,9 +32,11 @@ struct Softmax {
       }
   }
 
-  // Turns logits into weights exp2(scale * (logit - top)) and rescales what has been summed so far to the new maximum.
+  // Turns logits into weights exp2(scale * (logit - top)) and rescales what has been summed so far
+  // to the new maximum.
   template <int kGroups, int kOutGroups>
-  JK_DEVICE void step(float (&logits)[kBands][kGroups][4], float (&out)[kBands][kOutGroups][4], float scale) {
+  JK_DEVICE void step(float (&logits)[kBands][kGroups][4], float (&out)[kBands][kOutGroups][4],
+                      float scale) {
     float shrink[kBands][2];
     bool moved = false;
 #pragma unroll
@@ -42,7 +45,8 @@ struct Softmax {
       for (int half = 0; half < 2; half++) {
         float best = top[band][half];
 #pragma unroll
-        for (int n = 0; n < kGroups; n++) best = fmaxf(best, fmaxf(logits[band][n][2 * half], logits[band][n][2 * half + 1]));
+        for (int n = 0; n < kGroups; n++)
+          best = fmaxf(best, fmaxf(logits[band][n][2 * half], logits[band][n][2 * half + 1]));
         best = warp_max<4>(best);
         shrink[band][half] = exp2_fast((top[band][half] - best) * scale);
         moved = moved || best > top[band][half];
@@ -69,11 +73,13 @@ struct Softmax {
   }
 };
 
-// One block owns kQueries queries of one head and reads all keys and values of their sequence; grid: (tiles, heads).
-// m_i = max_j s_ij,  out_i = sum_j exp(s_ij - m_i) v_j / sum_j exp(s_ij - m_i),  s = scale R(q) R(k)^T; keys come rotated.
+// One block owns kQueries queries of one head and reads all keys and values of their sequence;
+// grid: (tiles, heads). m_i = max_j s_ij,  out_i = sum_j exp(s_ij - m_i) v_j / sum_j exp(s_ij -
+// m_i),  s = scale R(q) R(k)^T; keys come rotated.
 template <class T, class Tile>
 __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_kernel(const Args a) {
-  constexpr int kDim = Tile::kDim, kBands = Tile::kBands, kKeys = Tile::kKeys, kLd = kStride<T, kDim>;
+  constexpr int kDim = Tile::kDim, kBands = Tile::kBands, kKeys = Tile::kKeys,
+                kLd = kStride<T, kDim>;
   JK_DYNAMIC_SHARED(T, queries);
   T* keys = queries + Tile::kQueries * kLd;  // two stages
   T* values = keys + 2 * kKeys * kLd;        // two stages
@@ -88,8 +94,10 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_kernel(const
   auto stage = [&](int step) {
     const int64_t first = int64_t(step) * kKeys;
     const int valid = s.other - static_cast<int>(first), slot = step % 2 * kKeys * kLd;
-    stage_rows<T, kDim, kKeys>(keys + slot, key + first * a.p.k.stride_token, a.p.k.stride_token, valid, head_dim);
-    stage_rows<T, kDim, kKeys>(values + slot, value + first * a.p.v.stride_token, a.p.v.stride_token, valid, head_dim);
+    stage_rows<T, kDim, kKeys>(keys + slot, key + first * a.p.k.stride_token, a.p.k.stride_token,
+                               valid, head_dim);
+    stage_rows<T, kDim, kKeys>(values + slot, value + first * a.p.v.stride_token,
+                               a.p.v.stride_token, valid, head_dim);
     cp_async_commit();
   };
   stage(0);
@@ -126,9 +134,11 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_kernel(const
       const float total = warp_sum<4>(softmax.total[band][half]);
       factor[band][half] = 1.f / total;
       const int row = warp_row + band * 16 + half * 8 + lane_id() / 4;
-      if (lane_id() % 4 == 0 && s.first + row < s.length) lse[row] = (softmax.top[band][half] * scale + log2f(total)) * kLn2;
+      if (lane_id() % 4 == 0 && s.first + row < s.length)
+        lse[row] = (softmax.top[band][half] * scale + log2f(total)) * kLn2;
     }
-  write_rows<T, kDim, false>(a, s, a.p.ids_q, out, factor, queries, row_pointer<T>(a.p.out, a.p.cu_q, s.seq, s.begin + s.first, head),
+  write_rows<T, kDim, false>(a, s, a.p.ids_q, out, factor, queries,
+                             row_pointer<T>(a.p.out, a.p.cu_q, s.seq, s.begin + s.first, head),
                              a.p.out.stride_token, a.vector_out);
 }
 

@@ -1,20 +1,24 @@
-// Products of shared tiles on the tensor cores, for one warp that owns 16 * kBands rows of the result.
+// Products of shared tiles on the tensor cores, for one warp that owns 16 * kBands rows of the
+// result.
 //
-// An accumulator is float[kBands][kColumns / 8][4]: of band b and column group n a lane holds, at rows lane / 4 (elements
-// 0, 1) and lane / 4 + 8 (elements 2, 3), the columns 8 n + 2 (lane % 4) and the next one.
+// An accumulator is float[kBands][kColumns / 8][4]: of band b and column group n a lane holds, at
+// rows lane / 4 (elements 0, 1) and lane / 4 + 8 (elements 2, 3), the columns 8 n + 2 (lane % 4)
+// and the next one.
 #pragma once
 #include "cuda_rows.cuh"
 
 namespace jk {
 namespace masked_attention {
 
-// Whether a head of 80 channels lacks the last 16 of its class of 96: they are zero, and products skip them.
+// Whether a head of 80 channels lacks the last 16 of its class of 96: they are zero, and products
+// skip them.
 template <int kDim>
 JK_DEVICE bool is_empty(int step, int head_dim) {
   return kDim == 96 && step == 5 && head_dim <= 80;
 }
 
-// The left operand: 16 * kBands rows of a shared tile, kept in registers or read again for every product.
+// The left operand: 16 * kBands rows of a shared tile, kept in registers or read again for every
+// product.
 template <class T, int kDim, int kBands, bool kKeep>
 struct Left {
   const T* tile;
@@ -38,7 +42,8 @@ struct Left {
 
 // sum += left * right^T over kDim channels, `right` being kColumns rows of a shared tile.
 template <class T, int kDim, int kBands, int kColumns, bool kKeep>
-JK_DEVICE void multiply_rows(float (&sum)[kBands][kColumns / 8][4], const Left<T, kDim, kBands, kKeep>& left, const T* right,
+JK_DEVICE void multiply_rows(float (&sum)[kBands][kColumns / 8][4],
+                             const Left<T, kDim, kBands, kKeep>& left, const T* right,
                              int head_dim) {
   const int lane = lane_id();
   const T* at = right + (lane % 8 + lane / 16 * 8) * kStride<T, kDim> + lane / 8 % 2 * 8;
@@ -68,10 +73,12 @@ JK_DEVICE void multiply_rows(float (&sum)[kBands][kColumns / 8][4], const Left<T
   }
 }
 
-// sum += weights * right, `weights` being an accumulator of kDepth columns that is rounded to T, `right` kDepth rows of a
-// shared tile. An accumulator's registers are laid out as a left operand's already, so nothing moves between lanes.
+// sum += weights * right, `weights` being an accumulator of kDepth columns that is rounded to T,
+// `right` kDepth rows of a shared tile. An accumulator's registers are laid out as a left operand's
+// already, so nothing moves between lanes.
 template <class T, int kDim, int kBands, int kDepth>
-JK_DEVICE void multiply_weights(float (&sum)[kBands][kDim / 8][4], const float (&weights)[kBands][kDepth / 8][4], const T* right,
+JK_DEVICE void multiply_weights(float (&sum)[kBands][kDim / 8][4],
+                                const float (&weights)[kBands][kDepth / 8][4], const T* right,
                                 int head_dim) {
   const int lane = lane_id();
   const T* at = right + lane % 16 * kStride<T, kDim> + lane / 16 * 8;
@@ -122,12 +129,15 @@ JK_DEVICE void fill_tail(float (&sum)[kBands][kGroups][4], int valid, float valu
         if (n * 8 + column + e % 2 >= valid) sum[band][n][e] = value;
 }
 
-// Writes a warp's rows: factor[band][half] * sum, with kTurnBack through the transpose of the rotation that `ids` name.
-// Goes through the warp's own rows of a shared tile, so that global stores are 16 bytes wide and whole rows.
+// Writes a warp's rows: factor[band][half] * sum, with kTurnBack through the transpose of the
+// rotation that `ids` name. Goes through the warp's own rows of a shared tile, so that global
+// stores are 16 bytes wide and whole rows.
 template <class T, int kDim, bool kTurnBack, int kBands>
-JK_DEVICE void write_rows(const Args& a, const Sequence& s, const jk_ints& ids, const float (&sum)[kBands][kDim / 8][4],
-                          const float (&factor)[kBands][2], T* tile, T* target, int64_t stride, bool vector) {
-  const int lane = lane_id(), warp_row = static_cast<int>(threadIdx.x) / 32 * 16 * kBands, head_dim = static_cast<int>(a.p.head_dim);
+JK_DEVICE void write_rows(const Args& a, const Sequence& s, const jk_ints& ids,
+                          const float (&sum)[kBands][kDim / 8][4], const float (&factor)[kBands][2],
+                          T* tile, T* target, int64_t stride, bool vector) {
+  const int lane = lane_id(), warp_row = static_cast<int>(threadIdx.x) / 32 * 16 * kBands,
+            head_dim = static_cast<int>(a.p.head_dim);
   // Other lanes may still be reading these rows as an operand.
   __syncwarp();
 #pragma unroll
@@ -137,10 +147,12 @@ JK_DEVICE void write_rows(const Args& a, const Sequence& s, const jk_ints& ids, 
       const int row = warp_row + band * 16 + half * 8 + lane / 4;
       Angles angles;
       if (kTurnBack) angles.table = nullptr;
-      if (kTurnBack && s.first + row < s.length) angles = angles_of(a.p, ids, s.seq, s.begin + s.first + row);
+      if (kTurnBack && s.first + row < s.length)
+        angles = angles_of(a.p, ids, s.seq, s.begin + s.first + row);
 #pragma unroll
       for (int n = 0; n < kDim / 8; n++) {
-        float x0 = sum[band][n][2 * half] * factor[band][half], x1 = sum[band][n][2 * half + 1] * factor[band][half];
+        float x0 = sum[band][n][2 * half] * factor[band][half],
+              x1 = sum[band][n][2 * half + 1] * factor[band][half];
         const int channel = n * 8 + lane % 4 * 2;
         if (kTurnBack) rotate_pair<true>(angles, channel, x0, x1);
         *reinterpret_cast<uint32_t*>(tile + row * kStride<T, kDim> + channel) = pack2<T>(x0, x1);

@@ -1,4 +1,5 @@
-// Where the rows of a tile live: sequences, strided and possibly unaligned rows, the rotation of one row.
+// Where the rows of a tile live: sequences, strided and possibly unaligned rows, the rotation of
+// one row.
 #pragma once
 #include "../device.cuh"
 #include "params.h"
@@ -11,11 +12,13 @@ constexpr int kWarps = kThreads / 32;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// What every kernel gets by value. In `p` the rows that are streamed through shared memory have been replaced by 16-byte
-// aligned copies in the scratch space where the caller's tensors are unaligned or must be rotated first.
+// What every kernel gets by value. In `p` the rows that are streamed through shared memory have
+// been replaced by 16-byte aligned copies in the scratch space where the caller's tensors are
+// unaligned or must be rotated first.
 struct Args {
   jk_masked_attention_params p;
-  float2* stats;           // [heads, rows_q]: lse / ln 2, and delta = sum over channels of grad_out * out (backward only)
+  float2* stats;  // [heads, rows_q]: lse / ln 2, and delta = sum over channels of grad_out * out
+                  // (backward only)
   int64_t rows_q, rows_k;  // rows of all sequences together
   int64_t tiles;           // dense: tiles of one sequence in this launch
   // Whether rows can be accessed 16 bytes at a time.
@@ -26,18 +29,22 @@ struct Args {
 template <class T>
 constexpr int kChunk = 16 / static_cast<int>(sizeof(T));
 
-// Elements from one row of a shared tile to the next. One chunk of padding makes it an odd number of 16-byte chunks, so
-// that eight consecutive rows read at the same channel touch all banks once.
+// Elements from one row of a shared tile to the next. One chunk of padding makes it an odd number
+// of 16-byte chunks, so that eight consecutive rows read at the same channel touch all banks once.
 template <class T, int kDim>
 constexpr int kStride = kDim + kChunk<T>;
 
 JK_DEVICE int64_t load_int(const jk_ints& list, int64_t i) {
-  return list.bytes == 4 ? static_cast<const int32_t*>(list.data)[i] : static_cast<const int64_t*>(list.data)[i];
+  return list.bytes == 4 ? static_cast<const int32_t*>(list.data)[i]
+                         : static_cast<const int64_t*>(list.data)[i];
 }
 
-JK_DEVICE int64_t clamp_to(int64_t x, int64_t low, int64_t high) { return x < low ? low : (x > high ? high : x); }
+JK_DEVICE int64_t clamp_to(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : (x > high ? high : x);
+}
 
-// The sequence that a tile belongs to. Rows outside every sequence form sequences of their own, without partners.
+// The sequence that a tile belongs to. Rows outside every sequence form sequences of their own,
+// without partners.
 struct Sequence {
   int64_t seq;             // of a dense batch; 0 if packed
   int64_t begin, partner;  // first row of the side that the tile is on, and of the other side
@@ -45,17 +52,20 @@ struct Sequence {
   int first;               // first row of the tile within the sequence
 };
 
-// Boundary i of a packed tensor cut at 0, every offset and `total`; offsets are clamped so that bad ones stay inside.
+// Boundary i of a packed tensor cut at 0, every offset and `total`; offsets are clamped so that bad
+// ones stay inside.
 JK_DEVICE int64_t boundary(const jk_ints& cu, int64_t num_seqs, int64_t total, int64_t i) {
   if (i == 0) return 0;
   return i == num_seqs + 2 ? total : clamp_to(load_int(cu, i - 1), 0, total);
 }
 
-// Finds the rows of tile `tile`; false where it has none. `cu` is the offset list of the tile's side, `cu_other` of the other.
-// Packed: sequence i starts at tile boundary(i) / kRows + i, which grows with i and leaves every sequence tiles enough, so
-// that no tile list has to be built; the warp searches 32 candidates at a time.
+// Finds the rows of tile `tile`; false where it has none. `cu` is the offset list of the tile's
+// side, `cu_other` of the other. Packed: sequence i starts at tile boundary(i) / kRows + i, which
+// grows with i and leaves every sequence tiles enough, so that no tile list has to be built; the
+// warp searches 32 candidates at a time.
 template <int kRows>
-JK_DEVICE bool find_sequence(const Args& a, const jk_ints& cu, const jk_ints& cu_other, int64_t total, int64_t total_other, Sequence& s) {
+JK_DEVICE bool find_sequence(const Args& a, const jk_ints& cu, const jk_ints& cu_other,
+                             int64_t total, int64_t total_other, Sequence& s) {
   const int64_t tile = blockIdx.x;
   if (cu.data == nullptr) {
     s.seq = tile / a.tiles;
@@ -69,7 +79,8 @@ JK_DEVICE bool find_sequence(const Args& a, const jk_ints& cu, const jk_ints& cu
   int64_t low = 0, count = n + 2;
   while (count > 1) {
     const int64_t step = (count + 31) / 32, probe = lane_id() * step;
-    const bool reached = probe < count && boundary(cu, n, total, low + probe) / kRows + low + probe <= tile;
+    const bool reached =
+        probe < count && boundary(cu, n, total, low + probe) / kRows + low + probe <= tile;
     const int64_t found = 31 - __clz(static_cast<int>(__ballot_sync(0xffffffffu, reached) | 1u));
     low += found * step;
     count = count - found * step < step ? count - found * step : step;
@@ -86,15 +97,19 @@ JK_DEVICE bool find_sequence(const Args& a, const jk_ints& cu, const jk_ints& cu
 }
 
 template <class T>
-JK_DEVICE T* row_pointer(const jk_rows& rows, const jk_ints& cu, int64_t seq, int64_t row, int64_t head) {
-  return static_cast<T*>(rows.data) + (cu.data ? 0 : seq * rows.stride_seq) + row * rows.stride_token + head * rows.stride_head;
+JK_DEVICE T* row_pointer(const jk_rows& rows, const jk_ints& cu, int64_t seq, int64_t row,
+                         int64_t head) {
+  return static_cast<T*>(rows.data) + (cu.data ? 0 : seq * rows.stride_seq) +
+         row * rows.stride_token + head * rows.stride_head;
 }
 
 JK_DEVICE float* lse_pointer(const Args& a, int64_t seq, int64_t head) {
   return a.p.lse + (a.p.cu_q.data ? 0 : seq * a.p.lse_stride_seq) + head * a.p.lse_stride_head;
 }
 
-JK_DEVICE float2* stats_pointer(const Args& a, int64_t seq, int64_t head) { return a.stats + head * a.rows_q + seq * a.p.len_q; }
+JK_DEVICE float2* stats_pointer(const Args& a, int64_t seq, int64_t head) {
+  return a.stats + head * a.rows_q + seq * a.p.len_q;
+}
 
 // Eight channels as floats, by vector access where `vector` allows it.
 template <class T>
@@ -105,7 +120,8 @@ JK_DEVICE void load8(float (&x)[8], const T* source, bool vector) {
     return;
   }
   if constexpr (sizeof(T) == 4) {
-    const float4 low = *reinterpret_cast<const float4*>(source), high = *reinterpret_cast<const float4*>(source + 4);
+    const float4 low = *reinterpret_cast<const float4*>(source),
+                 high = *reinterpret_cast<const float4*>(source + 4);
     x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
     x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
   } else {
@@ -131,7 +147,8 @@ JK_DEVICE void store8(T* target, const float (&x)[8], bool vector) {
     *reinterpret_cast<float4*>(target) = make_float4(x[0], x[1], x[2], x[3]);
     *reinterpret_cast<float4*>(target + 4) = make_float4(x[4], x[5], x[6], x[7]);
   } else {
-    *reinterpret_cast<uint4*>(target) = make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7]));
+    *reinterpret_cast<uint4*>(target) = make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]),
+                                                   pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7]));
   }
 }
 
@@ -143,7 +160,8 @@ struct Angles {
   int row[3];
 };
 
-JK_DEVICE Angles angles_of(const jk_masked_attention_params& p, const jk_ints& ids, int64_t seq, int64_t row) {
+JK_DEVICE Angles angles_of(const jk_masked_attention_params& p, const jk_ints& ids, int64_t seq,
+                           int64_t row) {
   Angles a;
   a.table = nullptr;
   a.width = static_cast<int>(p.rope_dim);
@@ -152,7 +170,8 @@ JK_DEVICE Angles angles_of(const jk_masked_attention_params& p, const jk_ints& i
   if (ids.data == nullptr || a.width == 0) return a;
   const int64_t id = load_int(ids, seq * ids.stride_seq + row * ids.stride_token);
   if (id < 0) return a;
-  const int height = static_cast<int>(p.grid_h), width = static_cast<int>(p.grid_w), depth = static_cast<int>(p.grid_t);
+  const int height = static_cast<int>(p.grid_h), width = static_cast<int>(p.grid_w),
+            depth = static_cast<int>(p.grid_t);
   const int n = static_cast<int>(clamp_to(id, 0, int64_t(depth) * height * width - 1));
   a.table = p.rope_table;
   a.row[0] = n / (height * width);
@@ -161,15 +180,17 @@ JK_DEVICE Angles angles_of(const jk_masked_attention_params& p, const jk_ints& i
   return a;
 }
 
-// Replaces the channel pair (c, c + 1), c even, by its rotation:  x[c] cos[c] - x[c+1] sin[c],  x[c+1] cos[c+1] + x[c] sin[c+1];
-// or by the transpose of that map, which is the gradient (the tiled layout is no rotation: transpose and inverse differ).
+// Replaces the channel pair (c, c + 1), c even, by its rotation:  x[c] cos[c] - x[c+1] sin[c],
+// x[c+1] cos[c+1] + x[c] sin[c+1]; or by the transpose of that map, which is the gradient (the
+// tiled layout is no rotation: transpose and inverse differ).
 template <bool kTransposed>
 JK_DEVICE void rotate_pair(const Angles& a, int c, float& x0, float& x1) {
   const int axis = (c >= a.width) + (c >= 2 * a.width);
   if (a.table == nullptr || c >= 3 * a.width) return;
   const int row = axis == 0 ? a.row[0] : (axis == 1 ? a.row[1] : a.row[2]);
   const float* at = a.table + int64_t(row) * a.width + (c - axis * a.width);
-  const float2 cosine = *reinterpret_cast<const float2*>(at), sine = *reinterpret_cast<const float2*>(at + a.sines);
+  const float2 cosine = *reinterpret_cast<const float2*>(at),
+               sine = *reinterpret_cast<const float2*>(at + a.sines);
   const float y0 = kTransposed ? x0 * cosine.x + x1 * sine.y : x0 * cosine.x - x1 * sine.x;
   const float y1 = kTransposed ? x1 * cosine.y - x0 * sine.x : x1 * cosine.y + x0 * sine.y;
   x0 = y0;
@@ -181,12 +202,15 @@ JK_DEVICE void rotate8(const Angles& a, int c, float (&x)[8]) {
   for (int i = 0; i < 8; i += 2) rotate_pair<false>(a, c + i, x[i], x[i + 1]);
 }
 
-// Starts copying kRows rows of one head into a shared tile; rows from `valid` on and channels from head_dim on become zero.
-// Every thread keeps to one chunk of the channels, so that going to its next row is one addition.
+// Starts copying kRows rows of one head into a shared tile; rows from `valid` on and channels from
+// head_dim on become zero. Every thread keeps to one chunk of the channels, so that going to its
+// next row is one addition.
 template <class T, int kDim, int kRows>
 JK_DEVICE void stage_rows(T* tile, const T* source, int64_t stride, int valid, int head_dim) {
-  constexpr int kPerRow = kDim / kChunk<T>, kRowsAtOnce = kThreads / kPerRow, kPasses = (kRows + kRowsAtOnce - 1) / kRowsAtOnce;
-  const int first = static_cast<int>(threadIdx.x) / kPerRow, channel = static_cast<int>(threadIdx.x) % kPerRow * kChunk<T>;
+  constexpr int kPerRow = kDim / kChunk<T>, kRowsAtOnce = kThreads / kPerRow,
+                kPasses = (kRows + kRowsAtOnce - 1) / kRowsAtOnce;
+  const int first = static_cast<int>(threadIdx.x) / kPerRow,
+            channel = static_cast<int>(threadIdx.x) % kPerRow * kChunk<T>;
   const int last = channel < head_dim ? valid : 0;
   const T* from = source + first * stride + channel;
   T* to = tile + first * kStride<T, kDim> + channel;
@@ -213,11 +237,13 @@ template <class T>
 JK_DEVICE void zero_rows(T* target, int64_t stride, int rows, int head_dim, bool vector) {
   const float zero[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
   const int per_row = head_dim / 8;
-  for (int i = threadIdx.x; i < rows * per_row; i += kThreads) store8(target + i / per_row * stride + i % per_row * 8, zero, vector);
+  for (int i = threadIdx.x; i < rows * per_row; i += kThreads)
+    store8(target + i / per_row * stride + i % per_row * 8, zero, vector);
 }
 
-// Logits are scaled in the exponent, by a factor that must be positive for the largest logit to have the largest weight: its
-// sign goes into the queries. A scale of 0 becomes the smallest normal number, so that masked logits stay -inf.
+// Logits are scaled in the exponent, by a factor that must be positive for the largest logit to
+// have the largest weight: its sign goes into the queries. A scale of 0 becomes the smallest normal
+// number, so that masked logits stay -inf.
 JK_DEVICE float positive_scale(const Args& a) { return fmaxf(fabsf(a.p.scale) * kLog2e, 1.2e-38f); }
 
 // Rotates the tile's queries into shared memory, with the sign of the scale.
@@ -244,8 +270,8 @@ JK_DEVICE void load_queries(const Args& a, const Sequence& s, int64_t head, T* t
 template <class T, int kRows>
 JK_DEVICE void write_no_keys(const Args& a, const Sequence& s, int64_t head) {
   const int rows = s.length - s.first < kRows ? s.length - s.first : kRows;
-  zero_rows(row_pointer<T>(a.p.out, a.p.cu_q, s.seq, s.begin + s.first, head), a.p.out.stride_token, rows, static_cast<int>(a.p.head_dim),
-            a.vector_out);
+  zero_rows(row_pointer<T>(a.p.out, a.p.cu_q, s.seq, s.begin + s.first, head), a.p.out.stride_token,
+            rows, static_cast<int>(a.p.head_dim), a.vector_out);
   float* lse = lse_pointer(a, s.seq, head) + s.begin + s.first;
   for (int i = threadIdx.x; i < rows; i += kThreads) lse[i] = -INFINITY;
 }

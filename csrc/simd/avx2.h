@@ -1,4 +1,5 @@
-// Eight float lanes on AVX2 + FMA. Include it only from files compiled with these flags (`*_avx2.cpp`).
+// Eight float lanes on AVX2 + FMA. Include it only from files compiled with these flags
+// (`*_avx2.cpp`).
 #pragma once
 #include <immintrin.h>
 
@@ -9,7 +10,8 @@ namespace jk::simd {
 struct Avx2 {
   typedef __m256 Vec;
   static constexpr int kLanes = 8;
-  static constexpr int kAccumulators = 12;  // of 16 registers: the rest hold one operand row and a broadcast
+  static constexpr int kAccumulators =
+      12;  // of 16 registers: the rest hold one operand row and a broadcast
   static constexpr bool kConstantsInMemory = false;
 
   static JK_INLINE Vec zero() { return _mm256_setzero_ps(); }
@@ -21,13 +23,16 @@ struct Avx2 {
   static JK_INLINE void fence() { _mm_sfence(); }
   static JK_INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
   static JK_INLINE Vec load(const bf16* p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
   }
-  // Round to nearest even; a NaN keeps its upper bits and gets the quiet bit, so that the carry cannot make it an infinity.
+  // Round to nearest even; a NaN keeps its upper bits and gets the quiet bit, so that the carry
+  // cannot make it an infinity.
   static JK_INLINE void store(bf16* p, Vec v) {
     const __m256i bits = _mm256_castps_si256(v), high = _mm256_srli_epi32(bits, 16);
     const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
-    const __m256i up = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i up = _mm256_srli_epi32(
+        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     const __m256i r = _mm256_blendv_epi8(up, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
@@ -50,10 +55,13 @@ struct Avx2 {
   static JK_INLINE Vec fms(Vec a, Vec b, Vec c) { return _mm256_fmsub_ps(a, b, c); }
   // The second operand if either is NaN.
   static JK_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
-  static JK_INLINE bool any_greater(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
+  static JK_INLINE bool any_greater(Vec a, Vec b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+  }
   // p * 2^n, n being the integer in the low bits of the float `shifted` (x + 1.5 * 2^23).
   static JK_INLINE Vec scale_by_power(Vec p, Vec shifted) {
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
+    return _mm256_castsi256_ps(_mm256_add_epi32(
+        _mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
   }
   static JK_INLINE Vec swap_pairs(Vec v) { return _mm256_permute_ps(v, 0xb1); }
   static JK_INLINE float sum(Vec v) {

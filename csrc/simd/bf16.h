@@ -10,5 +10,6 @@ struct bf16 {
 
 #define JK_INLINE inline __attribute__((always_inline))
 #define JK_UNROLL _Pragma("GCC unroll 32")
-// Hides where a pointer points, so that what is behind it is read at each use and takes no register across a loop.
+// Hides where a pointer points, so that what is behind it is read at each use and takes no register
+// across a loop.
 #define JK_KEEP_IN_MEMORY(pointer) asm volatile("" : "+r"(pointer))

@@ -1,21 +1,24 @@
-// 2^x by rounding to an integer with a magic addition and a polynomial for the rest; minimax in relative error over [-1/2, 1/2].
+// 2^x by rounding to an integer with a magic addition and a polynomial for the rest; minimax in
+// relative error over [-1/2, 1/2].
 #pragma once
 #include "bf16.h"
 
 namespace jk::simd {
 
-// 1.5 * 2^23, then the polynomial from its highest power down. Degree 3 is good to 8e-5 (less than half a bf16 step), degree 6
-// to 2e-9 before rounding.
+// 1.5 * 2^23, then the polynomial from its highest power down. Degree 3 is good to 8e-5 (less than
+// half a bf16 step), degree 6 to 2e-9 before rounding.
 template <int kDegree>
 struct Exp2Constants;
 template <>
 struct Exp2Constants<3> {
-  static constexpr float kValues[] = {12582912.f, 0.0551716685f, 0.2426111251f, 0.6932609677f, 0.9999280572f};
+  static constexpr float kValues[] = {12582912.f, 0.0551716685f, 0.2426111251f, 0.6932609677f,
+                                      0.9999280572f};
 };
 template <>
 struct Exp2Constants<6> {
-  static constexpr float kValues[] = {12582912.f,      1.534581243e-4f, 1.339993091e-3f, 9.618489072e-3f,
-                                      5.550328642e-2f, 0.2402264625f,   0.6931471825f,   1.0f};
+  static constexpr float kValues[] = {
+      12582912.f,      1.534581243e-4f, 1.339993091e-3f, 9.618489072e-3f,
+      5.550328642e-2f, 0.2402264625f,   0.6931471825f,   1.0f};
 };
 
 template <class V, int kDegree>
@@ -25,7 +28,8 @@ JK_INLINE typename V::Vec polynomial(const float* constants, typename V::Vec x) 
   return p;
 }
 
-// 2^(x * factor), the product entering unrounded. Needs -126 <= x * factor < 127; a NaN stays a NaN.
+// 2^(x * factor), the product entering unrounded. Needs -126 <= x * factor < 127; a NaN stays a
+// NaN.
 template <class V, int kDegree>
 JK_INLINE typename V::Vec exp2(typename V::Vec x, typename V::Vec factor) {
   const float* constants = Exp2Constants<kDegree>::kValues;

@@ -1,4 +1,5 @@
-// Four float lanes on the compiler's own vector types: runs on every machine, used where nothing better is there.
+// Four float lanes on the compiler's own vector types: runs on every machine, used where nothing
+// better is there.
 #pragma once
 #include <string.h>
 
@@ -25,16 +26,18 @@ struct Portable {
   static JK_INLINE void fence() {}
   static JK_INLINE void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
   static JK_INLINE Vec load(const bf16* p) {
-    return (Vec)(Int{(int32_t)((uint32_t)p[0].bits << 16), (int32_t)((uint32_t)p[1].bits << 16), (int32_t)((uint32_t)p[2].bits << 16),
-                     (int32_t)((uint32_t)p[3].bits << 16)});
+    return (Vec)(Int{(int32_t)((uint32_t)p[0].bits << 16), (int32_t)((uint32_t)p[1].bits << 16),
+                     (int32_t)((uint32_t)p[2].bits << 16), (int32_t)((uint32_t)p[3].bits << 16)});
   }
-  // Round to nearest even; a NaN keeps its upper bits and gets the quiet bit, so that the carry cannot make it an infinity.
+  // Round to nearest even; a NaN keeps its upper bits and gets the quiet bit, so that the carry
+  // cannot make it an infinity.
   static JK_INLINE void store(bf16* p, Vec v) {
     for (int i = 0; i < kLanes; ++i) {
       uint32_t bits;
       memcpy(&bits, (const char*)&v + 4 * i, 4);
       const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-      p[i].bits = (uint16_t)(nan ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+      p[i].bits =
+          (uint16_t)(nan ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
     }
   }
   template <class T>
@@ -59,7 +62,9 @@ struct Portable {
     return (m[0] | m[1] | m[2] | m[3]) != 0;
   }
   // p * 2^n, n being the integer in the low bits of the float `shifted` (x + 1.5 * 2^23).
-  static JK_INLINE Vec scale_by_power(Vec p, Vec shifted) { return (Vec)((Int)p + ((Int)shifted << 23)); }
+  static JK_INLINE Vec scale_by_power(Vec p, Vec shifted) {
+    return (Vec)((Int)p + ((Int)shifted << 23));
+  }
   static JK_INLINE Vec swap_pairs(Vec v) { return Vec{v[1], v[0], v[3], v[2]}; }
   static JK_INLINE float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
   static JK_INLINE void transpose(Vec (&r)[kLanes]) {

@@ -1,7 +1,9 @@
-"""Conformance with golden numbers of the published code: objectives, modules, and real training steps.
+"""Conformance with golden numbers of the published code: objectives, modules, and real training
+steps.
 
-Layout: ``objectives/``, ``modules/`` and ``steps/`` with one .npz file per case. Every array of every file is either compared or used as
-an input; one that is neither is a miss. Published quirks are switched on.
+Layout: ``objectives/``, ``modules/`` and ``steps/`` with one .npz file per case. Every array of
+every file is either compared or used as an input; one that is neither is a miss. Published quirks
+are switched on.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ CHECKS: dict[str, Callable[[Golden, Report], None]] = {
 }
 IGNORED = ("README.md",)
 MISSES_SHOWN = 40
-# What arrays that are missing, damaged or of another shape raise on the way through the code under test.
+# What arrays that are missing, damaged or of another shape raise on the way through the code under
+# test.
 UNREADABLE = (KeyError, IndexError, ValueError, TypeError, RuntimeError, OSError, BadZipFile)
 
 
@@ -59,7 +62,9 @@ def check_folder(folder: Path, backend: str = "auto") -> Report:
                 report.file = path.name
                 report.miss("(file)", "not read: no check for files of this name")
     if not report.rows:
-        raise FileNotFoundError(f"conformance: {folder} must hold {', '.join(CHECKS)} with .npz files, got none.")
+        raise FileNotFoundError(
+            f"conformance: {folder} must hold {', '.join(CHECKS)} with .npz files, got none."
+        )
     return report
 
 
@@ -93,15 +98,26 @@ def print_report(report: Report, console: Console, verbose: bool = False) -> Non
             table.add_row(file, str(len(rows)), *_cells(row))
     console.print(table)
     for row in report.failures[:MISSES_SHOWN]:
-        console.print(f"MISS {row.file}: {row.array}: error {row.error:.2e} > {row.tolerance:.1e} {row.note}", style="red", markup=False)
+        console.print(
+            f"MISS {row.file}: {row.array}: error {row.error:.2e} > {row.tolerance:.1e} {row.note}",
+            style="red",
+            markup=False,
+        )
     if len(report.failures) > MISSES_SHOWN:
         console.print(f"... and {len(report.failures) - MISSES_SHOWN} more", style="red")
     loosened = sum(1 for row in report.rows if row.passed and row.note)
     console.print(
-        f"{len(report.by_file())} files, {len(report.rows)} arrays compared, {len(report.failures)} misses; "
+        f"{len(report.by_file())} files, {len(report.rows)} arrays compared, "
+        f"{len(report.failures)} misses; "
         f"{loosened} arrays passed after setting aside what rounding decides (see --verbose)."
     )
 
 
 def _cells(row: Row) -> tuple[str, str, str, str, str]:
-    return escape(row.array), f"{row.error:.2e}", f"{row.tolerance:.1e}", "ok" if row.passed else "MISS", row.note
+    return (
+        escape(row.array),
+        f"{row.error:.2e}",
+        f"{row.tolerance:.1e}",
+        "ok" if row.passed else "MISS",
+        row.note,
+    )

@@ -1,4 +1,5 @@
-"""`python -m jepa.conformance DIR`: checks every file of a golden folder and exits non-zero on any miss."""
+"""`python -m jepa.conformance DIR`: checks every file of a golden folder and exits non-zero on any
+miss."""
 
 from __future__ import annotations
 
@@ -15,9 +16,20 @@ from jepa.quirks import Quirks
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jepa.conformance", description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder with objectives/, modules/ and steps/, or one of these")
-    parser.add_argument("--backend", default="auto", help="attention backend: auto (default), reference, torch, cpu, ...")
-    parser.add_argument("--verbose", action="store_true", help="list every array, not only the worst of each file")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        metavar="DIR",
+        help="a folder with objectives/, modules/ and steps/, or one of these",
+    )
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        help="attention backend: auto (default), reference, torch, cpu, ...",
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="list every array, not only the worst of each file"
+    )
     options = parser.parse_args(arguments)
     console = Console()
     console.print(f"published quirks switched on: {', '.join(Quirks.published().active())}")

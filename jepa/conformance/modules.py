@@ -26,9 +26,15 @@ GOLDEN_GRID = (4, 4, 4)
 GOLDEN_HEADS = 3
 
 
-def golden_model(width: int, predictor_width: int, predictor_depth: int, mask_tokens: int) -> ModelConfig:
-    predictor = PredictorConfig(width=predictor_width, depth=predictor_depth, heads=GOLDEN_HEADS, mask_tokens=mask_tokens)
-    return ModelConfig(width=width, depth=12, heads=GOLDEN_HEADS, level_blocks=(2, 5, 8, 11), predictor=predictor)
+def golden_model(
+    width: int, predictor_width: int, predictor_depth: int, mask_tokens: int
+) -> ModelConfig:
+    predictor = PredictorConfig(
+        width=predictor_width, depth=predictor_depth, heads=GOLDEN_HEADS, mask_tokens=mask_tokens
+    )
+    return ModelConfig(
+        width=width, depth=12, heads=GOLDEN_HEADS, level_blocks=(2, 5, 8, 11), predictor=predictor
+    )
 
 
 def check(golden: Golden, report: Report) -> None:
@@ -46,7 +52,12 @@ def _beside(golden: Golden, name: str) -> Golden:
 
 def _check_rope_weights(golden: Golden, report: Report) -> None:
     width = golden.integer("num_heads") * golden.integer("head_dim")
-    shapes = {"qkv_w": (3 * width, width), "qkv_b": (3 * width,), "proj_w": (width, width), "proj_b": (width,)}
+    shapes = {
+        "qkv_w": (3 * width, width),
+        "qkv_b": (3 * width,),
+        "proj_w": (width, width),
+        "proj_b": (width,),
+    }
     for key, shape in shapes.items():
         report.equal(key, golden[key].shape, shape)
 
@@ -59,10 +70,16 @@ def _check_rope(golden: Golden, report: Report) -> None:
     parameters = {name: weights.tensor(name).requires_grad_() for name in names}
     heads, head_dim = golden.integer("num_heads"), golden.integer("head_dim")
     side = golden.integer("pretrained_grid")
-    rope = Rope3D(golden.triple("grid"), "interleaved", interpolate_from=side if bool(golden["interpolate_rope"]) else None)
+    rope = Rope3D(
+        golden.triple("grid"),
+        "interleaved",
+        interpolate_from=side if bool(golden["interpolate_rope"]) else None,
+    )
     report.equal("rot_dims", [rope_dim(head_dim)] * 3, [int(v) for v in golden["rot_dims"]])
 
-    qkv = functional.linear(x, parameters["qkv_w"], parameters["qkv_b"]).unflatten(-1, (3, heads, head_dim))
+    qkv = functional.linear(x, parameters["qkv_w"], parameters["qkv_b"]).unflatten(
+        -1, (3, heads, head_dim)
+    )
     query, key, value = qkv.unbind(2)
     ids = golden.tensor("ids").to(torch.int64)
     out = jepa_kernels.masked_attention(query, key, value, query_ids=ids, key_ids=ids, rope=rope)
@@ -77,14 +94,19 @@ def _check_rope(golden: Golden, report: Report) -> None:
 
 
 def _rotated(x: Tensor, ids: Tensor, rope: Rope3D) -> Tensor:
-    """The rotation as `Rope3D.table` defines it, for [B, K, heads, head_dim]: what every backend must do inside its kernel."""
+    """The rotation as `Rope3D.table` defines it, for [B, K, heads, head_dim]: what every backend
+    must do inside its kernel."""
     steps, height, width = rope.grid
     cosine, sine = rope.table(x.shape[-1], x.device)
     rows = (ids // (height * width), steps + ids // width % height, steps + height + ids % width)
-    cosine, sine = (torch.cat([table[row] for row in rows], dim=-1)[:, :, None] for table in (cosine, sine))
+    cosine, sine = (
+        torch.cat([table[row] for row in rows], dim=-1)[:, :, None] for table in (cosine, sine)
+    )
     turned, rest = x.split([cosine.shape[-1], x.shape[-1] - cosine.shape[-1]], dim=-1)
     even, odd = turned[..., 0::2], turned[..., 1::2]
-    return torch.cat([turned * cosine + torch.stack([-odd, even], dim=-1).flatten(-2) * sine, rest], dim=-1)
+    return torch.cat(
+        [turned * cosine + torch.stack([-odd, even], dim=-1).flatten(-2) * sine, rest], dim=-1
+    )
 
 
 def _check_encoder_state(golden: Golden, report: Report) -> None:
@@ -148,9 +170,14 @@ def _loaded_predictor(golden: Golden) -> Predictor:
 def _predictor_for(state: Golden) -> Predictor:
     width, features = state["predictor_embed.0.weight"].shape
     depth = 1 + max(int(key.split(".")[1]) for key in state.names("predictor_blocks."))
-    model = golden_model(width, state["video_mod_embed"].shape[-1], depth, len(state.names("mask_tokens.")))
+    model = golden_model(
+        width, state["video_mod_embed"].shape[-1], depth, len(state.names("mask_tokens."))
+    )
     if model.feature_width != features:
-        raise ValueError(f"conformance: predictor_embed.0.weight must take {model.feature_width} features, got {features}.")
+        raise ValueError(
+            f"conformance: predictor_embed.0.weight must take {model.feature_width} features, got "
+            f"{features}."
+        )
     return Predictor(model, shared_mask_token=True)
 
 
@@ -165,7 +192,10 @@ def _check_predictor_forward(golden: Golden, report: Report) -> None:
     masks = read_masks(golden, GOLDEN_GRID)
     sets = range(masks.num_sets)
     x = [golden.tensor(f"x_{j}").requires_grad_() for j in sets]
-    cotangents = {kind: pack([golden.tensor(f"cotangent_{kind}_{j}") for j in sets]) for kind in ("pred", "context")}
+    cotangents = {
+        kind: pack([golden.tensor(f"cotangent_{kind}_{j}") for j in sets])
+        for kind in ("pred", "context")
+    }
     for suffix in ("", "_image"):
         predicted, context = predictor(pack(x), masks, image=bool(suffix))
         for kind, rows in {"pred": predicted, "context": context}.items():
@@ -173,7 +203,9 @@ def _check_predictor_forward(golden: Golden, report: Report) -> None:
             for j, part in enumerate(unpack(rows, expected)):
                 report.compare(f"z_{kind}{suffix}_{j}", part, expected[j])
         if not suffix:
-            ((predicted * cotangents["pred"]).sum() + (context * cotangents["context"]).sum()).backward()
+            (
+                (predicted * cotangents["pred"]).sum() + (context * cotangents["context"]).sum()
+            ).backward()
             for j in sets:
                 report.gradient(golden, f"x_{j}", x[j].grad)
 
@@ -193,11 +225,16 @@ def _check_mask_distance(golden: Golden, report: Report) -> None:
     for prefix, grid in {"g4_": (4, 4, 4), "g14_": (8, 14, 14)}.items():
         masks = read_masks(golden, grid, prefix)
         for j in range(masks.num_sets):
-            report.compare(f"{prefix}dist_{j}", masks.context_distance[masks.context_set == j], golden[f"{prefix}dist_{j}"].ravel())
+            report.compare(
+                f"{prefix}dist_{j}",
+                masks.context_distance[masks.context_set == j],
+                golden[f"{prefix}dist_{j}"].ravel(),
+            )
 
 
 def _check_motion(golden: Golden, report: Report) -> None:
-    """Motion maps and origin distributions with the published point sampling, with and without the wrong maximum."""
+    """Motion maps and origin distributions with the published point sampling, with and without the
+    wrong maximum."""
     clips = list(golden["clip"])
     grid = golden["motion_map_batch4"].shape[1:]
     maps = {
@@ -213,7 +250,11 @@ def _check_motion(golden: Golden, report: Report) -> None:
         mask = case.rsplit("_", 1)[0]
         block = golden.triple(key)
         room = [size - side + 1 for size, side in zip(grid, block, strict=True)]
-        report.compare(f"{case}_origins", np.stack(np.unravel_index(np.arange(np.prod(room)), room), axis=1), golden[f"{case}_origins"])
+        report.compare(
+            f"{case}_origins",
+            np.stack(np.unravel_index(np.arange(np.prod(room)), room), axis=1),
+            golden[f"{case}_origins"],
+        )
         strength, rate = golden.number(f"{mask}_strength"), golden.number(f"{mask}_random_rate")
         for kind, values in maps.items():
             for b in range(len(clips)):
@@ -230,7 +271,9 @@ def _check_ema(golden: Golden, report: Report) -> None:
     for tag, schedule in schedules.items():
         leaves = [key.rsplit("_", 1)[1] for key in golden.names(f"{tag}_online_")]
         target, online = (
-            nn.ParameterDict({leaf: nn.Parameter(golden.tensor(f"{tag}_{kind}_{leaf}")) for leaf in leaves})
+            nn.ParameterDict(
+                {leaf: nn.Parameter(golden.tensor(f"{tag}_{kind}_{leaf}")) for leaf in leaves}
+            )
             for kind in ("target0", "online")
         )
         momenta = [schedule.ema_momentum(step) for step in (1, 2, 3)]
@@ -238,7 +281,9 @@ def _check_ema(golden: Golden, report: Report) -> None:
         for step, momentum in enumerate(momenta, start=1):
             update_ema(target, online, momentum)
             for leaf in leaves:
-                report.compare(f"{tag}_target{step}_{leaf}", target[leaf], golden[f"{tag}_target{step}_{leaf}"])
+                report.compare(
+                    f"{tag}_target{step}_{leaf}", target[leaf], golden[f"{tag}_target{step}_{leaf}"]
+                )
 
 
 class _Part(nn.Module):
@@ -257,22 +302,51 @@ class _Part(nn.Module):
 
 
 def _check_adamw(golden: Golden, report: Report) -> None:
-    """Groups, schedules and three updates, in the published configuration and with a decaying rate."""
+    """Groups, schedules and three updates, in the published configuration and with a decaying
+    rate."""
     for tag in ("config", "decay"):
         names = [str(name) for name in golden[f"{tag}_param_names"]]
         parts = {
-            part: _Part({n.removeprefix(f"{part}."): golden.tensor(f"{tag}_p0_{n}") for n in names if n.startswith(f"{part}.")})
+            part: _Part(
+                {
+                    n.removeprefix(f"{part}."): golden.tensor(f"{tag}_p0_{n}")
+                    for n in names
+                    if n.startswith(f"{part}.")
+                }
+            )
             for part in ("encoder", "predictor", "dyn_head")
         }
-        groups = parameter_groups({name: parts[name] for name in ("encoder", "predictor")}, [parts["dyn_head"]])
-        parameters = {f"{part}.{name}": value for part, module in parts.items() for name, value in module.named_parameters()}
-        group_of = {id(value): index for index, group in enumerate(groups) for value in group["params"]}
-        report.equal(f"{tag}_param_group", [group_of[id(parameters[n])] for n in names], [int(v) for v in golden[f"{tag}_param_group"]])
+        groups = parameter_groups(
+            {name: parts[name] for name in ("encoder", "predictor")}, [parts["dyn_head"]]
+        )
+        parameters = {
+            f"{part}.{name}": value
+            for part, module in parts.items()
+            for name, value in module.named_parameters()
+        }
+        group_of = {
+            id(value): index for index, group in enumerate(groups) for value in group["params"]
+        }
+        report.equal(
+            f"{tag}_param_group",
+            [group_of[id(parameters[n])] for n in names],
+            [int(v) for v in golden[f"{tag}_param_group"]],
+        )
         schedule = _read_schedule(golden, tag)
         steps = range(1, len(golden[f"{tag}_lr"]) + 1)
-        report.compare(f"{tag}_lr", np.array([schedule.learning_rate(step) for step in steps]), golden[f"{tag}_lr"])
-        decay = [[schedule.decay(step) if group["decays"] else 0.0 for group in groups] for step in steps]
-        report.compare(f"{tag}_weight_decay_per_group", np.array(decay), golden[f"{tag}_weight_decay_per_group"])
+        report.compare(
+            f"{tag}_lr",
+            np.array([schedule.learning_rate(step) for step in steps]),
+            golden[f"{tag}_lr"],
+        )
+        decay = [
+            [schedule.decay(step) if group["decays"] else 0.0 for group in groups] for step in steps
+        ]
+        report.compare(
+            f"{tag}_weight_decay_per_group",
+            np.array(decay),
+            golden[f"{tag}_weight_decay_per_group"],
+        )
         _compare_updates(golden, report, tag, schedule, groups, parameters)
 
 
@@ -293,7 +367,14 @@ def _read_schedule(golden: Golden, tag: str) -> ScheduleConfig:
     )
 
 
-def _compare_updates(golden: Golden, report: Report, tag: str, schedule: ScheduleConfig, groups: list, parameters: dict) -> None:
+def _compare_updates(
+    golden: Golden,
+    report: Report,
+    tag: str,
+    schedule: ScheduleConfig,
+    groups: list,
+    parameters: dict,
+) -> None:
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
     for step in (1, 2, 3):
         set_rates(optimizer.param_groups, schedule.learning_rate(step), schedule.decay(step))

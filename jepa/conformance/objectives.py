@@ -10,7 +10,17 @@ from torch import Tensor, nn
 
 from jepa.conformance.masks import pack, read_masks
 from jepa.conformance.report import Golden, Report
-from jepa.objectives import Denominators, FeatureDims, Objective, ObjectiveConfig, ObjectiveContext, build_heads, compute_all, get, weights
+from jepa.objectives import (
+    Denominators,
+    FeatureDims,
+    Objective,
+    ObjectiveConfig,
+    ObjectiveContext,
+    build_heads,
+    compute_all,
+    get,
+    weights,
+)
 from jepa.objectives.sigreg import projection
 from jepa.quirks import Quirks
 from jepa.target import standardise
@@ -82,16 +92,30 @@ def _check_configuration(golden: Golden, report: Report, cfg: VariantConfig) -> 
     """The variant of our table must be the published configuration of that name."""
     objectives = cfg.objectives
     for published, name in _COEFFICIENTS.items():
-        report.compare(f"cfg_{published}_coeff", objectives[name].weight if name in objectives else 0.0, golden[f"cfg_{published}_coeff"])
+        report.compare(
+            f"cfg_{published}_coeff",
+            objectives[name].weight if name in objectives else 0.0,
+            golden[f"cfg_{published}_coeff"],
+        )
     for published, (name, option) in _OPTIONS.items():
         own = objectives.get(name, get(name).Config())
         report.compare(f"cfg_{published}", float(getattr(own, option)), golden[f"cfg_{published}"])
     kinematic = objectives.get("kinematic", get("kinematic").Config())
     report.equal("cfg_kinematic_type", _KINDS[kinematic.kind], str(golden["cfg_kinematic_type"]))
-    report.equal("cfg_kinematic_anneal", kinematic.schedule.kind == "cosine", bool(golden["cfg_kinematic_anneal"]))
+    report.equal(
+        "cfg_kinematic_anneal",
+        kinematic.schedule.kind == "cosine",
+        bool(golden["cfg_kinematic_anneal"]),
+    )
     report.equal("cfg_disable_ema", cfg.target.kind == "online", bool(golden["cfg_disable_ema"]))
-    report.equal("cfg_weight_distance_loss", objectives["context"].weight_by_distance, bool(golden["cfg_weight_distance_loss"]))
-    report.compare("cfg_fwm_app_ratio", cfg.factorisation.appearance_share, golden["cfg_fwm_app_ratio"])
+    report.equal(
+        "cfg_weight_distance_loss",
+        objectives["context"].weight_by_distance,
+        bool(golden["cfg_weight_distance_loss"]),
+    )
+    report.compare(
+        "cfg_fwm_app_ratio", cfg.factorisation.appearance_share, golden["cfg_fwm_app_ratio"]
+    )
     report.compare("cfg_lambda_value", objectives["context"].weight, golden["cfg_lambda_value"])
     report.equal("cfg_ac_target_dim", get("action").COLOURS, golden.integer("cfg_ac_target_dim"))
     report.equal("cfg_loss_exp", 1.0, golden.number("cfg_loss_exp"))
@@ -110,8 +134,11 @@ def _progress(golden: Golden) -> float:
     return golden.integer("cfg_epoch") / golden.integer("cfg_num_epochs")
 
 
-def forced_weights(objectives: Mapping[str, ObjectiveConfig], progress: float, quirks: Quirks) -> dict[str, float]:
-    """The weights in force, with the context loss at its final weight: the golden runs have no ramp."""
+def forced_weights(
+    objectives: Mapping[str, ObjectiveConfig], progress: float, quirks: Quirks
+) -> dict[str, float]:
+    """The weights in force, with the context loss at its final weight: the golden runs have no
+    ramp."""
     return {**weights(objectives, 0, progress, quirks), "context": objectives["context"].weight}
 
 
@@ -124,7 +151,9 @@ def _losses(
     levels = golden.integer("levels")
     online = cfg.target.kind == "online"
     features = {
-        f"{kind}_{j}": golden.tensor(f"{kind}_{j}", dtype).requires_grad_() for kind in ("z_enc", "z_pred", "z_context") for j in sets
+        f"{kind}_{j}": golden.tensor(f"{kind}_{j}", dtype).requires_grad_()
+        for kind in ("z_enc", "z_pred", "z_context")
+        for j in sets
     }
     raw = golden.tensor("h_raw", dtype).requires_grad_(online)
     target = standardise(raw.flatten(0, 1), levels)
@@ -133,7 +162,11 @@ def _losses(
     report.compare("h", target.view(raw.shape), golden["h"])
     report.equal("embed_dim", raw.shape[-1] // levels, golden.integer("embed_dim"))
     for j in sets:
-        report.compare(f"mask_distance_{j}", _set_rows(masks.context_distance, masks.context_set, j), golden[f"mask_distance_{j}"].ravel())
+        report.compare(
+            f"mask_distance_{j}",
+            _set_rows(masks.context_distance, masks.context_set, j),
+            golden[f"mask_distance_{j}"].ravel(),
+        )
     heads, parameters = _read_heads(golden, cfg, raw.shape[-1], levels, dtype)
     ctx = ObjectiveContext(
         context_tokens=pack([features[f"z_enc_{j}"] for j in sets]),
@@ -156,7 +189,11 @@ def _losses(
         term: Objective = get(name).compute(ctx, objective)
         published = TERMS[name]
         report.compare(f"term_{published}", term.loss, golden[f"term_{published}"])
-        report.equal(f"term_has_grad_{published}", term.loss.requires_grad, bool(golden[f"term_has_grad_{published}"]))
+        report.equal(
+            f"term_has_grad_{published}",
+            term.loss.requires_grad,
+            bool(golden[f"term_has_grad_{published}"]),
+        )
     if "sigreg" in cfg.objectives:
         _check_projection(golden, report, cfg, ctx)
     _compare_auxiliary(golden, report, cfg, ctx, weight, features)
@@ -182,23 +219,40 @@ def _with_gradient(target: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _compare_auxiliary(
-    golden: Golden, report: Report, cfg: VariantConfig, ctx: ObjectiveContext, weight: Mapping[str, float], features: Mapping[str, Tensor]
+    golden: Golden,
+    report: Report,
+    cfg: VariantConfig,
+    ctx: ObjectiveContext,
+    weight: Mapping[str, float],
+    features: Mapping[str, Tensor],
 ) -> None:
     """Gradients of what is added to the base loss, where the file has them."""
     wanted = [key for key in golden.names("aux_grad_")]
     if not wanted:
         return
-    extra = {name: objective for name, objective in cfg.objectives.items() if name not in ("prediction", "context")}
+    extra = {
+        name: objective
+        for name, objective in cfg.objectives.items()
+        if name not in ("prediction", "context")
+    }
     loss, _ = compute_all(ctx, extra, weight)
     tensors = [features[key.removeprefix("aux_grad_")] for key in wanted]
-    for key, gradient in zip(wanted, torch.autograd.grad(loss, tensors, retain_graph=True), strict=True):
+    for key, gradient in zip(
+        wanted, torch.autograd.grad(loss, tensors, retain_graph=True), strict=True
+    ):
         report.compare(key, gradient.view(golden[key].shape), golden[key])
 
 
-def _check_projection(golden: Golden, report: Report, cfg: VariantConfig, ctx: ObjectiveContext) -> None:
+def _check_projection(
+    golden: Golden, report: Report, cfg: VariantConfig, ctx: ObjectiveContext
+) -> None:
     """The random directions and the quadrature of SIGReg."""
     own = cfg.objectives["sigreg"]
-    report.compare("sigreg_A", projection(ctx.context_tokens.float(), own.slices, own.seed + ctx.step), golden["sigreg_A"])
+    report.compare(
+        "sigreg_A",
+        projection(ctx.context_tokens.float(), own.slices, own.seed + ctx.step),
+        golden["sigreg_A"],
+    )
     time = torch.linspace(0.0, own.largest_point, own.points)
     normal = torch.exp(-0.5 * time.square())
     step = own.largest_point / (own.points - 1)
@@ -218,5 +272,7 @@ def _read_heads(
             continue
         state = {key.removeprefix(f"param_{published}."): golden.tensor(key) for key in keys}
         heads[name].load_state_dict(state)
-        parameters |= {f"{published}.{key}": value for key, value in heads[name].to(dtype).named_parameters()}
+        parameters |= {
+            f"{published}.{key}": value for key, value in heads[name].to(dtype).named_parameters()
+        }
     return heads, parameters

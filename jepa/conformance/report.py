@@ -78,12 +78,30 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     file: str = ""
 
-    def compare(self, array: str, actual: Tensor | NDArray[Any] | float, expected: Any, tolerance: float = TOLERANCE) -> None:
-        """Relative error ||a - b|| / ||b||; absolute where ||b|| is nothing. A shape or a non-finite value that differs is a miss."""
-        self.rows.append(Row(self.file, array, relative_error(as_array(actual), as_array(expected)), tolerance))
+    def compare(
+        self,
+        array: str,
+        actual: Tensor | NDArray[Any] | float,
+        expected: Any,
+        tolerance: float = TOLERANCE,
+    ) -> None:
+        """Relative error ||a - b|| / ||b||; absolute where ||b|| is nothing. A shape or a
+        non-finite value that differs is a miss."""
+        self.rows.append(
+            Row(self.file, array, relative_error(as_array(actual), as_array(expected)), tolerance)
+        )
 
-    def compare_up_to_kinks(self, array: str, actual: Tensor, expected: NDArray[Any], tolerance: float, kinks: int, loose: float) -> None:
-        """As `compare`, after setting aside at most `kinks` elements: sign flips of an L1 residual that is zero to rounding.
+    def compare_up_to_kinks(
+        self,
+        array: str,
+        actual: Tensor,
+        expected: NDArray[Any],
+        tolerance: float,
+        kinks: int,
+        loose: float,
+    ) -> None:
+        """As `compare`, after setting aside at most `kinks` elements: sign flips of an L1 residual
+        that is zero to rounding.
 
         The whole tensor, kinks included, must still agree to `loose`.
         """
@@ -95,7 +113,15 @@ class Report:
         value, wanted = value.reshape(-1).copy(), wanted.reshape(-1).copy()
         worst = np.argsort(np.abs(value - wanted))[::-1][:kinks]
         value[worst] = wanted[worst]
-        self.rows.append(Row(self.file, array, relative_error(value, wanted), tolerance, f"{whole:.1e} with {kinks} sign flips"))
+        self.rows.append(
+            Row(
+                self.file,
+                array,
+                relative_error(value, wanted),
+                tolerance,
+                f"{whole:.1e} with {kinks} sign flips",
+            )
+        )
 
     def add(self, array: str, error: float, tolerance: float, note: str = "") -> None:
         """An error that was measured in another way."""
@@ -104,9 +130,19 @@ class Report:
     def equal(self, array: str, actual: object, expected: object) -> None:
         """For what is not a number: flags, names, shapes, absent gradients."""
         same = actual == expected
-        self.rows.append(Row(self.file, array, 0.0 if same else math.inf, 0.0, "" if same else f"expected {expected}, got {actual}"))
+        self.rows.append(
+            Row(
+                self.file,
+                array,
+                0.0 if same else math.inf,
+                0.0,
+                "" if same else f"expected {expected}, got {actual}",
+            )
+        )
 
-    def gradient(self, golden: Golden, name: str, actual: Tensor | None, tolerance: float = TOLERANCE) -> None:
+    def gradient(
+        self, golden: Golden, name: str, actual: Tensor | None, tolerance: float = TOLERANCE
+    ) -> None:
         """Compares a gradient with ``grad_NAME``, or its absence with ``grad_is_none_NAME``."""
         none = f"grad_is_none_{name}"
         if none in golden:

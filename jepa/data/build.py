@@ -1,4 +1,5 @@
-"""From a configuration to a data set: the names that runs use for what they train and evaluate on."""
+"""From a configuration to a data set: the names that runs use for what they train and evaluate
+on."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ Kind = Literal["moving_shapes", "ucf101", "ssv2", "diving48", "imagenet100", "li
 
 @dataclass(frozen=True)
 class Location:
-    """Where one data set is: its files, and its lists, annotations or classes (each loader's docstring says what it expects)."""
+    """Where one data set is: its files, and its lists, annotations or classes (each loader's
+    docstring says what it expects)."""
 
     files: Path | None = None
     lists: Path | None = None
@@ -37,11 +39,13 @@ class DataConfig:
     """What to train or evaluate on.
 
     Args:
-        kind: a data set, or ``mixed`` for the mixed regime (UCF-101 .2, Something-Something V2 .6, ImageNet-100 .2).
+        kind: a data set, or ``mixed`` for the mixed regime (UCF-101 .2, Something-Something V2 .6,
+            ImageNet-100 .2).
         at: where it is; not needed for moving_shapes.
         ucf101, ssv2, imagenet100: where the three parts of ``mixed`` are.
         size, test_size: clips of moving_shapes. target: its factor that labels give.
-        fold: split of UCF-101. repeat_stills: stills become clips of equal frames, as in the published code (also a quirk of that name).
+        fold: split of UCF-101. repeat_stills: stills become clips of equal frames, as in the
+            published code (also a quirk of that name).
     """
 
     kind: Kind = "moving_shapes"
@@ -65,7 +69,9 @@ def build_dataset(config: DataConfig, split: Literal["train", "test"] = "train")
         MissingDataError: nothing is where the configuration says.
     """
     if config.kind == "moving_shapes":
-        return MovingShapes(config.size if split == "train" else config.test_size, config.seed, split, config.target)
+        return MovingShapes(
+            config.size if split == "train" else config.test_size, config.seed, split, config.target
+        )
     if config.kind == "mixed":
         raise ConfigError("config: data.kind must be a single data set here, got 'mixed'.")
     return _at(config.kind, config.at, split, config.fold, "data.at")
@@ -75,7 +81,10 @@ def build_picker(config: DataConfig) -> Picker:
     """What pre-training draws from: epochs of one data set, or the mixed regime."""
     if config.kind != "mixed":
         return Epochs(build_dataset(config), repeat_stills=config.repeat_stills)
-    parts = [_at(kind, getattr(config, kind), "train", config.fold, f"data.{kind}") for kind in ("ucf101", "ssv2", "imagenet100")]
+    parts = [
+        _at(kind, getattr(config, kind), "train", config.fold, f"data.{kind}")
+        for kind in ("ucf101", "ssv2", "imagenet100")
+    ]
     return mixed_regime(*parts, repeat_stills=config.repeat_stills)
 
 
@@ -88,7 +97,13 @@ def _at(kind: str, place: Location, split: str, fold: int, path: str) -> ClipDat
 
     test = split == "test"
     if kind == "ucf101":
-        return ucf101(need("files"), need("lists"), split, fold, place.test_list_file if test else place.list_file)
+        return ucf101(
+            need("files"),
+            need("lists"),
+            split,
+            fold,
+            place.test_list_file if test else place.list_file,
+        )
     if kind == "list":
         return pathlist(need("test_list_file" if test else "list_file"), place.files)
     files = need("files") if not test or place.test_files is None else place.test_files

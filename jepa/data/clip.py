@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 
 class MissingDataError(FileNotFoundError):
-    """A data set is not where it was said to be; the message is one sentence with what is expected where."""
+    """A data set is not where it was said to be; the message is one sentence with what is expected
+    where."""
 
 
 class BadClipError(RuntimeError):
@@ -19,9 +20,11 @@ class BadClipError(RuntimeError):
 
 @dataclass(frozen=True)
 class ClipSpec:
-    """How to cut a clip out of a video: `frames` frames, `stride` frames apart or at `fps`, scaled to (height, width).
+    """How to cut a clip out of a video: `frames` frames, `stride` frames apart or at `fps`, scaled
+    to (height, width).
 
-    The scaling ignores the aspect ratio: crops are boxes in shares of the frame, so they undo it (see transforms.py).
+    The scaling ignores the aspect ratio: crops are boxes in shares of the frame, so they undo it
+    (see transforms.py).
     """
 
     frames: int = 16
@@ -69,5 +72,6 @@ class ClipDataset(Protocol):
         ...
 
     def read(self, index: int, spec: ClipSpec, draw: float) -> Clip:
-        """The clip that a number in [0, 1) picks out of a sample; BadClipError when it cannot be decoded."""
+        """The clip that a number in [0, 1) picks out of a sample; BadClipError when it cannot be
+        decoded."""
         ...

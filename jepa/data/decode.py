@@ -1,7 +1,8 @@
 """Reads clips out of video files with PyAV, and still images with Pillow.
 
-What makes PyAV fast here: no codec threads (workers are the parallelism, and starting threads costs more than a clip), a seek to the
-key frame before the clip, one reused converter, and conversion of the wanted frames only, straight to the wanted size.
+What makes PyAV fast here: no codec threads (workers are the parallelism, and starting threads costs
+more than a clip), a seek to the key frame before the clip, one reused converter, and conversion of
+the wanted frames only, straight to the wanted size.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def _reformatter() -> VideoReformatter:
 
 
 def wanted_frames(spec: ClipSpec, num_frames: int, rate: float, draw: float) -> NDArray[np.int64]:
-    """Frame numbers of a clip. `draw` in [0, 1) places its start uniformly; a video that is too short repeats its last frame."""
+    """Frame numbers of a clip. `draw` in [0, 1) places its start uniformly; a video that is too
+    short repeats its last frame."""
     step = spec.stride if spec.fps is None else rate / spec.fps
     span = math.floor((spec.frames - 1) * step + 1e-9) + 1
     start = int(draw * (max(0, num_frames - span) + 1))
@@ -43,7 +45,8 @@ def read_video(path: str | Path, spec: ClipSpec, draw: float) -> Clip:
     """Decodes the clip that `draw` picks, upright, scaled to the size of `spec`.
 
     Raises:
-        BadClipError: the file is missing, is no video, or any frame that the clip needs fails to decode.
+        BadClipError: the file is missing, is no video, or any frame that the clip needs fails to
+            decode.
     """
     try:
         with av.open(str(path)) as container:
@@ -54,7 +57,13 @@ def read_video(path: str | Path, spec: ClipSpec, draw: float) -> Clip:
         raise BadClipError(f"{path}: {error}") from error
 
 
-def _read(container: av.container.InputContainer, stream: av.VideoStream, spec: ClipSpec, draw: float, path: str) -> Clip:
+def _read(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    spec: ClipSpec,
+    draw: float,
+    path: str,
+) -> Clip:
     stream.thread_type = "NONE"
     rate = stream.average_rate or stream.guessed_rate
     num_frames = _frame_count(container, stream, rate)
@@ -64,34 +73,44 @@ def _read(container: av.container.InputContainer, stream: av.VideoStream, spec: 
     frames, size = _decode(container, stream, spec, numbers, float(rate))
     if not frames:
         raise BadClipError(f"{path}: no frame could be decoded")
-    # The header may promise more frames than the file holds: like a short video, it repeats its last frame.
+    # The header may promise more frames than the file holds: like a short video, it repeats its
+    # last frame.
     while len(frames) < spec.frames:
         frames.append(frames[-1])
     return Clip(np.stack(frames), *size)
 
 
-def _frame_count(container: av.container.InputContainer, stream: av.VideoStream, rate: object) -> int:
+def _frame_count(
+    container: av.container.InputContainer, stream: av.VideoStream, rate: object
+) -> int:
     if stream.frames > 0:
         return stream.frames
     if not rate:
         return 0
     if stream.duration is not None and stream.time_base is not None:
         return max(1, round(float(stream.duration * stream.time_base) * float(rate)))  # type: ignore[arg-type]
-    return max(1, round(container.duration / av.time_base * float(rate))) if container.duration else 0  # type: ignore[arg-type]
+    return (
+        max(1, round(container.duration / av.time_base * float(rate))) if container.duration else 0
+    )  # type: ignore[arg-type]
 
 
 def _numbered_frames(
-    container: av.container.InputContainer, stream: av.VideoStream, numbers: NDArray[np.int64], rate: float
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    numbers: NDArray[np.int64],
+    rate: float,
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """(number, frame) in display order from the key frame before the first of `numbers`; others of them may be left out on the way."""
+    """(number, frame) in display order from the key frame before the first of `numbers`; others of
+    them may be left out on the way."""
     origin, base = stream.start_time or 0, float(stream.time_base or 0)
     if numbers[0] > 0 and base > 0:
         # Half a frame early, so that rounding of the time base cannot land behind the frame.
         container.seek(origin + int((numbers[0] - 0.5) / rate / base), stream=stream, backward=True)
-    # AVI stores times in coding order: with B frames they jump to and fro and start one late, while frames come out in display order.
-    # So count there, from the key frame.
+    # AVI stores times in coding order: with B frames they jump to and fro and start one late, while
+    # frames come out in display order. So count there, from the key frame.
     count_only = container.format.name == "avi"
-    # At a constant rate every number exists, and a frame that is neither wanted nor referred to by others need not be decoded.
+    # At a constant rate every number exists, and a frame that is neither wanted nor referred to by
+    # others need not be decoded.
     may_skip = not count_only and stream.average_rate == stream.base_rate
     wanted = set(numbers.tolist())
     number = -1
@@ -109,9 +128,14 @@ def _numbered_frames(
 
 
 def _decode(
-    container: av.container.InputContainer, stream: av.VideoStream, spec: ClipSpec, numbers: NDArray[np.int64], rate: float
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    spec: ClipSpec,
+    numbers: NDArray[np.int64],
+    rate: float,
 ) -> tuple[list[NDArray[np.uint8]], tuple[int, int]]:
-    """The frames with the given numbers (the first at or after each), and the upright size of the picture."""
+    """The frames with the given numbers (the first at or after each), and the upright size of the
+    picture."""
     first = int(numbers[0])
     numbered = _numbered_frames(container, stream, numbers, rate)
     head = next(numbered, None)
@@ -138,8 +162,12 @@ def _picture(frame: av.VideoFrame, spec: ClipSpec) -> tuple[NDArray[np.uint8], t
     turns = round(frame.rotation / 90) % 4
     sideways = turns % 2 == 1
     height, width = (spec.width, spec.height) if sideways else (spec.height, spec.width)
-    scaled = _reformatter().reformat(frame, width=width, height=height, format="rgb24", interpolation="BILINEAR", threads=1)
-    pixels: NDArray[np.uint8] = np.ascontiguousarray(np.rot90(scaled.to_ndarray(), turns), dtype=np.uint8)
+    scaled = _reformatter().reformat(
+        frame, width=width, height=height, format="rgb24", interpolation="BILINEAR", threads=1
+    )
+    pixels: NDArray[np.uint8] = np.ascontiguousarray(
+        np.rot90(scaled.to_ndarray(), turns), dtype=np.uint8
+    )
     return pixels, (frame.width, frame.height) if sideways else (frame.height, frame.width)
 
 
@@ -148,9 +176,12 @@ def read_image(path: str | Path, spec: ClipSpec) -> Clip:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            # JPEG decodes at a half, quarter or eighth in much less time, if that still covers what is wanted.
+            # JPEG decodes at a half, quarter or eighth in much less time, if that still covers what
+            # is wanted.
             image.draft("RGB", (spec.width, spec.height))
-            scaled = image.convert("RGB").resize((spec.width, spec.height), Image.Resampling.BILINEAR)
+            scaled = image.convert("RGB").resize(
+                (spec.width, spec.height), Image.Resampling.BILINEAR
+            )
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise BadClipError(f"{path}: {error}") from error
     return Clip(np.asarray(scaled)[None], height, width)

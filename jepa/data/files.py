@@ -1,4 +1,5 @@
-"""A data set that is a list of files with labels; the named ones differ only in how they find the list."""
+"""A data set that is a list of files with labels; the named ones differ only in how they find the
+list."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ class FileClips:
         no_flip: Collection[int] = (),
     ) -> None:
         if len(files) != len(labels):
-            raise ValueError(f"{name}: labels must be as many as files, got {len(labels)} and {len(files)}.")
+            raise ValueError(
+                f"{name}: labels must be as many as files, got {len(labels)} and {len(files)}."
+            )
         if not files:
             raise ValueError(f"{name}: files must not be empty, got a list without entries.")
         if max(labels) >= num_classes:

@@ -13,11 +13,16 @@ def imagenet100(images: str | Path, classes: str | Path) -> FileClips:
     """A subset of ImageNet classes.
 
     Args:
-        images: folder with one folder per class (n01558993/ ...), such as ImageNet's train/ or val/ sorted into classes.
-        classes: a text file with one class folder per line (further words on a line are ignored); its order numbers the labels.
+        images: folder with one folder per class (n01558993/ ...), such as ImageNet's train/ or val/
+            sorted into classes.
+        classes: a text file with one class folder per line (further words on a line are ignored);
+            its order numbers the labels.
     """
     root = existing(images, "imagenet100", "the folder of class folders")
-    names = [line.split()[0] for line in text_lines(existing(classes, "imagenet100", "the list of class folders"))]
+    names = [
+        line.split()[0]
+        for line in text_lines(existing(classes, "imagenet100", "the list of class folders"))
+    ]
     if len(set(names)) != len(names):
         raise ValueError("imagenet100: classes must be distinct, got a repeated one.")
     files, labels = [], []

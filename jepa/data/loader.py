@@ -1,4 +1,5 @@
-"""Batches for training steps, read by worker processes. Step n is a pure function of (seed, n), so a resume starts at any step."""
+"""Batches for training steps, read by worker processes. Step n is a pure function of (seed, n), so
+a resume starts at any step."""
 
 from __future__ import annotations
 
@@ -39,10 +40,11 @@ class Stage:
 class LoaderConfig:
     """What a batch looks like and how it is read.
 
-    `views` None leaves clips whole; `random` False takes centred views and the middle of each video. `masks` None samples none. Ranks
-    share one global batch: rank r of `world` reads places r*batch_size .. (r+1)*batch_size-1, and each place has random numbers of its own.
-    With `rank_independent_seed` (a quirk of the published code) all ranks draw those of rank 0 for their own samples. `stages`, by rising
-    step, change the size within a run.
+    `views` None leaves clips whole; `random` False takes centred views and the middle of each
+    video. `masks` None samples none. Ranks share one global batch: rank r of `world` reads places
+    r*batch_size .. (r+1)*batch_size-1, and each place has random numbers of its own. With
+    `rank_independent_seed` (a quirk of the published code) all ranks draw those of rank 0 for their
+    own samples. `stages`, by rising step, change the size within a run.
     """
 
     batch_size: int = 8
@@ -67,37 +69,71 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         steps = [stage.step for stage in self.stages]
         if steps != sorted(set(steps)) or (steps and steps[0] < 0):
-            raise ValueError(f"LoaderConfig: stages must begin at rising steps from 0 on, got {steps}.")
+            raise ValueError(
+                f"LoaderConfig: stages must begin at rising steps from 0 on, got {steps}."
+            )
         for step in steps:
             self.at(step)
-        for name in ("batch_size", "patch_size", "tubelet_size", "horizon", "world", "prefetch", "judge_after"):
+        for name in (
+            "batch_size",
+            "patch_size",
+            "tubelet_size",
+            "horizon",
+            "world",
+            "prefetch",
+            "judge_after",
+        ):
             if getattr(self, name) < 1:
-                raise ValueError(f"LoaderConfig: {name} must be at least 1, got {getattr(self, name)}.")
+                raise ValueError(
+                    f"LoaderConfig: {name} must be at least 1, got {getattr(self, name)}."
+                )
         if not 0 <= self.rank < self.world:
             raise ValueError(f"LoaderConfig: rank must lie in [0, {self.world}), got {self.rank}.")
         if self.workers < 0:
             raise ValueError(f"LoaderConfig: workers must not be negative, got {self.workers}.")
         if not 0.0 <= self.max_bad_share <= 1.0:
-            raise ValueError(f"LoaderConfig: max_bad_share must lie in [0, 1], got {self.max_bad_share}.")
+            raise ValueError(
+                f"LoaderConfig: max_bad_share must lie in [0, 1], got {self.max_bad_share}."
+            )
         height, width = self.frame_size()
         if self.masks is not None and (height % self.patch_size or width % self.patch_size):
-            raise ValueError(f"LoaderConfig: frame must be whole patches of {self.patch_size} px, got {height} x {width}.")
-        if self.masks is not None and self.clip.frames % self.tubelet_size and self.clip.frames != 1:
-            raise ValueError(f"LoaderConfig: clip.frames must be whole tubelets of {self.tubelet_size}, got {self.clip.frames}.")
+            raise ValueError(
+                f"LoaderConfig: frame must be whole patches of {self.patch_size} px, got {height} "
+                f"x {width}."
+            )
+        if (
+            self.masks is not None
+            and self.clip.frames % self.tubelet_size
+            and self.clip.frames != 1
+        ):
+            raise ValueError(
+                f"LoaderConfig: clip.frames must be whole tubelets of {self.tubelet_size}, got "
+                f"{self.clip.frames}."
+            )
 
     def at(self, step: int) -> LoaderConfig:
         """What is in force at a loader step."""
         begun = [stage for stage in self.stages if stage.step <= step]
-        return replace(self, clip=begun[-1].clip, views=begun[-1].views, stages=()) if begun else self
+        return (
+            replace(self, clip=begun[-1].clip, views=begun[-1].views, stages=()) if begun else self
+        )
 
     def frame_size(self) -> tuple[int, int]:
         """(height, width) that the model sees."""
-        return (self.views.height, self.views.width) if self.views is not None else (self.clip.height, self.clip.width)
+        return (
+            (self.views.height, self.views.width)
+            if self.views is not None
+            else (self.clip.height, self.clip.width)
+        )
 
     def grid(self, frames: int) -> tuple[int, int, int]:
         """Token grid of a clip of `frames` frames; a single frame is an image with T = 1."""
         height, width = self.frame_size()
-        return 1 if frames == 1 else frames // self.tubelet_size, height // self.patch_size, width // self.patch_size
+        return (
+            1 if frames == 1 else frames // self.tubelet_size,
+            height // self.patch_size,
+            width // self.patch_size,
+        )
 
 
 class TooManyBadFilesError(RuntimeError):
@@ -106,7 +142,8 @@ class TooManyBadFilesError(RuntimeError):
 
 @dataclass
 class Fetched:
-    """A batch and what it cost: seconds that the training loop waited for it, and the files that failed (with the reason)."""
+    """A batch and what it cost: seconds that the training loop waited for it, and the files that
+    failed (with the reason)."""
 
     batch: Batch
     wait_s: float
@@ -138,7 +175,9 @@ class StepDataset(Dataset):
         slots = config.rank * config.batch_size + np.arange(config.batch_size, dtype=np.int64)
         picks = self.picker.pick(config.seed, step, slots, config.world * config.batch_size)
         if not picks:
-            raise IndexError(f"StepDataset: step must have samples, got step {step} past the end of the list.")
+            raise IndexError(
+                f"StepDataset: step must have samples, got step {step} past the end of the list."
+            )
         slots = slots[: len(picks)]
         if config.rank_independent_seed:
             slots = slots - config.rank * config.batch_size
@@ -146,7 +185,10 @@ class StepDataset(Dataset):
         if config.random:
             starts = uniforms(config.seed, step, slots, stream_id(Stream.CLIP_START), 1)[:, 0]
         bad: list[str] = []
-        read = [self._read(config, pick, int(slot), step, start, bad) for pick, slot, start in zip(picks, slots, starts, strict=True)]
+        read = [
+            self._read(config, pick, int(slot), step, start, bad)
+            for pick, slot, start in zip(picks, slots, starts, strict=True)
+        ]
         picks, clips = [pick for pick, _ in read], [clip for _, clip in read]
         views = self._views(config, step, slots, picks, clips)
         frames = self._frames(config, clips)
@@ -155,19 +197,25 @@ class StepDataset(Dataset):
         masks = self._masks(config, step, slots, frames, views)
         return _Step(Batch(torch.from_numpy(frames), labels, ids, masks, step, views), tuple(bad))
 
-    def _read(self, config: LoaderConfig, pick: Pick, slot: int, step: int, start: float, bad: list[str]) -> tuple[Pick, Clip]:
-        """The clip of a pick; a bad file makes way for other samples of the same data set, in an order fixed by the keys."""
+    def _read(
+        self, config: LoaderConfig, pick: Pick, slot: int, step: int, start: float, bad: list[str]
+    ) -> tuple[Pick, Clip]:
+        """The clip of a pick; a bad file makes way for other samples of the same data set, in an
+        order fixed by the keys."""
         first = pick
         for attempt in range(_REPLACEMENTS + 1):
             try:
                 return pick, pick.dataset.read(pick.index, config.clip, float(start))
             except BadClipError as error:
                 bad.append(str(error))
-                number = uniforms(config.seed, step, np.int64(slot), stream_id(Stream.REPLACEMENT), 1, 2 * attempt).item()
+                number = uniforms(
+                    config.seed, step, np.int64(slot), stream_id(Stream.REPLACEMENT), 1, 2 * attempt
+                ).item()
                 index = int(number * len(first.dataset))
                 pick = Pick(first.dataset, index, first.sample_id - first.index + index)
         raise TooManyBadFilesError(
-            f"{first.dataset.name}: {_REPLACEMENTS + 1} samples in a row could not be read at step {step}; the last was {bad[-1]}."
+            f"{first.dataset.name}: {_REPLACEMENTS + 1} samples in a row could not be read at "
+            f"step {step}; the last was {bad[-1]}."
         )
 
     def _frames(self, config: LoaderConfig, clips: list[Clip]) -> np.ndarray:
@@ -177,16 +225,37 @@ class StepDataset(Dataset):
             frames = [np.repeat(one, length, axis=0) if len(one) == 1 else one for one in frames]
         return np.stack(frames)
 
-    def _views(self, config: LoaderConfig, step: int, slots: np.ndarray, picks: list[Pick], clips: list[Clip]) -> Views | None:
+    def _views(
+        self,
+        config: LoaderConfig,
+        step: int,
+        slots: np.ndarray,
+        picks: list[Pick],
+        clips: list[Clip],
+    ) -> Views | None:
         if config.views is None:
             return None
         sizes = [(clip.source_height, clip.source_width) for clip in clips]
         if not config.random:
             return centre_views(config.views, sizes)
         may_flip = [pick.dataset.may_flip(pick.index) for pick in picks]
-        return random_views(config.views, seed=config.seed, step=step, samples=slots, source_sizes=sizes, may_flip=may_flip)
+        return random_views(
+            config.views,
+            seed=config.seed,
+            step=step,
+            samples=slots,
+            source_sizes=sizes,
+            may_flip=may_flip,
+        )
 
-    def _masks(self, config: LoaderConfig, step: int, slots: np.ndarray, frames: np.ndarray, views: Views | None) -> MaskBatch | None:
+    def _masks(
+        self,
+        config: LoaderConfig,
+        step: int,
+        slots: np.ndarray,
+        frames: np.ndarray,
+        views: Views | None,
+    ) -> MaskBatch | None:
         if config.masks is None:
             return None
         grid = config.grid(frames.shape[1])
@@ -197,14 +266,23 @@ class StepDataset(Dataset):
                 boxes = _pixel_boxes(views, frames.shape[2], frames.shape[3])
                 flips = views.flips.tolist()
             maps = motion_maps(list(frames), grid, config.masks.motion, boxes=boxes, flips=flips)
-        return sample_masks(config.masks, grid, seed=config.seed, step=step, samples=slots, motion_maps=maps, horizon=config.horizon)
+        return sample_masks(
+            config.masks,
+            grid,
+            seed=config.seed,
+            step=step,
+            samples=slots,
+            motion_maps=maps,
+            horizon=config.horizon,
+        )
 
 
 class Loader:
     """Iterates over steps start .. stop-1.
 
-    Bad files are counted and each is named once in the log; when more than `max_bad_share` of at least `judge_after` reads failed, the run
-    stops with TooManyBadFilesError. Iterating again starts over at `start`.
+    Bad files are counted and each is named once in the log; when more than `max_bad_share` of at
+    least `judge_after` reads failed, the run stops with TooManyBadFilesError. Iterating again
+    starts over at `start`.
     """
 
     def __init__(self, picker: Picker, config: LoaderConfig, start: int, stop: int) -> None:
@@ -225,7 +303,8 @@ class Loader:
             prefetch_factor=config.prefetch if config.workers else None,
             pin_memory=config.pin_memory,
             collate_fn=_unchanged,
-            # A generator of its own: the workers' seeds, which nothing reads, must not advance the global one of the training process.
+            # A generator of its own: the workers' seeds, which nothing reads, must not advance the
+            # global one of the training process.
             generator=torch.Generator(),
         )
         named: set[str] = set()
@@ -245,7 +324,8 @@ class Loader:
                     _log.warning("skipped a file that could not be read: %s", reason)
             if read_total >= config.judge_after and bad_total > config.max_bad_share * read_total:
                 raise TooManyBadFilesError(
-                    f"loader: at most {config.max_bad_share:.1%} of the files may be unreadable, got {bad_total} of {read_total} reads; "
+                    f"loader: at most {config.max_bad_share:.1%} of the files may be unreadable, "
+                    f"got {bad_total} of {read_total} reads; "
                     f"{len(named)} different ones, among them {sorted(named)[0]}."
                 )
             yield Fetched(step.batch, wait, step.bad_files, bad_total, read_total)
@@ -256,7 +336,8 @@ def _unchanged(step: Any) -> Any:
 
 
 def _pixel_boxes(views: Views, height: int, width: int) -> list[Box]:
-    """Boxes in pixels of the canvas, cut at its edge where the rounding of shares would cross it."""
+    """Boxes in pixels of the canvas, cut at its edge where the rounding of shares would cross
+    it."""
     boxes = views.boxes.numpy().astype(np.float64) * np.array([height, width, height, width])
     boxes[:, 2:] = np.minimum(boxes[:, 2:], np.array([height, width]) - boxes[:, :2])
     return [(top, left, tall, wide) for top, left, tall, wide in boxes.tolist()]

@@ -1,4 +1,5 @@
-"""Which samples a step reads: epochs of one data set, weighted mixtures, or a list in order. Each is a pure function of (seed, step)."""
+"""Which samples a step reads: epochs of one data set, weighted mixtures, or a list in order. Each
+is a pure function of (seed, step)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from jepa.data.clip import ClipDataset
 
 @dataclass(frozen=True)
 class Pick:
-    """One sample: its data set, its index there, and its number among all samples of all data sets."""
+    """One sample: its data set, its index there, and its number among all samples of all data
+    sets."""
 
     dataset: ClipDataset
     index: int
@@ -24,12 +26,15 @@ class Pick:
 
 
 class Picker(Protocol):
-    """Chooses the samples of a step. `slots` are places in the global batch; one call sees one rank's."""
+    """Chooses the samples of a step. `slots` are places in the global batch; one call sees one
+    rank's."""
 
     datasets: Sequence[ClipDataset]
     repeat_stills: bool  # stills become clips of equal frames (a quirk of the published code)
 
-    def pick(self, seed: int, step: int, slots: NDArray[np.int64], global_batch: int) -> list[Pick]: ...
+    def pick(
+        self, seed: int, step: int, slots: NDArray[np.int64], global_batch: int
+    ) -> list[Pick]: ...
 
 
 @lru_cache(maxsize=4)
@@ -38,7 +43,8 @@ def _order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
 
 
 class Epochs:
-    """Every sample once per epoch, in a new random order each time; an epoch may end inside a batch."""
+    """Every sample once per epoch, in a new random order each time; an epoch may end inside a
+    batch."""
 
     def __init__(self, dataset: ClipDataset, *, repeat_stills: bool = False) -> None:
         self.datasets: Sequence[ClipDataset] = (dataset,)
@@ -55,7 +61,8 @@ class Epochs:
 
 
 class InOrder:
-    """Every sample once, in the order of the list; the last step may be short and later ones are empty. For evaluation."""
+    """Every sample once, in the order of the list; the last step may be short and later ones are
+    empty. For evaluation."""
 
     repeat_stills = False
 
@@ -75,16 +82,29 @@ class InOrder:
 class Mixture:
     """Samples drawn with replacement: a data set by weight, then one of its samples uniformly.
 
-    Clips of one batch have one length, so a step reads either videos or stills (T = 1), drawn for the whole global batch by the weight of
-    each kind; over many steps every data set gets its share. With `repeat_stills` (a quirk of the published code) stills are repeated to
-    the length of the videos and mix with them freely; temporal objectives then run on stills.
+    Clips of one batch have one length, so a step reads either videos or stills (T = 1), drawn for
+    the whole global batch by the weight of each kind; over many steps every data set gets its
+    share. With `repeat_stills` (a quirk of the published code) stills are repeated to the length of
+    the videos and mix with them freely; temporal objectives then run on stills.
     """
 
-    def __init__(self, datasets: Sequence[ClipDataset], weights: Sequence[float], *, repeat_stills: bool = False) -> None:
+    def __init__(
+        self,
+        datasets: Sequence[ClipDataset],
+        weights: Sequence[float],
+        *,
+        repeat_stills: bool = False,
+    ) -> None:
         if not datasets or len(datasets) != len(weights):
-            raise ValueError(f"Mixture: weights must be one per data set (at least one), got {len(weights)} for {len(datasets)}.")
+            raise ValueError(
+                f"Mixture: weights must be one per data set (at least one), got {len(weights)} "
+                f"for {len(datasets)}."
+            )
         if min(weights) < 0 or not sum(weights) > 0:
-            raise ValueError(f"Mixture: weights must not be negative and have a positive sum, got {list(weights)}.")
+            raise ValueError(
+                "Mixture: weights must not be negative and have a positive sum, got "
+                f"{list(weights)}."
+            )
         self.datasets: Sequence[ClipDataset] = tuple(datasets)
         self.repeat_stills = repeat_stills
         self._weights = np.asarray(weights, dtype=np.float64) / sum(weights)
@@ -111,6 +131,10 @@ class Mixture:
 MIXED_WEIGHTS = {"ucf101": 0.2, "ssv2": 0.6, "imagenet100": 0.2}
 
 
-def mixed_regime(ucf101: ClipDataset, ssv2: ClipDataset, imagenet100: ClipDataset, *, repeat_stills: bool = False) -> Mixture:
+def mixed_regime(
+    ucf101: ClipDataset, ssv2: ClipDataset, imagenet100: ClipDataset, *, repeat_stills: bool = False
+) -> Mixture:
     """The mixed regime of the study: UCF-101 .2, Something-Something V2 .6, ImageNet-100 .2."""
-    return Mixture((ucf101, ssv2, imagenet100), tuple(MIXED_WEIGHTS.values()), repeat_stills=repeat_stills)
+    return Mixture(
+        (ucf101, ssv2, imagenet100), tuple(MIXED_WEIGHTS.values()), repeat_stills=repeat_stills
+    )

@@ -18,8 +18,9 @@ def ssv2(videos: str | Path, annotations: str | Path, classes: str | Path) -> Fi
 
     Args:
         videos: folder of `<id>.webm` (20bn-something-something-v2/ in the archive).
-        annotations: train.json, validation.json or test.json as published (a list of records with "id" and, but for the test set,
-            "template"), or a .csv with a line `id;label` or `id,label` per clip (a header is skipped), the label being a number or a template.
+        annotations: train.json, validation.json or test.json as published (a list of records with
+            "id" and, but for the test set, "template"), or a .csv with a line `id;label` or
+            `id,label` per clip (a header is skipped), the label being a number or a template.
         classes: labels.json as published: {template: number}.
     """
     root = existing(videos, "ssv2", "the folder of .webm files")
@@ -28,24 +29,37 @@ def ssv2(videos: str | Path, annotations: str | Path, classes: str | Path) -> Fi
     pairs = _json_pairs(listing) if listing.suffix == ".json" else _csv_pairs(listing)
     files = [f"{name}.webm" for name, _ in pairs]
     labels = [_number(text, numbers, listing.name) for _, text in pairs]
-    mirrored = {number for template, number in numbers.items() if any(side in template.split() for side in _SIDES)}
+    mirrored = {
+        number
+        for template, number in numbers.items()
+        if any(side in template.split() for side in _SIDES)
+    }
     return FileClips("ssv2", root, files, labels, NUM_CLASSES, no_flip=mirrored)
 
 
 def _plain(template: str) -> str:
-    """Annotation files write "[something]", the class list "something"; spelling of case and blanks varies."""
+    """Annotation files write "[something]", the class list "something"; spelling of case and blanks
+    varies."""
     return " ".join(template.replace("[", "").replace("]", "").lower().split())
 
 
 def _class_numbers(path: Path) -> dict[str, int]:
-    return {_plain(template): int(number) for template, number in json.loads(path.read_text(encoding="utf-8")).items()}
+    return {
+        _plain(template): int(number)
+        for template, number in json.loads(path.read_text(encoding="utf-8")).items()
+    }
 
 
 def _json_pairs(path: Path) -> list[tuple[str, str]]:
     records = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(records, list) or any("id" not in record for record in records):
-        raise ValueError(f"ssv2: {path.name} must be a list of records with an id, got something else.")
-    return [(str(record["id"]), str(record.get("template", record.get("label", "")))) for record in records]
+        raise ValueError(
+            f"ssv2: {path.name} must be a list of records with an id, got something else."
+        )
+    return [
+        (str(record["id"]), str(record.get("template", record.get("label", ""))))
+        for record in records
+    ]
 
 
 def _csv_pairs(path: Path) -> list[tuple[str, str]]:

@@ -1,4 +1,5 @@
-"""Where a clip moves: motion maps on the token grid, block scores, and the distribution of block origins. NumPy twin of csrc/host."""
+"""Where a clip moves: motion maps on the token grid, block scores, and the distribution of block
+origins. NumPy twin of csrc/host."""
 
 from __future__ import annotations
 
@@ -11,16 +12,21 @@ from numpy.typing import NDArray
 Float64 = NDArray[np.float64]
 Box = tuple[float, float, float, float]
 
-# The published floor of a block score: origins without motion keep a chance, and a still clip gives the uniform distribution.
+# The published floor of a block score: origins without motion keep a chance, and a still clip gives
+# the uniform distribution.
 SCORE_FLOOR = 1e-6
 
 
 def check_clip(clip: NDArray) -> None:
-    """uint8 clips are channel-last as decoded, float clips channel-first as the models read them."""
+    """uint8 clips are channel-last as decoded, float clips channel-first as the models read
+    them."""
     is_bytes = clip.dtype == np.uint8 and clip.ndim == 4 and clip.shape[3] == 3
     is_float = clip.dtype in (np.float32, np.float64) and clip.ndim == 4 and clip.shape[0] == 3
     if not (is_bytes or is_float) or clip.size == 0:
-        raise ValueError(f"motion_map: clip must be uint8 [T, H, W, 3] or float [3, T, H, W], got {clip.dtype} {list(clip.shape)}.")
+        raise ValueError(
+            f"motion_map: clip must be uint8 [T, H, W, 3] or float [3, T, H, W], got {clip.dtype} "
+            f"{list(clip.shape)}."
+        )
 
 
 def full_box(clip: NDArray) -> Box:
@@ -34,15 +40,22 @@ def check_box(box: Box, clip: NDArray) -> None:
     top, left, height, width = box
     frame_height, frame_width = full_box(clip)[2:]
     # Fractions of a pixel that float arithmetic adds at the far edge are cut off by the cells.
-    inside = top >= 0 and left >= 0 and top + height <= frame_height + 1e-6 and left + width <= frame_width + 1e-6
+    inside = (
+        top >= 0
+        and left >= 0
+        and top + height <= frame_height + 1e-6
+        and left + width <= frame_width + 1e-6
+    )
     if not (inside and height > 0 and width > 0):
         raise ValueError(
-            f"motion_map: box must be (top, left, height, width) inside the frame {frame_height:g} x {frame_width:g}, got {tuple(box)}."
+            "motion_map: box must be (top, left, height, width) inside the frame "
+            f"{frame_height:g} x {frame_width:g}, got {tuple(box)}."
         )
 
 
 def frame_changes(clip: NDArray) -> Float64:
-    """[F, H, W] sum over channels of |x_t - x_{t-1}|; the first frame takes the change of the second; zero for a single frame."""
+    """[F, H, W] sum over channels of |x_t - x_{t-1}|; the first frame takes the change of the
+    second; zero for a single frame."""
     frames = clip if clip.dtype == np.uint8 else np.moveaxis(clip, 0, -1)
     change = np.zeros(frames.shape[:3], dtype=np.float64)
     if len(frames) > 1:
@@ -53,10 +66,11 @@ def frame_changes(clip: NDArray) -> Float64:
 
 
 def _cell_integrals(values: Float64, axis: int, start: float, extent: float, cells: int) -> Float64:
-    """Integrals of a piecewise constant signal over `cells` equal cells of [start, start+extent]: fractional pixels count by their share.
+    """Integrals of a piecewise constant signal over `cells` equal cells of [start, start+extent]:
+    fractional pixels count by their share.
 
-    The running sum starts at the first pixel touched and is sequential along the axis: csrc/host/motion.cpp adds in the same order, so
-    both give the same bits.
+    The running sum starts at the first pixel touched and is sequential along the axis:
+    csrc/host/motion.cpp adds in the same order, so both give the same bits.
     """
     moved = np.moveaxis(values, axis, 0)
     first, last = math.floor(start), min(math.ceil(start + extent), moved.shape[0])
@@ -70,8 +84,11 @@ def _cell_integrals(values: Float64, axis: int, start: float, extent: float, cel
     return np.moveaxis(at_edge[1:] - at_edge[:-1], 0, axis)
 
 
-def area_motion(clip: NDArray, grid: tuple[int, int, int], box: Box | None = None, flip: bool = False) -> Float64:
-    """[T, H, W] mean absolute frame difference per cell of the grid, averaged over the exact area of each cell inside `box`.
+def area_motion(
+    clip: NDArray, grid: tuple[int, int, int], box: Box | None = None, flip: bool = False
+) -> Float64:
+    """[T, H, W] mean absolute frame difference per cell of the grid, averaged over the exact area
+    of each cell inside `box`.
 
     Args:
         clip: uint8 [F, Hf, Wf, 3] or float [3, F, Hf, Wf].
@@ -93,8 +110,11 @@ def area_motion(clip: NDArray, grid: tuple[int, int, int], box: Box | None = Non
     return np.ascontiguousarray(mean[:, :, ::-1]) if flip else mean
 
 
-def point_motion(clip: NDArray, grid: tuple[int, int, int], box: Box | None = None, flip: bool = False) -> Float64:
-    """[T, H, W] frame differences read at cell centres by trilinear interpolation: the published map, blind between centres."""
+def point_motion(
+    clip: NDArray, grid: tuple[int, int, int], box: Box | None = None, flip: bool = False
+) -> Float64:
+    """[T, H, W] frame differences read at cell centres by trilinear interpolation: the published
+    map, blind between centres."""
     check_clip(clip)
     box = box if box is not None else full_box(clip)
     check_box(box, clip)
@@ -114,7 +134,8 @@ def point_motion(clip: NDArray, grid: tuple[int, int, int], box: Box | None = No
 def scale_to_maximum(maps: Float64, maximum: Literal["sample", "published"]) -> Float64:
     """[B, T, H, W] divided by the maximum of each sample; a map without motion stays zero.
 
-    "published" divides sample b, step t by the maximum of sample t (a broadcasting slip), which needs B = T or B = 1.
+    "published" divides sample b, step t by the maximum of sample t (a broadcasting slip), which
+    needs B = T or B = 1.
     """
     peak = maps.reshape(len(maps), -1).max(axis=1)
     if maximum == "sample":
@@ -123,14 +144,16 @@ def scale_to_maximum(maps: Float64, maximum: Literal["sample", "published"]) -> 
         divisor = peak[None, :, None, None]
     else:
         raise ValueError(
-            f"scale_to_maximum: batch size must be 1 or the number of time steps ({maps.shape[1]}) for the published maximum, "
+            "scale_to_maximum: batch size must be 1 or the number of time steps "
+            f"({maps.shape[1]}) for the published maximum, "
             f"got {len(maps)}."
         )
     return np.divide(maps, divisor, out=np.zeros_like(maps), where=divisor > 0)
 
 
 def block_scores(motion_map: Float64, block: tuple[int, int, int]) -> Float64:
-    """Mean of a [T, H, W] map in the block at every origin: [T-t+1, H-h+1, W-w+1], from a summed-volume table in O(grid)."""
+    """Mean of a [T, H, W] map in the block at every origin: [T-t+1, H-h+1, W-w+1], from a
+    summed-volume table in O(grid)."""
     t, h, w = block
     table = np.zeros(tuple(n + 1 for n in motion_map.shape), dtype=np.float64)
     table[1:, 1:, 1:] = motion_map.cumsum(axis=2).cumsum(axis=1).cumsum(axis=0)
@@ -146,17 +169,22 @@ def block_scores(motion_map: Float64, block: tuple[int, int, int]) -> Float64:
 
 
 def origin_weights(scores: Float64, strength: float) -> Float64:
-    """max(score, floor)^strength. Whole strengths multiply left to right, others call libm's pow: the same bits as the host code."""
+    """max(score, floor)^strength. Whole strengths multiply left to right, others call libm's pow:
+    the same bits as the host code."""
     base = np.maximum(scores, SCORE_FLOOR)
     if strength == int(strength) and strength <= 64:
         power = np.ones_like(base)
         for _ in range(int(strength)):
             power = power * base
         return power
-    return np.array([math.pow(value, strength) for value in base.ravel()], dtype=np.float64).reshape(base.shape)
+    return np.array(
+        [math.pow(value, strength) for value in base.ravel()], dtype=np.float64
+    ).reshape(base.shape)
 
 
-def origin_probabilities(motion_map: Float64, block: tuple[int, int, int], strength: float, random_rate: float) -> Float64:
+def origin_probabilities(
+    motion_map: Float64, block: tuple[int, int, int], strength: float, random_rate: float
+) -> Float64:
     """Exact distribution of the block origin, in row-major order of (t, y, x)."""
     weights = origin_weights(block_scores(motion_map, block), strength).ravel()
     return (1.0 - random_rate) * weights / weights.sum() + random_rate / weights.size

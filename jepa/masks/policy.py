@@ -21,7 +21,9 @@ class MaskSet:
         for name in ("spatial_scale", "temporal_scale"):
             low, high = getattr(self, name)
             if not 0.0 < low <= high <= 1.0:
-                raise ValueError(f"MaskSet: {name} must be 0 < low <= high <= 1, got ({low}, {high}).")
+                raise ValueError(
+                    f"MaskSet: {name} must be 0 < low <= high <= 1, got ({low}, {high})."
+                )
         low, high = self.aspect_ratio
         if not 0.0 < low <= high:
             raise ValueError(f"MaskSet: aspect_ratio must be 0 < low <= high, got ({low}, {high}).")
@@ -29,22 +31,33 @@ class MaskSet:
 
 @dataclass(frozen=True)
 class MotionGuidance:
-    """Origins drawn with probability (1-random_rate) * s^strength / sum(s^strength) + random_rate / n, s = mean motion in the block."""
+    """Origins drawn with probability (1-random_rate) * s^strength / sum(s^strength) + random_rate /
+    n, s = mean motion in the block."""
 
     strength: float = 2.0
     random_rate: float = 0.1
-    sampling: Literal["area", "point"] = "area"  # "point": published point samples, which miss motion between them
-    maximum: Literal["sample", "published"] = "sample"  # "published": sample b, step t divided by the maximum of sample t
+    sampling: Literal["area", "point"] = (
+        "area"  # "point": published point samples, which miss motion between them
+    )
+    maximum: Literal["sample", "published"] = (
+        "sample"  # "published": sample b, step t divided by the maximum of sample t
+    )
 
     def __post_init__(self) -> None:
         if not self.strength >= 0.0:
             raise ValueError(f"MotionGuidance: strength must not be negative, got {self.strength}.")
         if not 0.0 <= self.random_rate <= 1.0:
-            raise ValueError(f"MotionGuidance: random_rate must lie in [0, 1], got {self.random_rate}.")
+            raise ValueError(
+                f"MotionGuidance: random_rate must lie in [0, 1], got {self.random_rate}."
+            )
         if self.sampling not in ("area", "point"):
-            raise ValueError(f"MotionGuidance: sampling must be 'area' or 'point', got {self.sampling!r}.")
+            raise ValueError(
+                f"MotionGuidance: sampling must be 'area' or 'point', got {self.sampling!r}."
+            )
         if self.maximum not in ("sample", "published"):
-            raise ValueError(f"MotionGuidance: maximum must be 'sample' or 'published', got {self.maximum!r}.")
+            raise ValueError(
+                f"MotionGuidance: maximum must be 'sample' or 'published', got {self.maximum!r}."
+            )
 
 
 BLOCK_SETS = (MaskSet(8, (0.15, 0.15)), MaskSet(2, (0.7, 0.7)))
@@ -53,10 +66,12 @@ FUTURE_SETS = (MaskSet(4, (0.15, 0.15)), MaskSet(1, (0.7, 0.7)))
 
 @dataclass(frozen=True)
 class MaskPolicy:
-    """Targets are the complement of the context; the context is what no block covers, within the first time steps if so limited.
+    """Targets are the complement of the context; the context is what no block covers, within the
+    first time steps if so limited.
 
-    `truncate="batch_min"` cuts every sample to the shortest of the batch and drops the tokens with the highest ids, as published
-    code does. It skews masks in time. `shared_block_size` draws one block size per step instead of one per sample.
+    `truncate="batch_min"` cuts every sample to the shortest of the batch and drops the tokens with
+    the highest ids, as published code does. It skews masks in time. `shared_block_size` draws one
+    block size per step instead of one per sample.
     """
 
     sets: tuple[MaskSet, ...] = BLOCK_SETS
@@ -68,21 +83,34 @@ class MaskPolicy:
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.sets) <= 256:
-            raise ValueError(f"MaskPolicy: sets must hold 1 to 256 mask sets, got {len(self.sets)}.")
+            raise ValueError(
+                f"MaskPolicy: sets must hold 1 to 256 mask sets, got {len(self.sets)}."
+            )
         if not 0.0 < self.context_share <= 1.0:
-            raise ValueError(f"MaskPolicy: context_share must lie in (0, 1], got {self.context_share}.")
+            raise ValueError(
+                f"MaskPolicy: context_share must lie in (0, 1], got {self.context_share}."
+            )
         if self.truncate not in ("none", "batch_min"):
-            raise ValueError(f"MaskPolicy: truncate must be 'none' or 'batch_min', got {self.truncate!r}.")
+            raise ValueError(
+                f"MaskPolicy: truncate must be 'none' or 'batch_min', got {self.truncate!r}."
+            )
         if self.max_attempts < 1:
-            raise ValueError(f"MaskPolicy: max_attempts must be at least 1, got {self.max_attempts}.")
+            raise ValueError(
+                f"MaskPolicy: max_attempts must be at least 1, got {self.max_attempts}."
+            )
 
     def context_steps(self, time_steps: int) -> int:
         """How many of the first time steps the context may use (at least one)."""
         return max(1, int(time_steps * self.context_share))
 
     def published(self) -> MaskPolicy:
-        """This policy with the published quirks: batch truncation, one size per step, point-sampled and wrongly scaled motion maps."""
-        motion = None if self.motion is None else replace(self.motion, sampling="point", maximum="published")
+        """This policy with the published quirks: batch truncation, one size per step, point-sampled
+        and wrongly scaled motion maps."""
+        motion = (
+            None
+            if self.motion is None
+            else replace(self.motion, sampling="point", maximum="published")
+        )
         return replace(self, motion=motion, truncate="batch_min", shared_block_size=True)
 
 
@@ -90,7 +118,8 @@ POLICY_NAMES = ("blocks", "motion", "future", "motion_future")
 
 
 def mask_policy(name: str, *, strength: float = 2.0, random_rate: float = 0.1) -> MaskPolicy:
-    """The named policies of the study. `strength` and `random_rate` matter to the motion-guided ones only."""
+    """The named policies of the study. `strength` and `random_rate` matter to the motion-guided
+    ones only."""
     guidance = MotionGuidance(strength, random_rate)
     policies = {
         "blocks": MaskPolicy(),
@@ -99,5 +128,7 @@ def mask_policy(name: str, *, strength: float = 2.0, random_rate: float = 0.1) -
         "motion_future": MaskPolicy(sets=FUTURE_SETS, context_share=0.5, motion=guidance),
     }
     if name not in policies:
-        raise ValueError(f"mask_policy: name must be one of {', '.join(POLICY_NAMES)}, got {name!r}.")
+        raise ValueError(
+            f"mask_policy: name must be one of {', '.join(POLICY_NAMES)}, got {name!r}."
+        )
     return policies[name]

@@ -1,4 +1,5 @@
-"""Sampling of mask batches and motion maps: C++ host code where built, NumPy otherwise, the same numbers either way."""
+"""Sampling of mask batches and motion maps: C++ host code where built, NumPy otherwise, the same
+numbers either way."""
 
 from __future__ import annotations
 
@@ -26,9 +27,11 @@ def motion_maps(
     """[B, T, H, W] motion on the token grid, at most 1.
 
     Args:
-        clips: B arrays, uint8 [F, Hf, Wf, 3] or float [3, F, Hf, Wf]; sizes may differ between samples.
+        clips: B arrays, uint8 [F, Hf, Wf, 3] or float [3, F, Hf, Wf]; sizes may differ between
+            samples.
         grid: (T, H, W) in tokens.
-        guidance: how to read the clip and what to divide by; None means the defaults (area average, maximum of the sample).
+        guidance: how to read the clip and what to divide by; None means the defaults (area average,
+            maximum of the sample).
         boxes: crop of each clip as (top, left, height, width) in pixels; the map covers the crop.
         flips: mirror the map of each clip.
         backend: "auto", "host" or "numpy".
@@ -60,17 +63,32 @@ def sample_contexts(
     motion_maps: NDArray[np.float64] | None = None,
     backend: str = "auto",
 ) -> NDArray[np.bool_]:
-    """[J, B, T, H, W], True where a context sees a token, before truncation. See `sample_masks` for the arguments."""
+    """[J, B, T, H, W], True where a context sees a token, before truncation. See `sample_masks` for
+    the arguments."""
     slots = np.asarray(samples, dtype=np.int64)
     if slots.ndim != 1 or slots.size == 0:
-        raise ValueError(f"sample_masks: samples must be a non-empty list of integers, got shape {list(slots.shape)}.")
+        raise ValueError(
+            "sample_masks: samples must be a non-empty list of integers, got shape "
+            f"{list(slots.shape)}."
+        )
     if len(grid) != 3 or min(grid) < 1:
-        raise ValueError(f"sample_masks: grid must be three positive numbers (T, H, W), got {tuple(grid)}.")
+        raise ValueError(
+            f"sample_masks: grid must be three positive numbers (T, H, W), got {tuple(grid)}."
+        )
     check_keys(seed, step, slots)
-    if policy.motion is not None and (motion_maps is None or motion_maps.shape != (slots.size, *grid)):
+    if policy.motion is not None and (
+        motion_maps is None or motion_maps.shape != (slots.size, *grid)
+    ):
         got = "none" if motion_maps is None else str(list(motion_maps.shape))
-        raise ValueError(f"sample_masks: motion_maps must have shape {[slots.size, *grid]} for a motion-guided policy, got {got}.")
-    maps = None if policy.motion is None or motion_maps is None else np.ascontiguousarray(motion_maps, dtype=np.float64)
+        raise ValueError(
+            f"sample_masks: motion_maps must have shape {[slots.size, *grid]} for a motion-guided "
+            f"policy, got {got}."
+        )
+    maps = (
+        None
+        if policy.motion is None or motion_maps is None
+        else np.ascontiguousarray(motion_maps, dtype=np.float64)
+    )
     if maps is not None and not np.isfinite(maps).all():
         raise ValueError("sample_masks: motion_maps must be finite, got NaN or infinity.")
     module = host.resolve(backend)
@@ -112,13 +130,15 @@ def sample_masks(
     horizon: int = 1,
     backend: str = "auto",
 ) -> MaskBatch:
-    """Draws the masks of a batch. The result depends on the arguments only: not on workers, ranks, history or backend.
+    """Draws the masks of a batch. The result depends on the arguments only: not on workers, ranks,
+    history or backend.
 
     Args:
         policy: what to hide; see `mask_policy` for the named ones.
         grid: (T, H, W) in tokens; any shape, T = 1 for images.
-        seed, step, samples: keys of the random numbers. `samples` [B] are places in the global batch, so that two processes with
-            half a batch each draw the masks of one process with the whole batch.
+        seed, step, samples: keys of the random numbers. `samples` [B] are places in the global
+            batch, so that two processes with half a batch each draw the masks of one process with
+            the whole batch.
         motion_maps: [B, T, H, W] from `motion_maps`, needed by motion-guided policies.
         horizon: K of the temporal pairs.
         backend: "auto", "host" or "numpy".
@@ -126,7 +146,15 @@ def sample_masks(
     Raises:
         ValueError: bad keys or shapes, or blocks that never leave a context token.
     """
-    contexts = sample_contexts(policy, grid, seed=seed, step=step, samples=samples, motion_maps=motion_maps, backend=backend)
+    contexts = sample_contexts(
+        policy,
+        grid,
+        seed=seed,
+        step=step,
+        samples=samples,
+        motion_maps=motion_maps,
+        backend=backend,
+    )
     flat = contexts.reshape(*contexts.shape[:2], -1)
     context_ids = [[np.flatnonzero(one) for one in each_set] for each_set in flat]
     target_ids = [[np.flatnonzero(~one) for one in each_set] for each_set in flat]

@@ -21,7 +21,8 @@ EMBEDDING_STD = 1e-6
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Which tokens a call holds: their ids, where its sequences begin (None: dense [B, N]), and the grid they sit on."""
+    """Which tokens a call holds: their ids, where its sequences begin (None: dense [B, N]), and the
+    grid they sit on."""
 
     ids: Tensor  # int64 [tokens] packed, or [N] dense
     cu_seqlens: Tensor | None
@@ -29,7 +30,8 @@ class TokenLayout:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with rotary positions; rows of `qkv` are all queries, then all keys, then all values, by head."""
+    """Multi-head self-attention with rotary positions; rows of `qkv` are all queries, then all
+    keys, then all values, by head."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -99,14 +101,16 @@ def initialise(module: nn.Module) -> None:
 
 @torch.no_grad()
 def rescale_residuals(blocks: Iterable[nn.Module]) -> None:
-    """Divides what block i (from 1) adds to the residual stream by sqrt(2 i), so that depth does not inflate it at the start."""
+    """Divides what block i (from 1) adds to the residual stream by sqrt(2 i), so that depth does
+    not inflate it at the start."""
     for i, block in enumerate(blocks, start=1):
         block.attn.proj.weight.div_(math.sqrt(2.0 * i))
         block.mlp.fc2.weight.div_(math.sqrt(2.0 * i))
 
 
 def set_attention_backend(module: nn.Module, backend: str | None) -> None:
-    """Forces an attention backend for every block below `module`; None leaves the choice to jepa_kernels."""
+    """Forces an attention backend for every block below `module`; None leaves the choice to
+    jepa_kernels."""
     for child in module.modules():
         if isinstance(child, Attention):
             child.backend = backend
@@ -116,7 +120,8 @@ PREFIXES = ("module.", "backbone.", "_orig_mod.")
 
 
 def stripped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with the prefixes that wrappers add removed: ``module.backbone.blocks.0..`` becomes ``blocks.0..``."""
+    """A state dict with the prefixes that wrappers add removed: ``module.backbone.blocks.0..``
+    becomes ``blocks.0..``."""
     result = {}
     for name, value in state.items():
         while name.startswith(PREFIXES):

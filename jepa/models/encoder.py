@@ -1,4 +1,5 @@
-"""The vision transformer over the visible tokens of clips and images. Parameter names are those of public V-JEPA 2.1-style code."""
+"""The vision transformer over the visible tokens of clips and images. Parameter names are those of
+public V-JEPA 2.1-style code."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ Levels = Literal["all", "last"]
 
 
 class PatchEmbed(nn.Module):
-    """Holds a Conv3d with kernel = stride, so that weights load from public checkpoints; `Encoder.embed` applies it as a product."""
+    """Holds a Conv3d with kernel = stride, so that weights load from public checkpoints;
+    `Encoder.embed` applies it as a product."""
 
     def __init__(self, width: int, tubelet_size: int, patch_size: int) -> None:
         super().__init__()
@@ -40,7 +42,8 @@ class PatchEmbed(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Video tubelets or one-frame images to features of one or all levels. Only the asked tokens are embedded and computed."""
+    """Video tubelets or one-frame images to features of one or all levels. Only the asked tokens
+    are embedded and computed."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -50,8 +53,12 @@ class Encoder(nn.Module):
         self.video_mod_embed = nn.Parameter(torch.empty(1, 1, width))
         self.patch_embed = PatchEmbed(width, config.tubelet_size, config.patch_size)
         self.patch_embed_img = PatchEmbed(width, 1, config.patch_size)
-        self.blocks = nn.ModuleList(Block(width, config.heads, config.mlp_ratio) for _ in range(config.depth))
-        self.norms_block = nn.ModuleList(nn.LayerNorm(width, eps=LAYER_NORM_EPS) for _ in config.level_blocks)
+        self.blocks = nn.ModuleList(
+            Block(width, config.heads, config.mlp_ratio) for _ in range(config.depth)
+        )
+        self.norms_block = nn.ModuleList(
+            nn.LayerNorm(width, eps=LAYER_NORM_EPS) for _ in config.level_blocks
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -64,21 +71,29 @@ class Encoder(nn.Module):
         return clip_grid(clips, self.config.tubelet_size, self.config.patch_size)
 
     def rope(self, grid: tuple[int, int, int]) -> Rope3D:
-        return Rope3D(grid, layout="interleaved", interpolate_from=self.config.rope_interpolate_from)
+        return Rope3D(
+            grid, layout="interleaved", interpolate_from=self.config.rope_interpolate_from
+        )
 
-    def forward(self, clips: Tensor, masks: MaskBatch | None = None, levels: Levels = "all") -> Tensor:
+    def forward(
+        self, clips: Tensor, masks: MaskBatch | None = None, levels: Levels = "all"
+    ) -> Tensor:
         """Features of the visible tokens.
 
         Args:
-            clips: uint8 [B, frames, H, W, 3] or normalised float [B, 3, frames, H, W]; one frame is an image.
-            masks: computes the context tokens of every mask set and sample in one packed call; None computes all tokens.
-            levels: "all" concatenates the normalised levels on channels; "last" gives the last one alone.
+            clips: uint8 [B, frames, H, W, 3] or normalised float [B, 3, frames, H, W]; one frame is
+                an image.
+            masks: computes the context tokens of every mask set and sample in one packed call; None
+                computes all tokens.
+            levels: "all" concatenates the normalised levels on channels; "last" gives the last one
+                alone.
 
         Returns:
             [Nc, L*E] packed with `masks`, [B, N, L*E] without; E channels where `levels` is "last".
 
         Raises:
-            ValueError: clips of another layout, sizes that patches do not divide, or masks of another grid.
+            ValueError: clips of another layout, sizes that patches do not divide, or masks of
+                another grid.
         """
         grid = self.grid(clips)
         if masks is None:
@@ -87,10 +102,13 @@ class Encoder(nn.Module):
             return self.encode(tokens, TokenLayout(ids, None, self.rope(grid)), levels)
         if masks.grid != grid or masks.batch_size != clips.shape[0]:
             raise ValueError(
-                f"Encoder: masks must be for {clips.shape[0]} clips of grid {grid}, got {masks.batch_size} of grid {masks.grid}."
+                f"Encoder: masks must be for {clips.shape[0]} clips of grid {grid}, got "
+                f"{masks.batch_size} of grid {masks.grid}."
             )
         tokens = self.embed(clips, masks.context_rows)
-        return self.encode(tokens, TokenLayout(masks.context_ids, masks.context_cu, self.rope(grid)), levels)
+        return self.encode(
+            tokens, TokenLayout(masks.context_ids, masks.context_cu, self.rope(grid)), levels
+        )
 
     def embed(self, clips: Tensor, rows: Tensor | None) -> Tensor:
         """Patch and modality embedding of the tokens `rows` (b*N + id), or of all: [R, E]."""
@@ -110,7 +128,8 @@ class Encoder(nn.Module):
         return torch.cat(taken, dim=-1)
 
     def load_public(self, state: Mapping[str, Any]) -> None:
-        """Loads a public checkpoint's encoder weights; wrapper prefixes are stripped, everything else must match.
+        """Loads a public checkpoint's encoder weights; wrapper prefixes are stripped, everything
+        else must match.
 
         Raises:
             RuntimeError: missing or unexpected names, or other shapes, as `load_state_dict` says.

@@ -24,7 +24,8 @@ def clip_grid(clips: Tensor, tubelet_size: int, patch_size: int) -> tuple[int, i
     depth = 1 if frames == 1 else tubelet_size
     if frames % depth or height % patch_size or width % patch_size:
         raise ValueError(
-            f"clip_grid: clips must have a multiple of {depth} frames and sides that are multiples of {patch_size}, "
+            f"clip_grid: clips must have a multiple of {depth} frames and sides that are "
+            f"multiples of {patch_size}, "
             f"got {frames} frames of {height} x {width}."
         )
     return frames // depth, height // patch_size, width // patch_size
@@ -35,11 +36,15 @@ def is_image(clips: Tensor) -> bool:
     return _extent(clips)[0] == 1
 
 
-def gather_patches(clips: Tensor, rows: Tensor | None, tubelet_size: int, patch_size: int) -> Tensor:
-    """Pixels of the asked tubelets, normalised, in the order of a Conv3d weight: (channel, frame, row, column).
+def gather_patches(
+    clips: Tensor, rows: Tensor | None, tubelet_size: int, patch_size: int
+) -> Tensor:
+    """Pixels of the asked tubelets, normalised, in the order of a Conv3d weight: (channel, frame,
+    row, column).
 
     Args:
-        clips: uint8 [B, frames, H, W, 3] (normalised here) or float [B, 3, frames, H, W] (taken as normalised).
+        clips: uint8 [B, frames, H, W, 3] (normalised here) or float [B, 3, frames, H, W] (taken as
+            normalised).
         rows: int64 [R], b*N + id; None for all B*N tokens in order.
         tubelet_size, patch_size: frames and pixels of a tubelet; one frame is an image.
 
@@ -84,7 +89,8 @@ def _check_layout(clips: Tensor) -> None:
     channel_axis = 4 if clips.dtype == torch.uint8 else 1
     if clips.ndim != 5 or clips.shape[channel_axis] != 3:
         raise ValueError(
-            f"clip_grid: clips must be uint8 [B, frames, H, W, 3] or float [B, 3, frames, H, W], got {clips.dtype} {list(clips.shape)}."
+            "clip_grid: clips must be uint8 [B, frames, H, W, 3] or float [B, 3, frames, H, W], "
+            f"got {clips.dtype} {list(clips.shape)}."
         )
 
 
@@ -100,7 +106,8 @@ def _divided(value: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
 
 def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and std on the 0..255 scale."""
-    # Filled on the device: torch.tensor(list, device="cuda") would copy from pageable memory and wait for it.
+    # Filled on the device: torch.tensor(list, device="cuda") would copy from pageable memory and
+    # wait for it.
     mean, std = torch.empty(3, device=device), torch.empty(3, device=device)
     for channel in range(3):
         mean[channel].fill_(255.0 * CHANNEL_MEAN[channel])

@@ -17,7 +17,8 @@ LEVEL_BLOCKS: Mapping[int, tuple[int, ...]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class PredictorConfig:
-    """A narrow transformer; `mask_tokens` is how many learned tokens the mask sets take turns with."""
+    """A narrow transformer; `mask_tokens` is how many learned tokens the mask sets take turns
+    with."""
 
     width: int = 256
     depth: int = 8
@@ -28,9 +29,11 @@ class PredictorConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Encoder and predictor. Tokens are tubelets of `tubelet_size` frames x `patch_size`^2 pixels, or patches of a single frame.
+    """Encoder and predictor. Tokens are tubelets of `tubelet_size` frames x `patch_size`^2 pixels,
+    or patches of a single frame.
 
-    `rope_interpolate_from`: side, in tokens, of the grid that other resolutions' positions are scaled to; None leaves them unscaled.
+    `rope_interpolate_from`: side, in tokens, of the grid that other resolutions' positions are
+    scaled to; None leaves them unscaled.
     """
 
     width: int = 768
@@ -46,10 +49,20 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
-            raise ConfigError(f"config: width must be a multiple of heads ({self.heads}), got {self.width}.")
+            raise ConfigError(
+                f"config: width must be a multiple of heads ({self.heads}), got {self.width}."
+            )
         blocks = self.level_blocks
-        if not blocks or list(blocks) != sorted(set(blocks)) or blocks[0] < 0 or blocks[-1] != self.depth - 1:
-            raise ConfigError(f"config: level_blocks must rise and end at the last block ({self.depth - 1}), got {blocks}.")
+        if (
+            not blocks
+            or list(blocks) != sorted(set(blocks))
+            or blocks[0] < 0
+            or blocks[-1] != self.depth - 1
+        ):
+            raise ConfigError(
+                f"config: level_blocks must rise and end at the last block ({self.depth - 1}), "
+                f"got {blocks}."
+            )
 
     @property
     def levels(self) -> int:
@@ -61,8 +74,21 @@ class ModelConfig:
         return self.levels * self.width
 
 
-def _size(width: int, depth: int, heads: int, mlp_ratio: float = 4.0, predictor: PredictorConfig | None = None) -> ModelConfig:
-    return ModelConfig(width, depth, heads, mlp_ratio, LEVEL_BLOCKS[depth], predictor=predictor or PredictorConfig())
+def _size(
+    width: int,
+    depth: int,
+    heads: int,
+    mlp_ratio: float = 4.0,
+    predictor: PredictorConfig | None = None,
+) -> ModelConfig:
+    return ModelConfig(
+        width,
+        depth,
+        heads,
+        mlp_ratio,
+        LEVEL_BLOCKS[depth],
+        predictor=predictor or PredictorConfig(),
+    )
 
 
 SIZES: Mapping[str, ModelConfig] = MappingProxyType(
@@ -85,11 +111,16 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
     """
     if name not in SIZES:
         raise ConfigError(f"config: unknown model size {name!r}; {nearest(name, SIZES)}")
-    return from_dict(ModelConfig, merged(to_dict(SIZES[name]), changes), "model") if changes else replace(SIZES[name])
+    return (
+        from_dict(ModelConfig, merged(to_dict(SIZES[name]), changes), "model")
+        if changes
+        else replace(SIZES[name])
+    )
 
 
 def parse_model(value: Any, path: str) -> ModelConfig:
-    """A configuration value as a model: a size name, or a mapping whose `size` names the one it starts from."""
+    """A configuration value as a model: a size name, or a mapping whose `size` names the one it
+    starts from."""
     if isinstance(value, ModelConfig):
         return value
     if isinstance(value, str):
@@ -97,4 +128,8 @@ def parse_model(value: Any, path: str) -> ModelConfig:
     if not isinstance(value, Mapping):
         raise ConfigError(f"config: {path} must be a size name or a mapping, got {value!r}.")
     changes = {key: item for key, item in value.items() if key != "size"}
-    return model_config(value["size"], **changes) if "size" in value else from_dict(ModelConfig, changes, path)
+    return (
+        model_config(value["size"], **changes)
+        if "size" in value
+        else from_dict(ModelConfig, changes, path)
+    )

@@ -1,7 +1,9 @@
-"""Auxiliary objectives, one file each: a `Config` dataclass and `compute(ctx, cfg) -> Objective`; the configuration key is the file name.
+"""Auxiliary objectives, one file each: a `Config` dataclass and `compute(ctx, cfg) -> Objective`;
+the configuration key is the file name.
 
-A file may also have `build_head(dims, cfg) -> nn.Module` for parameters of its own (found in `ctx.heads[<name>]`) and
-`minimum_frames(cfg) -> int`, the temporal grid size below which it is skipped.
+A file may also have `build_head(dims, cfg) -> nn.Module` for parameters of its own (found in
+`ctx.heads[<name>]`) and `minimum_frames(cfg) -> int`, the temporal grid size below which it is
+skipped.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ Objectives = Mapping[str, ObjectiveConfig]
 @functools.cache
 def names() -> tuple[str, ...]:
     """Every objective: the files of this folder, listed once (a step asks for modules by name)."""
-    return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name != "base"))
+    return tuple(
+        sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name != "base")
+    )
 
 
 def get(name: str) -> ModuleType:
@@ -65,14 +69,21 @@ def get(name: str) -> ModuleType:
 
 
 def parse_objectives(value: Any, path: str) -> dict[str, ObjectiveConfig]:
-    """``{name: {option: value}}`` with every options mapping turned into the objective's own `Config`."""
+    """``{name: {option: value}}`` with every options mapping turned into the objective's own
+    `Config`."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"config: {path} must be a mapping of objectives, got {value!r}.")
-    return {name: from_dict(get(name).Config, options or {}, f"{path}.{name}") for name, options in value.items()}
+    return {
+        name: from_dict(get(name).Config, options or {}, f"{path}.{name}")
+        for name, options in value.items()
+    }
 
 
-def weights(objectives: Objectives, step: int, progress: float, quirks: base.Quirks) -> dict[str, float]:
-    """The weight of every objective at a moment of training: numbers on the host, so that weight 0 can skip the work."""
+def weights(
+    objectives: Objectives, step: int, progress: float, quirks: base.Quirks
+) -> dict[str, float]:
+    """The weight of every objective at a moment of training: numbers on the host, so that weight 0
+    can skip the work."""
     result = {}
     for name, cfg in objectives.items():
         factor = cfg.schedule.factor(progress)
@@ -92,7 +103,9 @@ def build_heads(objectives: Objectives, dims: FeatureDims) -> nn.ModuleDict:
     return heads
 
 
-def compute_all(ctx: ObjectiveContext, objectives: Objectives, weight: Mapping[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+def compute_all(
+    ctx: ObjectiveContext, objectives: Objectives, weight: Mapping[str, float]
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the objectives and the unweighted value of each.
 
     Args:
@@ -101,8 +114,9 @@ def compute_all(ctx: ObjectiveContext, objectives: Objectives, weight: Mapping[s
         weight: current weights by name; 0 skips the objective entirely.
 
     Returns:
-        The loss (a scalar) and metrics: ``<name>`` the unweighted value, ``<name>/<metric>`` its own metrics, and
-        ``<name>/skipped``, which adds up to 1 where the clip has fewer time steps than the objective needs.
+        The loss (a scalar) and metrics: ``<name>`` the unweighted value, ``<name>/<metric>`` its
+        own metrics, and ``<name>/skipped``, which adds up to 1 where the clip has fewer time steps
+        than the objective needs.
     """
     loss = ctx.predicted_tokens.new_zeros(())
     metrics: dict[str, Tensor] = {}
@@ -113,7 +127,9 @@ def compute_all(ctx: ObjectiveContext, objectives: Objectives, weight: Mapping[s
         minimum = getattr(module, "minimum_frames", None)
         if minimum is not None:
             skipped = ctx.grid[0] < minimum(cfg)
-            metrics[f"{name}/skipped"] = torch.full((), skipped / ctx.denominators.parts, device=loss.device)
+            metrics[f"{name}/skipped"] = torch.full(
+                (), skipped / ctx.denominators.parts, device=loss.device
+            )
             if skipped:
                 continue
         result: Objective = module.compute(ctx, cfg)

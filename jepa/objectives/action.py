@@ -1,4 +1,5 @@
-"""Action prediction: from a context feature, predict how the mean colour of its patch changes to the next time step."""
+"""Action prediction: from a context feature, predict how the mean colour of its patch changes to
+the next time step."""
 
 from __future__ import annotations
 
@@ -8,7 +9,13 @@ from typing import Literal
 from torch import Tensor, nn
 
 from jepa.models.patches import patch_means
-from jepa.objectives.base import FeatureDims, Objective, ObjectiveConfig, ObjectiveContext, two_layer_head
+from jepa.objectives.base import (
+    FeatureDims,
+    Objective,
+    ObjectiveConfig,
+    ObjectiveContext,
+    two_layer_head,
+)
 
 COLOURS = 3
 
@@ -25,11 +32,14 @@ def minimum_frames(cfg: Config) -> int:
 
 def build_head(dims: FeatureDims, cfg: Config) -> nn.Module:
     """f: the features (or their dynamics channels) to three colour changes."""
-    return two_layer_head(dims.dynamics_width if cfg.channels == "dynamics" else dims.width, cfg.hidden, COLOURS)
+    return two_layer_head(
+        dims.dynamics_width if cfg.channels == "dynamics" else dims.width, cfg.hidden, COLOURS
+    )
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:
-    """1/J sum_j mean over pairs and colours of |f(Z(t)) - (a(t+1) - a(t))|; a = mean of the clip over tubelet and patch."""
+    """1/J sum_j mean over pairs and colours of |f(Z(t)) - (a(t+1) - a(t))|; a = mean of the clip
+    over tubelet and patch."""
     tokens, _ = ctx.pair_tokens
     if cfg.channels == "dynamics":
         tokens = ctx.factorisation.dynamics(tokens, ctx.levels)

@@ -1,4 +1,5 @@
-"""What every objective shares: its inputs (`ObjectiveContext`), its result (`Objective`), and the one way to take a mean."""
+"""What every objective shares: its inputs (`ObjectiveContext`), its result (`Objective`), and the
+one way to take a mean."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from jepa_kernels.ops.latent_rollout.cells import Cell
 class WeightSchedule:
     """How a weight changes over training, as a factor of progress in [0, 1].
 
-    constant: 1. ramp: 0 up to `begin`, then linear to 1 at `end`. cosine: 0.5 (1 + cos(pi * progress)), 1 to 0.
+    constant: 1. ramp: 0 up to `begin`, then linear to 1 at `end`. cosine: 0.5 (1 + cos(pi *
+    progress)), 1 to 0.
     """
 
     kind: Literal["constant", "ramp", "cosine"] = "constant"
@@ -49,9 +51,11 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss (a scalar that carries gradient) and its metrics (scalars that do not); nothing here is read back to the host.
+    """A loss (a scalar that carries gradient) and its metrics (scalars that do not); nothing here
+    is read back to the host.
 
-    Both are shares of the global batch: summed over micro-batches and ranks they are the value for all of it.
+    Both are shares of the global batch: summed over micro-batches and ranks they are the value for
+    all of it.
     """
 
     loss: Tensor
@@ -62,7 +66,8 @@ class Objective:
 class Factorisation:
     """Which channels of the [.., L*E] features hold appearance; the rest hold dynamics.
 
-    levels: the first `appearance_share` of all channels, that is the shallow levels (published). channels: that share of each level.
+    levels: the first `appearance_share` of all channels, that is the shallow levels (published).
+    channels: that share of each level.
     """
 
     split: Literal["levels", "channels"] = "levels"
@@ -111,10 +116,11 @@ class FeatureDims:
 
 @dataclass(frozen=True)
 class Denominators:
-    """Global numbers of rows per mask set: over all ranks and all micro-batches of one optimiser step.
+    """Global numbers of rows per mask set: over all ranks and all micro-batches of one optimiser
+    step.
 
-    A loss is this part's share of the global mean, so shares add up to the loss of the undivided batch; what is computed per part
-    (orthogonality, SIGReg) is divided by `parts` instead.
+    A loss is this part's share of the global mean, so shares add up to the loss of the undivided
+    batch; what is computed per part (orthogonality, SIGReg) is divided by `parts` instead.
     """
 
     context: Tensor  # float32 [J]
@@ -128,11 +134,15 @@ class Denominators:
     def of(cls, masks: MaskBatch) -> Denominators:
         """Those of an undivided batch."""
         samples = torch.full((), float(masks.batch_size), device=masks.context_count.device)
-        return cls(masks.context_count, masks.target_count, masks.pair_count, masks.column_count, samples)
+        return cls(
+            masks.context_count, masks.target_count, masks.pair_count, masks.column_count, samples
+        )
 
     def packed(self) -> Tensor:
         """float32 [4J+1]: what one all-reduce has to sum."""
-        return torch.cat([self.context, self.target, self.pair, self.column, self.samples.reshape(1)])
+        return torch.cat(
+            [self.context, self.target, self.pair, self.column, self.samples.reshape(1)]
+        )
 
     @classmethod
     def unpacked(cls, vector: Tensor, parts: int) -> Denominators:
@@ -142,10 +152,12 @@ class Denominators:
 
 @dataclass(frozen=True)
 class ObjectiveContext:
-    """Everything an objective may look at. Tokens are packed set-major as in `masks`; features are float32 and [rows, D], D = L*E.
+    """Everything an objective may look at. Tokens are packed set-major as in `masks`; features are
+    float32 and [rows, D], D = L*E.
 
-    `target` is the standardised output of the target encoder for every token, row b*N + id; `target_live` is the same before any
-    detaching, and differs only with an online target. `progress` is the share of training done, in [0, 1].
+    `target` is the standardised output of the target encoder for every token, row b*N + id;
+    `target_live` is the same before any detaching, and differs only with an online target.
+    `progress` is the share of training done, in [0, 1].
     """
 
     context_tokens: Tensor
@@ -178,9 +190,15 @@ class ObjectiveContext:
         for name, shape in expected.items():
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != shape:
-                raise ValueError(f"ObjectiveContext: {name} must have shape {list(shape)}, got {list(value.shape)}.")
+                raise ValueError(
+                    f"ObjectiveContext: {name} must have shape {list(shape)}, got "
+                    f"{list(value.shape)}."
+                )
         if width % self.levels:
-            raise ValueError(f"ObjectiveContext: levels must divide the feature width {width}, got {self.levels}.")
+            raise ValueError(
+                f"ObjectiveContext: levels must divide the feature width {width}, got "
+                f"{self.levels}."
+            )
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -206,19 +224,23 @@ class ObjectiveContext:
 
     @cached_property
     def prediction_residual(self) -> Tensor:
-        """mean over channels of |prediction - target|^r / r, [Nt]: shared by the prediction loss and hard-region weighting."""
+        """mean over channels of |prediction - target|^r / r, [Nt]: shared by the prediction loss
+        and hard-region weighting."""
         return self.power(self.predicted_tokens - self.target_tokens).mean(-1)
 
     @cached_property
     def pair_steps(self) -> tuple[Tensor, Tensor]:
-        """`masks.pairs` and `masks.pair_rows` with time first, [K+1, P] each: the rows of one time step lie together."""
+        """`masks.pairs` and `masks.pair_rows` with time first, [K+1, P] each: the rows of one time
+        step lie together."""
         return self.masks.pairs.t().contiguous(), self.masks.pair_rows.t().contiguous()
 
     @cached_property
     def pair_tokens(self) -> tuple[Tensor, Tensor]:
         """Context features at t and t+1 of every pair, [P, D] each."""
         pairs, _ = self.pair_steps
-        return self.context_tokens.index_select(0, pairs[0]), self.context_tokens.index_select(0, pairs[1])
+        return self.context_tokens.index_select(0, pairs[0]), self.context_tokens.index_select(
+            0, pairs[1]
+        )
 
     @cached_property
     def pair_targets(self) -> tuple[Tensor, Tensor]:
@@ -232,14 +254,21 @@ class ObjectiveContext:
         before, after = self.pair_targets
         return after - before
 
-    def rollout_errors(self, name: str, cell: Cell, horizon: int, *, anchored: bool, exponent: float = 1.0) -> Tensor:
-        """[horizon, P]: how far the states that `cell` rolls out from Z(t) are from h(t+k), for k = 1..horizon and every pair.
+    def rollout_errors(
+        self, name: str, cell: Cell, horizon: int, *, anchored: bool, exponent: float = 1.0
+    ) -> Tensor:
+        """[horizon, P]: how far the states that `cell` rolls out from Z(t) are from h(t+k), for k =
+        1..horizon and every pair.
 
-        With `anchored` the moves are compared instead of the states: h(t) + (z_k - Z(t)) against h(t+k).
+        With `anchored` the moves are compared instead of the states: h(t) + (z_k - Z(t)) against
+        h(t+k).
         """
         pairs, rows = self.pair_steps
         if horizon > self.masks.horizon:
-            raise ValueError(f"{name}: horizon must be at most that of the mask pairs ({self.masks.horizon}), got {horizon}.")
+            raise ValueError(
+                f"{name}: horizon must be at most that of the mask pairs ({self.masks.horizon}), "
+                f"got {horizon}."
+            )
         return jepa_kernels.latent_rollout_loss(
             self.context_tokens,
             cell,
@@ -253,10 +282,13 @@ class ObjectiveContext:
         )
 
     def step_metrics(self, errors: Tensor) -> dict[str, Tensor]:
-        """The mean error of every step of a rollout [horizon, P] as metrics ``step_<k>``; none for a single step, which is the loss."""
+        """The mean error of every step of a rollout [horizon, P] as metrics ``step_<k>``; none for
+        a single step, which is the loss."""
         if errors.shape[0] == 1:
             return {}
-        return {f"step_{k}": self.pair_mean(error) for k, error in enumerate(errors.detach(), start=1)}
+        return {
+            f"step_{k}": self.pair_mean(error) for k, error in enumerate(errors.detach(), start=1)
+        }
 
     def power(self, residual: Tensor) -> Tensor:
         """|residual|^r / r with r = `loss_exponent`."""
@@ -278,7 +310,8 @@ class ObjectiveContext:
 
 
 def set_mean(rows: Tensor, row_set: Tensor, count: Tensor) -> Tensor:
-    """The mean of each mask set's rows, averaged over the sets that have any: sum_i rows_i / count[set_i] / J'.
+    """The mean of each mask set's rows, averaged over the sets that have any: sum_i rows_i /
+    count[set_i] / J'.
 
     Args:
         rows: [R] values of this part of the batch.
@@ -294,7 +327,8 @@ def set_mean(rows: Tensor, row_set: Tensor, count: Tensor) -> Tensor:
 
 
 def segment_softmax_weights(values: Tensor, offsets: Tensor, temperature: float) -> Tensor:
-    """n_s * softmax(values / temperature) within each segment s of n_s rows: weights of mean 1 per segment, without gradient.
+    """n_s * softmax(values / temperature) within each segment s of n_s rows: weights of mean 1 per
+    segment, without gradient.
 
     Args:
         values: [R], grouped by segment.
@@ -307,20 +341,24 @@ def segment_softmax_weights(values: Tensor, offsets: Tensor, temperature: float)
     scaled = values.detach() / max(temperature, 1e-6)
     offsets = offsets.to(torch.int64)
     rows = torch.arange(values.shape[0], device=values.device)
-    # side="right" of the segment ends: the number of segments that end at or before the row, empty ones included.
+    # side="right" of the segment ends: the number of segments that end at or before the row, empty
+    # ones included.
     segment = torch.searchsorted(offsets[1:].contiguous(), rows, right=True)
     # unsafe=True leaves out the checks that would read the offsets back.
     peak = torch.segment_reduce(scaled, "max", offsets=offsets, unsafe=True)
     exponent = (scaled - peak.index_select(0, segment)).exp()
     total = torch.segment_reduce(exponent, "sum", offsets=offsets, unsafe=True)
     size = (offsets[1:] - offsets[:-1]).to(values.dtype)
-    return exponent * (size / total.clamp(min=torch.finfo(values.dtype).tiny)).index_select(0, segment)
+    return exponent * (size / total.clamp(min=torch.finfo(values.dtype).tiny)).index_select(
+        0, segment
+    )
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum over all processes, differentiable; the value itself where there is one process.
 
-    Every rank must call it equally often. If each rank then takes 1/ranks of a loss of the sum, the gradients add up to the right one.
+    Every rank must call it equally often. If each rank then takes 1/ranks of a loss of the sum, the
+    gradients add up to the right one.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return value

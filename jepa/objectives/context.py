@@ -1,4 +1,5 @@
-"""Prediction at the context tokens, weighted by closeness to the targets: the V-JEPA 2.1 context loss."""
+"""Prediction at the context tokens, weighted by closeness to the targets: the V-JEPA 2.1 context
+loss."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from jepa.objectives.base import Objective, ObjectiveConfig, ObjectiveContext, W
 @dataclass(frozen=True)
 class Config(ObjectiveConfig):
     weight: float = 0.5
-    # Over the second half of training; the published steps 15,000 to 30,000 of 30,000 are the same share.
+    # Over the second half of training; the published steps 15,000 to 30,000 of 30,000 are the same
+    # share.
     schedule: WeightSchedule = field(default_factory=lambda: WeightSchedule("ramp", 0.5, 1.0))
     weight_by_distance: bool = True
 
@@ -25,9 +27,12 @@ def published_factor(step: int) -> float:
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:
-    """1/J sum_j mean over context tokens and channels of |z_context - h|^r / (r * distance); distance = sqrt(nearest target)."""
+    """1/J sum_j mean over context tokens and channels of |z_context - h|^r / (r * distance);
+    distance = sqrt(nearest target)."""
     if ctx.predicted_context is None:
-        raise ValueError("context: predicted_context must be given when the weight is not 0, got None.")
+        raise ValueError(
+            "context: predicted_context must be given when the weight is not 0, got None."
+        )
     residual = ctx.power(ctx.predicted_context - ctx.target_context).mean(-1)
     if cfg.weight_by_distance:
         residual = residual / ctx.masks.context_distance

@@ -1,4 +1,5 @@
-"""Temporal-difference matching: the context features should change over time as the target features do."""
+"""Temporal-difference matching: the context features should change over time as the target features
+do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Hamiltonian dynamics: the features of a site, read as (q, p), should take symplectic Euler steps of a learned energy."""
+"""Hamiltonian dynamics: the features of a site, read as (q, p), should take symplectic Euler steps
+of a learned energy."""
 
 from __future__ import annotations
 
@@ -22,11 +23,18 @@ def minimum_frames(cfg: Config) -> int:
 
 
 class Energy(nn.Module):
-    """G(q, p) = MLP(D - hidden - hidden - 1, gelu). Only its gradient is used, so the last bias never trains."""
+    """G(q, p) = MLP(D - hidden - hidden - 1, gelu). Only its gradient is used, so the last bias
+    never trains."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, 1))
+        self.net = nn.Sequential(
+            nn.Linear(width, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, 1),
+        )
 
     def forward(self, state: Tensor) -> Tensor:
         return self.net(state).squeeze(-1)
@@ -39,10 +47,14 @@ def build_head(dims: FeatureDims, cfg: Config) -> nn.Module:
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:
-    """1/J sum_j mean over pairs of |q_k - h_q(t+k)|^r / r and of |p_k - h_p(t+k)|^r / r, added, and averaged over k = 1..horizon.
+    """1/J sum_j mean over pairs of |q_k - h_q(t+k)|^r / r and of |p_k - h_p(t+k)|^r / r, added, and
+    averaged over k = 1..horizon.
 
-    q_0, p_0 = halves of Z(t); q' = q + dt dG/dp(q, p); p' = p - dt dG/dq(q', p). Horizon 1 is the published loss.
+    q_0, p_0 = halves of Z(t); q' = q + dt dG/dp(q, p); p' = p - dt dG/dq(q', p). Horizon 1 is the
+    published loss.
     """
     cell = Hamiltonian.from_module(ctx.heads["hamiltonian"].net, cfg.time_step)
-    errors = ctx.rollout_errors("hamiltonian", cell, cfg.horizon, anchored=False, exponent=ctx.loss_exponent)
+    errors = ctx.rollout_errors(
+        "hamiltonian", cell, cfg.horizon, anchored=False, exponent=ctx.loss_exponent
+    )
     return Objective(ctx.pair_mean(errors.mean(0)), ctx.step_metrics(errors))

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jepa.objectives.base import Objective, ObjectiveConfig, ObjectiveContext, segment_softmax_weights
+from jepa.objectives.base import (
+    Objective,
+    ObjectiveConfig,
+    ObjectiveContext,
+    segment_softmax_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -14,7 +19,8 @@ class Config(ObjectiveConfig):
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:
-    """1/J sum_j mean of w * e; e = the token's prediction error, w = P softmax(e / temperature) over the P targets of its sample."""
+    """1/J sum_j mean of w * e; e = the token's prediction error, w = P softmax(e / temperature)
+    over the P targets of its sample."""
     error = ctx.prediction_residual
     weights = segment_softmax_weights(error, ctx.masks.target_cu, cfg.temperature)
     return Objective(ctx.target_mean(weights * error))

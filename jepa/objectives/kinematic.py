@@ -1,6 +1,8 @@
-"""Kinematic smoothness of the target features over the whole clip. It trains something only where the target is online.
+"""Kinematic smoothness of the target features over the whole clip. It trains something only where
+the target is online.
 
-With an EMA target nothing upstream of these features carries a gradient, so the loss is a metric and no more.
+With an EMA target nothing upstream of these features carries a gradient, so the loss is a metric
+and no more.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ def minimum_frames(cfg: Config) -> int:
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:
-    """Mean over tokens and the first floor(D * channel_share) channels of |v|, huber(v) or |v(t+1) - v(t)|, v = h(t+1) - h(t)."""
+    """Mean over tokens and the first floor(D * channel_share) channels of |v|, huber(v) or |v(t+1)
+    - v(t)|, v = h(t+1) - h(t)."""
     steps, height, width = ctx.grid
     features = ctx.target_live.view(ctx.masks.batch_size, steps, height * width, -1)
     channels = math.floor(features.shape[-1] * cfg.channel_share)
@@ -39,5 +42,10 @@ def _penalty(velocity: Tensor, cfg: Config) -> Tensor:
     if cfg.kind == "acceleration":
         return velocity.diff(dim=1).abs()
     if cfg.kind == "huber":
-        return functional.huber_loss(velocity, velocity.new_zeros(()).expand_as(velocity), reduction="none", delta=cfg.huber_delta)
+        return functional.huber_loss(
+            velocity,
+            velocity.new_zeros(()).expand_as(velocity),
+            reduction="none",
+            delta=cfg.huber_delta,
+        )
     return velocity.abs()

@@ -1,4 +1,5 @@
-"""Latent dynamics: a small head predicts how the target features of a site change over the next time steps."""
+"""Latent dynamics: a small head predicts how the target features of a site change over the next
+time steps."""
 
 from __future__ import annotations
 
@@ -8,7 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from jepa.objectives.base import FeatureDims, Objective, ObjectiveConfig, ObjectiveContext, segment_softmax_weights, two_layer_head
+from jepa.objectives.base import (
+    FeatureDims,
+    Objective,
+    ObjectiveConfig,
+    ObjectiveContext,
+    segment_softmax_weights,
+    two_layer_head,
+)
 from jepa_kernels import ResidualMLP
 
 
@@ -27,32 +35,47 @@ def minimum_frames(cfg: Config) -> int:
 
 def build_head(dims: FeatureDims, cfg: Config) -> nn.Module:
     """f: the features (or their dynamics channels) to the change of all of them."""
-    return two_layer_head(dims.dynamics_width if cfg.channels == "dynamics" else dims.width, cfg.hidden, dims.width)
+    return two_layer_head(
+        dims.dynamics_width if cfg.channels == "dynamics" else dims.width, cfg.hidden, dims.width
+    )
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:
-    """1/J sum_j mean over pairs and channels of |z_k - z_0 - (h(t+k) - h(t))|, averaged over k = 1..horizon.
+    """1/J sum_j mean over pairs and channels of |z_k - z_0 - (h(t+k) - h(t))|, averaged over k =
+    1..horizon.
 
-    z_0 = Z(t), z_{k+1} = z_k + f(z_k), where f reads all channels or the dynamics share and moves all of them; horizon 1 is the
-    published |f(Z(t)) - (h(t+1) - h(t))|. `hard_region` weights a pair by n softmax(e / temperature) over the n pairs of its sample.
+    z_0 = Z(t), z_{k+1} = z_k + f(z_k), where f reads all channels or the dynamics share and moves
+    all of them; horizon 1 is the published |f(Z(t)) - (h(t+1) - h(t))|. `hard_region` weights a
+    pair by n softmax(e / temperature) over the n pairs of its sample.
     """
-    seen = ctx.factorisation.dynamics_ranges(ctx.context_tokens.shape[-1], ctx.levels) if cfg.channels == "dynamics" else None
+    seen = (
+        ctx.factorisation.dynamics_ranges(ctx.context_tokens.shape[-1], ctx.levels)
+        if cfg.channels == "dynamics"
+        else None
+    )
     cell = ResidualMLP.from_module(ctx.heads["latent_dynamics"], seen)
     errors = ctx.rollout_errors("latent_dynamics", cell, cfg.horizon, anchored=True)
     error = errors.mean(0)
     if cfg.hard_region:
         error = error * segment_softmax_weights(error, _segments(ctx), cfg.temperature)
     loss = ctx.pair_mean(error)
-    return Objective(loss.detach() if cfg.hard_region and ctx.quirks.dynamics_hard_no_gradient else loss, ctx.step_metrics(errors))
+    return Objective(
+        loss.detach() if cfg.hard_region and ctx.quirks.dynamics_hard_no_gradient else loss,
+        ctx.step_metrics(errors),
+    )
 
 
 def _segments(ctx: ObjectiveContext) -> Tensor:
-    """Where each softmax group of the pairs begins: one group per sequence (pairs are ordered by sequence), or one per mask set."""
+    """Where each softmax group of the pairs begins: one group per sequence (pairs are ordered by
+    sequence), or one per mask set."""
     masks = ctx.masks
     if ctx.quirks.dynamics_hard_pooled:
         group, groups = masks.pair_set, masks.num_sets
     else:
         sample = torch.div(masks.pair_rows[:, 0], masks.num_tokens, rounding_mode="floor")
-        group, groups = masks.pair_set * masks.batch_size + sample, masks.num_sets * masks.batch_size
+        group, groups = (
+            masks.pair_set * masks.batch_size + sample,
+            masks.num_sets * masks.batch_size,
+        )
     edges = torch.arange(groups + 1, device=group.device)
     return torch.searchsorted(group.contiguous(), edges)

@@ -1,4 +1,5 @@
-"""Latent temporal contrastive: a context feature should be closer to its own time's target than to the next one's."""
+"""Latent temporal contrastive: a context feature should be closer to its own time's target than to
+the next one's."""
 
 from __future__ import annotations
 

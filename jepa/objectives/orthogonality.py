@@ -1,4 +1,5 @@
-"""Orthogonality (second half of the factorised world model): appearance and dynamics channels should be uncorrelated."""
+"""Orthogonality (second half of the factorised world model): appearance and dynamics channels
+should be uncorrelated."""
 
 from __future__ import annotations
 
@@ -18,16 +19,21 @@ class Config(ObjectiveConfig):
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:
-    """1/J sum_j mean of C^2, C = A^T G / (M - 1): A, G the centred appearance and dynamics channels of all M context rows of set j.
+    """1/J sum_j mean of C^2, C = A^T G / (M - 1): A, G the centred appearance and dynamics channels
+    of all M context rows of set j.
 
-    Statistics are those of this part of the batch (published), or with scope "global" those of the micro-batch over all ranks; the
-    parts are averaged.
+    Statistics are those of this part of the batch (published), or with scope "global" those of the
+    micro-batch over all ranks; the parts are averaged.
     """
     squares = []
     for rows in ctx.context_tokens.split(ctx.masks.context_sizes):
-        # Fewer than two rows have no covariance: such a set is left out. Over all ranks nobody may stay away from the sum.
+        # Fewer than two rows have no covariance: such a set is left out. Over all ranks nobody may
+        # stay away from the sum.
         if rows.shape[0] > 1 or cfg.scope == "global":
-            parts = (part(rows, ctx.levels) for part in (ctx.factorisation.appearance, ctx.factorisation.dynamics))
+            parts = (
+                part(rows, ctx.levels)
+                for part in (ctx.factorisation.appearance, ctx.factorisation.dynamics)
+            )
             squares.append((mean_square_covariance if cfg.scope == "rank" else _over_ranks)(*parts))
     if not squares:
         return Objective(ctx.context_tokens.sum() * 0.0)
@@ -38,7 +44,8 @@ def mean_square_covariance(appearance: Tensor, dynamics: Tensor) -> Tensor:
     """The mean of C^2 for C = A^T G / (M - 1), A and G the centred inputs [M, a] and [M, g]."""
     rows, width, other = *appearance.shape, dynamics.shape[1]
     centred = appearance - appearance.mean(0)
-    # |A^T G|^2 = sum of (A A^T)(G G^T), entry by entry: fewer products, backward included, where there are few rows.
+    # |A^T G|^2 = sum of (A A^T)(G G^T), entry by entry: fewer products, backward included,
+    # where there are few rows.
     if 2 * rows * (width + other) < 3 * width * other:
         dynamics = dynamics - dynamics.mean(0)
         total = (torch.mm(centred, centred.t()) * torch.mm(dynamics, dynamics.t())).sum()
@@ -51,4 +58,8 @@ def _over_ranks(appearance: Tensor, dynamics: Tensor) -> Tensor:
     """The same for the rows of all ranks."""
     count = sum_over_ranks(appearance.new_full((), float(appearance.shape[0])))
     centred = appearance - sum_over_ranks(appearance.sum(0)) / count.clamp(min=1.0)
-    return (sum_over_ranks(torch.mm(centred.t(), dynamics)) / (count - 1.0).clamp(min=1.0)).square().mean()
+    return (
+        (sum_over_ranks(torch.mm(centred.t(), dynamics)) / (count - 1.0).clamp(min=1.0))
+        .square()
+        .mean()
+    )

@@ -1,4 +1,5 @@
-"""SIGReg: random one-dimensional projections of the context features should look standard normal (LeJEPA, arXiv 2511.08544)."""
+"""SIGReg: random one-dimensional projections of the context features should look standard normal
+(LeJEPA, arXiv 2511.08544)."""
 
 from __future__ import annotations
 
@@ -22,31 +23,47 @@ class Config(ObjectiveConfig):
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:
-    """Mean over random directions a of M * sum_i w_i [(mean cos(t_i u) - phi_i)^2 + (mean sin(t_i u))^2], u = X a.
+    """Mean over random directions a of M * sum_i w_i [(mean cos(t_i u) - phi_i)^2 + (mean sin(t_i
+    u))^2], u = X a.
 
-    X is all M context rows of this part of the batch (published), or with scope "global" those of the micro-batch over all ranks.
-    Directions are drawn anew each step from (seed, step), the same on every rank.
+    X is all M context rows of this part of the batch (published), or with scope "global" those of
+    the micro-batch over all ranks. Directions are drawn anew each step from (seed, step), the same
+    on every rank.
     """
     directions = projection(ctx.context_tokens, cfg.slices, cfg.seed + ctx.step)
-    statistic = characteristic_distance(ctx.context_tokens @ directions, cfg.points, cfg.largest_point, cfg.scope == "global")
+    statistic = characteristic_distance(
+        ctx.context_tokens @ directions, cfg.points, cfg.largest_point, cfg.scope == "global"
+    )
     return Objective(statistic / ctx.denominators.parts)
 
 
 def projection(features: Tensor, slices: int, seed: int) -> Tensor:
     """[D, slices] unit columns, the same for every rank at a step."""
     generator = torch.Generator(device=features.device).manual_seed(seed)
-    directions = torch.randn(features.shape[-1], slices, generator=generator, device=features.device, dtype=features.dtype)
-    # A sum of squares down the columns runs along rows in memory; vector_norm over that axis takes 15 times as long on a CPU.
+    directions = torch.randn(
+        features.shape[-1],
+        slices,
+        generator=generator,
+        device=features.device,
+        dtype=features.dtype,
+    )
+    # A sum of squares down the columns runs along rows in memory; vector_norm over that axis takes
+    # 15 times as long on a CPU.
     return directions.div_(directions.square().sum(0).sqrt_())
 
 
-def characteristic_distance(projected: Tensor, points: int, largest_point: float, over_ranks: bool = False) -> Tensor:
-    """Mean over the columns of [M, S] of the Epps-Pulley statistic against N(0, 1): trapezium rule on `points` points of [0, t_max]."""
+def characteristic_distance(
+    projected: Tensor, points: int, largest_point: float, over_ranks: bool = False
+) -> Tensor:
+    """Mean over the columns of [M, S] of the Epps-Pulley statistic against N(0, 1): trapezium rule
+    on `points` points of [0, t_max]."""
     if points < 2:
         raise ValueError(f"sigreg: points must be at least 2, got {points}.")
     step = largest_point / (points - 1)
     # The point t = 0 is left out: cos = phi = 1 and sin = 0 there, whatever the data.
-    time = torch.linspace(step, largest_point, points - 1, device=projected.device, dtype=projected.dtype)
+    time = torch.linspace(
+        step, largest_point, points - 1, device=projected.device, dtype=projected.dtype
+    )
     normal = torch.exp(-0.5 * time.square())
     weight = normal * (2.0 * step)
     weight[-1] *= 0.5
@@ -55,14 +72,18 @@ def characteristic_distance(projected: Tensor, points: int, largest_point: float
     if over_ranks:
         sums, rows = sum_over_ranks(sums), sum_over_ranks(rows)
     cosine, sine = (sums / rows.clamp(min=1.0)).unbind()
-    return rows * (weight[:, None] * ((cosine - normal[:, None]).square() + sine.square())).sum(0).mean()
+    return (
+        rows
+        * (weight[:, None] * ((cosine - normal[:, None]).square() + sine.square())).sum(0).mean()
+    )
 
 
 class _HarmonicSums(torch.autograd.Function):
     """Sums over the rows of cos(k step u) and sin(k step u), k = 1..count: [2, count, S].
 
-    The points are equally spaced, so these are real and imaginary part of the powers of z = exp(i step u): two transcendental functions
-    per entry instead of two per entry and point, one product in place per power, and nothing of size [M, S, count] is ever stored.
+    The points are equally spaced, so these are real and imaginary part of the powers of z = exp(i
+    step u): two transcendental functions per entry instead of two per entry and point, one product
+    in place per power, and nothing of size [M, S, count] is ever stored.
     """
 
     @staticmethod
@@ -81,7 +102,8 @@ class _HarmonicSums(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        # d/du = sum_k t_k (g_sin cos(t_k u) - g_cos sin(t_k u)) = Re sum_k t_k (g_sin + i g_cos) z^k, by Horner's rule.
+        # d/du = sum_k t_k (g_sin cos(t_k u) - g_cos sin(t_k u)) = Re sum_k t_k (g_sin + i g_cos)
+        # z^k, by Horner's rule.
         (first,) = ctx.saved_tensors
         count = grad.shape[1]
         time = ctx.step * torch.arange(1, count + 1, device=grad.device, dtype=grad.dtype)

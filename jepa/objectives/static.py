@@ -1,4 +1,5 @@
-"""Static appearance (first half of the factorised world model): the appearance channels should not change over time."""
+"""Static appearance (first half of the factorised world model): the appearance channels should not
+change over time."""
 
 from __future__ import annotations
 

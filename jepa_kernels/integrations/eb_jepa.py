@@ -1,4 +1,5 @@
-"""facebookresearch eb_jepa: its GRU predictor, the autoregressive unroll of its JEPA, and what its planners call, through latent_rollout."""
+"""facebookresearch eb_jepa: its GRU predictor, the autoregressive unroll of its JEPA, and what its
+planners call, through latent_rollout."""
 
 from __future__ import annotations
 
@@ -16,7 +17,15 @@ _PREDICTOR = "eb_jepa.architectures:RNNPredictor"
 
 def _cell(predictor: nn.Module) -> GRU:
     rnn, norm = predictor.rnn, predictor.final_ln
-    return GRU(rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0, norm.weight, norm.bias, norm.eps)
+    return GRU(
+        rnn.weight_ih_l0,
+        rnn.weight_hh_l0,
+        rnn.bias_ih_l0,
+        rnn.bias_hh_l0,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+    )
 
 
 def _predictor_obstacles(module: nn.Module) -> list[str]:
@@ -26,29 +35,45 @@ def _predictor_obstacles(module: nn.Module) -> list[str]:
         reasons.append(f"rnn must be one layer in one direction with the batch second, got {rnn}")
     if not rnn.bias:
         reasons.append("rnn must have biases, got none")
-    if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None or norm.normalized_shape != (rnn.hidden_size,):
-        reasons.append(f"final_ln must be a LayerNorm with weight and bias over the {rnn.hidden_size} channels of the state, got {norm}")
+    if (
+        not isinstance(norm, nn.LayerNorm)
+        or norm.weight is None
+        or norm.bias is None
+        or norm.normalized_shape != (rnn.hidden_size,)
+    ):
+        reasons.append(
+            f"final_ln must be a LayerNorm with weight and bias over the {rnn.hidden_size} "
+            f"channels of the state, got {norm}"
+        )
     return reasons
 
 
 def _model_obstacles(module: nn.Module) -> list[str]:
     predictor = module.predictor
     if not isinstance(getattr(predictor, "rnn", None), nn.GRU):
-        return [f"predictor must be an RNNPredictor for its unroll to be one rollout, got {type_name(predictor)}"]
+        return [
+            "predictor must be an RNNPredictor for its unroll to be one rollout, got "
+            f"{type_name(predictor)}"
+        ]
     return _predictor_obstacles(predictor)
 
 
 def _predict(self, state: Tensor, action: Tensor) -> Tensor:
     """One step, ``[B, D, 1, 1, 1]`` and ``[B, A, 1]`` to ``[B, D, 1, 1, 1]``."""
-    moved = latent_rollout(state.flatten(1), _cell(self), 1, actions=action.flatten(1)[None], output="last")
+    moved = latent_rollout(
+        state.flatten(1), _cell(self), 1, actions=action.flatten(1)[None], output="last"
+    )
     return moved[:, :, None, None, None]
 
 
 def _roll(model: nn.Module, start: Tensor, actions: Tensor, steps: int) -> Tensor:
-    """States 1 to `steps` as ``[B, D, steps, 1, 1]`` from ``[B, D]`` and encoded actions ``[B, A, T]``."""
+    """States 1 to `steps` as ``[B, D, steps, 1, 1]`` from ``[B, D]`` and encoded actions ``[B, A,
+    T]``."""
     if not steps:
         return start.new_empty((*start.shape, 0, 1, 1))
-    states = latent_rollout(start, _cell(model.predictor), steps, actions=actions[:, :, :steps].permute(2, 0, 1))
+    states = latent_rollout(
+        start, _cell(model.predictor), steps, actions=actions[:, :, :steps].permute(2, 0, 1)
+    )
     return states.permute(1, 2, 0)[..., None, None]
 
 
@@ -62,11 +87,16 @@ def _unroll(
     compute_loss=True,
     return_all_steps=False,
 ):
-    """The autoregressive unroll of a GRU predictor as one rollout; what it returns is what the original returns."""
+    """The autoregressive unroll of a GRU predictor as one rollout; what it returns is what the
+    original returns."""
     if unroll_mode != "autoregressive":
         raise ValueError(
             sentence(
-                "unroll", "unroll_mode", "be 'autoregressive' for a GRU predictor", repr(unroll_mode), "restore(model) undoes the fusion."
+                "unroll",
+                "unroll_mode",
+                "be 'autoregressive' for a GRU predictor",
+                repr(unroll_mode),
+                "restore(model) undoes the fusion.",
             )
         )
     if actions is None or nsteps > actions.shape[2]:
@@ -79,7 +109,10 @@ def _unroll(
     losses = None
     if regularised is not None:
         # The cost is the user's own module, so it sees a step at a time, as in the original.
-        costs = [self.predcost(moved[:, :, i : i + 1], state[:, :, i + 1 : i + 2]) / nsteps for i in range(nsteps)]
+        costs = [
+            self.predcost(moved[:, :, i : i + 1], state[:, :, i + 1 : i + 2]) / nsteps
+            for i in range(nsteps)
+        ]
         prediction = sum(costs, start=0.0)
         losses = (regularised[0] + prediction, *regularised, prediction)
     if return_all_steps:
@@ -88,23 +121,28 @@ def _unroll(
 
 
 def planning_unroll(model: nn.Module) -> Callable[..., Tensor]:
-    """What a planner of eb_jepa calls to score candidates, without encoding the same observation once per candidate.
+    """What a planner of eb_jepa calls to score candidates, without encoding the same observation
+    once per candidate.
 
-    ``agent.planner.unroll = planning_unroll(agent.model)``. The result is that of ``agent.unroll(obs_init, actions)``, which repeats the
-    observation before it encodes it; the encoder must treat the samples of a batch independently (in evaluation mode they all do).
+    ``agent.planner.unroll = planning_unroll(agent.model)``. The result is that of
+    ``agent.unroll(obs_init, actions)``, which repeats the observation before it encodes it; the
+    encoder must treat the samples of a batch independently (in evaluation mode they all do).
 
     Args:
         model: a JEPA of eb_jepa with a GRU predictor.
 
     Returns:
-        A function of ``obs_init [1, C, T, H, W]`` (or one per candidate) and ``actions [B, A, K]`` that gives ``[B, D, K + 1, 1, 1]``.
+        A function of ``obs_init [1, C, T, H, W]`` (or one per candidate) and ``actions [B, A, K]``
+        that gives ``[B, D, K + 1, 1, 1]``.
 
     Raises:
         ValueError: its predictor cannot be fused, with the reasons.
     """
     reasons = _model_obstacles(model)
     if reasons:
-        raise ValueError(f"planning_unroll: model must have a fusable GRU predictor, got: {'; '.join(reasons)}.")
+        raise ValueError(
+            f"planning_unroll: model must have a fusable GRU predictor, got: {'; '.join(reasons)}."
+        )
 
     def unroll(obs_init: Tensor, actions: Tensor, repeat_batch: bool = True) -> Tensor:
         state = model.encoder(obs_init)[:, :, 0].flatten(1)
@@ -121,6 +159,12 @@ BASE = CodeBase(
     "facebookresearch/eb_jepa",
     (
         Target((_PREDICTOR,), _predict, _predictor_obstacles, "one GRU step and its LayerNorm"),
-        Target(("eb_jepa.jepa:JEPA",), _unroll, _model_obstacles, "all steps of an autoregressive unroll", method="unroll"),
+        Target(
+            ("eb_jepa.jepa:JEPA",),
+            _unroll,
+            _model_obstacles,
+            "all steps of an autoregressive unroll",
+            method="unroll",
+        ),
     ),
 )

@@ -1,4 +1,5 @@
-"""facebookresearch I-JEPA in its own repository layout: attention without RoPE that also returns its probabilities."""
+"""facebookresearch I-JEPA in its own repository layout: attention without RoPE that also returns
+its probabilities."""
 
 from __future__ import annotations
 
@@ -18,5 +19,7 @@ def _obstacles(module: nn.Module) -> list[str]:
 
 
 BASE = CodeBase(
-    "ijepa", "facebookresearch/ijepa", (Target(("src.models.vision_transformer:Attention",), _forward, _obstacles, "attention"),)
+    "ijepa",
+    "facebookresearch/ijepa",
+    (Target(("src.models.vision_transformer:Attention",), _forward, _obstacles, "attention"),),
 )

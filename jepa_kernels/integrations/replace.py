@@ -1,7 +1,9 @@
-"""Replaces the attention of other people's models: recognises modules by class name, binds a fused forward, and can undo it.
+"""Replaces the attention of other people's models: recognises modules by class name, binds a fused
+forward, and can undo it.
 
-A module keeps its parameters, buffers, hooks and state dict; only its `forward` (or the method its target names) changes. Foreign packages
-are never imported here: a class is known by its module path and name, so that nothing happens on import and nothing need be installed.
+A module keeps its parameters, buffers, hooks and state dict; only its `forward` (or the method its
+target names) changes. Foreign packages are never imported here: a class is known by its module path
+and name, so that nothing happens on import and nothing need be installed.
 """
 
 from __future__ import annotations
@@ -28,12 +30,14 @@ class Target:
         forward: a function with the signature of the class's forward, `self` included.
         obstacles: why this instance must keep its own forward; empty when it need not.
         fuses: what the new forward does in one op, for reports and docs.
-        marker: an attribute that an instance must have, where releases use one name for different classes; empty: any instance.
+        marker: an attribute that an instance must have, where releases use one name for different
+            classes; empty: any instance.
         method: the method that is replaced.
         option: the name to ask `accelerate` for this target by; empty: it is always replaced.
 
     Notes:
-        `obstacles` must return new lists, and `forward` must be a function of a module, so that an accelerated model can be pickled.
+        `obstacles` must return new lists, and `forward` must be a function of a module, so that an
+        accelerated model can be pickled.
     """
 
     names: tuple[str, ...]
@@ -55,7 +59,8 @@ class CodeBase:
     Args:
         name: for `patch`. origin: where the code comes from.
         targets: what is replaced.
-        left_out: ``"package.module:Class"`` of modules that are not replaced, nor anything inside them, with the reason.
+        left_out: ``"package.module:Class"`` of modules that are not replaced, nor anything inside
+            them, with the reason.
     """
 
     name: str
@@ -66,13 +71,17 @@ class CodeBase:
 
 @dataclass
 class Report:
-    """What `accelerate` did: names of replaced modules by code base, and of those left with the reasons."""
+    """What `accelerate` did: names of replaced modules by code base, and of those left with the
+    reasons."""
 
     replaced: dict[str, list[str]] = field(default_factory=dict)
     left: dict[str, list[str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"{base}: fused {len(names)} modules ({names[0]} .. {names[-1]})" for base, names in self.replaced.items()]
+        lines = [
+            f"{base}: fused {len(names)} modules ({names[0]} .. {names[-1]})"
+            for base, names in self.replaced.items()
+        ]
         lines += [f"left {name}: {'; '.join(reasons)}" for name, reasons in self.left.items()]
         return "\n".join(lines)
 
@@ -81,8 +90,11 @@ def full_name(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
-def find(kind: type, bases: Sequence[CodeBase], options: Sequence[str] = ()) -> tuple[CodeBase, Target] | None:
-    """The target that a class, or one it derives from without a method of its own in the place of what is replaced, matches."""
+def find(
+    kind: type, bases: Sequence[CodeBase], options: Sequence[str] = ()
+) -> tuple[CodeBase, Target] | None:
+    """The target that a class, or one it derives from without a method of its own in the place of
+    what is replaced, matches."""
     own: set[str] = set()
     for parent in kind.__mro__:
         name = full_name(parent)
@@ -98,7 +110,9 @@ def check_options(name: str, bases: Sequence[CodeBase], options: Sequence[str]) 
     known = sorted({target.option for base in bases for target in base.targets if target.option})
     for option in options:
         if option not in known:
-            raise ValueError(sentence(name, "options", f"name some of {', '.join(known)}", repr(option)))
+            raise ValueError(
+                sentence(name, "options", f"name some of {', '.join(known)}", repr(option))
+            )
 
 
 def accelerate(model: nn.Module, bases: Sequence[CodeBase], options: Sequence[str] = ()) -> Report:
@@ -129,18 +143,36 @@ def accelerate(model: nn.Module, bases: Sequence[CodeBase], options: Sequence[st
         if reasons:
             report.left[name] = reasons
             continue
-        # A partial, not a bound method: copies bind to the copy either way, and only a partial can be pickled.
+        # A partial, not a bound method: copies bind to the copy either way, and only a partial can
+        # be pickled.
         setattr(module, target.method, functools.partial(target.forward, module))
         setattr(module, _MARK, target.method)
         report.replaced.setdefault(base.name, []).append(name)
     if not report.replaced and not report.left:
-        known = "; ".join(f"{base.name} ({', '.join(t.names[0].rpartition(':')[2] for t in base.targets)})" for base in bases)
-        has = f"its attention classes are {', '.join(sorted(set(attentions)))}" if attentions else "it has no attention module"
-        raise ValueError(f"accelerate: model must be of a known code base: {known}; got {full_name(type(model))}, and {has}.")
+        known = "; ".join(
+            f"{base.name} ({', '.join(t.names[0].rpartition(':')[2] for t in base.targets)})"
+            for base in bases
+        )
+        has = (
+            f"its attention classes are {', '.join(sorted(set(attentions)))}"
+            if attentions
+            else "it has no attention module"
+        )
+        raise ValueError(
+            f"accelerate: model must be of a known code base: {known}; got "
+            f"{full_name(type(model))}, and {has}."
+        )
     for option in options:
         if option not in met:
             restore(model)
-            raise ValueError(sentence("accelerate", "options", "name what the model has", f"{option!r} for {full_name(type(model))}"))
+            raise ValueError(
+                sentence(
+                    "accelerate",
+                    "options",
+                    "name what the model has",
+                    f"{option!r} for {full_name(type(model))}",
+                )
+            )
     return report
 
 
@@ -157,7 +189,8 @@ def restore(model: nn.Module) -> int:
 
 @contextmanager
 def patched(bases: Sequence[CodeBase], options: Sequence[str] = ()) -> Iterator[list[str]]:
-    """Replaces forwards on the classes themselves, for code that builds its own models; yields the names of the patched classes.
+    """Replaces forwards on the classes themselves, for code that builds its own models; yields the
+    names of the patched classes.
 
     An instance with an obstacle keeps its own forward, call by call.
     """
@@ -195,11 +228,16 @@ def _installed(name: str, method: str) -> type | None:
     try:
         found = getattr(importlib.import_module(path), kind, None)
     except ModuleNotFoundError as error:
-        # Absent is fine; a package that is there and lacks something of its own is not ours to hide.
+        # Absent is fine; a package that is there and lacks something of its own is not ours to
+        # hide.
         if error.name is not None and path.startswith(error.name):
             return None
         raise
-    return found if isinstance(found, type) and full_name(found) == name and method in vars(found) else None
+    return (
+        found
+        if isinstance(found, type) and full_name(found) == name and method in vars(found)
+        else None
+    )
 
 
 def dropout_obstacles(module: nn.Module, **probabilities: float) -> list[str]:

@@ -11,22 +11,32 @@ from .replace import CodeBase, Target, dropout_obstacles
 def _forward(self: nn.Module, hidden_states: Tensor, attention_mask: None = None, **kwargs):
     _refuse("attention_mask", attention_mask)
     layers = (self.q_proj, self.k_proj, self.v_proj)
-    query, key, value = (layer(hidden_states).unflatten(-1, (-1, self.head_dim)) for layer in layers)
+    query, key, value = (
+        layer(hidden_states).unflatten(-1, (-1, self.head_dim)) for layer in layers
+    )
     return self.o_proj(masked_attention(query, key, value, scale=self.scaling).flatten(-2)), None
 
 
-def _forward_self(self: nn.Module, hidden_states: Tensor, head_mask: None = None, output_attentions: bool = False):
-    """The class of releases before 5: projections named query, key, value; the output projection is a module of its own."""
+def _forward_self(
+    self: nn.Module, hidden_states: Tensor, head_mask: None = None, output_attentions: bool = False
+):
+    """The class of releases before 5: projections named query, key, value; the output projection is
+    a module of its own."""
     _refuse("head_mask", head_mask)
     _refuse("output_attentions", output_attentions or None)
     layers = (self.query, self.key, self.value)
-    query, key, value = (layer(hidden_states).unflatten(-1, (self.num_attention_heads, -1)) for layer in layers)
+    query, key, value = (
+        layer(hidden_states).unflatten(-1, (self.num_attention_heads, -1)) for layer in layers
+    )
     return masked_attention(query, key, value, scale=self.scaling).flatten(-2), None
 
 
 def _refuse(name: str, value: object) -> None:
     if value is not None:
-        raise ValueError(f"I-JEPA attention: {name} must be None or False with the fused op. Undo it with restore(model) to use {name}.")
+        raise ValueError(
+            f"I-JEPA attention: {name} must be None or False with the fused op. Undo it with "
+            f"restore(model) to use {name}."
+        )
 
 
 def _obstacles(module: nn.Module) -> list[str]:
@@ -42,7 +52,8 @@ BASE = CodeBase(
     "transformers-ijepa",
     "transformers IJepaModel, IJepaForImageClassification",
     (
-        # Before release 5 a class of this name wraps the one below, and has no projections of its own.
+        # Before release 5 a class of this name wraps the one below, and has no projections of its
+        # own.
         Target((f"{_PATH}:IJepaAttention",), _forward, _obstacles, "attention", marker="q_proj"),
         Target((f"{_PATH}:IJepaSelfAttention",), _forward_self, _obstacles_self, "attention"),
     ),

@@ -12,8 +12,12 @@ from .replace import CodeBase, Target, dropout_obstacles
 
 # Where the modules are published: the repository's own packages, and the one on the package index.
 _PATHS = ("src.models.utils.modules", "vjepa2.models.utils.modules")
-_PREDICTORS = ("src.models.predictor:VisionTransformerPredictor", "vjepa2.models.predictor:VisionTransformerPredictor")
-# Frames (in tubelets) that ids of a masked call may reach: the module extrapolates beyond the length it is configured for.
+_PREDICTORS = (
+    "src.models.predictor:VisionTransformerPredictor",
+    "vjepa2.models.predictor:VisionTransformerPredictor",
+)
+# Frames (in tubelets) that ids of a masked call may reach: the module extrapolates beyond the
+# length it is configured for.
 FRAMES = 256
 
 
@@ -23,13 +27,17 @@ def qkv(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scale(self: nn.Module) -> float | None:
-    """The original passes its own scale only without SDPA; with it, SDPA's default holds whatever `qk_scale` said."""
+    """The original passes its own scale only without SDPA; with it, SDPA's default holds whatever
+    `qk_scale` said."""
     return None if self.use_sdpa else float(self.scale)
 
 
 def _no_mask(mask: object) -> None:
     if mask is not None:
-        raise ValueError("V-JEPA 2: attn_mask must be None with the fused op, got a mask. Call restore(model) to use masks.")
+        raise ValueError(
+            "V-JEPA 2: attn_mask must be None with the fused op, got a mask. Call restore(model) "
+            "to use masks."
+        )
 
 
 def _rope_forward(self, x, mask=None, attn_mask=None, T=None, H_patches=None, W_patches=None):
@@ -42,7 +50,12 @@ def _rope_forward(self, x, mask=None, attn_mask=None, T=None, H_patches=None, W_
         frames = int(T) if whole_grid else -(-x.shape[1] // (height * width))
     else:
         ids, frames = mask, FRAMES
-    out = masked_attention(*qkv(self, x), query_ids=ids, rope=Rope3D((frames, height, width), "tiled"), scale=scale(self))
+    out = masked_attention(
+        *qkv(self, x),
+        query_ids=ids,
+        rope=Rope3D((frames, height, width), "tiled"),
+        scale=scale(self),
+    )
     return self.proj(out.flatten(-2))
 
 
@@ -58,10 +71,16 @@ def cross_forward(self, q, x):
 
 
 def _predictor_forward(self, x, masks_x, masks_y, mask_index=1, has_cls=False):
-    """The predictor's forward without sorting, unsorting and a mask token for every position of the clip."""
+    """The predictor's forward without sorting, unsorting and a mask token for every position of the
+    clip."""
     if has_cls:
-        raise ValueError("V-JEPA 2: has_cls must be False with the unsorted predictor, got True. Call restore(model) to use it.")
-    masks_x, masks_y = (masks if isinstance(masks, list) else [masks] for masks in (masks_x, masks_y))
+        raise ValueError(
+            "V-JEPA 2: has_cls must be False with the unsorted predictor, got True. Call "
+            "restore(model) to use it."
+        )
+    masks_x, masks_y = (
+        masks if isinstance(masks, list) else [masks] for masks in (masks_x, masks_y)
+    )
     x = self.predictor_embed(x).repeat(len(masks_x), 1, 1)
     context = x.shape[1]
     ids = torch.cat((torch.cat(masks_x), torch.cat(masks_y)), dim=1)
@@ -85,7 +104,9 @@ def _predictor_obstacles(module: nn.Module) -> list[str]:
 
 
 def obstacles(module: nn.Module) -> list[str]:
-    reasons = dropout_obstacles(module, attn_drop=module.attn_drop.p, proj_drop=module.proj_drop_prob)
+    reasons = dropout_obstacles(
+        module, attn_drop=module.attn_drop.p, proj_drop=module.proj_drop_prob
+    )
     if module.is_causal:
         reasons.append("is_causal must be False, got True")
     return reasons
@@ -100,16 +121,36 @@ _AREAS = "tokens are attended to by area, not over the clip"
 _LEFT_OUT = {
     f"{path}:{kind}": reason
     for path in _PATHS
-    for kind, reason in (("ACBlock", _ACTIONS), ("ACRoPEAttention", _ACTIONS), ("RoPEAreaAttention", _AREAS))
+    for kind, reason in (
+        ("ACBlock", _ACTIONS),
+        ("ACRoPEAttention", _ACTIONS),
+        ("RoPEAreaAttention", _AREAS),
+    )
 }
 BASE = CodeBase(
     "vjepa2",
     "facebookresearch/vjepa2, cc-vjepa2",
     (
-        Target(tuple(f"{p}:RoPEAttention" for p in _PATHS), _rope_forward, obstacles, "six rotations, concatenations and attention"),
+        Target(
+            tuple(f"{p}:RoPEAttention" for p in _PATHS),
+            _rope_forward,
+            obstacles,
+            "six rotations, concatenations and attention",
+        ),
         Target(tuple(f"{p}:Attention" for p in _PATHS), _plain_forward, obstacles, "attention"),
-        Target(tuple(f"{p}:CrossAttention" for p in _PATHS), cross_forward, no_obstacles, "cross-attention"),
-        Target(_PREDICTORS, _predictor_forward, _predictor_obstacles, "no sorting", option="unsorted_predictor"),
+        Target(
+            tuple(f"{p}:CrossAttention" for p in _PATHS),
+            cross_forward,
+            no_obstacles,
+            "cross-attention",
+        ),
+        Target(
+            _PREDICTORS,
+            _predictor_forward,
+            _predictor_obstacles,
+            "no sorting",
+            option="unsorted_predictor",
+        ),
     ),
     _LEFT_OUT,
 )

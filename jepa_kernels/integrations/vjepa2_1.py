@@ -1,4 +1,5 @@
-"""facebookresearch V-JEPA 2.1 in its repository's layout: interleaved RoPE with interpolated positions, a class token and registers."""
+"""facebookresearch V-JEPA 2.1 in its repository's layout: interleaved RoPE with interpolated
+positions, a class token and registers."""
 
 from __future__ import annotations
 
@@ -13,7 +14,10 @@ from .vjepa2 import FRAMES, cross_forward, no_obstacles, obstacles, qkv, scale
 
 def _rope_forward(self, x, mask=None, T=None, H_patches=None, W_patches=None, return_attn=False):
     if return_attn and not self.use_sdpa:
-        raise ValueError("V-JEPA 2.1: return_attn must be False with the fused op, got True. Call restore(model) to see probabilities.")
+        raise ValueError(
+            "V-JEPA 2.1: return_attn must be False with the fused op, got True. Call "
+            "restore(model) to see probabilities."
+        )
     sized = H_patches is not None and W_patches is not None
     height, width = (int(H_patches), int(W_patches)) if sized else (self.grid_size, self.grid_size)
     first, last = int(self.has_cls_first), self.n_registers
@@ -22,17 +26,26 @@ def _rope_forward(self, x, mask=None, T=None, H_patches=None, W_patches=None, re
         frames = -(-mask.shape[0] // (height * width))
     else:
         frames = FRAMES
-    rope = Rope3D((frames, height, width), "interleaved", self.pretrained_grid_size if self.interpolate_rope else None)
-    out = masked_attention(*qkv(self, x), query_ids=_with_unrotated(mask, first, last), rope=rope, scale=scale(self))
+    rope = Rope3D(
+        (frames, height, width),
+        "interleaved",
+        self.pretrained_grid_size if self.interpolate_rope else None,
+    )
+    out = masked_attention(
+        *qkv(self, x), query_ids=_with_unrotated(mask, first, last), rope=rope, scale=scale(self)
+    )
     return self.proj(out.flatten(-2)), None
 
 
 def _with_unrotated(ids: Tensor, first: int, last: int) -> Tensor:
-    """Ids of every token: the class token ahead of the patches and the registers behind them have no position."""
+    """Ids of every token: the class token ahead of the patches and the registers behind them have
+    no position."""
     if first == last == 0:
         return ids
     lead = ids.shape[:-1]
-    return torch.cat((ids.new_full((*lead, first), -1), ids, ids.new_full((*lead, last), -1)), dim=-1)
+    return torch.cat(
+        (ids.new_full((*lead, first), -1), ids, ids.new_full((*lead, last), -1)), dim=-1
+    )
 
 
 def _plain_forward(self, x):
@@ -44,7 +57,12 @@ BASE = CodeBase(
     "vjepa2.1",
     "facebookresearch/vjepa2, app/vjepa_2_1",
     (
-        Target((f"{_PATH}:RoPEAttention",), _rope_forward, obstacles, "six rotations, concatenations and attention"),
+        Target(
+            (f"{_PATH}:RoPEAttention",),
+            _rope_forward,
+            obstacles,
+            "six rotations, concatenations and attention",
+        ),
         Target((f"{_PATH}:Attention",), _plain_forward, obstacles, "attention"),
         Target((f"{_PATH}:CrossAttention",), cross_forward, no_obstacles, "cross-attention"),
     ),

@@ -1,4 +1,5 @@
-"""Drop-ins for the attention modules of V-JEPA 2 and 2.1: the same parameters and calls, RoPE and attention in one op."""
+"""Drop-ins for the attention modules of V-JEPA 2 and 2.1: the same parameters and calls, RoPE and
+attention in one op."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from ..checks import sentence
 from ..ops.masked_attention import masked_attention
 from ..rope3d import Rope3D, RopeLayout
 
-# Frames (in tubelets) that ids may reach when a call gives neither `T` nor the module a grid: the table has one row for each.
+# Frames (in tubelets) that ids may reach when a call gives neither `T` nor the module a grid: the
+# table has one row for each.
 _DEFAULT_FRAMES = 256
 
 
@@ -19,17 +21,21 @@ def _no_dropout(op: str, argument: str, probability: float) -> None:
 
 
 class RoPEAttention(nn.Module):
-    """Multi-head self-attention with 3-D RoPE: `RoPEAttention` of V-JEPA 2 (arXiv 2506.09985) and of 2.1, fused.
+    """Multi-head self-attention with 3-D RoPE: `RoPEAttention` of V-JEPA 2 (arXiv 2506.09985) and
+    of 2.1, fused.
 
-    The state dict (``qkv.weight``, ``qkv.bias``, ``proj.weight``, ``proj.bias``) is that of the original, both ways.
+    The state dict (``qkv.weight``, ``qkv.bias``, ``proj.weight``, ``proj.bias``) is that of the
+    original, both ways.
 
     Args:
         dim: model width, a multiple of `num_heads`.
         num_heads, qkv_bias: as in the original.
         qk_scale: factor of the scores; None is ``head_dim ** -0.5``.
         attn_drop, proj_drop: must be 0; accepted so that the original's call stays valid.
-        grid_size: tokens along each side of a frame when a call gives no `H_patches` and `W_patches`.
-        layout: ``"tiled"`` for V-JEPA 2 checkpoints, ``"interleaved"`` for V-JEPA 2.1; never implied (see `jepa_kernels.rope3d`).
+        grid_size: tokens along each side of a frame when a call gives no `H_patches` and
+            `W_patches`.
+        layout: ``"tiled"`` for V-JEPA 2 checkpoints, ``"interleaved"`` for V-JEPA 2.1; never
+            implied (see `jepa_kernels.rope3d`).
         interpolate_from: grid side of pre-training for position interpolation, or None.
         num_prefix: tokens ahead of the patches that are not rotated (a class token and registers).
         num_suffix: such tokens behind the patches (registers at the end).
@@ -57,7 +63,9 @@ class RoPEAttention(nn.Module):
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
-            raise ValueError(sentence("RoPEAttention", "dim", f"be a multiple of num_heads ({num_heads})", dim))
+            raise ValueError(
+                sentence("RoPEAttention", "dim", f"be a multiple of num_heads ({num_heads})", dim)
+            )
         _no_dropout("RoPEAttention", "attn_drop", attn_drop)
         _no_dropout("RoPEAttention", "proj_drop", proj_drop)
         self.num_heads = num_heads
@@ -85,17 +93,27 @@ class RoPEAttention(nn.Module):
 
         Args:
             x: ``[B, N, dim]``, or ``[tokens, dim]`` packed with `cu_seqlens`.
-            mask: int32 or int64 token ids, ``[B, N]`` or ``[N]`` (packed ``[tokens]``), of the patches only: prefix and suffix tokens are not
-                in it, except when packed, where ids cover every row and -1 marks those. None: the patches are the whole grid in order.
+            mask: int32 or int64 token ids, ``[B, N]`` or ``[N]`` (packed ``[tokens]``), of the
+                patches only: prefix and suffix tokens are not in it, except when packed, where ids
+                    cover every row and -1 marks those. None: the patches are the whole grid in
+                    order.
             attn_mask: must be None.
-            T, H_patches, W_patches: the grid in tokens; None takes `grid_size` for a side and enough frames for the tokens.
+            T, H_patches, W_patches: the grid in tokens; None takes `grid_size` for a side and
+                enough frames for the tokens.
             cu_seqlens: int32 or int64 ``[sequences + 1]`` offsets of packed clips.
 
         Returns:
             shaped like `x`.
         """
         if attn_mask is not None:
-            raise ValueError(sentence("RoPEAttention", "attn_mask", "be None (pack the tokens that take part instead)", "a tensor"))
+            raise ValueError(
+                sentence(
+                    "RoPEAttention",
+                    "attn_mask",
+                    "be None (pack the tokens that take part instead)",
+                    "a tensor",
+                )
+            )
         height = self.grid_size if H_patches is None else int(H_patches)
         width = self.grid_size if W_patches is None else int(W_patches)
         ids = self._ids(x, mask, height, width, packed=cu_seqlens is not None)
@@ -103,13 +121,26 @@ class RoPEAttention(nn.Module):
             T = _DEFAULT_FRAMES if mask is not None else -(-ids.shape[-1] // (height * width))
         rope = Rope3D((int(T), height, width), self.layout, self.interpolate_from)
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        out = masked_attention(query, key, value, query_ids=ids, rope=rope, cu_seqlens_q=cu_seqlens, scale=self.scale, backend=self.backend)
+        out = masked_attention(
+            query,
+            key,
+            value,
+            query_ids=ids,
+            rope=rope,
+            cu_seqlens_q=cu_seqlens,
+            scale=self.scale,
+            backend=self.backend,
+        )
         return self.proj(out.flatten(-2))
 
-    def _ids(self, x: torch.Tensor, mask: torch.Tensor | None, height: int, width: int, packed: bool) -> torch.Tensor:
+    def _ids(
+        self, x: torch.Tensor, mask: torch.Tensor | None, height: int, width: int, packed: bool
+    ) -> torch.Tensor:
         if packed:
             if mask is None:
-                raise TypeError(sentence("RoPEAttention", "mask", "be given with cu_seqlens", "None"))
+                raise TypeError(
+                    sentence("RoPEAttention", "mask", "be given with cu_seqlens", "None")
+                )
             return mask
         extra = self.num_prefix + self.num_suffix
         if mask is None:
@@ -121,19 +152,25 @@ class RoPEAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Cross-attention of V-JEPA's attentive pooler: queries attend to tokens, without positions and without an output projection.
+    """Cross-attention of V-JEPA's attentive pooler: queries attend to tokens, without positions and
+    without an output projection.
 
-    The state dict (``q.weight``, ``q.bias``, ``kv.weight``, ``kv.bias``) is that of the original, both ways.
+    The state dict (``q.weight``, ``q.bias``, ``kv.weight``, ``kv.bias``) is that of the original,
+    both ways.
 
     Args:
         dim, num_heads, qkv_bias: as in the original.
         backend: passed to `masked_attention`.
     """
 
-    def __init__(self, dim: int, num_heads: int = 12, qkv_bias: bool = False, *, backend: str | None = None) -> None:
+    def __init__(
+        self, dim: int, num_heads: int = 12, qkv_bias: bool = False, *, backend: str | None = None
+    ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
-            raise ValueError(sentence("CrossAttention", "dim", f"be a multiple of num_heads ({num_heads})", dim))
+            raise ValueError(
+                sentence("CrossAttention", "dim", f"be a multiple of num_heads ({num_heads})", dim)
+            )
         self.num_heads = num_heads
         self.backend = backend
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
@@ -149,7 +186,8 @@ class CrossAttention(nn.Module):
         """Each query attends to the tokens of its clip.
 
         Args:
-            q: ``[B, Nq, dim]`` or packed ``[queries, dim]``. x: ``[B, N, dim]`` or packed ``[tokens, dim]``.
+            q: ``[B, Nq, dim]`` or packed ``[queries, dim]``. x: ``[B, N, dim]`` or packed
+                ``[tokens, dim]``.
             cu_seqlens_q, cu_seqlens_k: offsets of packed clips, both or neither.
 
         Returns:
@@ -157,5 +195,12 @@ class CrossAttention(nn.Module):
         """
         query = self.q(q).unflatten(-1, (self.num_heads, -1))
         key, value = self.kv(x).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
-        out = masked_attention(query, key, value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, backend=self.backend)
+        out = masked_attention(
+            query,
+            key,
+            value,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            backend=self.backend,
+        )
         return out.flatten(-2)

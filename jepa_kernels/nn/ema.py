@@ -21,7 +21,8 @@ _FORWARD = "forward_copy."
 
 
 class Pair(NamedTuple):
-    """One tensor of the teacher and what it follows; `is_float` is False for what is copied, such as an integer buffer."""
+    """One tensor of the teacher and what it follows; `is_float` is False for what is copied, such
+    as an integer buffer."""
 
     name: str
     target: torch.Tensor
@@ -32,29 +33,38 @@ class Pair(NamedTuple):
 
 
 class EMATeacher(nn.Module):
-    """A frozen copy of `student` whose parameters follow it: target <- momentum * target + (1 - momentum) * student.
+    """A frozen copy of `student` whose parameters follow it: target <- momentum * target + (1 -
+    momentum) * student.
 
     Args:
-        student: the module to follow. Not held as a submodule. Copy before sharding: build the teacher first, then call ``fully_shard`` in the
-            same way on the student, on ``teacher.module``, and on ``teacher.forward_copy`` and ``teacher.compensation`` where they exist.
-        momentum: a number, a function of the number of updates so far (`LinearMomentum`, `CosineMomentum`), or a 0-d tensor, which may live on
-            the device and be changed in place (for CUDA graphs).
-        master_dtype: dtype in which 16-bit parameters and buffers are kept; None keeps the student's. bfloat16 loses every update at the
-            usual momenta, hence float32.
-        forward_dtype: dtype of the copy that `forward` uses; None is the student's. A second module is kept, and written in the same pass,
-            only where it differs from the master.
-        rounding: ``"nearest"``, ``"kahan"`` or ``"stochastic"`` for masters kept in 16 bits (``master_dtype=None``); see `ema_update_`.
-        average_buffers: float buffers (batch-norm statistics) are averaged like parameters; False copies them. Other buffers are copied.
-        warmup: momentum is at most ``(1 + n) / (10 + n)`` at update n, so that a short run does not lag.
-        debias: weigh the student's history alone, as if the average had started at zero and were divided by ``1 - prod(momentum)``; the first
-            update then copies the student.
+        student: the module to follow. Not held as a submodule. Copy before sharding: build the
+            teacher first, then call ``fully_shard`` in the same way on the student, on
+            ``teacher.module``, and on ``teacher.forward_copy`` and ``teacher.compensation`` where
+            they exist.
+        momentum: a number, a function of the number of updates so far (`LinearMomentum`,
+            `CosineMomentum`), or a 0-d tensor, which may live on the device and be changed in place
+            (for CUDA graphs).
+        master_dtype: dtype in which 16-bit parameters and buffers are kept; None keeps the
+            student's. bfloat16 loses every update at the usual momenta, hence float32.
+        forward_dtype: dtype of the copy that `forward` uses; None is the student's. A second module
+            is kept, and written in the same pass, only where it differs from the master.
+        rounding: ``"nearest"``, ``"kahan"`` or ``"stochastic"`` for masters kept in 16 bits
+            (``master_dtype=None``); see `ema_update_`.
+        average_buffers: float buffers (batch-norm statistics) are averaged like parameters; False
+            copies them. Other buffers are copied.
+        warmup: momentum is at most ``(1 + n) / (10 + n)`` at update n, so that a short run does not
+            lag.
+        debias: weigh the student's history alone, as if the average had started at zero and were
+            divided by ``1 - prod(momentum)``; the first update then copies the student.
         seed: of stochastic rounding.
         backend: a backend name, ``"auto"``, or None (see `jepa_kernels.backend`).
 
     Notes:
-        Always in eval mode and without gradients. ``state_dict`` holds the masters under ``module.``, Kahan compensations under
-        ``compensation.`` and the update count as ``_extra_state``; the forward copy is rebuilt on loading. ``teacher.module.state_dict()`` has
-        the student's own keys. Optimizers that update the teacher themselves (`jepa_kernels.optim.AdamWEMA`) replace calls of `update`.
+        Always in eval mode and without gradients. ``state_dict`` holds the masters under
+        ``module.``, Kahan compensations under ``compensation.`` and the update count as
+        ``_extra_state``; the forward copy is rebuilt on loading. ``teacher.module.state_dict()``
+        has the student's own keys. Optimizers that update the teacher themselves
+        (`jepa_kernels.optim.AdamWEMA`) replace calls of `update`.
 
     Example:
         >>> import torch
@@ -108,7 +118,8 @@ class EMATeacher(nn.Module):
 
     @property
     def num_updates(self) -> int:
-        """Updates done, without those that a flag skipped. Flags on a device are only added up there, and read when this is."""
+        """Updates done, without those that a flag skipped. Flags on a device are only added up
+        there, and read when this is."""
         if self._skipped is not None:
             self._counted -= int(self._skipped)
             self._skipped = None
@@ -119,11 +130,17 @@ class EMATeacher(nn.Module):
         self._counted: int = value
         self._skipped: torch.Tensor | None = None
 
-    def _make_forward_copy(self, student: nn.Module, forward_dtype: torch.dtype | None) -> nn.Module | None:
+    def _make_forward_copy(
+        self, student: nn.Module, forward_dtype: torch.dtype | None
+    ) -> nn.Module | None:
         def rule(dtype: torch.dtype) -> torch.dtype:
             return forward_dtype if forward_dtype is not None and dtype.is_floating_point else dtype
 
-        both = zip((*student.parameters(), *student.buffers()), (*self.module.parameters(), *self.module.buffers()), strict=True)
+        both = zip(
+            (*student.parameters(), *student.buffers()),
+            (*self.module.parameters(), *self.module.buffers()),
+            strict=True,
+        )
         if all(rule(theirs.dtype) == master.dtype for theirs, master in both):
             return None
         made = copy.deepcopy(student).requires_grad_(False)
@@ -139,30 +156,45 @@ class EMATeacher(nn.Module):
         return (self.module if self.forward_copy is None else self.forward_copy)(*args, **kwargs)
 
     def pairs(self) -> list[Pair]:
-        """Every tensor of the teacher once, with the student's. Read anew at each call, since sharding replaces parameters."""
+        """Every tensor of the teacher once, with the student's. Read anew at each call, since
+        sharding replaces parameters."""
         modules = [self.student, self.module, self.forward_copy, self.compensation]
         trees = [[] if m is None else list(m.modules()) for m in modules]
         if len(trees[0]) != len(trees[1]):
-            raise ValueError(checks.sentence(_NAME, "student", f"keep its {len(trees[1])} submodules", len(trees[0])))
+            raise ValueError(
+                checks.sentence(
+                    _NAME, "student", f"keep its {len(trees[1])} submodules", len(trees[0])
+                )
+            )
         # FSDP2 leaves a root's own parameters gathered after a forward without gradients.
         for module in _sharded_modules([m for tree in trees for m in tree]):
             module.reshard()
         found: dict[int, Pair] = {}
         absent: list[None] = [None] * len(trees[1])
-        for student, master, low, lost in zip(trees[0], trees[1], trees[2] or absent, trees[3] or absent, strict=True):
+        for student, master, low, lost in zip(
+            trees[0], trees[1], trees[2] or absent, trees[3] or absent, strict=True
+        ):
             for kind, averaged in (("_parameters", True), ("_buffers", self.average_buffers)):
                 for name, target in master.__dict__[kind].items():
                     if target is not None and id(target) not in found:
                         source = student.__dict__[kind][name]
-                        others = (None if m is None else m.__dict__[kind][name] for m in (low, lost))
-                        found[id(target)] = Pair(name, target, source, *others, averaged and target.is_floating_point())
+                        others = (
+                            None if m is None else m.__dict__[kind][name] for m in (low, lost)
+                        )
+                        found[id(target)] = Pair(
+                            name, target, source, *others, averaged and target.is_floating_point()
+                        )
         return list(found.values())
 
     def next_momentum(self) -> float | torch.Tensor:
         """The momentum of the coming update, warm-up and debiasing included."""
         if isinstance(self.momentum, torch.Tensor):
             return self.momentum
-        momentum = float(self.momentum(self.num_updates)) if callable(self.momentum) else float(self.momentum)
+        momentum = (
+            float(self.momentum(self.num_updates))
+            if callable(self.momentum)
+            else float(self.momentum)
+        )
         if self.warmup:
             momentum = min(momentum, (1 + self.num_updates) / (10 + self.num_updates))
         if not self.debias:
@@ -171,22 +203,33 @@ class EMATeacher(nn.Module):
         return kept / (kept + 1 - momentum) if kept else 0.0
 
     def next_seed(self, part: int = 0) -> int | None:
-        """The seed of stochastic rounding for the coming update; `part` tells apart two calls of one update."""
-        return (self.seed << 32) + 2 * self.num_updates + part if self.rounding == "stochastic" else None
+        """The seed of stochastic rounding for the coming update; `part` tells apart two calls of
+        one update."""
+        return (
+            (self.seed << 32) + 2 * self.num_updates + part
+            if self.rounding == "stochastic"
+            else None
+        )
 
     def count_update(self, skipped: torch.Tensor | None = None) -> None:
-        """Advances schedule, warm-up and debiasing. `update` calls it; so does an optimizer that updates the teacher itself.
+        """Advances schedule, warm-up and debiasing. `update` calls it; so does an optimizer that
+        updates the teacher itself.
 
         Args:
-            skipped: one number that is not 0 if the update was skipped, which then does not count. It is read where a history is kept
-                (`debias`), else only with `num_updates`: a number or a tensor as momentum never waits for it, a schedule or `warmup` does
-                at the next update.
+            skipped: one number that is not 0 if the update was skipped, which then does not count.
+                It is read where a history is kept (`debias`), else only with `num_updates`: a
+                number or a tensor as momentum never waits for it, a schedule or `warmup` does at
+                the next update.
         """
         if self.debias and not isinstance(self.momentum, torch.Tensor):
             if skipped is not None and bool(skipped):
                 return
             skipped = None
-            momentum = float(self.momentum(self.num_updates)) if callable(self.momentum) else float(self.momentum)
+            momentum = (
+                float(self.momentum(self.num_updates))
+                if callable(self.momentum)
+                else float(self.momentum)
+            )
             if self.warmup:
                 momentum = min(momentum, (1 + self.num_updates) / (10 + self.num_updates))
             self.history_weight = momentum * self.history_weight + (1 - momentum)
@@ -196,13 +239,17 @@ class EMATeacher(nn.Module):
             self._skipped = flag if self._skipped is None else self._skipped + flag
 
     def update(self) -> None:
-        """One update of every parameter and buffer, in one pass over the list. Call it after the optimizer's step."""
+        """One update of every parameter and buffer, in one pass over the list. Call it after the
+        optimizer's step."""
         self.update_pairs(self.pairs(), self.next_momentum())
         self.count_update()
 
     @torch.no_grad()
-    def update_pairs(self, pairs: list[Pair], momentum: float | torch.Tensor, part: int = 0) -> None:
-        """Moves the targets of `pairs` by `momentum` and copies those that are not averaged, without counting an update."""
+    def update_pairs(
+        self, pairs: list[Pair], momentum: float | torch.Tensor, part: int = 0
+    ) -> None:
+        """Moves the targets of `pairs` by `momentum` and copies those that are not averaged,
+        without counting an update."""
         moved = [p for p in pairs if p.is_float]
         by_device: dict[tuple[torch.device, bool], list[Pair]] = {}
         for pair in moved:
@@ -221,23 +268,32 @@ class EMATeacher(nn.Module):
         for pair in pairs:
             if not pair.is_float:
                 skip = isinstance(momentum, torch.Tensor) and momentum.device == pair.target.device
-                # A momentum of exactly 1 on the device may mean a skipped step, which copies nothing either.
-                source = torch.where(momentum == 1, pair.target, pair.source.to(pair.target.dtype)) if skip else pair.source
+                # A momentum of exactly 1 on the device may mean a skipped step, which copies
+                # nothing either.
+                source = (
+                    torch.where(momentum == 1, pair.target, pair.source.to(pair.target.dtype))
+                    if skip
+                    else pair.source
+                )
                 for place in (pair.target, pair.copy):
                     if place is not None:
                         place.copy_(source)
 
     @torch.no_grad()
     def lag(self) -> torch.Tensor:
-        """Distance to the student, ||teacher - student|| / ||student|| over all parameters: a 0-d float64 tensor, without a synchronisation.
+        """Distance to the student, ||teacher - student|| / ||student|| over all parameters: a 0-d
+        float64 tensor, without a synchronisation.
 
-        Near 0 the teacher only copies the student; a value that keeps growing says that the momentum is too high for the length of the run.
-        With FSDP2 this is a collective call: the sums of every rank are added.
+        Near 0 the teacher only copies the student; a value that keeps growing says that the
+        momentum is too high for the length of the run. With FSDP2 this is a collective call: the
+        sums of every rank are added.
         """
         parameters = {id(p) for p in self.module.parameters()}
         pairs = [p for p in self.pairs() if id(p.target) in parameters and p.is_float]
         if not pairs:
-            raise ValueError(checks.sentence(_NAME, "module", "have a float parameter to measure a lag", "none"))
+            raise ValueError(
+                checks.sentence(_NAME, "module", "have a float parameter to measure a lag", "none")
+            )
         sums = [_squares(p) for p in pairs]
         device = sums[0].device
         difference, size = torch.stack([s.to(device) for s in sums]).sum(0).unbind()
@@ -250,24 +306,52 @@ class EMATeacher(nn.Module):
         self.num_updates, self.history_weight = int(state[0]), float(state[1])
 
 
-def _check(student: nn.Module, module: nn.Module | None, momentum: object, rounding: str, uses_count: bool) -> None:
+def _check(
+    student: nn.Module, module: nn.Module | None, momentum: object, rounding: str, uses_count: bool
+) -> None:
     if not isinstance(student, nn.Module):
         raise TypeError(checks.sentence(_NAME, "student", "be a module", checks.type_name(student)))
     if module is not None:
         if not isinstance(module, nn.Module):
-            raise TypeError(checks.sentence(_NAME, "module", "be a module or None", checks.type_name(module)))
-        shapes = [[(name, tuple(p.shape)) for name, p in one.named_parameters()] for one in (student, module)]
+            raise TypeError(
+                checks.sentence(_NAME, "module", "be a module or None", checks.type_name(module))
+            )
+        shapes = [
+            [(name, tuple(p.shape)) for name, p in one.named_parameters()]
+            for one in (student, module)
+        ]
         if module is student or shapes[0] != shapes[1]:
-            raise ValueError(checks.sentence(_NAME, "module", "be a copy of the student, with its parameters' names and shapes", "another"))
+            raise ValueError(
+                checks.sentence(
+                    _NAME,
+                    "module",
+                    "be a copy of the student, with its parameters' names and shapes",
+                    "another",
+                )
+            )
     if rounding not in ROUNDINGS:
-        raise ValueError(checks.sentence(_NAME, "rounding", f"be one of {', '.join(ROUNDINGS)}", repr(rounding)))
+        raise ValueError(
+            checks.sentence(_NAME, "rounding", f"be one of {', '.join(ROUNDINGS)}", repr(rounding))
+        )
     for name, parameter in student.named_parameters():
         if module is None and is_sharded(parameter):
             hint = "Build the teacher first, then call fully_shard on student and teacher.module."
-            raise ValueError(checks.sentence(_NAME, "student", "be copied before it is sharded", f"the sharded parameter {name}", hint))
+            raise ValueError(
+                checks.sentence(
+                    _NAME,
+                    "student",
+                    "be copied before it is sharded",
+                    f"the sharded parameter {name}",
+                    hint,
+                )
+            )
     if isinstance(momentum, torch.Tensor):
         if uses_count:
-            raise ValueError(checks.sentence(_NAME, "momentum", "be a number or a function with warmup or debias", "a tensor"))
+            raise ValueError(
+                checks.sentence(
+                    _NAME, "momentum", "be a number or a function with warmup or debias", "a tensor"
+                )
+            )
     elif not callable(momentum):
         checks.is_finite_number(_NAME, "momentum", momentum)
         if not 0.0 <= momentum <= 1.0:  # type: ignore[operator]
@@ -286,7 +370,8 @@ def _sharded_modules(modules: list[nn.Module]) -> list[Any]:
 
 
 def _squares(pair: Pair) -> torch.Tensor:
-    """float64 [2]: the sums of squares of target - source and of source, over all ranks for a sharded parameter."""
+    """float64 [2]: the sums of squares of target - source and of source, over all ranks for a
+    sharded parameter."""
     target, source = pair.target, pair.source
     if is_sharded(target):
         mesh, placements = target.device_mesh, target.placements
@@ -301,10 +386,17 @@ def _squares(pair: Pair) -> torch.Tensor:
 def _local_squares(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     wide = torch.promote_types(target.dtype, torch.float32)
     target, source = target.to(wide), source.to(wide)
-    return torch.stack([(target - source).square().sum(dtype=torch.float64), source.square().sum(dtype=torch.float64)])
+    return torch.stack(
+        [
+            (target - source).square().sum(dtype=torch.float64),
+            source.square().sum(dtype=torch.float64),
+        ]
+    )
 
 
-def _drop_forward_copy(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+def _drop_forward_copy(
+    module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+) -> None:
     for key in [k for k in state if k.startswith(prefix + _FORWARD)]:
         del state[key]
 

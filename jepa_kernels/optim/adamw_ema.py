@@ -16,13 +16,17 @@ _NAME = "AdamWEMA"
 
 
 class AdamWEMA(torch.optim.AdamW):
-    """torch.optim.AdamW whose step also updates an `EMATeacher`: parameters, gradients, moments and targets are read and written once.
+    """torch.optim.AdamW whose step also updates an `EMATeacher`: parameters, gradients, moments and
+    targets are read and written once.
 
     Args:
-        params, lr, betas, eps, weight_decay, maximize, capturable: as in torch.optim.AdamW; parameter groups and schedulers work as there.
+        params, lr, betas, eps, weight_decay, maximize, capturable: as in torch.optim.AdamW;
+            parameter groups and schedulers work as there.
         amsgrad: must be False.
-        teacher: the `EMATeacher` to update; None leaves a plain AdamW. Do not call ``teacher.update()`` as well. Parameters of the teacher's
-            student that have no gradient (or belong to no group) and buffers move the teacher too; parameters of other modules have no teacher.
+        teacher: the `EMATeacher` to update; None leaves a plain AdamW. Do not call
+            ``teacher.update()`` as well. Parameters of the teacher's student that have no gradient
+            (or belong to no group) and buffers move the teacher too; parameters of other modules
+            have no teacher.
         backend: a backend name, ``"auto"``, or None (see `jepa_kernels.backend`).
 
     Raises:
@@ -30,11 +34,13 @@ class AdamWEMA(torch.optim.AdamW):
         BackendUnsupportedError: at `step`, when the chosen backend cannot run it.
 
     Notes:
-        ``state_dict`` is that of torch.optim.AdamW (step, exp_avg, exp_avg_sq), and either loads the other's; the teacher saves itself.
-        A step that ``found_inf`` or a GradScaler skips moves neither parameters, moments, step counts nor the teacher, and is not counted in
-        ``teacher.num_updates``. The flag is not read back (for a teacher's schedule, see `EMATeacher.count_update`). With
-        ``capturable=True`` step counts live on the device and lr may be a tensor there; give the teacher a device tensor as momentum, since
-        numbers are fixed when a CUDA graph is captured.
+        ``state_dict`` is that of torch.optim.AdamW (step, exp_avg, exp_avg_sq), and either loads
+        the other's; the teacher saves itself. A step that ``found_inf`` or a GradScaler skips moves
+        neither parameters, moments, step counts nor the teacher, and is not counted in
+        ``teacher.num_updates``. The flag is not read back (for a teacher's schedule, see
+        `EMATeacher.count_update`). With ``capturable=True`` step counts live on the device and lr
+        may be a tensor there; give the teacher a device tensor as momentum, since numbers are fixed
+        when a CUDA graph is captured.
 
     Example:
         >>> import torch
@@ -64,8 +70,14 @@ class AdamWEMA(torch.optim.AdamW):
         backend: str | None = None,
     ) -> None:
         if teacher is not None and not isinstance(teacher, EMATeacher):
-            raise TypeError(checks.sentence(_NAME, "teacher", "be an EMATeacher or None", checks.type_name(teacher)))
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable)
+            raise TypeError(
+                checks.sentence(
+                    _NAME, "teacher", "be an EMATeacher or None", checks.type_name(teacher)
+                )
+            )
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable
+        )
         self.teacher = teacher
         self.backend = backend
         for group in self.param_groups:
@@ -86,12 +98,18 @@ class AdamWEMA(torch.optim.AdamW):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # True lets a GradScaler hand over its scale and its flag unread. Step counts must then be where the flag is.
-        return all(_step_is_on_device(group) or p.device.type == "cpu" for group in self.param_groups for p in group["params"])
+        # True lets a GradScaler hand over its scale and its flag unread. Step counts must then be
+        # where the flag is.
+        return all(
+            _step_is_on_device(group) or p.device.type == "cpu"
+            for group in self.param_groups
+            for p in group["params"]
+        )
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
-        """Set by torch's constructor and when a checkpoint of its fused AdamW is loaded; what counts is where the step counts are."""
+        """Set by torch's constructor and when a checkpoint of its fused AdamW is loaded; what
+        counts is where the step counts are."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -114,7 +132,10 @@ class AdamWEMA(torch.optim.AdamW):
         works = self._collect(follower)
         for device, work in works.items():
             self._check_capture(device)
-            scale, flag = (None if t is None else t.to(device, torch.float32, non_blocking=True) for t in (grad_scale, found_inf))
+            scale, flag = (
+                None if t is None else t.to(device, torch.float32, non_blocking=True)
+                for t in (grad_scale, found_inf)
+            )
             _count(work.steps, flag)
             self._update(work, device, momentum, scale, flag)
         if self.teacher is not None:
@@ -122,17 +143,34 @@ class AdamWEMA(torch.optim.AdamW):
             rest = [pair for pair in pairs if id(pair) not in done]
             if found_inf is not None:
                 momentum = torch.where(
-                    found_inf.reshape(()) != 0, 1.0, torch.as_tensor(momentum, dtype=torch.float64, device=found_inf.device)
+                    found_inf.reshape(()) != 0,
+                    1.0,
+                    torch.as_tensor(momentum, dtype=torch.float64, device=found_inf.device),
                 )
             self.teacher.update_pairs(rest, momentum, part=1)
             # A flag in a graph's memory changes at every replay, and the count on the host at none.
-            captured = found_inf is not None and found_inf.is_cuda and torch.cuda.is_current_stream_capturing()
+            captured = (
+                found_inf is not None
+                and found_inf.is_cuda
+                and torch.cuda.is_current_stream_capturing()
+            )
             self.teacher.count_update(None if captured else found_inf)
         return loss
 
     def _check_capture(self, device: torch.device) -> None:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and not all(g["capturable"] for g in self.param_groups):
-            raise RuntimeError(checks.sentence(_NAME, "capturable", "be True in every group while a CUDA graph is captured", "False"))
+        if (
+            device.type == "cuda"
+            and torch.cuda.is_current_stream_capturing()
+            and not all(g["capturable"] for g in self.param_groups)
+        ):
+            raise RuntimeError(
+                checks.sentence(
+                    _NAME,
+                    "capturable",
+                    "be True in every group while a CUDA graph is captured",
+                    "False",
+                )
+            )
 
     def _collect(self, follower: dict[int, Pair]) -> dict[torch.device, _Work]:
         """The parameters with gradients of all groups by device, those with a teacher first."""
@@ -144,13 +182,22 @@ class AdamWEMA(torch.optim.AdamW):
                 if gradient is not None:
                     pair = follower.get(id(parameter))
                     entries = (alone if pair is None else followed).setdefault(parameter.device, [])
-                    entries.append((parameter, gradient, self._state_of(parameter, gradient, group), row, pair))
-        return {device: _Work(followed.get(device, []) + alone.get(device, [])) for device in {**followed, **alone}}
+                    entries.append(
+                        (parameter, gradient, self._state_of(parameter, gradient, group), row, pair)
+                    )
+        return {
+            device: _Work(followed.get(device, []) + alone.get(device, []))
+            for device in {**followed, **alone}
+        }
 
-    def _state_of(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def _state_of(
+        self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]
+    ) -> dict[str, torch.Tensor]:
         state = self.state[parameter]
         if gradient.layout != torch.strided:
-            raise ValueError(checks.sentence(_NAME, "gradients", "be dense", f"layout {gradient.layout}"))
+            raise ValueError(
+                checks.sentence(_NAME, "gradients", "be dense", f"layout {gradient.layout}")
+            )
         if not state:
             device = parameter.device if _step_is_on_device(group) else torch.device("cpu")
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
@@ -158,7 +205,14 @@ class AdamWEMA(torch.optim.AdamW):
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state
 
-    def _update(self, work: _Work, device: torch.device, momentum: float | torch.Tensor, grad_scale, found_inf) -> None:
+    def _update(
+        self,
+        work: _Work,
+        device: torch.device,
+        momentum: float | torch.Tensor,
+        grad_scale,
+        found_inf,
+    ) -> None:
         teacher = None
         if work.pairs:
             copies = [pair.copy for pair in work.pairs]
@@ -167,7 +221,9 @@ class AdamWEMA(torch.optim.AdamW):
                 momentum=momentum,
                 copies=None if copies[0] is None else copies,
                 rounding=self.teacher.rounding,
-                compensations=[pair.compensation for pair in work.pairs] if self.teacher.rounding == "kahan" else None,
+                compensations=[pair.compensation for pair in work.pairs]
+                if self.teacher.rounding == "kahan"
+                else None,
                 seed=self.teacher.next_seed(),
             )
         adamw_ema_(
@@ -185,7 +241,8 @@ class AdamWEMA(torch.optim.AdamW):
         )
 
 
-# A parameter, its gradient, its state, the number of its group, and its teacher's pair if it has one.
+# A parameter, its gradient, its state, the number of its group, and its teacher's pair if it has
+# one.
 _Entry = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], int, Pair | None]
 
 
@@ -207,7 +264,9 @@ def _count(steps: list[torch.Tensor], flag: torch.Tensor | None) -> None:
     on_host = steps[0].device.type == "cpu"
     if flag is not None:
         # As a list: a foreach function reads a tensor that is given in the place of a number.
-        torch._foreach_add_(steps, [(flag == 0).to(steps[0].device, torch.float32).reshape(())] * len(steps))
+        torch._foreach_add_(
+            steps, [(flag == 0).to(steps[0].device, torch.float32).reshape(())] * len(steps)
+        )
     else:
         # A tensor: the number 1 would be wrapped anew for each of the step counts on the host.
         torch._foreach_add_(steps, torch.ones(()) if on_host else 1)
@@ -224,14 +283,21 @@ def _step_is_on_device(group: dict[str, Any]) -> bool:
 
 
 def _hyper(groups: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
-    """float64 [groups, 6] on the host; on `device` where a value is a tensor there, which is not read back."""
-    rows = [[g["lr"], *g["betas"], g["eps"], g["weight_decay"], float(g["maximize"])] for g in groups]
-    tensors = [v for row in rows for v in row if isinstance(v, torch.Tensor) and v.device.type != "cpu"]
+    """float64 [groups, 6] on the host; on `device` where a value is a tensor there, which is not
+    read back."""
+    rows = [
+        [g["lr"], *g["betas"], g["eps"], g["weight_decay"], float(g["maximize"])] for g in groups
+    ]
+    tensors = [
+        v for row in rows for v in row if isinstance(v, torch.Tensor) and v.device.type != "cpu"
+    ]
     if not tensors:
         return torch.tensor([[float(v) for v in row] for row in rows], dtype=torch.float64)
     # Numbers become fills, not copies from the host, so that a CUDA graph can record them.
     values = [
-        v.to(device, torch.float64).reshape(()) if isinstance(v, torch.Tensor) else torch.full((), v, dtype=torch.float64, device=device)
+        v.to(device, torch.float64).reshape(())
+        if isinstance(v, torch.Tensor)
+        else torch.full((), v, dtype=torch.float64, device=device)
         for row in rows
         for v in row
     ]

@@ -1,4 +1,5 @@
-"""The cost model: recovers what it is given, refuses negative terms, and its held-out check can fail."""
+"""The cost model: recovers what it is given, refuses negative terms, and its held-out check can
+fail."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ def test_recovers_its_own_coefficients(constant: float, per_token: float, per_pa
 def test_terms_are_never_negative() -> None:
     made = costmodel.fit(TOKENS, [1] * 4, [n**0.5 for n in TOKENS])
     assert min(made.constant, made.per_token, made.per_pair) >= 0
-    assert made.worst_error > 0.05  # a square root is none of the three terms, and the fit must say so
+    assert (
+        made.worst_error > 0.05
+    )  # a square root is none of the three terms, and the fit must say so
 
 
 def test_exponent_runs_from_zero_to_two() -> None:
@@ -51,14 +54,18 @@ def test_slopes_of_a_power_law() -> None:
     assert costmodel.slopes([5.0], [1.0]) == [None]
 
 
-@pytest.mark.parametrize(("tokens", "values", "sentence"), [([], [], "positive length"), ([1.0], [0.0], "must be positive")])
+@pytest.mark.parametrize(
+    ("tokens", "values", "sentence"),
+    [([], [], "positive length"), ([1.0], [0.0], "must be positive")],
+)
 def test_refusals(tokens: list[float], values: list[float], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         costmodel.fit(tokens, [1.0] * len(tokens), values)
 
 
 def test_flop_formula_counts_a_block_by_hand() -> None:
-    """One block on n tokens of width d: qkv 3, projection 1, MLP 2 * ratio matrices of d x d; attention two products of n x n x d."""
+    """One block on n tokens of width d: qkv 3, projection 1, MLP 2 * ratio matrices of d x d;
+    attention two products of n x n x d."""
     n, d = 10, 12
     by_hand = 2 * n * d * d * (3 + 1 + 2 * 4) + 2 * 2 * n * n * d
     assert flop.blocks([n], d, 1, 4.0).total == by_hand

@@ -11,7 +11,9 @@ import torch
 from benchmarks import eager_attention
 from benchmarks.eager_twin import RECIPES, EagerTwin, Outcome, Size
 
-GOLDEN_SIZE = Size(dim=24, depth=12, heads=3, predictor_dim=24, predictor_depth=8, predictor_heads=3)
+GOLDEN_SIZE = Size(
+    dim=24, depth=12, heads=3, predictor_dim=24, predictor_depth=8, predictor_heads=3
+)
 
 
 @pytest.fixture
@@ -20,14 +22,17 @@ def steps_dir(shared_dir: Path) -> Path:
 
 
 def relative_error(actual: torch.Tensor | float, expected: np.ndarray) -> float:
-    left = np.asarray(actual.detach() if isinstance(actual, torch.Tensor) else actual, dtype=np.float64)
+    left = np.asarray(
+        actual.detach() if isinstance(actual, torch.Tensor) else actual, dtype=np.float64
+    )
     right = np.asarray(expected, dtype=np.float64)
     size, gap = float(np.linalg.norm(right)), float(np.linalg.norm(left - right))
     return gap if size < 1e-6 else gap / size
 
 
 def without_sign_flips(actual: torch.Tensor, expected: np.ndarray) -> float:
-    """Relative error after setting aside the three largest deviations (L1 residuals that are zero to rounding)."""
+    """Relative error after setting aside the three largest deviations (L1 residuals that are zero
+    to rounding)."""
     left, right = actual.detach().double().numpy().ravel(), expected.astype(np.float64).ravel()
     gap = np.abs(left - right)
     gap[np.argsort(gap)[-3:]] = 0.0
@@ -36,7 +41,9 @@ def without_sign_flips(actual: torch.Tensor, expected: np.ndarray) -> float:
 
 def built(variant: str, golden: dict[str, np.ndarray], folder: Path) -> EagerTwin:
     twin = EagerTwin(GOLDEN_SIZE, RECIPES[variant])
-    state = dict(np.load(folder / "init_state.npz")) | {name[5:]: golden[name] for name in golden if name.startswith("init_")}
+    state = dict(np.load(folder / "init_state.npz")) | {
+        name[5:]: golden[name] for name in golden if name.startswith("init_")
+    }
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
             if name in state:
@@ -71,8 +78,11 @@ def test_golden_steps(variant: str, steps_dir: Path) -> None:
     def stepping() -> None:
         for name, parameter in twin.named_parameters():
             norms[name] = -1.0 if parameter.grad is None else float(parameter.grad.norm())
-            # AdamW's first move g / (|g| + 1e-8) is undecided where g is no larger than its epsilon.
-            undecided[name] = 0 if parameter.grad is None else int((parameter.grad.abs() < 1e-8).sum())
+            # AdamW's first move g / (|g| + 1e-8) is undecided where g is no larger than its
+            # epsilon.
+            undecided[name] = (
+                0 if parameter.grad is None else int((parameter.grad.abs() < 1e-8).sum())
+            )
         original()
 
     twin.optimizer.step = stepping
@@ -80,9 +90,15 @@ def test_golden_steps(variant: str, steps_dir: Path) -> None:
 
     def capturing(*arguments: object) -> Outcome:
         outcome = forward(*arguments)
-        for kind, tensors in (("z_enc", outcome.context), ("z_pred", outcome.predicted), ("z_context", outcome.predicted_context)):
+        for kind, tensors in (
+            ("z_enc", outcome.context),
+            ("z_pred", outcome.predicted),
+            ("z_context", outcome.predicted_context),
+        ):
             for number, tensor in enumerate(tensors):
-                tensor.register_hook(lambda grad, key=f"{kind}_{number}": captured.__setitem__(key, grad))
+                tensor.register_hook(
+                    lambda grad, key=f"{kind}_{number}": captured.__setitem__(key, grad)
+                )
         return outcome
 
     twin.forward = capturing
@@ -94,7 +110,11 @@ def test_golden_steps(variant: str, steps_dir: Path) -> None:
     assert compared == sum(key.startswith("step1_term_") for key in golden)
     assert relative_error(outcome.loss, golden["step1_loss"]) <= 1e-5
     assert relative_error(outcome.targets, golden["h"]) <= 1e-5
-    for kind, tensors in (("z_enc", outcome.context), ("z_pred", outcome.predicted), ("z_context", outcome.predicted_context)):
+    for kind, tensors in (
+        ("z_enc", outcome.context),
+        ("z_pred", outcome.predicted),
+        ("z_context", outcome.predicted_context),
+    ):
         for number, tensor in enumerate(tensors):
             assert relative_error(tensor, golden[f"{kind}_{number}"]) <= 1e-5, (kind, number)
     for key in [key for key in golden if key.startswith("grad_z_")]:
@@ -102,19 +122,36 @@ def test_golden_steps(variant: str, steps_dir: Path) -> None:
         assert error <= (3e-2 if kinked else 1e-4), (key, error)
     for name, expected in zip(golden["grad_norm_names"], golden["grad_norms_step1"], strict=True):
         if name in norms:
-            assert abs(norms[name] - expected) <= 5e-3 * max(abs(expected), 1e-6) + 1e-7, (name, norms[name], expected)
+            assert abs(norms[name] - expected) <= 5e-3 * max(abs(expected), 1e-6) + 1e-7, (
+                name,
+                norms[name],
+                expected,
+            )
     check_parameters(twin, golden, 1, undecided)
     second = run(twin, golden, 2)
     assert relative_error(second.loss, golden["step2_loss"]) <= (1e-4 if kinked else 1e-5)
-    if variant != "spectral":  # its second update hangs on signs of residuals near zero: a float64 twin misses those numbers by more
+    if (
+        variant != "spectral"
+        # its second update hangs on signs of residuals near zero: a float64 twin misses those
+        # numbers by more
+    ):
         check_parameters(twin, golden, 2, undecided)
 
 
-def check_parameters(twin: EagerTwin, golden: dict[str, np.ndarray], step: int, undecided: dict[str, int]) -> None:
+def check_parameters(
+    twin: EagerTwin, golden: dict[str, np.ndarray], step: int, undecided: dict[str, int]
+) -> None:
     parameters = dict(twin.named_parameters())
-    parameters |= {f"target_encoder.{name}": value for name, value in twin.target_encoder.named_parameters()}
+    parameters |= {
+        f"target_encoder.{name}": value for name, value in twin.target_encoder.named_parameters()
+    }
     compared = 0
-    rows = zip(golden["param_names"], golden[f"param_norm_after_step{step}"], golden[f"param_sum_after_step{step}"], strict=True)
+    rows = zip(
+        golden["param_names"],
+        golden[f"param_norm_after_step{step}"],
+        golden[f"param_sum_after_step{step}"],
+        strict=True,
+    )
     for name, norm, total in rows:
         value = parameters[str(name)].detach().double()
         assert abs(float(value.norm()) - norm) <= 5e-3 * max(norm, 1e-6), name
@@ -127,9 +164,14 @@ def check_parameters(twin: EagerTwin, golden: dict[str, np.ndarray], step: int, 
 
 
 def test_a_planted_fault_is_seen(steps_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison must bite: positions that are not interpolated change the first features beyond tolerance."""
+    """The comparison must bite: positions that are not interpolated change the first features
+    beyond tolerance."""
     original = eager_attention.positions
-    monkeypatch.setattr(eager_attention, "positions", lambda ids, grid, interpolate: original(ids, grid, interpolate=False))
+    monkeypatch.setattr(
+        eager_attention,
+        "positions",
+        lambda ids, grid, interpolate: original(ids, grid, interpolate=False),
+    )
     with np.load(steps_dir / "baseline.npz") as archive:
         golden = dict(archive)
     outcome = run(built("baseline", golden, steps_dir), golden, 1)

@@ -20,13 +20,22 @@ from jepa.batch import Batch
 
 def comparison(**changes: object) -> harness.Comparison:
     values: dict[str, object] = {
-        "case": "toy", "dtype": "float32", "pass_name": "forward", "backend": "cpu", "baseline": "sleep",
-        "candidate": lambda: time.sleep(0.001), "reference": lambda: time.sleep(0.004), "gate": lambda: None, "details": {},
-    }  # fmt: skip
+        "case": "toy",
+        "dtype": "float32",
+        "pass_name": "forward",
+        "backend": "cpu",
+        "baseline": "sleep",
+        "candidate": lambda: time.sleep(0.001),
+        "reference": lambda: time.sleep(0.004),
+        "gate": lambda: None,
+        "details": {},
+    }
     return harness.Comparison(**(values | changes))
 
 
-QUICK = harness.Settings(rounds=5, min_rounds=3, warmup=1, min_sample_s=0.0, budget_s=5.0, measure_memory=False)
+QUICK = harness.Settings(
+    rounds=5, min_rounds=3, warmup=1, min_sample_s=0.0, budget_s=5.0, measure_memory=False
+)
 
 
 def test_a_failed_gate_gives_no_number() -> None:
@@ -43,14 +52,34 @@ def test_ratio_is_baseline_over_ours_with_its_interval() -> None:
     assert record["status"] == "ok" and record["samples"] == 5
     low, high = record["interval"]
     assert 1.2 < low <= record["ratio"] <= high
-    assert record["candidate"]["p20_ms"] <= record["candidate"]["median_ms"] <= record["candidate"]["p80_ms"]
-    for name in ("device", "driver", "torch", "triton", "cuda", "cpu_isa", "git_commit", "git_dirty", "seed", "time", "threads"):
+    assert (
+        record["candidate"]["p20_ms"]
+        <= record["candidate"]["median_ms"]
+        <= record["candidate"]["p80_ms"]
+    )
+    for name in (
+        "device",
+        "driver",
+        "torch",
+        "triton",
+        "cuda",
+        "cpu_isa",
+        "git_commit",
+        "git_dirty",
+        "seed",
+        "time",
+        "threads",
+    ):
         assert name in record
 
 
 def test_rounds_alternate() -> None:
     calls: list[str] = []
-    harness.time_pair(lambda: calls.append("A"), lambda: calls.append("B"), harness.Settings(rounds=4, warmup=1, min_sample_s=0.0))
+    harness.time_pair(
+        lambda: calls.append("A"),
+        lambda: calls.append("B"),
+        harness.Settings(rounds=4, warmup=1, min_sample_s=0.0),
+    )
     assert "".join(calls[4:]) == "ABBA" * 4
 
 
@@ -59,7 +88,9 @@ def test_cpu_time_does_not_count_waiting_and_needs_one_thread() -> None:
     torch.set_num_threads(1)
     try:
         record = harness.measure("toy", comparison(), replace(QUICK, clock="cpu"))
-        assert record["clock"] == "cpu" and record["candidate"]["median_ms"] < 0.8  # it sleeps for 1 ms
+        assert (
+            record["clock"] == "cpu" and record["candidate"]["median_ms"] < 0.8
+        )  # it sleeps for 1 ms
         torch.set_num_threads(2)
         with pytest.raises(ValueError, match="one thread"):
             harness.timer("cpu")
@@ -81,7 +112,9 @@ def test_bootstrap_interval_covers_the_median() -> None:
     rng = np.random.default_rng(0)
     covered = 0
     for seed in range(60):
-        low, high = harness.bootstrap_interval(rng.normal(1.0, 0.1, size=25), seed=seed, resamples=400)
+        low, high = harness.bootstrap_interval(
+            rng.normal(1.0, 0.1, size=25), seed=seed, resamples=400
+        )
         covered += low <= 1.0 <= high
     assert 50 <= covered <= 60
     assert harness.bootstrap_interval([2.0]) == (2.0, 2.0)
@@ -99,7 +132,9 @@ def test_forward_backward_returns_the_gradients() -> None:
     x, w = torch.randn(3, 4), torch.randn(4, 2)
     call = harness.forward_backward(lambda a, b: a @ b, [x, w], torch.ones(3, 2))
     grad_x, grad_w = call()
-    assert torch.allclose(grad_x, torch.ones(3, 2) @ w.T) and torch.allclose(grad_w, x.T @ torch.ones(3, 2))
+    assert torch.allclose(grad_x, torch.ones(3, 2) @ w.T) and torch.allclose(
+        grad_w, x.T @ torch.ones(3, 2)
+    )
     assert torch.equal(call()[0], grad_x)
 
 
@@ -117,13 +152,23 @@ def test_records_append_and_keep_history(tmp_path: Path) -> None:
         harness.load_records(path)
 
 
-def test_main_filters_lists_and_fails_on_a_wrong_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_filters_lists_and_fails_on_a_wrong_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
         yield comparison(case="small")
-        yield comparison(case="wrong", gate=lambda: harness.require_close("out", torch.zeros(2), torch.ones(2), rtol=1e-3))
+        yield comparison(
+            case="wrong",
+            gate=lambda: harness.require_close("out", torch.zeros(2), torch.ones(2), rtol=1e-3),
+        )
 
     output = tmp_path / "out.json"
-    assert harness.main("toy", comparisons, None, ["--quick", "--case", "small", "--output", str(output)]) == 0
+    assert (
+        harness.main(
+            "toy", comparisons, None, ["--quick", "--case", "small", "--output", str(output)]
+        )
+        == 0
+    )
     assert len(harness.load_records(output)) == 1
     assert harness.main("toy", comparisons, None, ["--quick"]) == 1
     assert harness.main("toy", comparisons, None, ["--quick", "--backend", "nothing"]) == 2
@@ -151,7 +196,13 @@ def test_device_key_names_the_class_of_machine() -> None:
     assert machine.peak_flops("cpu") > 1e8 and machine.peak_bandwidth("cpu") > 1e8
 
 
-SIZES = [("224", 16, 1568), ("112", 16, 392), ("ucf101", 16, 2400), ("64x96", 8, 96), ("224", 1, 196)]
+SIZES = [
+    ("224", 16, 1568),
+    ("112", 16, 392),
+    ("ucf101", 16, 2400),
+    ("64x96", 8, 96),
+    ("224", 1, 196),
+]
 
 
 @pytest.mark.parametrize(("text", "frames", "tokens"), SIZES)
@@ -179,7 +230,11 @@ def test_ratio_figure_draws_every_series(tmp_path: Path) -> None:
     records = []
     for baseline in ("sdpa", "eager"):
         for size in ("112", "224"):
-            record = harness.measure("toy", comparison(baseline=baseline, details={"resolution": size, "tokens": int(size)}), QUICK)
+            record = harness.measure(
+                "toy",
+                comparison(baseline=baseline, details={"resolution": size, "tokens": int(size)}),
+                QUICK,
+            )
             records.append(record)
     figure = plot.ratio_figure(records)
     axes = figure.axes[0]
@@ -192,9 +247,25 @@ def test_ratio_figure_draws_every_series(tmp_path: Path) -> None:
 
 
 def test_the_bench_of_masked_attention_names_its_cases(root: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.bench_masked_attention", "--quick", "--list", "--backend", "torch"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=True)
-    for word in ("rotation_sdpa", "padded_sdpa", "looped_sdpa", "own_dense_equal_flop", "forward+backward"):
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.bench_masked_attention",
+        "--quick",
+        "--list",
+        "--backend",
+        "torch",
+    ]
+    done = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, timeout=120, check=True
+    )
+    for word in (
+        "rotation_sdpa",
+        "padded_sdpa",
+        "looped_sdpa",
+        "own_dense_equal_flop",
+        "forward+backward",
+    ):
         assert word in done.stdout
 
 

@@ -1,4 +1,5 @@
-"""jepa_kernels.profile: every op has a range, totals add up, the trace is a trace, nothing is left behind."""
+"""jepa_kernels.profile: every op has a range, totals add up, the trace is a trace, nothing is left
+behind."""
 
 from __future__ import annotations
 
@@ -52,7 +53,11 @@ def test_lists_of_tensors_and_shapes() -> None:
     with profile() as session:
         jepa_kernels.ema_update_(targets, [torch.ones(5, 7), torch.ones(3)], 0.5)
     (row,) = session.summary(by_shape=True)
-    assert row.op.startswith("ema_update") and row.shape == "5x7" and torch.equal(targets[1], torch.full((3,), 0.5))
+    assert (
+        row.op.startswith("ema_update")
+        and row.shape == "5x7"
+        and torch.equal(targets[1], torch.full((3,), 0.5))
+    )
     assert "5x7" in session.table(by_shape=True) and "5x7" not in session.table()
 
 
@@ -61,7 +66,9 @@ def test_table_accounts_for_the_whole_context() -> None:
         attention()
         torch.randn(300, 300) @ torch.randn(300, 300)
     lines = session.table().splitlines()
-    assert lines[0].split()[:3] == ["op", "pass", "backend"] and lines[-1].startswith("everything else")
+    assert lines[0].split()[:3] == ["op", "pass", "backend"] and lines[-1].startswith(
+        "everything else"
+    )
     shares = [float(line.split()[-2]) for line in lines[1:]]
     assert sum(shares) == pytest.approx(100, abs=0.6)
 

@@ -1,4 +1,5 @@
-"""The page: self-contained, complete, escaped; renders in a headless browser without an error and sorts; two sweeps compare."""
+"""The page: self-contained, complete, escaped; renders in a headless browser without an error and
+sorts; two sweeps compare."""
 
 from __future__ import annotations
 
@@ -16,7 +17,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report, report_compare, report_figures, report_page, report_text, sweep_record
+from benchmarks import (
+    report,
+    report_compare,
+    report_figures,
+    report_page,
+    report_text,
+    sweep_record,
+)
 from tests.conftest import missing
 
 RECORD = Path(__file__).with_name("sweep_sample.json")
@@ -68,11 +76,17 @@ def test_page_is_self_contained_and_well_formed(page: Path) -> None:
     tags.feed(text)
     assert not tags.stack
     assert len(tags.ids) == len(set(tags.ids)), "two elements share an id"
-    assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", text), "the page must need no network"
+    assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", text), (
+        "the page must need no network"
+    )
     assert "url(http" not in text and "@import" not in text and "NaN" not in text
     for name in tags.references:
         target = name.split("#")[0]
-        assert name.startswith(("#", "data:")) or (page.parent / target).exists() or target.endswith("sweep_sample.json"), name
+        assert (
+            name.startswith(("#", "data:"))
+            or (page.parent / target).exists()
+            or target.endswith("sweep_sample.json")
+        ), name
     for marker in ("prefers-color-scheme: dark", "max-width: 640px", 'name="viewport"'):
         assert marker in text
 
@@ -108,7 +122,9 @@ def test_sentences_come_from_the_cells(record: dict) -> None:
     sentences = report_text.findings(record)
     assert len(sentences) >= 4
     last = record["sizes"][-1]["resolution"]
-    cell = sweep_record.find(record["cells"], mode="pretrain", variant="baseline", resolution=last, backend="auto")
+    cell = sweep_record.find(
+        record["cells"], mode="pretrain", variant="baseline", resolution=last, backend="auto"
+    )
     assert f"{cell['clips_per_s']:.3g} clips/s" in sentences[0]
     assert f"{cell['speedup']:.2f}x" in sentences[3]
 
@@ -117,10 +133,16 @@ def test_one_resolution_is_not_compared_with_itself(record: dict) -> None:
     alone = copy.deepcopy(record)
     alone["sizes"] = alone["sizes"][-1:]
     name = alone["sizes"][0]["resolution"]
-    cell = sweep_record.find(alone["cells"], mode="pretrain", variant="baseline", resolution=name, backend="auto")
+    cell = sweep_record.find(
+        alone["cells"], mode="pretrain", variant="baseline", resolution=name, backend="auto"
+    )
     sentences = report_text.findings(alone)
-    assert sentences[0].startswith(f"At {name} px pre-training (baseline) runs at {cell['clips_per_s']:.3g} clips/s")
-    assert not any(f"{name} px and" in sentence or f"to {name} px" in sentence for sentence in sentences)
+    assert sentences[0].startswith(
+        f"At {name} px pre-training (baseline) runs at {cell['clips_per_s']:.3g} clips/s"
+    )
+    assert not any(
+        f"{name} px and" in sentence or f"to {name} px" in sentence for sentence in sentences
+    )
 
 
 def test_text_from_outside_is_escaped(record: dict) -> None:
@@ -134,7 +156,12 @@ def test_text_from_outside_is_escaped(record: dict) -> None:
 def test_missing_cells_show_their_reason(record: dict) -> None:
     broken = copy.deepcopy(record)
     cell = broken["cells"][0]
-    for name in [name for name in cell if name not in ("mode", "variant", "backend", "resolution", "tokens", "pixels", "frames", "batch")]:
+    for name in [
+        name
+        for name in cell
+        if name
+        not in ("mode", "variant", "backend", "resolution", "tokens", "pixels", "frames", "batch")
+    ]:
         del cell[name]
     cell |= {"status": "out of memory", "reason": "needs 99 GB"}
     text = report_page.render(broken, {}, [])
@@ -150,8 +177,16 @@ def test_comparison_tells_change_from_noise(record: dict) -> None:
     gone = after["cells"].pop()
     rows = report_compare.compare(record, after)
     verdicts = {tuple(row[name] for name in report_compare.KEY): row["verdict"] for row in rows}
-    key = {id(cell): tuple(cell[name] for name in report_compare.KEY) for cell in (slower, faster, noisy, gone)}
-    assert [verdicts[key[id(cell)]] for cell in (slower, faster, noisy, gone)] == ["slower", "faster", "within noise", "only before"]
+    key = {
+        id(cell): tuple(cell[name] for name in report_compare.KEY)
+        for cell in (slower, faster, noisy, gone)
+    }
+    assert [verdicts[key[id(cell)]] for cell in (slower, faster, noisy, gone)] == [
+        "slower",
+        "faster",
+        "within noise",
+        "only before",
+    ]
     assert rows[0]["verdict"] == "slower" and "1 slower" in report_compare.text(rows)
     tally = report_compare.counts(rows)
     assert sum(tally.values()) == len(rows) == len(record["cells"])
@@ -168,14 +203,26 @@ def test_comparison_needs_a_common_cell(record: dict) -> None:
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "compare.html"
     assert report.main([str(RECORD), str(RECORD), "--output", str(page)]) == 0
-    assert "within noise" in capsys.readouterr().out and "Two sweeps compared" in page.read_text(encoding="utf-8")
+    assert "within noise" in capsys.readouterr().out and "Two sweeps compared" in page.read_text(
+        encoding="utf-8"
+    )
     assert report.main([str(tmp_path / "none.json")]) == 2
     assert report.main([str(RECORD)] * 3) == 2
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--allow-file-access-from-files", "--virtual-time-budget=4000")  # fmt: skip
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--allow-file-access-from-files",
+    "--virtual-time-budget=4000",
+)
 PROBE = """<script>
 const failures = [];
 window.addEventListener("error", (event) => failures.push(event.message));
@@ -206,7 +253,9 @@ window.addEventListener("load", () => setTimeout(() => {
 def probed(page: Path) -> Path:
     """The page with the probe in its head."""
     path = page.with_name("probed.html")
-    path.write_text(page.read_text(encoding="utf-8").replace("<head>", "<head>" + PROBE, 1), encoding="utf-8")
+    path.write_text(
+        page.read_text(encoding="utf-8").replace("<head>", "<head>" + PROBE, 1), encoding="utf-8"
+    )
     return path
 
 
@@ -216,10 +265,20 @@ def browse(page: Path, width: int) -> dict[str, Any]:
     if browser is None:
         missing(f"none of {', '.join(BROWSERS)} is installed, so the page cannot be rendered")
     with tempfile.TemporaryDirectory() as profile:
-        command = [browser, *FLAGS, f"--user-data-dir={profile}", f"--window-size={width},900", "--dump-dom", page.as_uri()]
+        command = [
+            browser,
+            *FLAGS,
+            f"--user-data-dir={profile}",
+            f"--window-size={width},900",
+            "--dump-dom",
+            page.as_uri(),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     body = re.search(r"<body([^>]*)>", done.stdout).group(1)
-    return {name: json.loads(html.unescape(value)) for name, value in re.findall(r'data-([a-z-]+)="([^"]*)"', body)}
+    return {
+        name: json.loads(html.unescape(value))
+        for name, value in re.findall(r'data-([a-z-]+)="([^"]*)"', body)
+    }
 
 
 def test_page_in_a_browser(record: dict, page: Path) -> None:
@@ -239,9 +298,12 @@ def test_page_on_a_phone(page: Path) -> None:
     # Headless Chromium has a least window width of 500; a frame of 390 pixels inside it is a phone.
     frame = page.with_name("phone.html")
     frame.write_text(
-        f'<!DOCTYPE html><body><iframe id="f" src="{probed(page).name}" width="390" height="800"></iframe><script>'
-        'window.addEventListener("load", () => setTimeout(() => { const inside = document.getElementById("f").contentDocument.body.dataset;'
-        "for (const name in inside) document.body.dataset[name] = inside[name]; }, 400));</script></body>",
+        f'<!DOCTYPE html><body><iframe id="f" src="{probed(page).name}" width="390" '
+        'height="800"></iframe><script>'
+        'window.addEventListener("load", () => setTimeout(() => { const inside = '
+        'document.getElementById("f").contentDocument.body.dataset;'
+        "for (const name in inside) document.body.dataset[name] = inside[name]; }, "
+        "400));</script></body>",
         encoding="utf-8",
     )
     seen = browse(frame, 600)

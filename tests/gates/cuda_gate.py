@@ -1,10 +1,12 @@
 """What nvcc makes of every kernel in csrc/*/cuda.cu, on each shipped architecture, without a GPU.
 
-    python -m tests.gates.cuda_gate [op ...]    compiles the named ops (none: those whose sources changed) and writes cuda_gate.json
+    python -m tests.gates.cuda_gate [op ...]    compiles the named ops (none: those whose sources
+    changed) and writes cuda_gate.json
 
-As in setup.py, one front-end pass for compute_80 serves all architectures; ptxas then runs for each. The table holds, for each kernel:
-registers, bytes of stack and of spills, and how many instructions use the tensor cores (HMMA), load operands for them (LDSM) and copy
-to shared memory asynchronously (LDGSTS).
+As in setup.py, one front-end pass for compute_80 serves all architectures; ptxas then runs for
+each. The table holds, for each kernel: registers, bytes of stack and of spills, and how many
+instructions use the tensor cores (HMMA), load operands for them (LDSM) and copy to shared memory
+asynchronously (LDGSTS).
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ TABLE = Path(__file__).with_suffix(".json")
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120")
 INSTRUCTIONS = ("HMMA", "LDSM", "LDGSTS")
 _USAGE = re.compile(
-    r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+    r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) "
+    r"bytes spill loads.*?Used (\d+) registers",
     re.DOTALL,
 )
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)")
@@ -41,7 +44,8 @@ class ToolError(RuntimeError):
 
 
 def tool(name: str) -> str:
-    """The path of nvcc or cuobjdump: from CUDA_HOME, PATH, nvcc's own folder, or the triton wheel."""
+    """The path of nvcc or cuobjdump: from CUDA_HOME, PATH, nvcc's own folder, or the triton
+    wheel."""
     folders = [str(Path(os.environ["CUDA_HOME"]) / "bin")] if "CUDA_HOME" in os.environ else []
     folders += os.environ.get("PATH", "").split(os.pathsep)
     triton = find_spec("triton")
@@ -49,7 +53,10 @@ def tool(name: str) -> str:
         folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
     found = shutil.which(name, path=os.pathsep.join(folders))
     if found is None:
-        raise ToolError(f"{name} was not found (install the CUDA toolkit{'' if name == 'nvcc' else ' or triton'})")
+        raise ToolError(
+            f"{name} was not found (install the CUDA "
+            f"toolkit{'' if name == 'nvcc' else ' or triton'})"
+        )
     return found
 
 
@@ -72,7 +79,14 @@ def ops() -> list[str]:
 def digest(op: str) -> str:
     """Of the code that the op's kernels are made of; comments and layout do not count."""
     total = hashlib.sha256()
-    sources = [CSRC / "device.cuh", *(p for p in sorted((CSRC / op).iterdir()) if p.suffix in (".cu", ".cuh") or p.name == "params.h")]
+    sources = [
+        CSRC / "device.cuh",
+        *(
+            p
+            for p in sorted((CSRC / op).iterdir())
+            if p.suffix in (".cu", ".cuh") or p.name == "params.h"
+        ),
+    ]
     for path in sources:
         code = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
         total.update("".join(code.split()).encode())
@@ -84,7 +98,9 @@ def readable(names: Sequence[str]) -> list[str]:
     filt = shutil.which("c++filt")
     if filt is None:
         raise ToolError("c++filt was not found (install binutils)")
-    text = subprocess.run([filt], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [filt], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout
     cleaned = []
     for line in text.splitlines():
         line = re.sub(r"\((?:int|bool|unsigned int|anonymous namespace)\)", "", line)
@@ -96,10 +112,16 @@ def readable(names: Sequence[str]) -> list[str]:
 def assemble(ptx: Path, architecture: str) -> dict[str, dict[str, int]]:
     """kernel -> registers, stack, spills and instruction counts on one architecture."""
     cubin = ptx.with_suffix(f".{architecture}.cubin")
-    usage = run([tool("nvcc"), f"-arch={architecture}", "-cubin", "--resource-usage", ptx, "-o", cubin])
+    usage = run(
+        [tool("nvcc"), f"-arch={architecture}", "-cubin", "--resource-usage", ptx, "-o", cubin]
+    )
     rows = {}
     for mangled, stack, stores, loads, registers in _USAGE.findall(usage):
-        rows[mangled] = {"registers": int(registers), "stack": int(stack), "spills": int(stores) + int(loads)}
+        rows[mangled] = {
+            "registers": int(registers),
+            "stack": int(stack),
+            "spills": int(stores) + int(loads),
+        }
     for listing in run([tool("cuobjdump"), "-sass", cubin]).split("Function : ")[1:]:
         mangled, _, body = listing.partition("\n")
         counts = Counter(_OPCODE.findall(body))
@@ -110,13 +132,28 @@ def assemble(ptx: Path, architecture: str) -> dict[str, dict[str, int]]:
     return dict(sorted(zip(names, rows.values(), strict=True)))
 
 
-def compile_op(op: str, architectures: Sequence[str] = ARCHITECTURES) -> dict[str, dict[str, dict[str, int]]]:
+def compile_op(
+    op: str, architectures: Sequence[str] = ARCHITECTURES
+) -> dict[str, dict[str, dict[str, int]]]:
     """architecture -> kernel -> row, with two ptxas runs at a time."""
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / f"{op}.ptx"
-        run([tool("nvcc"), "-std=c++17", "-O3", "-arch=compute_80", "-ptx", CSRC / op / "cuda.cu", "-o", ptx])
+        run(
+            [
+                tool("nvcc"),
+                "-std=c++17",
+                "-O3",
+                "-arch=compute_80",
+                "-ptx",
+                CSRC / op / "cuda.cu",
+                "-o",
+                ptx,
+            ]
+        )
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            return dict(zip(architectures, pool.map(lambda a: assemble(ptx, a), architectures), strict=True))
+            return dict(
+                zip(architectures, pool.map(lambda a: assemble(ptx, a), architectures), strict=True)
+            )
 
 
 def read() -> dict[str, Any]:
@@ -129,7 +166,10 @@ def write(table: dict[str, Any]) -> None:
     for i, (op, entry) in enumerate(sorted(table["ops"].items())):
         lines += [f"    {json.dumps(op)}: {{", f'      "code": {json.dumps(entry["code"])},']
         for j, architecture in enumerate(ARCHITECTURES):
-            rows = [f"        {json.dumps(kernel)}: {json.dumps(row)}" for kernel, row in entry[architecture].items()]
+            rows = [
+                f"        {json.dumps(kernel)}: {json.dumps(row)}"
+                for kernel, row in entry[architecture].items()
+            ]
             comma = "," if j + 1 < len(ARCHITECTURES) else ""
             lines += [f'      "{architecture}": {{', ",\n".join(rows), f"      }}{comma}"]
         lines.append("    }" + ("," if i + 1 < len(table["ops"]) else ""))
@@ -139,7 +179,11 @@ def write(table: dict[str, Any]) -> None:
 def main(wanted: Sequence[str]) -> None:
     """Bring the table up to date."""
     table, version = read(), nvcc_version()
-    stale = [op for op in ops() if table["nvcc"] != version or table["ops"].get(op, {}).get("code") != digest(op)]
+    stale = [
+        op
+        for op in ops()
+        if table["nvcc"] != version or table["ops"].get(op, {}).get("code") != digest(op)
+    ]
     table["nvcc"] = version
     table["ops"] = {op: entry for op, entry in table["ops"].items() if op in ops()}
     for op in [*wanted] or stale:

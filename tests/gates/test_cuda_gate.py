@@ -1,4 +1,5 @@
-"""CUDA compile gates: no kernel spills, tensor-core kernels use the tensor cores, and the committed table says what nvcc makes of them."""
+"""CUDA compile gates: no kernel spills, tensor-core kernels use the tensor cores, and the committed
+table says what nvcc makes of them."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ MOST_REGISTERS = 255
 
 
 def kernels(op: str) -> list[tuple[str, str, dict[str, int]]]:
-    return [(a, name, row) for a in cuda_gate.ARCHITECTURES for name, row in TABLE["ops"][op][a].items()]
+    return [
+        (a, name, row) for a in cuda_gate.ARCHITECTURES for name, row in TABLE["ops"][op][a].items()
+    ]
 
 
 def sound(kernel: str, row: dict[str, int]) -> None:
@@ -27,12 +30,16 @@ def sound(kernel: str, row: dict[str, int]) -> None:
     if kernel.startswith("latent_rollout"):
         assert row["LDGSTS"] > 0, f"{kernel} does not load its matrices asynchronously: {row}"
         for instruction in ("HMMA", "LDSM"):
-            assert (row[instruction] > 0) == (not kernel.endswith("<float>")), f"{kernel} uses the wrong units: {row}"
+            assert (row[instruction] > 0) == (not kernel.endswith("<float>")), (
+                f"{kernel} uses the wrong units: {row}"
+            )
     if not kernel.startswith(("masked_attention_fwd", "masked_attention_bwd")):
         return
     assert row["LDGSTS"] > 0, f"{kernel} does not load asynchronously: {row}"
     for instruction in ("HMMA", "LDSM"):
-        assert (row[instruction] > 0) == ("float_kernel" not in kernel), f"{kernel} uses the wrong units: {row}"
+        assert (row[instruction] > 0) == ("float_kernel" not in kernel), (
+            f"{kernel} uses the wrong units: {row}"
+        )
 
 
 def recompile(op: str, architectures: tuple[str, ...]) -> None:
@@ -57,7 +64,9 @@ def test_every_op_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("op", sorted(TABLE["ops"]))
 def test_the_table_is_of_this_code(op: str) -> None:
-    assert TABLE["ops"][op]["code"] == cuda_gate.digest(op), f"the sources of {op} have changed: {REFRESH}"
+    assert TABLE["ops"][op]["code"] == cuda_gate.digest(op), (
+        f"the sources of {op} have changed: {REFRESH}"
+    )
     for architecture in cuda_gate.ARCHITECTURES:
         assert TABLE["ops"][op][architecture], f"{op} has no kernel on {architecture}"
     for _, kernel, row in kernels(op):
@@ -69,13 +78,21 @@ def test_masked_attention_has_a_row_for_every_class_and_type() -> None:
         rows = TABLE["ops"]["masked_attention"][architecture]
         for kind, classes in (("<bfloat16", 5), ("<float16", 5)):
             for kernel in ("fwd", "bwd_keys", "bwd_queries"):
-                found = [name for name in rows if name.startswith(f"masked_attention_{kernel}_kernel{kind}")]
+                found = [
+                    name
+                    for name in rows
+                    if name.startswith(f"masked_attention_{kernel}_kernel{kind}")
+                ]
                 assert len(found) == classes, (architecture, kernel, kind)
         assert len([name for name in rows if "float_kernel" in name]) == 9, architecture
 
 
 def test_a_spill_or_a_lost_instruction_is_refused() -> None:
-    name, row = next((n, r) for _, n, r in kernels("masked_attention") if n.startswith("masked_attention_fwd_kernel"))
+    name, row = next(
+        (n, r)
+        for _, n, r in kernels("masked_attention")
+        if n.startswith("masked_attention_fwd_kernel")
+    )
     sound(name, row)
     for change in ({"spills": 8}, {"stack": 16}, {"HMMA": 0}, {"LDSM": 0}, {"LDGSTS": 0}):
         with pytest.raises(AssertionError, match="masked_attention_fwd_kernel"):

@@ -1,7 +1,9 @@
-"""What the assemblers make of the list kernels (ema_update, adamw_ema), without a GPU: no spills, 16-byte accesses, no fused multiply-add.
+"""What the assemblers make of the list kernels (ema_update, adamw_ema), without a GPU: no spills,
+16-byte accesses, no fused multiply-add.
 
-These kernels are bound by memory, so what counts is that a thread moves 16 bytes at a time and that many threads fit a multiprocessor. The
-average is specified without fused multiply-add (every backend gives the same bits), which the compilers must respect.
+These kernels are bound by memory, so what counts is that a thread moves 16 bytes at a time and that
+many threads fit a multiprocessor. The average is specified without fused multiply-add (every
+backend gives the same bits), which the compilers must respect.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from jepa_kernels import triton_runtime
 from tests.conftest import ROOT, missing
 
 ARCHITECTURES = (80, 90, 100, 120)
-# 65536 registers of a multiprocessor / (128 threads * 96 registers) = 5 programs: 640 threads, each with several 16-byte loads in flight.
+# 65536 registers of a multiprocessor / (128 threads * 96 registers) = 5 programs: 640 threads, each
+# with several 16-byte loads in flight.
 MOST_REGISTERS = 96
 
 _SCALARS = {"rows": "*i64", "chunks": "*i32", "keep": "fp32", "take": "fp32"}
@@ -41,7 +44,14 @@ def _triton_case(name: str) -> tuple[object, dict[str, str], dict[str, object]]:
         }[kind]
         return ema.ema_update_kernel, dict(_SCALARS), common | {"BLOCK": ema.BLOCK} | change
     teacher = f32 if name == "adamw teacher" else None
-    fixed = common | {"found_inf": None, "PARAM": f32, "GRAD": f32, "STATE": f32, "TARGET": teacher, "BLOCK": adamw.BLOCK}
+    fixed = common | {
+        "found_inf": None,
+        "PARAM": f32,
+        "GRAD": f32,
+        "STATE": f32,
+        "TARGET": teacher,
+        "BLOCK": adamw.BLOCK,
+    }
     return adamw.adamw_ema_kernel, _SCALARS | {"scalars": "*fp32"}, fixed
 
 
@@ -55,18 +65,28 @@ def _compile(name: str, architecture: int) -> str:
 
     kernel, types, fixed = _triton_case(name)
     signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(kernel.arg_names)
+        if signature[n].startswith("*")
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": 4, **FUSION}).asm["ptx"]
+    return triton.compile(
+        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": 4, **FUSION}
+    ).asm["ptx"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", ["ema float32", "ema mixed", "ema kahan", "adamw teacher", "adamw alone"])
+@pytest.mark.parametrize(
+    "name", ["ema float32", "ema mixed", "ema kahan", "adamw teacher", "adamw alone"]
+)
 def test_triton_kernels(name, architecture):
     if not triton_runtime.installed():
         missing("triton is not installed (pip install triton)")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("TRITON_INTERPRET=1 replaces the kernels by Python functions, which cannot be compiled")
+        pytest.skip(
+            "TRITON_INTERPRET=1 replaces the kernels by Python functions, which cannot be compiled"
+        )
     from jepa_kernels.ops.ema_update.triton_kernels import FUSION
     from jepa_kernels.triton_offline import compile_report
 
@@ -75,7 +95,9 @@ def test_triton_kernels(name, architecture):
     assert report.stack_bytes == 0 and report.spill_instructions == 0, report
     assert report.registers <= MOST_REGISTERS, report
     text = _compile(name, architecture)
-    assert re.search(r"ld\.global\S*\.v4\.b32", text) and re.search(r"st\.global\S*\.v4\.b32", text), "no 16-byte accesses"
+    assert re.search(r"ld\.global\S*\.v4\.b32", text) and re.search(
+        r"st\.global\S*\.v4\.b32", text
+    ), "no 16-byte accesses"
     assert "fma.rn.f32" not in text
 
 
@@ -98,10 +120,14 @@ def test_cuda_kernels(op, architecture, tmp_path: Path):
         str(ROOT / "csrc" / op / "cuda.cu"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    spills = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr
+    )
     assert spills and all(numbers == ("0", "0", "0") for numbers in spills), done.stderr
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
-    assert registers and max(registers) <= 64, "256 threads of 64 registers leave room for four blocks"
+    assert registers and max(registers) <= 64, (
+        "256 threads of 64 registers leave room for four blocks"
+    )
     if not triton_runtime.installed():
         missing("nvdisasm comes with triton, which is not installed (pip install triton)")
     from jepa_kernels.triton_offline import _tool

@@ -1,9 +1,12 @@
-"""What ptxas makes of every shipped Triton kernel, on each architecture, without a GPU: registers, spills, tensor-core instructions.
+"""What ptxas makes of every shipped Triton kernel, on each architecture, without a GPU: registers,
+spills, tensor-core instructions.
 
-The committed table (triton_gate.json) has a row per kernel, dtype, head width and architecture. Compiling all of it takes many minutes,
-so the test compiles a part, compares it with the table, and fails when the kernels have changed since the table was written.
+The committed table (triton_gate.json) has a row per kernel, dtype, head width and architecture.
+Compiling all of it takes many minutes, so the test compiles a part, compares it with the table, and
+fails when the kernels have changed since the table was written.
 
-    python -m tests.gates.test_triton_gate    compiles the rows that are out of date and writes the table
+    python -m tests.gates.test_triton_gate    compiles the rows that are out of date and writes the
+    table
 """
 
 from __future__ import annotations
@@ -25,7 +28,13 @@ import torch
 import jepa_kernels
 from jepa_kernels import triton_runtime
 from jepa_kernels.ops.masked_attention.triton import constants, launch_options
-from jepa_kernels.ops.masked_attention.triton_table import ROTATE_HEADS, ROTATE_TILE, Tile, channels, tile
+from jepa_kernels.ops.masked_attention.triton_table import (
+    ROTATE_HEADS,
+    ROTATE_TILE,
+    Tile,
+    channels,
+    tile,
+)
 from jepa_kernels.rope3d import rope_dim
 from jepa_kernels.testing import HEAD_DIMS
 from tests.conftest import missing
@@ -36,8 +45,22 @@ ARCHITECTURES = (80, 90, 100, 120)
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
 TENSOR_MEMORY_LIMIT = 512
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_PANELS = ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value", "x", "turned")
-_SOURCES = ("triton_support.py", *(f"ops/masked_attention/triton_{name}.py" for name in ("tiles", "kernels", "kernels_bwd")))
+_PANELS = (
+    "query",
+    "key",
+    "value",
+    "out",
+    "grad_out",
+    "grad_query",
+    "grad_key",
+    "grad_value",
+    "x",
+    "turned",
+)
+_SOURCES = (
+    "triton_support.py",
+    *(f"ops/masked_attention/triton_{name}.py" for name in ("tiles", "kernels", "kernels_bwd")),
+)
 
 
 @dataclass(frozen=True)
@@ -52,11 +75,17 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.kernel} {_TYPES[self.dtype]} {self.head_dim} sm_{self.architecture} {self.form}"
+        return (
+            f"{self.kernel} {_TYPES[self.dtype]} {self.head_dim} sm_{self.architecture} {self.form}"
+        )
 
     @property
     def tile(self) -> Tile:
-        return ROTATE_TILE if self.kernel == "rotate" else tile(self.kernel, self.architecture, self.dtype, self.head_dim)
+        return (
+            ROTATE_TILE
+            if self.kernel == "rotate"
+            else tile(self.kernel, self.architecture, self.dtype, self.head_dim)
+        )
 
 
 def cases() -> Iterator[Case]:
@@ -75,11 +104,14 @@ def cases() -> Iterator[Case]:
 
 
 def compiled_in_the_test(case: Case) -> bool:
-    """A part that is quick and touches every kernel on every architecture, both dtype families and a head with a tail."""
+    """A part that is quick and touches every kernel on every architecture, both dtype families and
+    a head with a tail."""
     if case.form != "packed" or case.kernel == "rotate":
         return False
     hopper = case.architecture == 90
-    return (case.dtype == torch.bfloat16 and case.head_dim == 64) or (hopper and case.head_dim == 88 and case.dtype == torch.bfloat16)
+    return (case.dtype == torch.bfloat16 and case.head_dim == 64) or (
+        hopper and case.head_dim == 88 and case.dtype == torch.bfloat16
+    )
 
 
 def report(case: Case) -> dict[str, Any]:
@@ -97,14 +129,22 @@ def report(case: Case) -> dict[str, Any]:
     if case.kernel == "rotate":
         main, tail = channels(case.dtype, case.head_dim)
         fixed = {
-            "HEAD_DIM": case.head_dim, "MAIN": main, "TAIL": tail, "ROPE_DIM": rope_dim(case.head_dim), "ALIGN": 8,
-            "BLOCK": case.tile.block_q, "HEADS_EACH": ROTATE_HEADS,
-        }  # fmt: skip
+            "HEAD_DIM": case.head_dim,
+            "MAIN": main,
+            "TAIL": tail,
+            "ROPE_DIM": rope_dim(case.head_dim),
+            "ALIGN": 8,
+            "BLOCK": case.tile.block_q,
+            "HEADS_EACH": ROTATE_HEADS,
+        }
     else:
         fixed = constants(case.dtype, case.head_dim, rope, case.form == "packed", 8, 1, case.tile)
         if case.kernel == "fwd":
             fixed["NEGATIVE"] = False
-    absent = [*(() if rope else ("query_ids", "key_ids", "table")), *(() if case.form == "packed" else ("cu_q", "cu_k"))]
+    absent = [
+        *(() if rope else ("query_ids", "key_ids", "table")),
+        *(() if case.form == "packed" else ("cu_q", "cu_k")),
+    ]
     fixed |= {name: None for name in absent if name in kernel.arg_names}
     types = {name: _type(name, case.dtype) for name in kernel.arg_names if name not in fixed}
     found = compile_report(kernel, case.architecture, types, fixed, launch_options(case.tile))
@@ -133,13 +173,18 @@ def digest() -> str:
             for token in tokenize.generate_tokens(file.readline):
                 if token.type in (tokenize.INDENT, tokenize.DEDENT):
                     total.update(f"<{token.type == tokenize.INDENT}>".encode())
-                elif token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE) and not token.string.startswith('"""'):
+                elif token.type not in (
+                    tokenize.COMMENT,
+                    tokenize.NL,
+                    tokenize.NEWLINE,
+                ) and not token.string.startswith('"""'):
                     total.update(f"{token.string} ".encode())
     return total.hexdigest()[:12]
 
 
 def expected(case: Case) -> dict[str, Any]:
-    """The part of a row that is known without compiling: a row that differs in it is out of date."""
+    """The part of a row that is known without compiling: a row that differs in it is out of
+    date."""
     return {"code": digest(), "tile": list(case.tile)}
 
 
@@ -150,17 +195,33 @@ def triton_version() -> str:
 
 
 def write() -> None:
-    """Compiles the rows that are out of date, on two processes; an interrupted run goes on where it stopped."""
-    table = json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": triton_version(), "rows": {}}
+    """Compiles the rows that are out of date, on two processes; an interrupted run goes on where it
+    stopped."""
+    table = (
+        json.loads(TABLE.read_text())
+        if TABLE.exists()
+        else {"triton": triton_version(), "rows": {}}
+    )
     old = table["rows"] if table["triton"] == triton_version() else {}
-    rows = {case.name: old[case.name] for case in cases() if expected(case).items() <= old.get(case.name, {}).items()}
+    rows = {
+        case.name: old[case.name]
+        for case in cases()
+        if expected(case).items() <= old.get(case.name, {}).items()
+    }
     todo = [case for case in cases() if case.name not in rows]
     with concurrent.futures.ProcessPoolExecutor(2) as pool:
         for case, row in zip(todo, pool.map(report, todo), strict=True):
             rows[case.name] = row
             print(case.name, row, flush=True)
-            lines = ",\n".join(f"    {json.dumps(c.name)}: {json.dumps(rows[c.name])}" for c in cases() if c.name in rows)
-            TABLE.write_text(f'{{\n  "triton": {json.dumps(triton_version())},\n  "rows": {{\n{lines}\n  }}\n}}\n')
+            lines = ",\n".join(
+                f"    {json.dumps(c.name)}: {json.dumps(rows[c.name])}"
+                for c in cases()
+                if c.name in rows
+            )
+            TABLE.write_text(
+                f'{{\n  "triton": {json.dumps(triton_version())},\n  "rows": {{\n{lines}\n  '
+                f"}}\n}}\n"
+            )
 
 
 @pytest.fixture(scope="module")
@@ -170,18 +231,33 @@ def table() -> dict[str, Any]:
 
 def sound(case: Case, row: dict[str, Any]) -> None:
     """What every row must satisfy, whatever Triton release compiled it."""
-    assert row["stack_bytes"] == 0 and row["spill_instructions"] == 0, f"{case.name} spills registers: {row}"
-    assert row["shared_bytes"] <= SHARED_LIMIT[case.architecture], f"{case.name} needs more shared memory than a block has: {row}"
-    assert row["tensor_memory_columns"] <= TENSOR_MEMORY_LIMIT, f"{case.name} needs more tensor memory than there is: {row}"
+    assert row["stack_bytes"] == 0 and row["spill_instructions"] == 0, (
+        f"{case.name} spills registers: {row}"
+    )
+    assert row["shared_bytes"] <= SHARED_LIMIT[case.architecture], (
+        f"{case.name} needs more shared memory than a block has: {row}"
+    )
+    assert row["tensor_memory_columns"] <= TENSOR_MEMORY_LIMIT, (
+        f"{case.name} needs more tensor memory than there is: {row}"
+    )
     if case.kernel != "rotate":
         tensor_cores = case.dtype != torch.float32
-        assert (row["tensor_core_instructions"] > 0) == tensor_cores, f"{case.name} uses the wrong units: {row}"
+        assert (row["tensor_core_instructions"] > 0) == tensor_cores, (
+            f"{case.name} uses the wrong units: {row}"
+        )
 
 
 def test_the_table_is_complete_and_of_these_kernels(table):
     assert set(table["rows"]) == {case.name for case in cases()}
-    stale = [case.name for case in cases() if not expected(case).items() <= table["rows"][case.name].items()]
-    assert not stale, f"kernels or tiles have changed: run python -m tests.gates.test_triton_gate ({len(stale)} rows, such as {stale[0]})"
+    stale = [
+        case.name
+        for case in cases()
+        if not expected(case).items() <= table["rows"][case.name].items()
+    ]
+    assert not stale, (
+        f"kernels or tiles have changed: run python -m tests.gates.test_triton_gate ({len(stale)} "
+        f"rows, such as {stale[0]})"
+    )
 
 
 def test_no_row_spills_and_the_tensor_cores_are_used(table):
@@ -195,7 +271,9 @@ def test_compiling_again_gives_the_table(table, architecture):
     if not triton_runtime.installed():
         missing("triton is not installed (pip install triton)")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("TRITON_INTERPRET=1 replaces the kernels by Python functions, which cannot be compiled")
+        pytest.skip(
+            "TRITON_INTERPRET=1 replaces the kernels by Python functions, which cannot be compiled"
+        )
     for case in cases():
         if case.architecture == architecture and compiled_in_the_test(case):
             row = report(case)

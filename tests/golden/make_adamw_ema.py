@@ -1,7 +1,9 @@
-"""Writes adamw_ema.json: an independent NumPy computation, so that a mistake shared by reference and kernels is seen.
+"""Writes adamw_ema.json: an independent NumPy computation, so that a mistake shared by reference
+and kernels is seen.
 
-Formula: algorithm 2 of arXiv:1711.05101 in float64 with a constant schedule multiplier, then target <- momentum target + (1 - momentum) parameter.
-Gradients are divided by grad_scale and negated to maximize before anything else.
+Formula: algorithm 2 of arXiv:1711.05101 in float64 with a constant schedule multiplier, then target
+<- momentum target + (1 - momentum) parameter. Gradients are divided by grad_scale and negated to
+maximize before anything else.
 """
 
 from __future__ import annotations
@@ -25,7 +27,11 @@ def main() -> None:
     ):
         theta, target = rng.standard_normal(6).round(3), rng.standard_normal(6).round(3)
         first, second = np.zeros(6), np.zeros(6)
-        case = {"hyper": [lr, beta1, beta2, eps, decay, float(maximize)], "grad_scale": scale, "momentum": momentum}
+        case = {
+            "hyper": [lr, beta1, beta2, eps, decay, float(maximize)],
+            "grad_scale": scale,
+            "momentum": momentum,
+        }
         case |= {"param": theta.tolist(), "target": target.tolist(), "steps": []}
         for t in range(1, 6):
             raw = rng.standard_normal(6).round(3)
@@ -35,10 +41,20 @@ def main() -> None:
             first_hat, second_hat = first / (1 - beta1**t), second / (1 - beta2**t)
             theta = theta - (lr * first_hat / (np.sqrt(second_hat) + eps) + lr * decay * theta)
             target = momentum * target + (1 - momentum) * theta
-            named = {"grad": raw, "param": theta, "exp_avg": first, "exp_avg_sq": second, "target": target}
+            named = {
+                "grad": raw,
+                "param": theta,
+                "exp_avg": first,
+                "exp_avg_sq": second,
+                "target": target,
+            }
             case["steps"].append({name: value.tolist() for name, value in named.items()})
         cases.append(case)
-    content = {"seed": SEED, "formula": __doc__.split("\n\n")[1].replace("\n", " ").strip(), "cases": cases}
+    content = {
+        "seed": SEED,
+        "formula": __doc__.split("\n\n")[1].replace("\n", " ").strip(),
+        "cases": cases,
+    }
     Path(__file__).with_name("adamw_ema.json").write_text(json.dumps(content) + "\n")
 
 

@@ -1,7 +1,9 @@
-"""Writes ema_update.json: an independent NumPy computation, so that a mistake shared by reference and kernels is seen.
+"""Writes ema_update.json: an independent NumPy computation, so that a mistake shared by reference
+and kernels is seen.
 
-Formula: target <- momentum * target + (1 - momentum) * source in float64. Bits of stochastic rounding: splitmix64 of (seed, stream), then two
-rounds of a 32-bit mixer over the element number, in Python integers. `rounded` are bfloat16 patterns of float32 values with such bits.
+Formula: target <- momentum * target + (1 - momentum) * source in float64. Bits of stochastic
+rounding: splitmix64 of (seed, stream), then two rounds of a 32-bit mixer over the element number,
+in Python integers. `rounded` are bfloat16 patterns of float32 values with such bits.
 """
 
 from __future__ import annotations
@@ -37,11 +39,16 @@ def main() -> None:
         shapes = ((3,), (2, 2), (0,))
         targets = [rng.standard_normal(s).round(3) for s in shapes]
         sources = [rng.standard_normal(s).round(3) for s in shapes]
-        expected = [momentum * t + (1 - momentum) * s for t, s in zip(targets, sources, strict=True)]
+        expected = [
+            momentum * t + (1 - momentum) * s for t, s in zip(targets, sources, strict=True)
+        ]
         updates.append(
             {
                 "momentum": momentum,
-                **{n: [v.tolist() for v in x] for n, x in (("targets", targets), ("sources", sources), ("expected", expected))},
+                **{
+                    n: [v.tolist() for v in x]
+                    for n, x in (("targets", targets), ("sources", sources), ("expected", expected))
+                },
             }
         )
     random = []
@@ -49,8 +56,21 @@ def main() -> None:
         values = rng.standard_normal(12).astype(np.float32)
         drawn = [bits(seed, stream, i) for i in range(12)]
         rounded = [(int(u) + r) >> 16 for u, r in zip(values.view(np.uint32), drawn, strict=True)]
-        random.append({"seed": seed, "stream": stream, "bits": drawn, "values": values.astype(float).tolist(), "rounded": rounded})
-    content = {"seed": SEED, "formula": __doc__.split("\n\n")[1].replace("\n", " ").strip(), "updates": updates, "random": random}
+        random.append(
+            {
+                "seed": seed,
+                "stream": stream,
+                "bits": drawn,
+                "values": values.astype(float).tolist(),
+                "rounded": rounded,
+            }
+        )
+    content = {
+        "seed": SEED,
+        "formula": __doc__.split("\n\n")[1].replace("\n", " ").strip(),
+        "updates": updates,
+        "random": random,
+    }
     Path(__file__).with_name("ema_update.json").write_text(json.dumps(content) + "\n")
 
 

@@ -1,7 +1,9 @@
-"""Writes masked_attention.json: an independent NumPy computation in float64, so that a mistake shared by reference and kernels is seen.
+"""Writes masked_attention.json: an independent NumPy computation in float64, so that a mistake
+shared by reference and kernels is seen.
 
-Formula: out = softmax(scale * R(q) R(k)^T) v per sequence. R turns channel pairs (2i, 2i+1) of three axes by angles written out below, as
-complex numbers where the layout is a rotation and as two separate angles where it is not.
+Formula: out = softmax(scale * R(q) R(k)^T) v per sequence. R turns channel pairs (2i, 2i+1) of
+three axes by angles written out below, as complex numbers where the layout is a rotation and as two
+separate angles where it is not.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import numpy as np
 SEED = 20260517
 
 
-def turn(x: np.ndarray, ids: np.ndarray, grid: tuple[int, int, int], layout: str, g0: int | None) -> np.ndarray:
+def turn(
+    x: np.ndarray, ids: np.ndarray, grid: tuple[int, int, int], layout: str, g0: int | None
+) -> np.ndarray:
     """R(x, ids) for [N, heads, head_dim], token by token."""
     out = x.copy()
     _, height, width = grid
@@ -30,7 +34,9 @@ def turn(x: np.ndarray, ids: np.ndarray, grid: tuple[int, int, int], layout: str
             for i in range(m // 2):
                 a, b = axis * m + 2 * i, axis * m + 2 * i + 1
                 if layout == "interleaved":
-                    z = (x[n, :, a] + 1j * x[n, :, b]) * np.exp(1j * position[axis] / 10000 ** (2 * i / m))
+                    z = (x[n, :, a] + 1j * x[n, :, b]) * np.exp(
+                        1j * position[axis] / 10000 ** (2 * i / m)
+                    )
                     out[n, :, a], out[n, :, b] = z.real, z.imag
                 else:
                     first = position[axis] / 10000 ** (2 * ((2 * i) % (m // 2)) / m)
@@ -40,7 +46,9 @@ def turn(x: np.ndarray, ids: np.ndarray, grid: tuple[int, int, int], layout: str
     return out
 
 
-def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
+def attend(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float
+) -> tuple[np.ndarray, np.ndarray]:
     out, lse = np.zeros_like(q), np.full((q.shape[1], q.shape[0]), -np.inf)
     for head in range(q.shape[1]):
         for n in range(q.shape[0]):
@@ -57,7 +65,12 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> tuple[n
 def main() -> None:
     rng = np.random.default_rng(SEED)
     cases = []
-    for layout, g0, head_dim in (("interleaved", None, 8), ("interleaved", 16, 24), ("tiled", None, 24), ("tiled", 16, 32)):
+    for layout, g0, head_dim in (
+        ("interleaved", None, 8),
+        ("interleaved", 16, 24),
+        ("tiled", None, 24),
+        ("tiled", 16, 32),
+    ):
         grid, heads, scale = (2, 3, 4), 2, 0.4
         lengths_q, lengths_k = [3, 0, 2], [4, 2, 0]
         nq, nk = sum(lengths_q), sum(lengths_k)
@@ -66,7 +79,9 @@ def main() -> None:
         turned_q, turned_k = turn(q, ids_q, grid, layout, g0), turn(k, ids_k, grid, layout, g0)
         outs, lses, at_q, at_k = [], [], 0, 0
         for a, b in zip(lengths_q, lengths_k, strict=True):
-            out, lse = attend(turned_q[at_q : at_q + a], turned_k[at_k : at_k + b], v[at_k : at_k + b], scale)
+            out, lse = attend(
+                turned_q[at_q : at_q + a], turned_k[at_k : at_k + b], v[at_k : at_k + b], scale
+            )
             outs.append(out)
             lses.append(lse)
             at_q, at_k = at_q + a, at_k + b
@@ -89,7 +104,9 @@ def main() -> None:
             }
         )
     formula = "out = softmax(scale * R(query) R(key)^T) value, float64; null in lse is -inf"
-    Path(__file__).with_name("masked_attention.json").write_text(json.dumps({"seed": SEED, "formula": formula, "cases": cases}) + "\n")
+    Path(__file__).with_name("masked_attention.json").write_text(
+        json.dumps({"seed": SEED, "formula": formula, "cases": cases}) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What the drop-in tests share: foreign packages, and the comparison of an accelerated model with the untouched one."""
+"""What the drop-in tests share: foreign packages, and the comparison of an accelerated model with
+the untouched one."""
 
 from __future__ import annotations
 
@@ -30,18 +31,24 @@ def peer(package: str, module: str) -> types.ModuleType:
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """Every parameter random (biases, mask tokens and norms too), so that no gradient is zero by construction; eval mode."""
+    """Every parameter random (biases, mask tokens and norms too), so that no gradient is zero by
+    construction; eval mode."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             spread = 0.1 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
-            parameter.copy_(noise * spread + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+            parameter.copy_(
+                noise * spread + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            )
     return model.eval()
 
 
-def results(model: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:
-    """The output and the gradient of the input and of every parameter, for a fixed random cotangent."""
+def results(
+    model: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], x: Tensor
+) -> dict[str, Tensor]:
+    """The output and the gradient of the input and of every parameter, for a fixed random
+    cotangent."""
     x = x.detach().clone().requires_grad_()
     out = call(model, x)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
@@ -52,17 +59,27 @@ def results(model: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], x: Te
 
 
 def check(
-    model: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], x: Tensor, dtype: torch.dtype, options: Sequence[str] = ()
+    model: nn.Module,
+    call: Callable[[nn.Module, Tensor], Tensor],
+    x: Tensor,
+    dtype: torch.dtype,
+    options: Sequence[str] = (),
 ) -> Report:
-    """Holds an accelerated copy of `model` in `dtype` to the budgets, against the untouched one in float64 on the same rounded weights.
+    """Holds an accelerated copy of `model` in `dtype` to the budgets, against the untouched one in
+    float64 on the same rounded weights.
 
-    In float64 the op runs on its reference, whose rotations are float64 too: the two models must agree to the last digits.
+    In float64 the op runs on its reference, whose rotations are float64 too: the two models must
+    agree to the last digits.
     """
     model = copy.deepcopy(model).to(dtype)
     draws = [x.to(dtype)]
     if dtype == torch.bfloat16:
-        # Rounding errors of one input are one draw, whose size is the same luck for all gradients of a stack of layers.
-        draws += [torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in range(3)]
+        # Rounding errors of one input are one draw, whose size is the same luck for all gradients
+        # of a stack of layers.
+        draws += [
+            torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+            for seed in range(3)
+        ]
     oracle = _together(copy.deepcopy(model).double(), call, [x.double() for x in draws])
     untouched = _together(model, call, draws)
     report = accelerate(model, options=options)
@@ -74,27 +91,36 @@ def check(
     if dtype == torch.bfloat16:
         oracle, untouched, actual = (_by_layer(tensors) for tensors in (oracle, untouched, actual))
     for name, value in actual.items():
-        assert_within_budget(name, value, oracle[name], untouched[name], gradient=name.startswith("grad"))
+        assert_within_budget(
+            name, value, oracle[name], untouched[name], gradient=name.startswith("grad")
+        )
     return report
 
 
-def _together(model: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+def _together(
+    model: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], inputs: Sequence[Tensor]
+) -> dict[str, Tensor]:
     """The results of several inputs, stacked."""
     runs = [results(model, call, x) for x in inputs]
     return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
 
 
 def _by_layer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients of a layer as one vector. Softmax ignores a bias of all keys: its gradient is rounding alone, and a budget of its own
-    would hold noise against noise."""
+    """The gradients of a layer as one vector. Softmax ignores a bias of all keys: its gradient is
+    rounding alone, and a budget of its own would hold noise against noise."""
     layers: dict[str, list[Tensor]] = {}
     for name, value in tensors.items():
-        layers.setdefault(name.removesuffix(".weight").removesuffix(".bias"), []).append(value.flatten())
+        layers.setdefault(name.removesuffix(".weight").removesuffix(".bias"), []).append(
+            value.flatten()
+        )
     return {name: torch.cat(values) for name, values in layers.items()}
 
 
-def steps_apart(model: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], x: Tensor, steps: int = 10) -> float:
-    """The largest difference of losses between the untouched and the accelerated model over `steps` of AdamW, as a fraction."""
+def steps_apart(
+    model: nn.Module, call: Callable[[nn.Module, Tensor], Tensor], x: Tensor, steps: int = 10
+) -> float:
+    """The largest difference of losses between the untouched and the accelerated model over `steps`
+    of AdamW, as a fraction."""
     other = copy.deepcopy(model)
     accelerate(other)
     losses = []

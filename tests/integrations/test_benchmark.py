@@ -28,11 +28,18 @@ def test_what_is_not_installed_is_named(monkeypatch, capsys):
 @pytest.mark.parametrize("pass_name", ["forward", "forward+backward"])
 def test_gate_bites(pass_name):
     peer("vjepa", "vjepa.models.vision_transformer")
-    options = harness.Options(quick=True, baselines=("vjepa1",), passes=(pass_name,), dtypes=("float32",))
+    options = harness.Options(
+        quick=True, baselines=("vjepa1",), passes=(pass_name,), dtypes=("float32",)
+    )
     items = bench_integrations.comparisons(options)
     attention, encoder = items
-    assert attention.case == "vjepa1/attention/vit_s/64px/16f" and encoder.case == "vjepa1/encoder/vit_s/64px/16f"
+    assert (
+        attention.case == "vjepa1/attention/vit_s/64px/16f"
+        and encoder.case == "vjepa1/encoder/vit_s/64px/16f"
+    )
     for item in (attention, encoder):
         item.gate()
         with pytest.raises(harness.GateError, match="relative error"):
-            bench_integrations.gate(lambda item=item: 1.001 * item.candidate(), item.reference, "float32")
+            bench_integrations.gate(
+                lambda item=item: 1.001 * item.candidate(), item.reference, "float32"
+            )

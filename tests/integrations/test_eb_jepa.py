@@ -1,4 +1,5 @@
-"""eb_jepa's GRU predictor and unroll as rollouts, against a plain nn.GRU and LayerNorm of the same state dict, and against the real code."""
+"""eb_jepa's GRU predictor and unroll as rollouts, against a plain nn.GRU and LayerNorm of the same
+state dict, and against the real code."""
 
 from __future__ import annotations
 
@@ -21,7 +22,13 @@ D, A, STEPS, BATCH = 24, 3, 5, 4
 class RNNPredictor(nn.Module):
     """One step of a GRU, then a LayerNorm, with the names of eb_jepa's parameters."""
 
-    def __init__(self, hidden_size: int = D, action_dim: int = A, num_layers: int = 1, final_ln: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        hidden_size: int = D,
+        action_dim: int = A,
+        num_layers: int = 1,
+        final_ln: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.rnn = nn.GRU(action_dim, hidden_size, num_layers)
         self.final_ln = final_ln
@@ -41,7 +48,14 @@ class JEPA(nn.Module):
         self.regularizer, self.predcost = regularizer, predcost
 
     def unroll(
-        self, observations, actions, nsteps=1, unroll_mode="parallel", ctxt_window_time=1, compute_loss=True, return_all_steps=False
+        self,
+        observations,
+        actions,
+        nsteps=1,
+        unroll_mode="parallel",
+        ctxt_window_time=1,
+        compute_loss=True,
+        return_all_steps=False,
     ):
         assert unroll_mode == "autoregressive"
         state, encoded = self.encoder(observations), self.action_encoder(actions)
@@ -61,7 +75,8 @@ RNNPredictor.__module__, JEPA.__module__ = "eb_jepa.architectures", "eb_jepa.jep
 
 
 class Encoder(nn.Module):
-    """Frames ``[B, C, T, H, W]`` to states ``[B, D, T, 1, 1]``; remembers how many samples it saw."""
+    """Frames ``[B, C, T, H, W]`` to states ``[B, D, T, 1, 1]``; remembers how many samples it
+    saw."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +85,9 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         self.seen = x.shape[0]
-        return self.project(x.flatten(3).transpose(1, 2).flatten(2)).transpose(1, 2)[..., None, None]
+        return self.project(x.flatten(3).transpose(1, 2).flatten(2)).transpose(1, 2)[
+            ..., None, None
+        ]
 
 
 class Regularizer(nn.Module):
@@ -85,7 +102,9 @@ def build(jepa=JEPA, predictor=RNNPredictor, dtype=torch.float32) -> nn.Module:
     with torch.no_grad():
         norm.weight.add_(torch.randn(D) * 0.2)
         norm.bias.add_(torch.randn(D) * 0.2)
-    return jepa(Encoder(), nn.Identity(), predictor(D, A, final_ln=norm), Regularizer(), nn.MSELoss()).to(dtype)
+    return jepa(
+        Encoder(), nn.Identity(), predictor(D, A, final_ln=norm), Regularizer(), nn.MSELoss()
+    ).to(dtype)
 
 
 def inputs(dtype=torch.float32, batch=BATCH, frames=STEPS + 1):
@@ -96,11 +115,18 @@ def inputs(dtype=torch.float32, batch=BATCH, frames=STEPS + 1):
 def results(model, dtype) -> dict[str, torch.Tensor]:
     """The states, the loss and every gradient of a training unroll."""
     x, actions = inputs(torch.float32)
-    x, actions = x.to(torch.bfloat16).to(dtype).requires_grad_(), actions.to(torch.bfloat16).to(dtype).requires_grad_()
+    x, actions = (
+        x.to(torch.bfloat16).to(dtype).requires_grad_(),
+        actions.to(torch.bfloat16).to(dtype).requires_grad_(),
+    )
     states, losses = model.unroll(x, actions, nsteps=STEPS, unroll_mode="autoregressive")
     leaves = {"input": x, "actions": actions, **dict(model.named_parameters())}
     grads = torch.autograd.grad(losses[0] + states.square().mean(), list(leaves.values()))
-    return {"states": states.detach(), "loss": losses[0].detach(), **{f"grad {n}": g for n, g in zip(leaves, grads, strict=True)}}
+    return {
+        "states": states.detach(),
+        "loss": losses[0].detach(),
+        **{f"grad {n}": g for n, g in zip(leaves, grads, strict=True)},
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -115,15 +141,29 @@ def test_training_unroll(dtype):
         actual = results(model, dtype)
     assert len(actual) == 12
     for name, value in actual.items():
-        assert_within_budget(name, value, oracle[name], untouched[name], gradient=name.startswith("grad"))
+        assert_within_budget(
+            name, value, oracle[name], untouched[name], gradient=name.startswith("grad")
+        )
 
 
 def test_every_step_and_inference():
     model, (x, actions) = build(), inputs()
-    wanted, _ = model.unroll(x[:, :, :1], actions, nsteps=STEPS, unroll_mode="autoregressive", compute_loss=False, return_all_steps=True)
+    wanted, _ = model.unroll(
+        x[:, :, :1],
+        actions,
+        nsteps=STEPS,
+        unroll_mode="autoregressive",
+        compute_loss=False,
+        return_all_steps=True,
+    )
     accelerate(model)
     steps, losses = model.unroll(
-        x[:, :, :1], actions, nsteps=STEPS, unroll_mode="autoregressive", compute_loss=False, return_all_steps=True
+        x[:, :, :1],
+        actions,
+        nsteps=STEPS,
+        unroll_mode="autoregressive",
+        compute_loss=False,
+        return_all_steps=True,
     )
     assert losses is None
     assert [s.shape for s in steps] == [s.shape for s in wanted]
@@ -159,7 +199,13 @@ def test_restore_and_copies():
 def test_planning_encodes_one_observation():
     model, (x, _) = build().eval(), inputs(batch=1, frames=1)
     actions = torch.randn(7, A, STEPS)
-    wanted, _ = model.unroll(x.repeat(7, 1, 1, 1, 1), actions, nsteps=STEPS, unroll_mode="autoregressive", compute_loss=False)
+    wanted, _ = model.unroll(
+        x.repeat(7, 1, 1, 1, 1),
+        actions,
+        nsteps=STEPS,
+        unroll_mode="autoregressive",
+        compute_loss=False,
+    )
     with torch.no_grad():
         states = planning_unroll(model)(x, actions)
     assert model.encoder.seen == 1
@@ -181,21 +227,31 @@ def test_what_is_left_and_refused():
     report = accelerate(two)
     assert not report.replaced
     assert set(report.left) == {"", "predictor"}
-    assert report.left["predictor"][0].startswith("rnn must be one layer in one direction with the batch second, got GRU(")
+    assert report.left["predictor"][0].startswith(
+        "rnn must be one layer in one direction with the batch second, got GRU("
+    )
     with pytest.raises(ValueError, match="rnn must be one layer"):
         planning_unroll(two)
     conv = build(predictor=lambda d, a, final_ln: nn.Conv3d(d, d, 1))
-    assert accelerate(conv).left == {"": ["predictor must be an RNNPredictor for its unroll to be one rollout, got Conv3d"]}
+    assert accelerate(conv).left == {
+        "": ["predictor must be an RNNPredictor for its unroll to be one rollout, got Conv3d"]
+    }
     model, (x, actions) = build(), inputs()
     accelerate(model)
-    with pytest.raises(ValueError, match="unroll: unroll_mode must be 'autoregressive' for a GRU predictor, got 'parallel'"):
+    with pytest.raises(
+        ValueError,
+        match="unroll: unroll_mode must be 'autoregressive' for a GRU predictor, got 'parallel'",
+    ):
         model.unroll(x, actions)
-    with pytest.raises(ValueError, match=f"unroll: actions must hold at least {STEPS + 1} steps, got {STEPS}."):
+    with pytest.raises(
+        ValueError, match=f"unroll: actions must hold at least {STEPS + 1} steps, got {STEPS}."
+    ):
         model.unroll(x, actions, nsteps=STEPS + 1, unroll_mode="autoregressive")
 
 
 def _real(module: str):
-    """A module of the real code base, which no package index holds under this name: cloned, on the path, with its dependencies."""
+    """A module of the real code base, which no package index holds under this name: cloned, on the
+    path, with its dependencies."""
     try:
         return importlib.import_module(f"eb_jepa.{module}")
     except ModuleNotFoundError as error:

@@ -14,7 +14,11 @@ from tests.integrations.peers import peer
 @pytest.mark.slow
 def test_finetune_vjepa2_transformers(root, shared_dir, tmp_path):
     peer("transformers", "transformers.models.vjepa2.modeling_vjepa2")
-    script = [sys.executable, "examples/finetune_vjepa2_transformers.py", str(shared_dir / "clips" / "ucf101" / "videos")]
+    script = [
+        sys.executable,
+        "examples/finetune_vjepa2_transformers.py",
+        str(shared_dir / "clips" / "ucf101" / "videos"),
+    ]
     first = [*script, "--steps", "3", "--batch-size", "2", "--save", str(tmp_path / "model")]
     child = subprocess.run(first, cwd=root, capture_output=True, text=True, timeout=200)
     assert child.returncode == 0, child.stderr

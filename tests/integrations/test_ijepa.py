@@ -1,4 +1,5 @@
-"""facebookresearch I-JEPA, which no package holds: a module of its name, parameters and attributes, its attention written out here."""
+"""facebookresearch I-JEPA, which no package holds: a module of its name, parameters and attributes,
+its attention written out here."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ class Attention(nn.Module):
         self.attn_drop, self.proj_drop = nn.Dropout(drop), nn.Dropout(0.0)
 
     def forward(self, x):
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = (
+            self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )
         weights = torch.softmax(query @ key.mT * self.scale, dim=-1)
         return self.proj((weights @ value).transpose(1, 2).flatten(2)), weights
 
@@ -28,7 +31,9 @@ Attention.__module__ = "src.models.vision_transformer"
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention(dtype):
-    report = check(randomised(Attention(48, 2)), lambda module, x: module(x)[0], torch.randn(2, 9, 48), dtype)
+    report = check(
+        randomised(Attention(48, 2)), lambda module, x: module(x)[0], torch.randn(2, 9, 48), dtype
+    )
     assert report.replaced == {"ijepa": [""]}
 
 

@@ -1,7 +1,9 @@
-"""lightly's I-JEPA against the untouched model: the flavour on torchvision's blocks and the one on timm's attention.
+"""lightly's I-JEPA against the untouched model: the flavour on torchvision's blocks and the one on
+timm's attention.
 
-lightly needs torchvision, and other packages behave differently where torchvision is: `make dev` puts the two into a folder of their own
-(`apart` in the environment), which only this file looks into.
+lightly needs torchvision, and other packages behave differently where torchvision is: `make dev`
+puts the two into a folder of their own (`apart` in the environment), which only this file looks
+into.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ _DECLARED: list[torch.library.Library] = []
 
 
 def _declare_torchvision_ops() -> None:
-    """torchvision cannot be imported where its library is for another build of torch; nothing here calls the ops it then misses."""
+    """torchvision cannot be imported where its library is for another build of torch; nothing here
+    calls the ops it then misses."""
     origin = importlib.util.find_spec("torchvision").origin
     try:
         torch.ops.load_library(str(next(Path(origin).parent.glob("_C*.so"))))
@@ -32,18 +35,23 @@ def _declare_torchvision_ops() -> None:
         if not _DECLARED:
             _DECLARED.append(torch.library.Library("torchvision", "DEF"))
             for name in ("nms", "qnms"):
-                _DECLARED[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                _DECLARED[0].define(
+                    f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                )
 
 
 def _forget() -> dict[str, types.ModuleType]:
     """Takes the three packages out of sys.modules: other files put stand-ins there."""
-    names = [name for name in sys.modules if name.partition(".")[0] in ("timm", "torchvision", "lightly")]
+    names = [
+        name for name in sys.modules if name.partition(".")[0] in ("timm", "torchvision", "lightly")
+    ]
     return {name: sys.modules.pop(name) for name in names}
 
 
 @pytest.fixture(scope="module")
 def modules():
-    """lightly's I-JEPA modules of both flavours; what was imported for them is forgotten afterwards."""
+    """lightly's I-JEPA modules of both flavours; what was imported for them is forgotten
+    afterwards."""
     folder = Path(sys.prefix) / "apart"
     found = importlib.util.find_spec("lightly") is not None
     if not found and not (folder / "lightly").is_dir():
@@ -53,8 +61,18 @@ def modules():
         sys.path.insert(0, str(folder))
     try:
         _declare_torchvision_ops()
-        flavours = (importlib.import_module(f"lightly.models.modules.{name}") for name in ("ijepa", "ijepa_timm"))
-        yield types.SimpleNamespace(**{key: value for module in flavours for key, value in vars(module).items() if "IJEPA" in key})
+        flavours = (
+            importlib.import_module(f"lightly.models.modules.{name}")
+            for name in ("ijepa", "ijepa_timm")
+        )
+        yield types.SimpleNamespace(
+            **{
+                key: value
+                for module in flavours
+                for key, value in vars(module).items()
+                if "IJEPA" in key
+            }
+        )
     finally:
         if not found:
             sys.path.remove(str(folder))
@@ -66,7 +84,9 @@ SIZES = dict(num_heads=2, hidden_dim=48, mlp_dim=96)
 
 
 def backbone(modules, **changes) -> nn.Module:
-    return randomised(modules.IJEPABackbone(**(dict(image_size=12, patch_size=4, num_layers=2) | SIZES | changes)))
+    return randomised(
+        modules.IJEPABackbone(**(dict(image_size=12, patch_size=4, num_layers=2) | SIZES | changes))
+    )
 
 
 class Pair(nn.Module):
@@ -76,14 +96,28 @@ class Pair(nn.Module):
         super().__init__()
         self.encoder = backbone(modules)
         if flavour == "timm":
-            self.predictor = modules.IJEPAPredictorTIMM(num_patches=9, depth=2, mlp_dim=48, predictor_embed_dim=24, num_heads=2)
+            self.predictor = modules.IJEPAPredictorTIMM(
+                num_patches=9, depth=2, mlp_dim=48, predictor_embed_dim=24, num_heads=2
+            )
         else:
-            sizes = dict(seq_length=10, num_layers=2, num_heads=2, hidden_dim=48, predictor_embed_dim=48, num_patches=9)
-            self.predictor = modules.IJEPAPredictor(**sizes, mlp_dim=48, dropout=0.0, attention_dropout=0.0)
+            sizes = dict(
+                seq_length=10,
+                num_layers=2,
+                num_heads=2,
+                hidden_dim=48,
+                predictor_embed_dim=48,
+                num_patches=9,
+            )
+            self.predictor = modules.IJEPAPredictor(
+                **sizes, mlp_dim=48, dropout=0.0, attention_dropout=0.0
+            )
         randomised(self.predictor)
 
     def forward(self, images):
-        context, targets = torch.tensor([[0, 2, 5, 7], [1, 2, 3, 8]]), torch.tensor([[1, 6], [4, 0]])
+        context, targets = (
+            torch.tensor([[0, 2, 5, 7], [1, 2, 3, 8]]),
+            torch.tensor([[1, 6], [4, 0]]),
+        )
         return self.predictor(self.encoder(images, context), context, targets)
 
 
@@ -98,7 +132,9 @@ def images():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_encoder(modules, dtype):
     report = check(backbone(modules), call, images(), dtype)
-    assert report.replaced == {"lightly-ijepa": ["encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1"]}
+    assert report.replaced == {
+        "lightly-ijepa": ["encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1"]
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -110,7 +146,12 @@ def test_masked_training_pair(modules, flavour, dtype):
 
 def test_timm_attention_with_norms_of_query_and_key(modules):
     attention = importlib.import_module("timm.layers").Attention
-    check(randomised(attention(48, 2, qkv_bias=True, qk_norm=True, norm_layer=nn.LayerNorm)), call, torch.randn(2, 9, 48), torch.float64)
+    check(
+        randomised(attention(48, 2, qkv_bias=True, qk_norm=True, norm_layer=nn.LayerNorm)),
+        call,
+        torch.randn(2, 9, 48),
+        torch.float64,
+    )
 
 
 def test_ten_steps_stay_together(modules):
@@ -118,7 +159,8 @@ def test_ten_steps_stay_together(modules):
 
 
 def test_training_mode_draws_the_same_dropout(modules):
-    """Of one image: torch's MultiheadAttention lays out a batch token by token, so that its draws go to other places of a larger one."""
+    """Of one image: torch's MultiheadAttention lays out a batch token by token, so that its draws
+    go to other places of a larger one."""
     whole = backbone(modules, dropout=0.3).train()
     outs = []
     for step in (lambda model: None, accelerate):
@@ -126,7 +168,13 @@ def test_training_mode_draws_the_same_dropout(modules):
         torch.manual_seed(5)
         outs.append(results(whole, call, torch.full((1, 3, 12, 12), 0.3)))
     for name, value in outs[0].items():
-        torch.testing.assert_close(outs[1][name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            outs[1][name],
+            value,
+            rtol=1e-4,
+            atol=1e-5,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def test_restore_and_patch(modules):
@@ -153,7 +201,9 @@ def test_obstacles_and_refusals(modules):
     left = accelerate(whole).left
     assert left["drops"] == ["attn_drop must be 0, got 0.1"]
     assert "gate" in left["gated"][0]
-    assert left["encoder.encoder.layers.encoder_layer_0"] == ["attention_dropout must be 0, got 0.1"]
+    assert left["encoder.encoder.layers.encoder_layer_0"] == [
+        "attention_dropout must be 0, got 0.1"
+    ]
     plain = attention(48, 2)
     accelerate(plain)
     with pytest.raises(ValueError, match="attn_mask must be None"):

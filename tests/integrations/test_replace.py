@@ -1,4 +1,5 @@
-"""The replacing itself, on a small code base of our own: what is bound, reported, undone and refused; and that nothing happens on import."""
+"""The replacing itself, on a small code base of our own: what is bound, reported, undone and
+refused; and that nothing happens on import."""
 
 from __future__ import annotations
 
@@ -53,13 +54,22 @@ _HERE = __name__
 BASE = CodeBase(
     "toy",
     "this file",
-    (Target((f"{_HERE}:Attention", f"elsewhere:{_HERE}"), fused, lambda module: dropout_obstacles(module, drop=module.drop), "nothing"),),
+    (
+        Target(
+            (f"{_HERE}:Attention", f"elsewhere:{_HERE}"),
+            fused,
+            lambda module: dropout_obstacles(module, drop=module.drop),
+            "nothing",
+        ),
+    ),
     {f"{_HERE}:Causal": "it is causal"},
 )
 
 
 def model() -> nn.Sequential:
-    return nn.Sequential(Attention(), nn.Identity(), Derived(), Changed(), Causal(), Attention(drop=0.5))
+    return nn.Sequential(
+        Attention(), nn.Identity(), Derived(), Changed(), Causal(), Attention(drop=0.5)
+    )
 
 
 def test_report():
@@ -81,7 +91,10 @@ def test_restore_is_bitwise_and_the_state_dict_never_changes():
     assert restore(whole) == 2
     assert torch.equal(whole(x), before)
     assert restore(whole) == 0
-    assert all("forward" not in vars(module) and not hasattr(module, replace._MARK) for module in whole.modules())
+    assert all(
+        "forward" not in vars(module) and not hasattr(module, replace._MARK)
+        for module in whole.modules()
+    )
 
 
 def test_hooks_are_kept():
@@ -93,7 +106,11 @@ def test_hooks_are_kept():
     assert calls == ["before", "after"]
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))],
+    ids=["deepcopy", "pickle"],
+)
 def test_copies_compute_with_their_own_weights(duplicate):
     attention, x = Attention(), torch.randn(1, 4)
     replace.accelerate(attention, (BASE,))
@@ -140,13 +157,25 @@ def test_an_unknown_model_is_told_what_is_known():
 
 
 def test_options_that_are_unknown_or_not_there():
-    with pytest.raises(ValueError, match=r"accelerate: options must name some of .*unsorted_predictor.*, got 'fast'"):
+    with pytest.raises(
+        ValueError,
+        match=r"accelerate: options must name some of .*unsorted_predictor.*, got 'fast'",
+    ):
         accelerate(nn.Linear(2, 2), options=("fast",))
     with pytest.raises(ValueError, match="patch: options must name some of"):
         patch("vjepa2", options=("fast",))
-    base = CodeBase("toy", "this file", (*BASE.targets, Target((f"{_HERE}:Causal",), fused, lambda module: [], "more", option="more")))
+    base = CodeBase(
+        "toy",
+        "this file",
+        (
+            *BASE.targets,
+            Target((f"{_HERE}:Causal",), fused, lambda module: [], "more", option="more"),
+        ),
+    )
     whole = nn.Sequential(Attention())
-    with pytest.raises(ValueError, match=r"options must name what the model has, got 'more' for .*Sequential"):
+    with pytest.raises(
+        ValueError, match=r"options must name what the model has, got 'more' for .*Sequential"
+    ):
         replace.accelerate(whole, (base,), ("more",))
     assert restore(whole) == 0
     whole = nn.Sequential(Causal())
@@ -169,7 +198,8 @@ def test_nothing_is_imported_or_changed_on_import():
     script = """
 import sys
 import jepa_kernels.integrations
-loaded = {name.partition('.')[0] for name in sys.modules} & {'transformers', 'vjepa', 'vjepa2', 'timm', 'einops', 'src', 'lightly'}
+peers = {'transformers', 'vjepa', 'vjepa2', 'timm', 'einops', 'src', 'lightly'}
+loaded = {name.partition('.')[0] for name in sys.modules} & peers
 assert not loaded, loaded
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

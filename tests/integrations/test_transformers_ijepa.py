@@ -13,9 +13,20 @@ def model(kind: str = "IJepaModel", **changes):
     modeling = peer("transformers", "transformers.models.ijepa.modeling_ijepa")
     from transformers import IJepaConfig
 
-    sizes = dict(image_size=12, patch_size=4, hidden_size=48, num_attention_heads=2, num_hidden_layers=2, intermediate_size=96)
+    sizes = dict(
+        image_size=12,
+        patch_size=4,
+        hidden_size=48,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        intermediate_size=96,
+    )
     drop = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    return randomised(getattr(modeling, kind)(IJepaConfig(**(sizes | drop | dict(attn_implementation="sdpa") | changes))))
+    return randomised(
+        getattr(modeling, kind)(
+            IJepaConfig(**(sizes | drop | dict(attn_implementation="sdpa") | changes))
+        )
+    )
 
 
 def features(model, x):
@@ -24,16 +35,23 @@ def features(model, x):
 
 # The written-out softmax of transformers is float32 whatever the model is.
 @pytest.mark.parametrize(
-    "implementation, dtype", [*(("sdpa", dtype) for dtype in DTYPES), ("eager", torch.float32), ("eager", torch.bfloat16)], ids=str
+    "implementation, dtype",
+    [*(("sdpa", dtype) for dtype in DTYPES), ("eager", torch.float32), ("eager", torch.bfloat16)],
+    ids=str,
 )
 def test_encoder(implementation, dtype):
-    report = check(model(attn_implementation=implementation), features, torch.randn(2, 3, 12, 12), dtype)
+    report = check(
+        model(attn_implementation=implementation), features, torch.randn(2, 3, 12, 12), dtype
+    )
     assert len(report.replaced["transformers-ijepa"]) == 2
 
 
 def test_classifier():
     check(
-        model("IJepaForImageClassification", num_labels=3), lambda m, x: m(pixel_values=x).logits, torch.randn(2, 3, 12, 12), torch.float32
+        model("IJepaForImageClassification", num_labels=3),
+        lambda m, x: m(pixel_values=x).logits,
+        torch.randn(2, 3, 12, 12),
+        torch.float32,
     )
 
 
@@ -50,4 +68,6 @@ def test_ten_steps_stay_together():
 def test_dropout_is_an_obstacle():
     report = accelerate(model(attention_probs_dropout_prob=0.1))
     assert not report.replaced
-    assert {tuple(reasons) for reasons in report.left.values()} == {("attention_probs_dropout_prob must be 0, got 0.1",)}
+    assert {tuple(reasons) for reasons in report.left.values()} == {
+        ("attention_probs_dropout_prob must be 0, got 0.1",)
+    }

@@ -1,4 +1,5 @@
-"""Hugging Face VJEPA2 with fused attention: encoder, predictor, pooler and classifier against the untouched model."""
+"""Hugging Face VJEPA2 with fused attention: encoder, predictor, pooler and classifier against the
+untouched model."""
 
 from __future__ import annotations
 
@@ -17,8 +18,21 @@ GRID = (2, 3, 3)
 
 
 def config(**changes):
-    sizes = dict(patch_size=4, crop_size=12, frames_per_clip=4, tubelet_size=2, hidden_size=48, num_attention_heads=2, num_hidden_layers=2)
-    predictor = dict(pred_hidden_size=48, pred_num_attention_heads=2, pred_num_hidden_layers=2, pred_num_mask_tokens=2)
+    sizes = dict(
+        patch_size=4,
+        crop_size=12,
+        frames_per_clip=4,
+        tubelet_size=2,
+        hidden_size=48,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+    )
+    predictor = dict(
+        pred_hidden_size=48,
+        pred_num_attention_heads=2,
+        pred_num_hidden_layers=2,
+        pred_num_mask_tokens=2,
+    )
     pooler = dict(num_pooler_layers=1, num_labels=3)
     peer("transformers", "transformers.models.vjepa2.modeling_vjepa2")
     from transformers import VJEPA2Config
@@ -41,8 +55,12 @@ def encoder(model, x):
 
 def masked(model, x):
     """The predictor's output for unsorted context and target ids, a different set for each clip."""
-    ids = torch.stack([torch.randperm(18, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
-    return model(pixel_values_videos=x, context_mask=[ids[:, :8]], target_mask=[ids[:, 8:13]]).predictor_output.last_hidden_state
+    ids = torch.stack(
+        [torch.randperm(18, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)]
+    )
+    return model(
+        pixel_values_videos=x, context_mask=[ids[:, :8]], target_mask=[ids[:, 8:13]]
+    ).predictor_output.last_hidden_state
 
 
 def classified(model, x):
@@ -51,7 +69,9 @@ def classified(model, x):
 
 # The written-out softmax of transformers is float32 whatever the model is.
 @pytest.mark.parametrize(
-    "implementation, dtype", [*(("sdpa", dtype) for dtype in DTYPES), ("eager", torch.float32), ("eager", torch.bfloat16)], ids=str
+    "implementation, dtype",
+    [*(("sdpa", dtype) for dtype in DTYPES), ("eager", torch.float32), ("eager", torch.bfloat16)],
+    ids=str,
 )
 def test_encoder(implementation, dtype):
     report = check(model(attn_implementation=implementation), encoder, clips(), dtype)
@@ -79,7 +99,8 @@ def test_clips_longer_than_configured_and_a_single_frame():
 
 
 def test_a_width_that_the_axes_do_not_divide():
-    """Heads of 32 channels: 10 for each axis and two left unrotated; heads of 64 at the width of a ViT-L would be 20 and four."""
+    """Heads of 32 channels: 10 for each axis and two left unrotated; heads of 64 at the width of a
+    ViT-L would be 20 and four."""
     check(model(hidden_size=64), encoder, clips(), torch.float64)
 
 
@@ -92,7 +113,13 @@ def test_training_mode_draws_the_same_stochastic_depth():
         torch.manual_seed(5)
         outs.append(results(module, encoder, clips(4).mul(0).add(0.3)))
     for name, value in outs[0].items():
-        torch.testing.assert_close(outs[1][name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            outs[1][name],
+            value,
+            rtol=1e-4,
+            atol=1e-5,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def test_ten_steps_stay_together():
@@ -107,14 +134,18 @@ def test_activation_checkpointing():
     accelerate(saving)
     ours, theirs = results(saving, masked, x), results(plain, masked, x)
     for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            ours[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_compiled():
     attention = model().encoder.layer[0].attention
     accelerate(attention)
     x = torch.randn(1, 18, 48)
-    torch.testing.assert_close(torch.compile(attention, backend="aot_eager", fullgraph=True)(x)[0], attention(x)[0])
+    torch.testing.assert_close(
+        torch.compile(attention, backend="aot_eager", fullgraph=True)(x)[0], attention(x)[0]
+    )
 
 
 def test_masks_and_probabilities_are_refused():
@@ -133,7 +164,10 @@ def test_dropout_is_an_obstacle():
     before = results(whole, encoder, clips())
     report = accelerate(whole)
     assert not report.replaced
-    assert all("attention_probs_dropout_prob must be 0, got 0.1" in reasons for reasons in report.left.values())
+    assert all(
+        "attention_probs_dropout_prob must be 0, got 0.1" in reasons
+        for reasons in report.left.values()
+    )
     assert len(report.left) == 4
     assert "left encoder.layer.0.attention" in str(report)
     assert set(before) == set(results(whole, encoder, clips()))
@@ -159,7 +193,9 @@ def test_patch_reaches_models_built_inside():
 def sorted_masked(model, x):
     """Ids in the order of positions, where the original's sorting changes nothing."""
     context, target = torch.arange(8).expand(2, -1), torch.arange(8, 13).expand(2, -1)
-    return model(pixel_values_videos=x, context_mask=[context], target_mask=[target]).predictor_output.last_hidden_state
+    return model(
+        pixel_values_videos=x, context_mask=[context], target_mask=[target]
+    ).predictor_output.last_hidden_state
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -175,7 +211,12 @@ def test_unsorted_predictor_of_the_whole_clip_and_undone():
     x = clips()
     before = whole(pixel_values_videos=x).predictor_output.last_hidden_state
     accelerate(whole, options=("unsorted_predictor",))
-    torch.testing.assert_close(whole(pixel_values_videos=x).predictor_output.last_hidden_state, before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        whole(pixel_values_videos=x).predictor_output.last_hidden_state,
+        before,
+        rtol=1e-4,
+        atol=1e-5,
+    )
     restore(whole)
     assert torch.equal(whole(pixel_values_videos=x).predictor_output.last_hidden_state, before)
 
@@ -191,7 +232,8 @@ def test_unsorted_predictor_never_sorts(monkeypatch):
 
 
 def context_of(encoder, x, ids):
-    """V-JEPA's context encoder, written out: drop tokens ahead of the layers, attend with rotations of the kept positions."""
+    """V-JEPA's context encoder, written out: drop tokens ahead of the layers, attend with rotations
+    of the kept positions."""
     modeling = peer("transformers", "transformers.models.vjepa2.modeling_vjepa2")
     tokens = torch.stack([clip[kept] for clip, kept in zip(encoder.embeddings(x), ids)])
     for layer in encoder.layer:
@@ -203,9 +245,16 @@ def context_of(encoder, x, ids):
         rotated = []
         for x in (query, key):
             parts, first = [], 0
-            for position, width in zip((ids // 9, ids % 9 // 3, ids % 3), (attention.d_dim, attention.h_dim, attention.w_dim)):
+            for position, width in zip(
+                (ids // 9, ids % 9 // 3, ids % 3),
+                (attention.d_dim, attention.h_dim, attention.w_dim),
+            ):
                 piece = x[..., first : first + width]
-                parts.append(modeling.rotate_queries_or_keys(piece, position[:, None].expand(-1, x.shape[1], -1)))
+                parts.append(
+                    modeling.rotate_queries_or_keys(
+                        piece, position[:, None].expand(-1, x.shape[1], -1)
+                    )
+                )
                 first += width
             rotated.append(torch.cat([*parts, x[..., first:]], dim=-1))
         weights = torch.softmax(rotated[0] @ rotated[1].mT * attention.scaling, dim=-1)
@@ -216,12 +265,16 @@ def context_of(encoder, x, ids):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_context_alone_against_a_plain_restatement(dtype):
-    ids = torch.stack([torch.randperm(18, generator=torch.Generator().manual_seed(seed))[:8] for seed in (3, 4)])
+    ids = torch.stack(
+        [torch.randperm(18, generator=torch.Generator().manual_seed(seed))[:8] for seed in (3, 4)]
+    )
     plain = model().encoder.to(dtype)
     fused = copy.deepcopy(plain)
     accelerate(fused)
     x = clips().to(dtype)
-    oracle = results(copy.deepcopy(plain).double(), lambda module, x: context_of(module, x, ids), x.double())
+    oracle = results(
+        copy.deepcopy(plain).double(), lambda module, x: context_of(module, x, ids), x.double()
+    )
     with use_backend("reference" if dtype == torch.float64 else "auto"):
         for encoder in (plain, fused):
             ours = results(encoder, lambda module, x: encode_context(module, x, [ids]), x)
@@ -239,6 +292,8 @@ def test_context_alone_is_another_function_and_its_predictions_are_the_predictor
     after = encoder(whole, x)[:, :8]
     assert (alone - after).norm() > 0.01 * after.norm()
     # Without a mask the two are one function.
-    torch.testing.assert_close(encode_context(whole.encoder, x, [ids]), encoder(whole, x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        encode_context(whole.encoder, x, [ids]), encoder(whole, x), rtol=1e-4, atol=1e-5
+    )
     predicted = predict_targets(whole.predictor, after, [context], [target])
     torch.testing.assert_close(predicted, sorted_masked(whole, x), rtol=1e-4, atol=1e-5)

@@ -1,4 +1,5 @@
-"""The width and the heads of a ViT-L (1024 in 16 heads, predictor 384 in 12), one layer of each, in the three code bases that publish it."""
+"""The width and the heads of a ViT-L (1024 in 16 heads, predictor 384 in 12), one layer of each, in
+the three code bases that publish it."""
 
 from __future__ import annotations
 
@@ -17,16 +18,39 @@ def hugging_face():
     modeling = peer("transformers", "transformers.models.vjepa2.modeling_vjepa2")
     from transformers import VJEPA2Config
 
-    sizes = dict(crop_size=64, frames_per_clip=4, hidden_size=1024, num_attention_heads=16, num_hidden_layers=1)
-    predictor = dict(pred_hidden_size=384, pred_num_attention_heads=12, pred_num_hidden_layers=1, pred_num_mask_tokens=2)
-    return randomised(modeling.VJEPA2Model(VJEPA2Config(**sizes, **predictor, attn_implementation="sdpa")))
+    sizes = dict(
+        crop_size=64,
+        frames_per_clip=4,
+        hidden_size=1024,
+        num_attention_heads=16,
+        num_hidden_layers=1,
+    )
+    predictor = dict(
+        pred_hidden_size=384,
+        pred_num_attention_heads=12,
+        pred_num_hidden_layers=1,
+        pred_num_mask_tokens=2,
+    )
+    return randomised(
+        modeling.VJEPA2Model(VJEPA2Config(**sizes, **predictor, attn_implementation="sdpa"))
+    )
 
 
 def public(kind: str = "vjepa2"):
     vit = peer(kind, f"{kind}.models.vision_transformer")
     norm = lambda width: torch.nn.LayerNorm(width, eps=1e-6)  # noqa: E731
-    sizes = dict(img_size=64, num_frames=4, embed_dim=1024, depth=1, num_heads=16, qkv_bias=True, norm_layer=norm)
-    return randomised(vit.VisionTransformer(**sizes, **(dict(use_rope=True) if kind == "vjepa2" else {})))
+    sizes = dict(
+        img_size=64,
+        num_frames=4,
+        embed_dim=1024,
+        depth=1,
+        num_heads=16,
+        qkv_bias=True,
+        norm_layer=norm,
+    )
+    return randomised(
+        vit.VisionTransformer(**sizes, **(dict(use_rope=True) if kind == "vjepa2" else {}))
+    )
 
 
 def clips():

@@ -1,4 +1,5 @@
-"""vjepa (V-JEPA 1) with fused attention: encoder, predictor and attentive classifier against the untouched model."""
+"""vjepa (V-JEPA 1) with fused attention: encoder, predictor and attentive classifier against the
+untouched model."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ from torch import nn
 from jepa_kernels.integrations import accelerate, patch
 from tests.integrations.peers import DTYPES, check, peer, randomised, steps_apart
 
-SIZES = dict(img_size=12, patch_size=4, num_frames=4, tubelet_size=2, num_heads=2, depth=2, qkv_bias=True)
+SIZES = dict(
+    img_size=12, patch_size=4, num_frames=4, tubelet_size=2, num_heads=2, depth=2, qkv_bias=True
+)
 
 
 class Pair(nn.Module):
@@ -21,11 +24,15 @@ class Pair(nn.Module):
         predictor = peer("vjepa", "vjepa.models.predictor")
         self.encoder = randomised(vit.VisionTransformer(**SIZES, embed_dim=48))
         self.predictor = randomised(
-            predictor.VisionTransformerPredictor(**SIZES, embed_dim=48, predictor_embed_dim=48, use_mask_tokens=True)
+            predictor.VisionTransformerPredictor(
+                **SIZES, embed_dim=48, predictor_embed_dim=48, use_mask_tokens=True
+            )
         )
 
     def forward(self, x):
-        ids = torch.stack([torch.randperm(18, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
+        ids = torch.stack(
+            [torch.randperm(18, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)]
+        )
         return self.predictor(self.encoder(x, [ids[:, :8]]), None, [ids[:, :8]], [ids[:, 8:13]])
 
 
@@ -47,7 +54,9 @@ def test_masked_training_pair(dtype):
 def test_attentive_classifier(dtype):
     """The cross-attention of this code base projects its output; V-JEPA 2's does not."""
     pooler = peer("vjepa", "vjepa.models.attentive_pooler")
-    model = randomised(pooler.AttentiveClassifier(embed_dim=48, num_heads=2, depth=2, num_classes=3))
+    model = randomised(
+        pooler.AttentiveClassifier(embed_dim=48, num_heads=2, depth=2, num_classes=3)
+    )
     check(model, call, torch.randn(2, 10, 48), dtype)
 
 
@@ -66,7 +75,8 @@ def test_ten_steps_stay_together():
 
 
 def test_dropout_is_an_obstacle():
-    """The original drops in evaluation too (it never asks whether it trains), so that this is left to it altogether."""
+    """The original drops in evaluation too (it never asks whether it trains), so that this is left
+    to it altogether."""
     modules = peer("vjepa", "vjepa.models.utils.modules")
     report = accelerate(modules.Attention(48, 2, proj_drop=0.1))
     assert report.left == {"": ["proj_drop must be 0, got 0.1"]}
@@ -77,6 +87,8 @@ def test_patch_reaches_models_built_inside():
     plain = Pair()(x)
     with patch("vjepa1") as names:
         fused = Pair()(x)
-    assert sorted(names) == [f"vjepa.models.utils.modules:{kind}" for kind in ("Attention", "CrossAttention")]
+    assert sorted(names) == [
+        f"vjepa.models.utils.modules:{kind}" for kind in ("Attention", "CrossAttention")
+    ]
     torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
     assert torch.equal(Pair()(x), plain)

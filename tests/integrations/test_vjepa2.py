@@ -1,4 +1,5 @@
-"""cc-vjepa2 with fused attention: encoder, predictor and attentive classifier against the untouched model."""
+"""cc-vjepa2 with fused attention: encoder, predictor and attentive classifier against the untouched
+model."""
 
 from __future__ import annotations
 
@@ -12,7 +13,16 @@ from torch import nn
 from jepa_kernels.integrations import accelerate, patch
 from tests.integrations.peers import DTYPES, check, peer, randomised, results, steps_apart
 
-SIZES = dict(img_size=12, patch_size=4, num_frames=4, tubelet_size=2, num_heads=2, depth=2, qkv_bias=True, use_rope=True)
+SIZES = dict(
+    img_size=12,
+    patch_size=4,
+    num_frames=4,
+    tubelet_size=2,
+    num_heads=2,
+    depth=2,
+    qkv_bias=True,
+    use_rope=True,
+)
 
 
 def encoder(**changes):
@@ -21,7 +31,8 @@ def encoder(**changes):
 
 
 class Pair(nn.Module):
-    """An encoder on the context and a predictor of the targets, as the public training loop joins them."""
+    """An encoder on the context and a predictor of the targets, as the public training loop joins
+    them."""
 
     def __init__(self, **changes) -> None:
         super().__init__()
@@ -31,17 +42,24 @@ class Pair(nn.Module):
         self.predictor = randomised(predictor.VisionTransformerPredictor(**(SIZES | sizes)))
 
     def forward(self, x):
-        ids = torch.stack([torch.randperm(18, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
+        ids = torch.stack(
+            [torch.randperm(18, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)]
+        )
         context, targets = ids[:, :8].sort(1).values, ids[:, 8:13]
         return self.predictor(self.encoder(x, context), context, targets)
 
 
 class Unordered(Pair):
-    """As above, with target ids in no order, a mask token of its own choice and activation checkpointing."""
+    """As above, with target ids in no order, a mask token of its own choice and activation
+    checkpointing."""
 
     def forward(self, x):
-        ids = torch.stack([torch.randperm(18, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
-        return self.predictor(self.encoder(x, ids[:, :8]), [ids[:, :8]], [ids[:, 8:13]], mask_index=2)
+        ids = torch.stack(
+            [torch.randperm(18, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)]
+        )
+        return self.predictor(
+            self.encoder(x, ids[:, :8]), [ids[:, :8]], [ids[:, 8:13]], mask_index=2
+        )
 
 
 def clips(frames: int = 4, height: int = 12, width: int = 12):
@@ -64,7 +82,10 @@ def test_masked_training_pair(dtype):
     check(Pair(), call, clips(), dtype)
 
 
-@pytest.mark.parametrize("kind, dtype", [*((Pair, dtype) for dtype in DTYPES), (Unordered, torch.float64), (Unordered, torch.float32)])
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [*((Pair, dtype) for dtype in DTYPES), (Unordered, torch.float64), (Unordered, torch.float32)],
+)
 def test_unsorted_predictor(kind, dtype):
     pair = kind()
     pair.predictor.use_activation_checkpointing = kind is Unordered
@@ -76,7 +97,10 @@ def test_predictors_whose_order_matters_stay():
     pair = Pair()
     pair.predictor.chop_last_n_tokens, pair.predictor.return_all_tokens = 2, True
     reasons = accelerate(pair, options=("unsorted_predictor",)).left["predictor"]
-    assert [reason.partition(" must")[0] for reason in reasons] == ["return_all_tokens", "chop_last_n_tokens"]
+    assert [reason.partition(" must")[0] for reason in reasons] == [
+        "return_all_tokens",
+        "chop_last_n_tokens",
+    ]
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 20), (6, 16, 8), (8, 12, 12)], ids=str)
@@ -104,9 +128,14 @@ def test_written_out_attention_and_its_own_scale():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attentive_classifier(dtype):
     pooler = peer("vjepa2", "vjepa2.models.attentive_pooler")
-    model = randomised(pooler.AttentiveClassifier(embed_dim=48, num_heads=2, depth=2, num_classes=3))
+    model = randomised(
+        pooler.AttentiveClassifier(embed_dim=48, num_heads=2, depth=2, num_classes=3)
+    )
     report = check(model, call, torch.randn(2, 10, 48), dtype)
-    assert report.replaced["vjepa2"] == ["pooler.cross_attention_block.xattn", "pooler.blocks.0.attn"]
+    assert report.replaced["vjepa2"] == [
+        "pooler.cross_attention_block.xattn",
+        "pooler.blocks.0.attn",
+    ]
 
 
 def test_ten_steps_stay_together():
@@ -120,14 +149,18 @@ def test_activation_checkpointing():
     ours, theirs = results(saving, call, x), results(plain, call, x)
     assert set(ours) == set(theirs)
     for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            ours[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_compiled():
     model = encoder()
     accelerate(model)
     attention = model.blocks[0].attn
-    compiled = torch.compile(partial(attention, T=2, H_patches=3, W_patches=3), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(
+        partial(attention, T=2, H_patches=3, W_patches=3), backend="aot_eager", fullgraph=True
+    )
     x = torch.randn(1, 18, 48)
     torch.testing.assert_close(compiled(x), attention(x, T=2, H_patches=3, W_patches=3))
 
@@ -135,9 +168,17 @@ def test_compiled():
 def test_obstacles_and_what_is_left_out():
     modules = peer("vjepa2", "vjepa2.models.utils.modules")
     report = accelerate(
-        nn.ModuleDict({"drops": modules.RoPEAttention(48, 2, proj_drop=0.1), "causal": modules.Attention(48, 2, is_causal=True)})
+        nn.ModuleDict(
+            {
+                "drops": modules.RoPEAttention(48, 2, proj_drop=0.1),
+                "causal": modules.Attention(48, 2, is_causal=True),
+            }
+        )
     )
-    assert report.left == {"drops": ["proj_drop must be 0, got 0.1"], "causal": ["is_causal must be False, got True"]}
+    assert report.left == {
+        "drops": ["proj_drop must be 0, got 0.1"],
+        "causal": ["is_causal must be False, got True"],
+    }
     report = accelerate(modules.ACBlock(48, 2))
     assert "action tokens" in report.left[""][0]
     assert not report.replaced
@@ -158,13 +199,17 @@ def test_patch_reaches_models_built_inside():
     plain = encoder()(x)
     with patch("vjepa2") as names:
         fused = encoder()(x)
-    assert sorted(names) == [f"vjepa2.models.utils.modules:{kind}" for kind in ("Attention", "CrossAttention", "RoPEAttention")]
+    assert sorted(names) == [
+        f"vjepa2.models.utils.modules:{kind}"
+        for kind in ("Attention", "CrossAttention", "RoPEAttention")
+    ]
     torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
     assert torch.equal(encoder()(x), plain)
 
 
 def test_teacher_is_a_copy():
-    """The public loop copies the encoder for its teacher: the copy must compute with its own weights."""
+    """The public loop copies the encoder for its teacher: the copy must compute with its own
+    weights."""
     student = encoder()
     accelerate(student)
     teacher = copy.deepcopy(student)

@@ -1,6 +1,8 @@
-"""Runs Triton kernels under its interpreter: TRITON_INTERPRET must be set before triton is first imported, so in a process of its own.
+"""Runs Triton kernels under its interpreter: TRITON_INTERPRET must be set before triton is first
+imported, so in a process of its own.
 
-`pytest tests/interpret` sets it; a run that also collects other tests must not (they would see other kernels), and skips these.
+`pytest tests/interpret` sets it; a run that also collects other tests must not (they would see
+other kernels), and skips these.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ _OWN_PROCESS = "the Triton interpreter needs a process of its own: run make test
 
 
 def pytest_configure(config) -> None:
-    alone = all(Path(argument.split("::")[0]).resolve().is_relative_to(_HERE) for argument in config.args)
+    alone = all(
+        Path(argument.split("::")[0]).resolve().is_relative_to(_HERE) for argument in config.args
+    )
     if alone and "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
 
@@ -36,7 +40,8 @@ def _interpreter(monkeypatch):
 
 
 def _patch_once(monkeypatch) -> None:
-    """The interpreter patches triton.language again for every device function a kernel calls: a third of the time, and no effect."""
+    """The interpreter patches triton.language again for every device function a kernel calls: a
+    third of the time, and no effect."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -51,8 +56,11 @@ def _patch_once(monkeypatch) -> None:
             self.inner.restore()
 
     def patch_once(function):
-        # What is patched depends on which of the two names of the language the function's module uses.
-        names = frozenset(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
+        # What is patched depends on which of the two names of the language the function's module
+        # uses.
+        names = frozenset(
+            id(value) for value in function.__globals__.values() if value is tl or value is tl.core
+        )
         if names in done:
             return None
         done.add(names)

@@ -21,7 +21,9 @@ def _lists(target, source, rounding):
     targets = [torch.randn(size, generator=generator).to(target) for size in SIZES]
     options = {"rounding": rounding}
     if rounding == "kahan":
-        options["compensations"] = [(1e-3 * torch.randn(size, generator=generator)).to(target) for size in SIZES]
+        options["compensations"] = [
+            (1e-3 * torch.randn(size, generator=generator)).to(target) for size in SIZES
+        ]
     if rounding == "stochastic":
         options["seed"] = 2**40 + 17
     return targets, [(t.float() * 1.05).to(source) for t in targets], options
@@ -30,7 +32,9 @@ def _lists(target, source, rounding):
 @pytest.mark.parametrize("rounding", ["nearest", "kahan", "stochastic"])
 @pytest.mark.parametrize("momentum", [0.2, 0.999, 1.0])
 def test_ema_equals_the_reference_bit_for_bit(rounding, momentum):
-    for (target, source), copy in zip(itertools.product(DTYPES, DTYPES), itertools.cycle((None, *DTYPES)), strict=False):
+    for (target, source), copy in zip(
+        itertools.product(DTYPES, DTYPES), itertools.cycle((None, *DTYPES)), strict=False
+    ):
         if rounding == "stochastic" and target == torch.float16:
             continue
         results = []
@@ -39,20 +43,35 @@ def test_ema_equals_the_reference_bit_for_bit(rounding, momentum):
             if copy is not None:
                 options["copies"] = [torch.full_like(t, torch.nan, dtype=copy) for t in targets]
             ema_update_(targets, sources, momentum, backend=name, **options)
-            results.append([*targets, *options.get("compensations", []), *options.get("copies", [])])
+            results.append(
+                [*targets, *options.get("compensations", []), *options.get("copies", [])]
+            )
         for i, (expected, actual) in enumerate(zip(*results, strict=True)):
-            assert torch.equal(actual, expected), f"tensor {i} of {target} from {source}, copy {copy}"
+            assert torch.equal(actual, expected), (
+                f"tensor {i} of {target} from {source}, copy {copy}"
+            )
 
 
 def test_ema_of_mixed_dtypes_strides_and_ties():
-    """One launch for each combination of dtypes; addresses off 16 bytes; a tied target moves once."""
+    """One launch for each combination of dtypes; addresses off 16 bytes; a tied target moves
+    once."""
     base = torch.randn(9, 8)
-    targets = [base[0].clone(), base.flatten()[1:6].clone().bfloat16(), base.clone().t(), base.flatten()[3:8].clone()]
+    targets = [
+        base[0].clone(),
+        base.flatten()[1:6].clone().bfloat16(),
+        base.clone().t(),
+        base.flatten()[3:8].clone(),
+    ]
     sources = [torch.ones(8), torch.ones(5, dtype=torch.float16), torch.ones(8, 9), torch.ones(5)]
     wanted = [0.75 * t.double() + 0.25 for t in targets]
     ema_update_([*targets, targets[0]], [*sources, sources[0]], 0.75, backend="triton")
     for target, expected in zip(targets, wanted, strict=True):
-        torch.testing.assert_close(target.double(), expected, rtol=4e-3 if target.dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            target.double(),
+            expected,
+            rtol=4e-3 if target.dtype == torch.bfloat16 else 1e-6,
+            atol=1e-6,
+        )
 
 
 def test_tables_are_kept_between_steps():
@@ -67,7 +86,13 @@ def test_tables_are_kept_between_steps():
 def test_a_planted_fault_is_noticed(monkeypatch):
     """The comparison of this file fails when a launch loses its last tensor."""
     sound = triton_table.table
-    monkeypatch.setattr(backend, "table", lambda arrays, streams, block: sound([column[:-1] for column in arrays], streams[:-1], block))
+    monkeypatch.setattr(
+        backend,
+        "table",
+        lambda arrays, streams, block: sound(
+            [column[:-1] for column in arrays], streams[:-1], block
+        ),
+    )
     targets, sources, _ = _lists(torch.float32, torch.float32, "nearest")
     expected = [t.clone() for t in targets]
     ema_update_(targets, sources, 0.5, backend="triton")

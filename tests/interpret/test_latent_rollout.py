@@ -7,7 +7,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jepa_kernels import BackendUnsupportedError
-from jepa_kernels.ops.latent_rollout import HardRegion, ResidualMLP, latent_rollout, latent_rollout_loss
+from jepa_kernels.ops.latent_rollout import (
+    HardRegion,
+    ResidualMLP,
+    latent_rollout,
+    latent_rollout_loss,
+)
 from jepa_kernels.ops.latent_rollout.op import with_parameters
 from jepa_kernels.ops.latent_rollout.testing import CELLS, check_rollout, rollout_case, run_rollout
 from jepa_kernels.testing import RESULT_FAULTS, planted_fault
@@ -59,7 +64,9 @@ def test_weighted_losses(form):
     results = []
     for backend in ("triton", "reference"):
         leaves = [case.states.float().requires_grad_(), case.targets.float().requires_grad_()]
-        loss = latent_rollout_loss(leaves[0], cell, leaves[1], **options, weights=weights, backend=backend)
+        loss = latent_rollout_loss(
+            leaves[0], cell, leaves[1], **options, weights=weights, backend=backend
+        )
         results.append([loss, *torch.autograd.grad(loss, leaves)])
     for actual, wanted in zip(*results, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
@@ -82,7 +89,8 @@ class _NoValueLeavesTheDevice(TorchDispatchMode):
 
 @each_cell
 def test_the_launcher_reads_no_values(cell):
-    """On a GPU a value read would be a synchronisation, and would break CUDA-graph capture. (Indices are checked on a CPU only.)"""
+    """On a GPU a value read would be a synchronisation, and would break CUDA-graph capture.
+    (Indices are checked on a CPU only.)"""
     case = rollout_case(cell, 1.0, rows=3, horizon=2, gathered=False)
     with _NoValueLeavesTheDevice():
         run_rollout(case, "triton")
@@ -91,7 +99,12 @@ def test_the_launcher_reads_no_values(cell):
 @pytest.mark.parametrize("phase", ("forward", "backward"))
 @pytest.mark.parametrize("fault", RESULT_FAULTS)
 def test_comparison_notices_planted_faults(fault, phase):
-    case = rollout_case("residual_mlp", 1.0 if phase == "backward" and fault == "unwritten_row" else "states", rows=5, horizon=2)
+    case = rollout_case(
+        "residual_mlp",
+        1.0 if phase == "backward" and fault == "unwritten_row" else "states",
+        rows=5,
+        horizon=2,
+    )
     with planted_fault("latent_rollout", "triton", fault, phase), pytest.raises(AssertionError):
         check_rollout(case, "triton")
 

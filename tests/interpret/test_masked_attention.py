@@ -11,7 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from jepa_kernels import BackendUnsupportedError, masked_attention
 from jepa_kernels.ops.masked_attention import triton as backend
 from jepa_kernels.ops.masked_attention.triton_table import tile
-from jepa_kernels.testing import ATTENTION_FAULTS, HEAD_DIMS, RESULT_FAULTS, attention_case, check_attention, planted_fault, run_attention
+from jepa_kernels.testing import (
+    ATTENTION_FAULTS,
+    HEAD_DIMS,
+    RESULT_FAULTS,
+    attention_case,
+    check_attention,
+    planted_fault,
+    run_attention,
+)
 
 # One full tile of the interpreter's row of the tile table, and a partly filled one.
 FULL = tile("fwd", 0, torch.float32, 64).block_q
@@ -25,7 +33,16 @@ def test_every_width_layout_and_form_in_bfloat16(head_dim, layout):
     shared = {"head_dim": head_dim, "layout": layout, "heads": 1, "dtype": torch.bfloat16}
     check_attention(attention_case((LONG, LONG), **shared), "triton")
     check_attention(
-        attention_case((3, 0, LONG), (FULL, 2, 7), packed=True, strided=True, slack=2, id_dtype=torch.int32, **shared), "triton"
+        attention_case(
+            (3, 0, LONG),
+            (FULL, 2, 7),
+            packed=True,
+            strided=True,
+            slack=2,
+            id_dtype=torch.int32,
+            **shared,
+        ),
+        "triton",
     )
 
 
@@ -33,8 +50,12 @@ def test_every_width_layout_and_form_in_bfloat16(head_dim, layout):
 def test_every_width_and_form_in_float32(head_dim):
     layout = "tiled" if head_dim in (24, 64, 88) else "interleaved"
     shared = {"head_dim": head_dim, "layout": layout, "heads": 1}
-    check_attention(attention_case((7,), (LONG,), strided=True, interpolate_from=16, **shared), "triton")
-    check_attention(attention_case((LONG, 4), packed=True, cu_dtype=torch.int64, **shared), "triton")
+    check_attention(
+        attention_case((7,), (LONG,), strided=True, interpolate_from=16, **shared), "triton"
+    )
+    check_attention(
+        attention_case((LONG, 4), packed=True, cu_dtype=torch.int64, **shared), "triton"
+    )
 
 
 @pytest.mark.parametrize("head_dim", [32, 88])
@@ -100,9 +121,13 @@ def test_an_expanded_gradient_is_read_in_place():
     case = attention_case((6,), heads=2, head_dim=16)
     leaves = [t.float().requires_grad_() for t in (case.query, case.key, case.value)]
     masked_attention(*leaves, **case.options(), backend="triton").sum().backward()
-    expected = run_attention(replace(case, grad_out=torch.ones_like(case.query)), "reference", torch.float64)
+    expected = run_attention(
+        replace(case, grad_out=torch.ones_like(case.query)), "reference", torch.float64
+    )
     for leaf, name in zip(leaves, ("grad_query", "grad_key", "grad_value"), strict=True):
-        torch.testing.assert_close(leaf.grad.double(), getattr(expected, name), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            leaf.grad.double(), getattr(expected, name), rtol=1e-4, atol=1e-5
+        )
 
 
 class _NoValueLeavesTheDevice(TorchDispatchMode):
@@ -115,32 +140,51 @@ class _NoValueLeavesTheDevice(TorchDispatchMode):
 def test_the_launcher_reads_no_values():
     """On a GPU a value read would be a synchronisation, and would break CUDA-graph capture."""
     case = attention_case((3, 5), packed=True, heads=1, head_dim=16)
-    query, key, value, grad_out = (t.float() for t in (case.query, case.key, case.value, case.grad_out))
+    query, key, value, grad_out = (
+        t.float() for t in (case.query, case.key, case.value, case.grad_out)
+    )
     ids, cu = case.query_ids, case.cu_seqlens_q
     table = case.rope.table(16, torch.device("cpu"))
     with _NoValueLeavesTheDevice():
         out, lse = backend.forward(query, key, value, ids, ids, cu, cu, table, [3, 4, 5], 0.25)
-        backend.backward(grad_out, query, key, value, ids, ids, cu, cu, table, out, lse, [3, 4, 5], 0.25)
+        backend.backward(
+            grad_out, query, key, value, ids, ids, cu, cu, table, out, lse, [3, 4, 5], 0.25
+        )
     with pytest.raises(AssertionError, match="wait"), _NoValueLeavesTheDevice():
         cu.sum().item()
 
 
 def test_wrong_offsets_and_ids_stay_inside_the_tensors():
-    """The op refuses such values on a CPU; on a GPU they come this far, and must neither crash nor write elsewhere."""
+    """The op refuses such values on a CPU; on a GPU they come this far, and must neither crash nor
+    write elsewhere."""
     query = torch.randn(12, 1, 16)
     cu = torch.tensor([-7, 9, 3, 2**40], dtype=torch.int64)
     ids = torch.tensor([-9, 10**12, 2**31, -1, *range(8)], dtype=torch.int64)
     table = torch.rand(2, 6, 4)
     out, lse = backend.forward(query, query, query, ids, ids, cu, cu, table, [1, 2, 3], 0.25)
     backend.backward(out, query, query, query, ids, ids, cu, cu, table, out, lse, [1, 2, 3], 0.25)
-    # Sequence 0 is rows 0 to 8 whatever the rest says; ids below -1 do not turn, ids past the grid are its last.
+    # Sequence 0 is rows 0 to 8 whatever the rest says; ids below -1 do not turn, ids past the grid
+    # are its last.
     sound = torch.cat((ids[:3].clamp(-1, 5), ids[3:]))
-    expected, _ = backend.forward(query, query, query, sound, sound, torch.tensor([0, 9]), torch.tensor([0, 9]), table, [1, 2, 3], 0.25)
+    expected, _ = backend.forward(
+        query,
+        query,
+        query,
+        sound,
+        sound,
+        torch.tensor([0, 9]),
+        torch.tensor([0, 9]),
+        table,
+        [1, 2, 3],
+        0.25,
+    )
     assert torch.equal(out[:2], expected[:2])
 
 
 @pytest.mark.parametrize(
-    ("phase", "fault"), [*(("forward", f) for f in ATTENTION_FAULTS), *(("backward", f) for f in RESULT_FAULTS)], ids=str
+    ("phase", "fault"),
+    [*(("forward", f) for f in ATTENTION_FAULTS), *(("backward", f) for f in RESULT_FAULTS)],
+    ids=str,
 )
 def test_planted_faults_are_noticed(phase, fault):
     case = attention_case((6,), heads=1, head_dim=24, layout="tiled")

@@ -1,9 +1,11 @@
-"""Run by test_checkpoint.py in a process of its own: kills a run again and again, then lets it finish.
+"""Run by test_checkpoint.py in a process of its own: kills a run again and again, then lets it
+finish.
 
     python -m tests.jepa.killed_runs FOLDER KILLS pretrain|finetune
 
-Every attempt is a fork of this process, which has imported everything and started no thread, so that an attempt costs no start-up. Prints
-{"kills", "inside_a_save", "resumed_from"} as JSON. The caller compares FOLDER/killed with FOLDER/whole.
+Every attempt is a fork of this process, which has imported everything and started no thread, so
+that an attempt costs no start-up. Prints {"kills", "inside_a_save", "resumed_from"} as JSON. The
+caller compares FOLDER/killed with FOLDER/whole.
 """
 
 from __future__ import annotations
@@ -40,14 +42,23 @@ def pretraining(folder: Path) -> tuple[Callable[[], object], Path]:
 def finetuning(folder: Path) -> tuple[Callable[[], object], Path]:
     """The same for a fine-tuning of the run beside it, its objective kept on."""
     cfg = finetune.FinetuneConfig(
-        run=folder.parent / "run", train_clips=8, test_clips=4, steps=STEPS, batch_size=2, objective_weight=0.5, threads=1,
-        data=DataConfig(target="colour"), output=folder / "result.json", checkpoint_every=1,
-    )  # fmt: skip
+        run=folder.parent / "run",
+        train_clips=8,
+        test_clips=4,
+        steps=STEPS,
+        batch_size=2,
+        objective_weight=0.5,
+        threads=1,
+        data=DataConfig(target="colour"),
+        output=folder / "result.json",
+        checkpoint_every=1,
+    )
     return lambda: finetune.run(cfg), folder / "result" / "checkpoints"
 
 
 def attempt(work: Callable[[], object]) -> tuple[int, int]:
-    """Forks a process that does the work; returns its id and a pipe that it writes to when its first step begins."""
+    """Forks a process that does the work; returns its id and a pipe that it writes to when its
+    first step begins."""
     reader, writer = os.pipe()
     child = os.fork()
     if child:
@@ -80,7 +91,8 @@ def ended_well(child: int, reader: int) -> bool:
 
 
 def warm_up() -> None:
-    """Loads what a first forward pass loads. No backward pass: its threads would not survive the fork."""
+    """Loads what a first forward pass loads. No backward pass: its threads would not survive the
+    fork."""
     cfg = tiny_run(Path("unused"), name="fwm_hw_ld")
     with torch.no_grad():
         loss_step(new_state(cfg).bundle, make_batch((2, 4, 4)), cfg)
@@ -90,7 +102,9 @@ def main(folder: Path, kills: int, kind: str) -> int:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     warm_up()
-    if kind == "finetune" and not ended_well(*attempt(lambda: pretrain.run(tiny_run(folder / "run", steps=1, name="fwm_hw_ld")))):
+    if kind == "finetune" and not ended_well(
+        *attempt(lambda: pretrain.run(tiny_run(folder / "run", steps=1, name="fwm_hw_ld")))
+    ):
         return 1
     made = {"pretrain": pretraining, "finetune": finetuning}[kind]
     whole, _ = made(folder / "whole")
@@ -107,7 +121,8 @@ def main(folder: Path, kills: int, kind: str) -> int:
     while done < kills:
         child, reader = attempt(work)
         os.read(reader, 1)
-        # Two steps and saves or less; an attempt that is killed in its first step makes no progress.
+        # Two steps and saves or less; an attempt that is killed in its first step makes no
+        # progress.
         time.sleep(rng.uniform(0.0, 2 / STEPS * duration))
         os.kill(child, signal.SIGKILL)
         if ended_well(child, reader):

@@ -1,4 +1,5 @@
-"""Contexts of one objective at a time, and the same context as plain nested lists, for loops that say what a formula is."""
+"""Contexts of one objective at a time, and the same context as plain nested lists, for loops that
+say what a formula is."""
 
 from __future__ import annotations
 
@@ -12,7 +13,11 @@ HIDDEN = {"latent_dynamics": 5, "action": 5, "hamiltonian": 5}
 
 
 def parsed(name: str, options: dict) -> dict:
-    options = {**({"hidden": HIDDEN[name]} if name in HIDDEN else {}), "schedule": {"kind": "constant"}, **options}
+    options = {
+        **({"hidden": HIDDEN[name]} if name in HIDDEN else {}),
+        "schedule": {"kind": "constant"},
+        **options,
+    }
     return parse_objectives({name: options}, "objectives")
 
 
@@ -70,7 +75,9 @@ class Loop:
         return found
 
     def mean_over_pairs(self, value) -> float:
-        return loop_mean({j: [value(first, second) for first, second in self.pairs(j)] for j in range(self.sets)})
+        return loop_mean(
+            {j: [value(first, second) for first, second in self.pairs(j)] for j in range(self.sets)}
+        )
 
     def h(self, key: tuple) -> np.ndarray:
         return self.target[key[1], key[2]]
@@ -83,6 +90,8 @@ def value_of(name: str, options: dict, **changes) -> tuple[float, Loop]:
 
 def assert_same_loss_and_gradients(loss, expected, leaves) -> None:
     torch.testing.assert_close(loss, expected)
-    for got, wanted in zip(*(torch.autograd.grad(v, leaves) for v in (loss, expected)), strict=True):
+    for got, wanted in zip(
+        *(torch.autograd.grad(v, leaves) for v in (loss, expected)), strict=True
+    ):
         assert wanted.abs().max() > 0
         torch.testing.assert_close(got, wanted)

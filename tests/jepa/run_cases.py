@@ -13,12 +13,16 @@ from jepa.variants import variant
 from tests.jepa.training_cases import small_model
 
 
-def tiny_run(output: Path, *, steps: int = 4, name: str = "baseline", **changes: Any) -> PretrainConfig:
+def tiny_run(
+    output: Path, *, steps: int = 4, name: str = "baseline", **changes: Any
+) -> PretrainConfig:
     """A pre-training run of `steps` steps, logged and saved at each one unless told otherwise."""
     values = dict(
         model=small_model(),
         variant=variant(name, objectives={"context": {"schedule": {"kind": "constant"}}}),
-        schedule=ScheduleConfig(total_steps=steps, warmup_steps=1, momentum=0.9, final_momentum=0.99),
+        schedule=ScheduleConfig(
+            total_steps=steps, warmup_steps=1, momentum=0.9, final_momentum=0.99
+        ),
         data=DataConfig(size=40, test_size=20),
         output=output,
         batch_size=2,

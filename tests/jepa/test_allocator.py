@@ -28,7 +28,9 @@ print(int(kept), min(faults() for _ in range(4)))
 
 
 def run(mode: str) -> tuple[bool, int]:
-    done = subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True
+    )
     kept, faults = done.stdout.split()
     return bool(int(kept)), int(faults)
 

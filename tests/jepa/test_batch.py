@@ -29,18 +29,31 @@ def sequences(ids):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("grid", "horizon"), [((4, 3, 5), 1), ((5, 4, 3), 2), ((1, 4, 4), 1), ((3, 1, 7), 2), ((2, 2, 2), 3)])
+@pytest.mark.parametrize(
+    ("grid", "horizon"),
+    [((4, 3, 5), 1), ((5, 4, 3), 2), ((1, 4, 4), 1), ((3, 1, 7), 2), ((2, 2, 2), 3)],
+)
 def test_lists_follow_their_definitions(grid, horizon, backend):
     context, target = random_ids(grid)
     masks = MaskBatch.from_ids(context, target, grid, horizon, backend=backend)
     tokens, sites, batch = int(np.prod(grid)), grid[1] * grid[2], 3
     place = [np.array([n // sites, n // grid[2] % grid[1], n % grid[2]]) for n in range(tokens)]
-    distance, pairs, pair_rows, pair_set, columns, column_rows, column_set = [], [], [], [], [], [], []
+    distance, pairs, pair_rows, pair_set, columns, column_rows, column_set = (
+        [],
+        [],
+        [],
+        [],
+        [],
+        [],
+        [],
+    )
     row = 0
     for s, (seen, hidden) in enumerate(zip(sequences(context), sequences(target), strict=True)):
         rows = {int(n): row + i for i, n in enumerate(seen)}
         row += len(seen)
-        distance += [min(np.sqrt(((place[n] - place[m]) ** 2).sum()) for m in hidden) ** 0.5 for n in seen]
+        distance += [
+            min(np.sqrt(((place[n] - place[m]) ** 2).sum()) for m in hidden) ** 0.5 for n in seen
+        ]
         for first in range(tokens):
             chain = [first + k * sites for k in range(horizon + 1)]
             if chain[-1] < tokens and all(n in rows for n in chain):
@@ -55,10 +68,16 @@ def test_lists_follow_their_definitions(grid, horizon, backend):
                 column_set.append(s // batch)
 
     np.testing.assert_allclose(masks.context_distance.numpy(), distance, rtol=1e-6)
-    for got, want, width in [(masks.pairs, pairs, horizon + 1), (masks.pair_rows, pair_rows, horizon + 1),
-                             (masks.columns, columns, grid[0]), (masks.column_rows, column_rows, grid[0])]:  # fmt: skip
+    for got, want, width in [
+        (masks.pairs, pairs, horizon + 1),
+        (masks.pair_rows, pair_rows, horizon + 1),
+        (masks.columns, columns, grid[0]),
+        (masks.column_rows, column_rows, grid[0]),
+    ]:
         assert got.dtype == torch.int64
-        np.testing.assert_array_equal(got.numpy(), np.array(want, dtype=np.int64).reshape(-1, width))
+        np.testing.assert_array_equal(
+            got.numpy(), np.array(want, dtype=np.int64).reshape(-1, width)
+        )
     assert masks.pair_set.tolist() == pair_set
     assert masks.column_set.tolist() == column_set
     assert masks.horizon == horizon
@@ -66,9 +85,15 @@ def test_lists_follow_their_definitions(grid, horizon, backend):
     assert masks.context_cu.tolist() == np.concatenate([[0], np.cumsum(lengths)]).tolist()
     assert masks.context_cu.dtype == torch.int32
     assert masks.context_ids.tolist() == np.concatenate(sequences(context)).tolist()
-    assert masks.context_rows.tolist() == [s % batch * tokens + int(n) for s, one in enumerate(sequences(context)) for n in one]
-    assert masks.target_rows.tolist() == [s % batch * tokens + int(n) for s, one in enumerate(sequences(target)) for n in one]
-    assert masks.target_set.tolist() == [s // batch for s, one in enumerate(sequences(target)) for _ in one]
+    assert masks.context_rows.tolist() == [
+        s % batch * tokens + int(n) for s, one in enumerate(sequences(context)) for n in one
+    ]
+    assert masks.target_rows.tolist() == [
+        s % batch * tokens + int(n) for s, one in enumerate(sequences(target)) for n in one
+    ]
+    assert masks.target_set.tolist() == [
+        s // batch for s, one in enumerate(sequences(target)) for _ in one
+    ]
     assert masks.context_count.tolist() == [sum(lengths[:3]), sum(lengths[3:])]
     assert masks.pair_count.tolist() == [pair_set.count(0), pair_set.count(1)]
     assert masks.column_count.tolist() == [column_set.count(0), column_set.count(1)]
@@ -79,9 +104,14 @@ def test_golden_distances(shared_dir, backend):
     golden = np.load(shared_dir / "golden" / "modules" / "mask_distance.npz")
     for key, grid in (("g4", (4, 4, 4)), ("g14", (8, 14, 14))):
         for j in (0, 1):
-            context, target = list(golden[f"{key}_mask_enc_{j}"]), list(golden[f"{key}_mask_pred_{j}"])
+            context, target = (
+                list(golden[f"{key}_mask_enc_{j}"]),
+                list(golden[f"{key}_mask_pred_{j}"]),
+            )
             masks = MaskBatch.from_ids([context], [target], grid, backend=backend)
-            np.testing.assert_allclose(masks.context_distance.numpy(), golden[f"{key}_dist_{j}"].ravel(), rtol=1e-6)
+            np.testing.assert_allclose(
+                masks.context_distance.numpy(), golden[f"{key}_dist_{j}"].ravel(), rtol=1e-6
+            )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -99,11 +129,31 @@ def test_empty_sequences(backend):
 @pytest.mark.parametrize(
     ("context", "target", "grid", "sentence"),
     [
-        ([[np.array([0, 8])]], [[np.array([1])]], (2, 2, 2), r"context ids must lie in \[0, 8\), got 0 to 8"),
+        (
+            [[np.array([0, 8])]],
+            [[np.array([1])]],
+            (2, 2, 2),
+            r"context ids must lie in \[0, 8\), got 0 to 8",
+        ),
         ([[np.array([0, 0])]], [[np.array([1])]], (2, 2, 2), "context ids must be distinct"),
-        ([[np.array([0, 1])]], [[np.array([1])]], (2, 2, 2), r"target must not share tokens .* got token 1 in both \(set 0, sample 0\)"),
-        ([[np.array([0])]], [[np.array([1]), np.array([2])]], (2, 2, 2), "target must hold 1 mask sets of 1 samples"),
-        ([[np.array([0.5])]], [[np.array([1])]], (2, 2, 2), "context must hold one-dimensional integer arrays"),
+        (
+            [[np.array([0, 1])]],
+            [[np.array([1])]],
+            (2, 2, 2),
+            r"target must not share tokens .* got token 1 in both \(set 0, sample 0\)",
+        ),
+        (
+            [[np.array([0])]],
+            [[np.array([1]), np.array([2])]],
+            (2, 2, 2),
+            "target must hold 1 mask sets of 1 samples",
+        ),
+        (
+            [[np.array([0.5])]],
+            [[np.array([1])]],
+            (2, 2, 2),
+            "context must hold one-dimensional integer arrays",
+        ),
         ([[np.array([0])]], [[np.array([1])]], (2, 2, 0), "grid must be three numbers"),
     ],
 )

@@ -1,4 +1,5 @@
-"""From a configuration to data sets: every name, the weighted mixture, and one sentence for what is missing."""
+"""From a configuration to data sets: every name, the weighted mixture, and one sentence for what is
+missing."""
 
 from __future__ import annotations
 
@@ -21,16 +22,29 @@ NAMES = ("moving_shapes", "ucf101", "ssv2", "diving48", "imagenet100", "list")
 
 @pytest.fixture
 def places(tmp_path) -> dict[str, Location]:
-    """Lists as each data set has them, two training entries and one test entry; only the images are real files."""
-    for folder in ("ucf", "lists", "ssv2", "rgb", *(f"{part}/{name}" for part in ("train", "val") for name in ("n01", "n02"))):
+    """Lists as each data set has them, two training entries and one test entry; only the images are
+    real files."""
+    for folder in (
+        "ucf",
+        "lists",
+        "ssv2",
+        "rgb",
+        *(f"{part}/{name}" for part in ("train", "val") for name in ("n01", "n02")),
+    ):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "lists" / "classInd.txt").write_text("1 Archery\n2 Surfing\n")
     for fold in (1, 2):
-        (tmp_path / "lists" / f"trainlist{fold:02d}.txt").write_text(f"Archery/v_{fold}.avi 1\nSurfing/v_{fold}.avi 2\n")
+        (tmp_path / "lists" / f"trainlist{fold:02d}.txt").write_text(
+            f"Archery/v_{fold}.avi 1\nSurfing/v_{fold}.avi 2\n"
+        )
         (tmp_path / "lists" / f"testlist{fold:02d}.txt").write_text(f"Surfing/v_test{fold}.avi\n")
-    (tmp_path / "labels.json").write_text(json.dumps({"Pushing something": "0", "Turning something": "1"}))
+    (tmp_path / "labels.json").write_text(
+        json.dumps({"Pushing something": "0", "Turning something": "1"})
+    )
     pushing, turning = ({"template": f"{verb} [something]"} for verb in ("Pushing", "Turning"))
-    (tmp_path / "train.json").write_text(json.dumps([{"id": "7", **turning}, {"id": "8", **pushing}]))
+    (tmp_path / "train.json").write_text(
+        json.dumps([{"id": "7", **turning}, {"id": "8", **pushing}])
+    )
     (tmp_path / "validation.json").write_text(json.dumps([{"id": "9", **turning}]))
     dives = [{"vid_name": name, "label": label} for name, label in (("a", 3), ("b", 47), ("c", 5))]
     (tmp_path / "dive_train.json").write_text(json.dumps(dives[:2]))
@@ -43,13 +57,21 @@ def places(tmp_path) -> dict[str, Location]:
     (tmp_path / "test.txt").write_text("z.mp4 1\n")
     at = {
         "ucf101": {"files": "ucf", "lists": "lists"},
-        "ssv2": {"files": "ssv2", "lists": "train.json", "test_lists": "validation.json", "classes": "labels.json"},
+        "ssv2": {
+            "files": "ssv2",
+            "lists": "train.json",
+            "test_lists": "validation.json",
+            "classes": "labels.json",
+        },
         "diving48": {"files": "rgb", "lists": "dive_train.json", "test_lists": "dive_test.json"},
         "imagenet100": {"files": "train", "test_files": "val", "classes": "classes.txt"},
         "list": {"list_file": "train.txt", "test_list_file": "test.txt"},
         "moving_shapes": {},
     }
-    return {name: Location(**{key: tmp_path / value for key, value in entry.items()}) for name, entry in at.items()}
+    return {
+        name: Location(**{key: tmp_path / value for key, value in entry.items()})
+        for name, entry in at.items()
+    }
 
 
 def names_and_labels(dataset) -> list[tuple[str, int]]:
@@ -67,7 +89,9 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_name_reads_its_own_lists(places, name):
-    train, test = (build_dataset(DataConfig(kind=name, at=places[name]), split) for split in ("train", "test"))
+    train, test = (
+        build_dataset(DataConfig(kind=name, at=places[name]), split) for split in ("train", "test")
+    )
     expected_train, expected_test, classes = EXPECTED[name]
     assert names_and_labels(train) == expected_train
     assert names_and_labels(test) == expected_test
@@ -91,9 +115,13 @@ def test_another_fold_and_a_list_of_ones_own(places, tmp_path):
     second = build_dataset(DataConfig(kind="ucf101", at=places["ucf101"], fold=2))
     assert names_and_labels(second) == [("v_2.avi", 0), ("v_2.avi", 1)]
     (tmp_path / "few.txt").write_text("Surfing/v_9.avi\n")
-    own = replace(places["ucf101"], list_file=tmp_path / "few.txt", test_list_file=tmp_path / "few.txt")
+    own = replace(
+        places["ucf101"], list_file=tmp_path / "few.txt", test_list_file=tmp_path / "few.txt"
+    )
     for split in ("train", "test"):
-        assert names_and_labels(build_dataset(DataConfig(kind="ucf101", at=own), split)) == [("v_9.avi", 1)]
+        assert names_and_labels(build_dataset(DataConfig(kind="ucf101", at=own), split)) == [
+            ("v_9.avi", 1)
+        ]
 
 
 def test_the_mixture_draws_by_its_weights(places):
@@ -103,14 +131,17 @@ def test_the_mixture_draws_by_its_weights(places):
         assert isinstance(picker, Mixture)
         assert picker.repeat_stills == repeat
         assert [d.name for d in picker.datasets] == ["ucf101", "ssv2", "imagenet100"]
-    # With repeated stills every sample is drawn on its own, so the shares are those of a multinomial.
+    # With repeated stills every sample is drawn on its own, so the shares are those of a
+    # multinomial.
     drawn = [p.dataset.name for step in range(400) for p in picker.pick(1, step, np.arange(8), 8)]
     counts = [drawn.count(name) for name in ("ucf101", "ssv2", "imagenet100")]
     assert stats.chisquare(counts, np.array([0.2, 0.6, 0.2]) * len(drawn)).pvalue > 1e-3
 
 
 def test_a_mixture_is_no_data_set_to_evaluate_on(places):
-    with pytest.raises(ConfigError, match=r"data\.kind must be a single data set here, got 'mixed'"):
+    with pytest.raises(
+        ConfigError, match=r"data\.kind must be a single data set here, got 'mixed'"
+    ):
         build_dataset(DataConfig(kind="mixed"), "test")
 
 
@@ -123,7 +154,9 @@ NEEDS = {
 }
 
 
-@pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in NEEDS.items() for key in keys])
+@pytest.mark.parametrize(
+    ("name", "key"), [(name, key) for name, keys in NEEDS.items() for key in keys]
+)
 def test_what_is_not_given_or_not_there_is_one_sentence(places, tmp_path, name, key):
     config = DataConfig(kind=name, at=replace(places[name], **{key: None}))
     with pytest.raises(ConfigError, match=rf"^config: data\.at\.{key} must be given for {name}\.$"):

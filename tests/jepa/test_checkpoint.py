@@ -14,12 +14,22 @@ import torch
 from torch import nn
 
 from jepa import checkpoint
-from jepa.checkpoint import CheckpointError, Checkpoints, load, load_model, load_model_tensors, load_optimizer_tensors, optimizer_tensors
+from jepa.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    load,
+    load_model,
+    load_model_tensors,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
 
 
 def small(seed: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    return {"weight": torch.randn(3, 4, generator=generator)}, {"exp_avg/weight": torch.randn(3, 4, generator=generator)}
+    return {"weight": torch.randn(3, 4, generator=generator)}, {
+        "exp_avg/weight": torch.randn(3, 4, generator=generator)
+    }
 
 
 def folder_with(tmp_path: Path, step: int = 1, **state) -> Path:
@@ -145,7 +155,9 @@ def test_optimizer_moments_survive(tmp_path):
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
         for step in range(steps):
             if step == 2 and restored:
-                path = Checkpoints(tmp_path).save(2, model.state_dict(), optimizer_tensors(model, optimizer), {})
+                path = Checkpoints(tmp_path).save(
+                    2, model.state_dict(), optimizer_tensors(model, optimizer), {}
+                )
                 model = nn.Linear(4, 3)
                 optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
                 tensors, moments, _ = load(path)
@@ -168,10 +180,13 @@ def test_another_environment_is_warned_of(caplog):
 
 
 def killed(folder: Path, root: Path, kills: int, kind: str) -> tuple[dict, Path, Path]:
-    """SIGKILL at random moments of a run that saves at every step (killed_runs.py), compared file by file with one that was left alone."""
+    """SIGKILL at random moments of a run that saves at every step (killed_runs.py), compared file
+    by file with one that was left alone."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.jepa.killed_runs", str(folder), str(kills), kind]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["kills"] == kills
@@ -201,10 +216,15 @@ def test_five_kills_do_not_change_a_fine_tuning(tmp_path, root):
     report, whole, survivor = killed(tmp_path, root, 5, "finetune")
     assert report["resumed_from"][-1] >= 1
     first, second = (json.loads((place / "result.json").read_text()) for place in (whole, survivor))
-    assert {key: value for key, value in first.items() if key != "test_s"} == {k: v for k, v in second.items() if k != "test_s"}
+    assert {key: value for key, value in first.items() if key != "test_s"} == {
+        k: v for k, v in second.items() if k != "test_s"
+    }
 
 
 def _lines(path: Path) -> list[dict]:
     """Log lines without what depends on the clock."""
     clock = ("clips_per_s", "data_wait_share")
-    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in path.read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in clock}
+        for line in path.read_text().splitlines()
+    ]

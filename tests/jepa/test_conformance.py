@@ -1,4 +1,5 @@
-"""Conformance: the published numbers agree, and the check itself misses nothing: wrong numbers, unread arrays, unknown files."""
+"""Conformance: the published numbers agree, and the check itself misses nothing: wrong numbers,
+unread arrays, unknown files."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ PUBLISHED = Path(__file__).resolve().parents[1] / "golden" / "published"
 
 
 def explained(report: Report) -> str:
-    return "\n".join(f"{row.file} {row.array}: {row.error:.2e} > {row.tolerance:.1e} {row.note}" for row in report.failures[:20])
+    return "\n".join(
+        f"{row.file} {row.array}: {row.error:.2e} > {row.tolerance:.1e} {row.note}"
+        for row in report.failures[:20]
+    )
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -32,7 +36,8 @@ def test_published_copy_agrees(backend):
 
 @pytest.mark.slow
 def test_every_golden_file_agrees(shared_dir):
-    """With the reference backend; `make conformance`, a part of `make test`, asks the same of the backends that `auto` picks."""
+    """With the reference backend; `make conformance`, a part of `make test`, asks the same of the
+    backends that `auto` picks."""
     report = check_folder(shared_dir / "golden", "reference")
     assert not report.failures, explained(report)
     assert len(report.by_file()) == 85
@@ -45,7 +50,9 @@ def test_the_command_prints_a_table_and_returns_zero(tmp_path):
     shutil.copy(PUBLISHED / "modules" / "ema.npz", tmp_path / "modules")
     shutil.copy(PUBLISHED / "objectives" / "baseline.npz", tmp_path / "objectives")
     command = [sys.executable, "-m", "jepa.conformance", str(tmp_path), "--backend", "reference"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "published quirks switched on: dynamics_hard_no_gradient" in done.stdout
     assert "modules/ema" in done.stdout
@@ -58,7 +65,13 @@ def changed(source: Path, folder: Path, **arrays) -> Path:
     with np.load(source) as archive:
         data = {key: archive[key] for key in archive.files}
     path = folder / source.parent.name / source.name
-    np.savez(path, **{**data, **{key: value(data) if callable(value) else value for key, value in arrays.items()}})
+    np.savez(
+        path,
+        **{
+            **data,
+            **{key: value(data) if callable(value) else value for key, value in arrays.items()},
+        },
+    )
     return path
 
 
@@ -119,7 +132,10 @@ def test_flags_are_compared(tmp_path):
 
 def test_an_unknown_key_and_an_unknown_file_are_misses(tmp_path):
     changed(PUBLISHED / "objectives" / "baseline.npz", tmp_path, surprise=np.zeros(2))
-    shutil.copy(PUBLISHED / "objectives" / "kinematic_accel.npz", tmp_path / "objectives" / "no_such_variant.npz")
+    shutil.copy(
+        PUBLISHED / "objectives" / "kinematic_accel.npz",
+        tmp_path / "objectives" / "no_such_variant.npz",
+    )
     (tmp_path / "objectives" / "notes.txt").write_text("not a golden file")
     (tmp_path / "extra").mkdir()
     report = check_folder(tmp_path)
@@ -144,7 +160,9 @@ def test_a_missing_key_is_a_miss(tmp_path):
 
 def test_a_damaged_file_is_a_miss(tmp_path):
     (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "ema.npz").write_bytes((PUBLISHED / "modules" / "ema.npz").read_bytes()[:4000])
+    (tmp_path / "modules" / "ema.npz").write_bytes(
+        (PUBLISHED / "modules" / "ema.npz").read_bytes()[:4000]
+    )
     report = check_folder(tmp_path)
     assert [row.array for row in report.failures] == ["(file)"]
 
@@ -154,11 +172,15 @@ def test_an_unusable_backend_is_a_miss_not_a_detour(tmp_path):
     for name in ("rope_hd32_weights", "rope_hd32_rect_masked_interp1"):
         shutil.copy(PUBLISHED / "modules" / f"{name}.npz", tmp_path / "modules")
     report = check_folder(tmp_path, "cuda")
-    assert any("masked_attention cannot run on backend 'cuda'" in row.note for row in report.failures)
+    assert any(
+        "masked_attention cannot run on backend 'cuda'" in row.note for row in report.failures
+    )
 
 
 def test_nothing_to_check_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"must hold objectives, modules, steps with .npz files, got none"):
+    with pytest.raises(
+        FileNotFoundError, match=r"must hold objectives, modules, steps with .npz files, got none"
+    ):
         check_folder(tmp_path)
     assert main([str(tmp_path)]) == 2
 
@@ -192,7 +214,11 @@ def test_relative_error():
     assert relative_error(b * 1.01, b) == pytest.approx(0.01)
     assert relative_error(b[:1], b) == np.inf
     assert relative_error(np.array([np.nan, 4.0]), b) == np.inf
-    assert relative_error(np.array([5e-8]), np.array([0.0])) <= 1e-5 < relative_error(np.array([2e-7]), np.array([0.0]))
+    assert (
+        relative_error(np.array([5e-8]), np.array([0.0]))
+        <= 1e-5
+        < relative_error(np.array([2e-7]), np.array([0.0]))
+    )
 
 
 def test_sign_flips_are_set_aside_but_not_more():
@@ -202,7 +228,9 @@ def test_sign_flips_are_set_aside_but_not_more():
     report.compare_up_to_kinks("three", flipped, wanted, 1e-4, 3, 1.0)
     flipped[9] *= -1
     report.compare_up_to_kinks("four", flipped, wanted, 1e-4, 3, 1.0)
-    report.compare_up_to_kinks("loose", np.where(np.arange(100) < 3, -wanted, wanted), wanted, 1e-4, 3, 1e-2)
+    report.compare_up_to_kinks(
+        "loose", np.where(np.arange(100) < 3, -wanted, wanted), wanted, 1e-4, 3, 1e-2
+    )
     assert [row.passed for row in report.rows] == [True, False, False]
 
 

@@ -22,10 +22,18 @@ from jepa.data.ucf101 import ucf101
 SMALL = ClipSpec(4, 2, None, 32, 32)
 
 
-@pytest.mark.parametrize(("split", "fold", "size"), [("train", 1, 9537), ("test", 1, 3783), ("train", 3, 9624), ("test", 2, 3734)])
+@pytest.mark.parametrize(
+    ("split", "fold", "size"),
+    [("train", 1, 9537), ("test", 1, 3783), ("train", 3, 9624), ("test", 2, 3734)],
+)
 def test_ucf101_official_lists(shared_dir, split, fold, size):
     """CRLF lists, the test ones without labels; classes from the folder."""
-    data = ucf101(shared_dir / "clips" / "ucf101" / "videos", shared_dir / "clips" / "ucf101_splits", split, fold)
+    data = ucf101(
+        shared_dir / "clips" / "ucf101" / "videos",
+        shared_dir / "clips" / "ucf101_splits",
+        split,
+        fold,
+    )
     assert len(data) == size
     assert {data.label(i) for i in range(size)} == set(range(101))
     assert not any(name.endswith("\r") for name in data.files)
@@ -35,7 +43,11 @@ def test_ucf101_official_lists(shared_dir, split, fold, size):
 def test_ucf101_subset_and_reading(shared_dir):
     folder = shared_dir / "clips"
     for name, size in (("trainlist01_subset.txt", 126), ("testlist01_subset.txt", 49)):
-        data = ucf101(folder / "ucf101" / "videos", folder / "ucf101_splits", list_file=folder / "ucf101" / name)
+        data = ucf101(
+            folder / "ucf101" / "videos",
+            folder / "ucf101_splits",
+            list_file=folder / "ucf101" / name,
+        )
         assert len(data) == size
         assert len({data.label(i) for i in range(size)}) == 7
     clip = data.read(3, SMALL, 0.3)
@@ -50,7 +62,9 @@ def test_ucf101_subset_and_reading(shared_dir):
 def test_ucf101_refuses_lists_that_contradict_the_class_index(tmp_path):
     (tmp_path / "classInd.txt").write_bytes(b"1 Archery\r\n2 Surfing\r\n")
     (tmp_path / "trainlist01.txt").write_bytes(b"Archery/v_a.avi 2\r\n")
-    with pytest.raises(ValueError, match=r"must agree with classInd.txt, got 'Archery/v_a.avi 2' for class 1"):
+    with pytest.raises(
+        ValueError, match=r"must agree with classInd.txt, got 'Archery/v_a.avi 2' for class 1"
+    ):
         ucf101(tmp_path, tmp_path)
     (tmp_path / "trainlist01.txt").write_bytes(b"Rowing/v_a.avi 2\r\n")
     with pytest.raises(ValueError, match=r"must name classes of classInd.txt, got 'Rowing'"):
@@ -62,7 +76,11 @@ def ssv2_classes(tmp_path):
     path = tmp_path / "labels.json"
     path.write_text(
         json.dumps(
-            {"Pretending to pick something up": "0", "Pushing something from left to right": "1", "Dropping something into something": "2"}
+            {
+                "Pretending to pick something up": "0",
+                "Pushing something from left to right": "1",
+                "Dropping something into something": "2",
+            }
         )
     )
     return path
@@ -70,8 +88,16 @@ def ssv2_classes(tmp_path):
 
 def test_ssv2_json(shared_dir, tmp_path, ssv2_classes):
     records = [
-        {"id": "2", "label": "pretending to pick a pillow up", "template": "Pretending to pick [something] up"},
-        {"id": "57082", "label": "dropping a key into a cup", "template": "Dropping [something] into [something]"},
+        {
+            "id": "2",
+            "label": "pretending to pick a pillow up",
+            "template": "Pretending to pick [something] up",
+        },
+        {
+            "id": "57082",
+            "label": "dropping a key into a cup",
+            "template": "Dropping [something] into [something]",
+        },
         {"id": "4", "label": "pushing", "template": "Pushing [something] from left to right"},
         {"id": "862"},
     ]
@@ -81,8 +107,12 @@ def test_ssv2_json(shared_dir, tmp_path, ssv2_classes):
     assert [data.may_flip(i) for i in range(4)] == [True, True, False, True]
     assert data.num_classes == 174
     assert data.read(0, SMALL, 0.5).frames.shape == (4, 32, 32, 3)
-    (tmp_path / "train.json").write_text(json.dumps([{"id": "2", "template": "Juggling [something]"}]))
-    with pytest.raises(ValueError, match=r"must use templates of the class list, got 'Juggling \[something\]'"):
+    (tmp_path / "train.json").write_text(
+        json.dumps([{"id": "2", "template": "Juggling [something]"}])
+    )
+    with pytest.raises(
+        ValueError, match=r"must use templates of the class list, got 'Juggling \[something\]'"
+    ):
         ssv2(shared_dir / "clips" / "ssv2", tmp_path / "train.json", ssv2_classes)
 
 
@@ -106,7 +136,12 @@ def test_diving48(tmp_path):
     (tmp_path / "rgb").mkdir()
     path = tmp_path / "Diving48_V2_train.json"
     path.write_text(
-        json.dumps([{"vid_name": "a_00001", "label": 47, "start_frame": 0, "end_frame": 9}, {"vid_name": "b_00002", "label": 0}])
+        json.dumps(
+            [
+                {"vid_name": "a_00001", "label": 47, "start_frame": 0, "end_frame": 9},
+                {"vid_name": "b_00002", "label": 0},
+            ]
+        )
     )
     data = diving48(tmp_path / "rgb", path)
     assert data.labels == [47, 0]
@@ -157,12 +192,19 @@ def test_missing_data_is_one_sentence(tmp_path):
 
 
 def fake(name, size, still=False):
-    return FileClips(name, Path("/none"), [f"{i}.mp4" for i in range(size)], [0] * size, 1, still=still)
+    return FileClips(
+        name, Path("/none"), [f"{i}.mp4" for i in range(size)], [0] * size, 1, still=still
+    )
 
 
 def test_epochs_visit_every_sample_once():
     data = Epochs(fake("a", 10))
-    seen = [p.index for step in range(10) for rank in range(2) for p in data.pick(5, step, np.array([2 * rank, 2 * rank + 1]), 4)]
+    seen = [
+        p.index
+        for step in range(10)
+        for rank in range(2)
+        for p in data.pick(5, step, np.array([2 * rank, 2 * rank + 1]), 4)
+    ]
     for epoch in range(4):
         assert sorted(seen[10 * epoch : 10 * epoch + 10]) == list(range(10))
     assert seen[:10] != seen[10:20]
@@ -173,7 +215,12 @@ def test_epochs_visit_every_sample_once():
 def test_in_order_ends_with_the_list():
     data = InOrder(fake("a", 10))
     assert data.steps(4) == 3
-    assert [[p.index for p in data.pick(0, step, np.arange(4), 4)] for step in range(4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], []]
+    assert [[p.index for p in data.pick(0, step, np.arange(4), 4)] for step in range(4)] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9],
+        [],
+    ]
 
 
 def test_mixture_shares_and_modalities():
@@ -181,7 +228,8 @@ def test_mixture_shares_and_modalities():
     slots = np.arange(8)
     steps = [mixed_regime(*parts).pick(3, step, slots, 8) for step in range(1500)]
     assert all(len({p.dataset.still for p in picks}) == 1 for picks in steps)
-    # Steps are independent, samples within one share their kind: test the kinds of steps and the samples of video steps apart.
+    # Steps are independent, samples within one share their kind: test the kinds of steps and the
+    # samples of video steps apart.
     still = sum(picks[0].dataset.still for picks in steps)
     assert stats.binomtest(still, len(steps), 0.2).pvalue > 1e-3
     videos = [p.dataset.name for picks in steps for p in picks if not p.dataset.still]
@@ -196,7 +244,9 @@ def test_mixture_shares_and_modalities():
 
 def test_mixture_with_repeated_stills_mixes_within_a_batch():
     mixture = Mixture((fake("a", 5), fake("b", 5, still=True)), (0.5, 0.5), repeat_stills=True)
-    kinds = [{p.dataset.still for p in mixture.pick(0, step, np.arange(8), 8)} for step in range(20)]
+    kinds = [
+        {p.dataset.still for p in mixture.pick(0, step, np.arange(8), 8)} for step in range(20)
+    ]
     assert sum(len(kind) == 2 for kind in kinds) > 10
 
 

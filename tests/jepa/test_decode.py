@@ -1,4 +1,5 @@
-"""Decoding of awkward files, frame by frame against a plain decode of the whole file; and its cost."""
+"""Decoding of awkward files, frame by frame against a plain decode of the whole file; and its
+cost."""
 
 from __future__ import annotations
 
@@ -29,7 +30,10 @@ AWKWARD = {
 def every_frame(path):
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
-        turned = [np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)) for frame in frames]
+        turned = [
+            np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+            for frame in frames
+        ]
     return np.stack(turned)
 
 
@@ -38,7 +42,13 @@ _LONG = ("av1_video.mkv", "nasa_13013.mp4")
 
 
 @pytest.mark.parametrize(
-    ("name", "draw"), [(name, draw) for name in AWKWARD for draw in (0.0, 0.6, 0.999) if name not in _LONG or draw != 0.6]
+    ("name", "draw"),
+    [
+        (name, draw)
+        for name in AWKWARD
+        for draw in (0.0, 0.6, 0.999)
+        if name not in _LONG or draw != 0.6
+    ],
 )
 def test_clips_equal_the_frames_of_a_plain_decode(shared_dir, name, draw):
     frames, height, width = AWKWARD[name]
@@ -65,7 +75,8 @@ def test_frames_differ_enough_for_that_comparison_to_bite(shared_dir):
 
 
 def test_avi_with_b_frames_comes_in_display_order(shared_dir):
-    """Times of such files jump to and fro; the clip must still be successive frames of the plain decode."""
+    """Times of such files jump to and fro; the clip must still be successive frames of the plain
+    decode."""
     lines = (shared_dir / "clips" / "ucf101" / "tiny_list.txt").read_text().split()
     path = shared_dir / "clips" / "ucf101" / lines[0]
     whole = every_frame(path).astype(int)
@@ -88,13 +99,17 @@ def test_scaling_and_upright_rotation(shared_dir):
 
 def test_start_is_uniform_and_short_videos_repeat_their_last_frame(shared_dir):
     spec = ClipSpec(4, 3)
-    starts = [int(wanted_frames(spec, 20, 25.0, draw)[0]) for draw in (np.arange(1100) + 0.5) / 1100]
+    starts = [
+        int(wanted_frames(spec, 20, 25.0, draw)[0]) for draw in (np.arange(1100) + 0.5) / 1100
+    ]
     assert np.bincount(starts).tolist() == [100] * 11
     assert wanted_frames(spec, 20, 25.0, 0.9999).tolist() == [10, 13, 16, 19]
     assert wanted_frames(ClipSpec(4, 2), 5, 25.0, 0.7).tolist() == [0, 2, 4, 4]
     assert wanted_frames(ClipSpec(4, 1, fps=10.0), 100, 25.0, 0.0).tolist() == [0, 2, 5, 7]
     assert wanted_frames(ClipSpec(4, 1, fps=50.0), 100, 25.0, 0.0).tolist() == [0, 0, 1, 1]
-    clip = read_video(shared_dir / "clips" / "decode" / "decord_video_0.mov", ClipSpec(6, 1, None, 32, 32), 0.3)
+    clip = read_video(
+        shared_dir / "clips" / "decode" / "decord_video_0.mov", ClipSpec(6, 1, None, 32, 32), 0.3
+    )
     assert len(clip.frames) == 6
     assert (clip.frames[2:] == clip.frames[2]).all()
 
@@ -135,14 +150,21 @@ def naive_clip(path, spec, draw):
     with av.open(str(path)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     numbers = wanted_frames(spec, len(frames), 25.0, draw)
-    return [np.asarray(Image.fromarray(frames[n]).resize((spec.width, spec.height), Image.Resampling.BILINEAR)) for n in numbers]
+    return [
+        np.asarray(
+            Image.fromarray(frames[n]).resize((spec.width, spec.height), Image.Resampling.BILINEAR)
+        )
+        for n in numbers
+    ]
 
 
 def test_cost_against_naive_decoding(shared_dir):
-    """Processor time, paired in one process. The committed benchmark gives the exact ratio; here a bound far from the noise."""
+    """Processor time, paired in one process. The committed benchmark gives the exact ratio; here a
+    bound far from the noise."""
     spec = ClipSpec(16, 2, None, 128, 171)
     paths = [
-        shared_dir / "clips" / "ucf101" / line for line in (shared_dir / "clips" / "ucf101" / "tiny_list.txt").read_text().split()[::9]
+        shared_dir / "clips" / "ucf101" / line
+        for line in (shared_dir / "clips" / "ucf101" / "tiny_list.txt").read_text().split()[::9]
     ]
     ratios = []
     for path in paths:

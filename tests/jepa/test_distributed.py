@@ -1,4 +1,5 @@
-"""Two gloo processes do what one does with the doubled batch: DDP and FSDP2. What the processes run is in two_processes.py."""
+"""Two gloo processes do what one does with the doubled batch: DDP and FSDP2. What the processes run
+is in two_processes.py."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ from tests.jepa.two_processes import VARIANTS, case_config, part
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-CASES = [f"{how}-{name}-1" for name in VARIANTS for how in ("ddp", "fsdp2")] + ["ddp-fwm_hw_ld-2", "fsdp2-fwm_hw_ld-2"]
+CASES = [f"{how}-{name}-1" for name in VARIANTS for how in ("ddp", "fsdp2")] + [
+    "ddp-fwm_hw_ld-2",
+    "fsdp2-fwm_hw_ld-2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +33,22 @@ def folder(tmp_path_factory, root):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    shared = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+    }
     command = [sys.executable, "-m", "tests.jepa.two_processes", str(place)]
     logs = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115 (read after the processes have ended)
     processes = [
         subprocess.Popen(
-            command, cwd=root, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log, stderr=subprocess.STDOUT
+            command,
+            cwd=root,
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
         for rank, log in enumerate(logs)
     ]
@@ -60,7 +74,9 @@ def test_two_processes_give_the_loss_and_gradients_of_the_doubled_batch(folder, 
     loss, _ = loss_step(bundle, batch, cfg, global_denominators([batch]))
     backward(loss)
     assert found.pop("loss").item() == pytest.approx(loss.item(), rel=1e-5)
-    expected = {key: value.grad for key, value in bundle.named_parameters() if value.grad is not None}
+    expected = {
+        key: value.grad for key, value in bundle.named_parameters() if value.grad is not None
+    }
     assert expected.keys() <= found.keys()
     if name != "baseline":
         assert any(key.startswith("heads.") for key in expected)
@@ -84,7 +100,8 @@ def test_two_clipped_steps_give_the_same_weights_and_teacher(folder, how):
     own = state.bundle.state_dict()
     assert found.keys() == own.keys()
     for key, value in own.items():
-        # Adam divides by the root of tiny moments, so a weight whose gradient is rounding noise moves freely within its learning rate.
+        # Adam divides by the root of tiny moments, so a weight whose gradient is rounding noise
+        # moves freely within its learning rate.
         assert (found[key] - value).abs().mean().item() <= 2e-6, key
     assert any(not torch.equal(first[k], own[f"target_encoder.{k}"]) for k in first)
 

@@ -17,7 +17,14 @@ from jepa.checkpoint import Checkpoints
 from jepa.config import ConfigError
 from jepa.data.build import DataConfig, build_dataset
 from jepa.data.moving_shapes import FACTORS
-from jepa.evaluation import InputSpec, cached_features, checkpoint_folder, load_bundle, untrained_encoder, wilson
+from jepa.evaluation import (
+    InputSpec,
+    cached_features,
+    checkpoint_folder,
+    load_bundle,
+    untrained_encoder,
+    wilson,
+)
 from jepa.finetune import FinetuneConfig, layer_groups
 from jepa.probe import Features, Probe, ProbeConfig, probed, train_probe
 from tests.jepa.run_cases import tiny_run
@@ -42,8 +49,14 @@ def test_the_evaluated_encoder_is_the_teacher(tiny):
     bundle, _, digest = load_bundle(tiny)
     tensors, _, state = Checkpoints(tiny / "checkpoints").load()
     assert digest == state["sha256"]["model"]
-    assert torch.equal(bundle.evaluation_encoder.blocks[0].attn.qkv.weight, tensors["target_encoder.blocks.0.attn.qkv.weight"])
-    assert not torch.equal(bundle.evaluation_encoder.blocks[0].attn.qkv.weight, tensors["context_encoder.blocks.0.attn.qkv.weight"])
+    assert torch.equal(
+        bundle.evaluation_encoder.blocks[0].attn.qkv.weight,
+        tensors["target_encoder.blocks.0.attn.qkv.weight"],
+    )
+    assert not torch.equal(
+        bundle.evaluation_encoder.blocks[0].attn.qkv.weight,
+        tensors["context_encoder.blocks.0.attn.qkv.weight"],
+    )
 
 
 def test_a_checkpoint_is_found_or_refused_by_name(tiny, tmp_path):
@@ -93,7 +106,10 @@ def test_probes_find_planted_answers_and_only_those(kind):
         low, high = result[name]["interval"]
         assert low < result[name]["top1"] < high or result[name]["top1"] == 1.0
         assert len(result[name]["seeds"]) == 2
-    noise = Features(train.tokens, {name: values[torch.randperm(len(values))] for name, values in train.labels.items()})
+    noise = Features(
+        train.tokens,
+        {name: values[torch.randperm(len(values))] for name, values in train.labels.items()},
+    )
     shuffled = probed(cfg, kind, noise, test, classes)
     assert shuffled["b"]["top1"] < 0.6
 
@@ -102,7 +118,11 @@ def test_a_probe_depends_on_its_seed_only():
     cfg, train = ProbeConfig(epochs=1, heads=2), planted(32, 0)
 
     def trained(seed):
-        return train_probe(cfg, "attentive", train, np.arange(32), {"a": 2}, seed, 1e-3, 0.0).linears["a"].weight
+        return (
+            train_probe(cfg, "attentive", train, np.arange(32), {"a": 2}, seed, 1e-3, 0.0)
+            .linears["a"]
+            .weight
+        )
 
     assert torch.equal(trained(0), trained(0))
     assert not torch.equal(trained(0), trained(1))
@@ -136,21 +156,40 @@ def test_probing_a_run_reports_every_factor_beside_the_baselines(tiny, capsys):
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_finetuning_learns_with_and_without_the_objective(tiny, tmp_path, weight):
     cfg = FinetuneConfig(
-        run=tiny, train_clips=8, test_clips=4, steps=30, batch_size=8, rate=3e-3, warmup_steps=2, objective_weight=weight, threads=1,
-        data=DataConfig(target="colour"), output=tmp_path / "result.json",
-    )  # fmt: skip
+        run=tiny,
+        train_clips=8,
+        test_clips=4,
+        steps=30,
+        batch_size=8,
+        rate=3e-3,
+        warmup_steps=2,
+        objective_weight=weight,
+        threads=1,
+        data=DataConfig(target="colour"),
+        output=tmp_path / "result.json",
+    )
     report = finetune.run(cfg)
     assert report["loss_last"] < 0.8 * report["loss_first"]
     assert json.loads((tmp_path / "result.json").read_text())["test_clips"] == 4
     assert 0.0 <= report["interval"][0] <= report["top1"] <= report["interval"][1] <= 1.0
 
 
-def test_a_resumed_fine_tuning_is_bitwise_equal_and_another_one_starts_over(tiny, tmp_path, caplog, monkeypatch):
+def test_a_resumed_fine_tuning_is_bitwise_equal_and_another_one_starts_over(
+    tiny, tmp_path, caplog, monkeypatch
+):
     caplog.set_level(logging.INFO)
     cfg = FinetuneConfig(
-        run=tiny, train_clips=8, test_clips=4, steps=7, batch_size=2, objective_weight=0.5, threads=1, checkpoint_every=2,
-        data=DataConfig(target="colour"), output=tmp_path / "whole.json",
-    )  # fmt: skip
+        run=tiny,
+        train_clips=8,
+        test_clips=4,
+        steps=7,
+        batch_size=2,
+        objective_weight=0.5,
+        threads=1,
+        checkpoint_every=2,
+        data=DataConfig(target="colour"),
+        output=tmp_path / "whole.json",
+    )
     whole = finetune.run(cfg)
 
     class StoppedError(Exception):
@@ -196,7 +235,11 @@ def test_rates_fall_layer_by_layer(tiny):
     encoder = bundle.context_encoder
     assert scale[id(encoder.patch_embed.proj.weight)] == 0.125
     assert [scale[id(block.mlp.fc1.weight)] for block in encoder.blocks] == [0.25, 0.5]
-    assert scale[id(head.linears["class"].weight)] == scale[id(next(bundle.predictor.parameters()))] == 1.0
+    assert (
+        scale[id(head.linears["class"].weight)]
+        == scale[id(next(bundle.predictor.parameters()))]
+        == 1.0
+    )
     assert not any(id(p) in scale for p in bundle.target_encoder.parameters())
     assert all(group["weight_decay"] == 0.0 for group in groups if group["params"][0].ndim == 1)
 

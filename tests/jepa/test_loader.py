@@ -1,4 +1,5 @@
-"""The loader: the same batches for any number of workers, ranks and restarts; bad files; views against torch's own resampling."""
+"""The loader: the same batches for any number of workers, ranks and restarts; bad files; views
+against torch's own resampling."""
 
 from __future__ import annotations
 
@@ -17,12 +18,26 @@ from jepa.data.loader import Loader, LoaderConfig, Stage, TooManyBadFilesError
 from jepa.data.mixture import Epochs, InOrder, Mixture
 from jepa.data.moving_shapes import MovingShapes
 from jepa.data.pathlist import pathlist
-from jepa.data.transforms import IMAGENET_MEAN, IMAGENET_STD, ViewSpec, centre_views, cut_views, model_input, random_views, whole_views
+from jepa.data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ViewSpec,
+    centre_views,
+    cut_views,
+    model_input,
+    random_views,
+    whole_views,
+)
 from jepa.data.ucf101 import ucf101
 from jepa.masks import mask_policy, motion_maps
 
 SHAPES = LoaderConfig(
-    batch_size=4, clip=ClipSpec(8, 1, None, 32, 32), views=ViewSpec(16, 24), patch_size=8, masks=mask_policy("motion"), seed=3
+    batch_size=4,
+    clip=ClipSpec(8, 1, None, 32, 32),
+    views=ViewSpec(16, 24),
+    patch_size=8,
+    masks=mask_policy("motion"),
+    seed=3,
 )
 
 
@@ -49,7 +64,9 @@ class Noise:
     def read(self, index, spec, draw):
         if index in self.bad:
             raise BadClipError(f"noise/{index}: broken")
-        frames = np.random.default_rng(index).integers(0, 256, (self.frames, spec.height, spec.width, 3), dtype=np.uint8)
+        frames = np.random.default_rng(index).integers(
+            0, 256, (self.frames, spec.height, spec.width, 3), dtype=np.uint8
+        )
         return Clip(frames, 30, 40)
 
 
@@ -57,7 +74,11 @@ def tensors(batch: Batch) -> dict[str, torch.Tensor]:
     found = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
     for part in (batch.masks, batch.views):
         if part is not None:
-            found |= {f"{type(part).__name__}.{name}": value for name, value in vars(part).items() if isinstance(value, torch.Tensor)}
+            found |= {
+                f"{type(part).__name__}.{name}": value
+                for name, value in vars(part).items()
+                if isinstance(value, torch.Tensor)
+            }
     return found
 
 
@@ -70,7 +91,10 @@ def assert_same(first: Batch, second: Batch):
 
 
 def batches(config, start, stop, picker=None):
-    return [fetched.batch for fetched in Loader(picker or Epochs(MovingShapes(50, seed=1)), config, start, stop)]
+    return [
+        fetched.batch
+        for fetched in Loader(picker or Epochs(MovingShapes(50, seed=1)), config, start, stop)
+    ]
 
 
 def changed(config, **values):
@@ -94,7 +118,9 @@ def test_reading_leaves_the_global_generators_alone():
 
 def test_two_ranks_share_the_batch_of_one():
     whole = batches(changed(SHAPES, batch_size=4), 2, 3)[0]
-    halves = [batches(changed(SHAPES, batch_size=2, rank=rank, world=2), 2, 3)[0] for rank in (0, 1)]
+    halves = [
+        batches(changed(SHAPES, batch_size=2, rank=rank, world=2), 2, 3)[0] for rank in (0, 1)
+    ]
     assert torch.equal(whole.clips, torch.cat([half.clips for half in halves]))
     assert torch.equal(whole.sample_ids, torch.cat([half.sample_ids for half in halves]))
     assert torch.equal(whole.views.boxes, torch.cat([half.views.boxes for half in halves]))
@@ -102,13 +128,19 @@ def test_two_ranks_share_the_batch_of_one():
         for b in range(4):
             half = halves[b // 2].masks
             at, there = j * 4 + b, j * 2 + b % 2
-            one = whole.masks.context_ids[whole.masks.context_cu[at] : whole.masks.context_cu[at + 1]]
-            assert torch.equal(one, half.context_ids[half.context_cu[there] : half.context_cu[there + 1]])
+            one = whole.masks.context_ids[
+                whole.masks.context_cu[at] : whole.masks.context_cu[at + 1]
+            ]
+            assert torch.equal(
+                one, half.context_ids[half.context_cu[there] : half.context_cu[there + 1]]
+            )
 
 
 @pytest.mark.parametrize("quirk", [False, True])
 def test_ranks_draw_numbers_of_their_own_unless_the_quirk_is_on(quirk):
-    config = changed(SHAPES, batch_size=2, world=2, rank_independent_seed=quirk, masks=mask_policy("blocks"))
+    config = changed(
+        SHAPES, batch_size=2, world=2, rank_independent_seed=quirk, masks=mask_policy("blocks")
+    )
     first, second = (batches(changed(config, rank=rank), 2, 3)[0] for rank in (0, 1))
     assert not set(first.sample_ids.tolist()) & set(second.sample_ids.tolist())
     assert torch.equal(first.views.boxes, second.views.boxes) == quirk
@@ -123,24 +155,38 @@ def test_stages_change_the_size_from_their_step_on():
     assert_same(staged[1], batches(SHAPES, 1, 2)[0])
     assert_same(staged[3], batches(changed(SHAPES, clip=small.clip, views=small.views), 3, 4)[0])
     assert [batch.masks.grid for batch in staged] == [(4, 2, 3), (4, 2, 3), (4, 1, 2), (4, 1, 2)]
-    with pytest.raises(ValueError, match=r"stages must begin at rising steps from 0 on, got \[2, 2\]"):
+    with pytest.raises(
+        ValueError, match=r"stages must begin at rising steps from 0 on, got \[2, 2\]"
+    ):
         changed(SHAPES, stages=(small, small))
     with pytest.raises(ValueError, match="frame must be whole patches of 8 px, got 9 x 16"):
         changed(SHAPES, stages=(Stage(1, small.clip, ViewSpec(9, 16)),))
 
 
 def test_motion_masks_see_the_view_that_the_model_sees():
-    """The map is that of the cropped and mirrored picture: compare with a clip that is cut out first."""
-    config = changed(SHAPES, views=ViewSpec(16, 16, scale=(0.3, 0.6)), clip=ClipSpec(8, 1, None, 64, 64))
+    """The map is that of the cropped and mirrored picture: compare with a clip that is cut out
+    first."""
+    config = changed(
+        SHAPES, views=ViewSpec(16, 16, scale=(0.3, 0.6)), clip=ClipSpec(8, 1, None, 64, 64)
+    )
     batch = batches(config, 0, 1)[0]
     views = Views(batch.views.boxes, torch.tensor([True, False, True, False]))
     boxes = (batch.views.boxes.double() * 64).tolist()
-    maps = motion_maps(list(batch.clips.numpy()), (4, 2, 2), boxes=[tuple(b) for b in boxes], flips=views.flips.tolist())
+    maps = motion_maps(
+        list(batch.clips.numpy()),
+        (4, 2, 2),
+        boxes=[tuple(b) for b in boxes],
+        flips=views.flips.tolist(),
+    )
     cut = cut_views(batch.clips, views, ViewSpec(16, 16, mean=(0, 0, 0), std=(1, 1, 1)))
     seen = motion_maps(list(cut.numpy()), (4, 2, 2))
     moving = maps.reshape(4, -1).max(axis=1) > 0
     assert moving.sum() >= 2
-    correlations = [np.corrcoef(maps[b].ravel(), seen[b].ravel())[0, 1] for b in range(4) if moving[b] and seen[b].max() > 0]
+    correlations = [
+        np.corrcoef(maps[b].ravel(), seen[b].ravel())[0, 1]
+        for b in range(4)
+        if moving[b] and seen[b].max() > 0
+    ]
     assert min(correlations) > 0.9
 
 
@@ -154,24 +200,36 @@ def test_bad_files_are_replaced_counted_and_named(caplog):
     assert not {7, 11} & set(ids)
     assert fetched[-1].bad_total == sum(len(f.bad_files) for f in fetched) >= 4
     assert fetched[-1].read_total == 80 + fetched[-1].bad_total
-    assert [r.getMessage() for r in caplog.records].count("skipped a file that could not be read: noise/7: broken") == 1
-    again = torch.cat([f.batch.sample_ids for f in Loader(picker, changed(config, workers=1), 0, 20)]).tolist()
+    assert [r.getMessage() for r in caplog.records].count(
+        "skipped a file that could not be read: noise/7: broken"
+    ) == 1
+    again = torch.cat(
+        [f.batch.sample_ids for f in Loader(picker, changed(config, workers=1), 0, 20)]
+    ).tolist()
     assert ids == again
     assert all(f.wait_s >= 0 for f in fetched)
 
 
 def test_too_many_bad_files_stop_the_run():
     picker = Epochs(Noise(40, bad=range(0, 40, 8)))
-    with pytest.raises(TooManyBadFilesError, match=r"at most 5.0% of the files may be unreadable, got \d+ of \d+ reads; \d different ones"):
+    with pytest.raises(
+        TooManyBadFilesError,
+        match=r"at most 5.0% of the files may be unreadable, got \d+ of \d+ reads; \d different "
+        r"ones",
+    ):
         list(Loader(picker, changed(SHAPES, judge_after=30, masks=None), 0, 50))
-    with pytest.raises(TooManyBadFilesError, match="21 samples in a row could not be read at step 0"):
+    with pytest.raises(
+        TooManyBadFilesError, match="21 samples in a row could not be read at step 0"
+    ):
         list(Loader(Epochs(Noise(4, bad=range(4))), changed(SHAPES, workers=1), 0, 1))
 
 
 def test_a_corrupt_video_is_replaced(shared_dir, tmp_path):
     folder = shared_dir / "clips" / "decode"
     (tmp_path / "list.txt").write_text("decord_corrupted.mp4 1\nh265_video.mp4 0\n")
-    config = LoaderConfig(batch_size=2, clip=ClipSpec(4, 2, None, 32, 32), views=None, masks=None, max_bad_share=0.9)
+    config = LoaderConfig(
+        batch_size=2, clip=ClipSpec(4, 2, None, 32, 32), views=None, masks=None, max_bad_share=0.9
+    )
     fetched = next(iter(Loader(Epochs(pathlist(tmp_path / "list.txt", folder)), config, 0, 1)))
     assert fetched.batch.labels.tolist() == [0, 0]
     assert fetched.bad_total >= 1
@@ -181,7 +239,9 @@ def test_a_corrupt_video_is_replaced(shared_dir, tmp_path):
 def test_stills_have_one_step_in_time_or_are_repeated():
     parts = (Noise(9), Noise(9, frames=1, still=True))
     config = changed(SHAPES, masks=mask_policy("blocks"))
-    shapes = {(b.clips.shape[1], b.masks.grid) for b in batches(config, 0, 12, Mixture(parts, (0.5, 0.5)))}
+    shapes = {
+        (b.clips.shape[1], b.masks.grid) for b in batches(config, 0, 12, Mixture(parts, (0.5, 0.5)))
+    }
     assert shapes == {(8, (4, 2, 3)), (1, (1, 2, 3))}
     repeated = batches(config, 0, 6, Mixture(parts, (0.5, 0.5), repeat_stills=True))
     assert {b.clips.shape[1] for b in repeated} == {8}
@@ -192,17 +252,29 @@ def test_stills_have_one_step_in_time_or_are_repeated():
 def test_epochs_of_stills_can_be_repeated_too():
     config = changed(SHAPES, masks=mask_policy("blocks"))
     for repeat in (False, True):
-        batch = batches(config, 0, 1, Epochs(Noise(9, frames=1, still=True), repeat_stills=repeat))[0]
+        batch = batches(config, 0, 1, Epochs(Noise(9, frames=1, still=True), repeat_stills=repeat))[
+            0
+        ]
         assert batch.clips.shape[1] == (8 if repeat else 1)
         assert batch.masks.grid[0] == (4 if repeat else 1)
 
 
 def test_real_clips_for_evaluation(shared_dir):
     folder = shared_dir / "clips" / "ucf101"
-    data = ucf101(folder / "videos", shared_dir / "clips" / "ucf101_splits", list_file=folder / "testlist01_subset.txt")
+    data = ucf101(
+        folder / "videos",
+        shared_dir / "clips" / "ucf101_splits",
+        list_file=folder / "testlist01_subset.txt",
+    )
     small = FileClips(data.name, data.root, data.files[:5], data.labels[:5], 101)
     view = ViewSpec(32, 32)
-    config = LoaderConfig(batch_size=4, clip=ClipSpec(4, 2, None, *view.canvas()), views=view, random=False, masks=None)
+    config = LoaderConfig(
+        batch_size=4,
+        clip=ClipSpec(4, 2, None, *view.canvas()),
+        views=view,
+        random=False,
+        masks=None,
+    )
     picker = InOrder(small)
     read = batches(config, 0, picker.steps(4), picker)
     assert [len(b.clips) for b in read] == [4, 1]
@@ -214,16 +286,30 @@ def test_real_clips_for_evaluation(shared_dir):
 
 
 @pytest.mark.parametrize(
-    ("size", "box", "flip"), [((16, 20), (5, 7, 20, 30), False), ((12, 12), (0, 0, 9, 7), True), ((10, 6), (0, 0, 30, 41), True)]
+    ("size", "box", "flip"),
+    [
+        ((16, 20), (5, 7, 20, 30), False),
+        ((12, 12), (0, 0, 9, 7), True),
+        ((10, 6), (0, 0, 30, 41), True),
+    ],
 )
 def test_views_equal_crop_and_antialiased_resize(size, box, flip):
     clips = torch.randint(0, 256, (1, 3, 30, 41, 3), dtype=torch.uint8)
     top, left, height, width = box
-    views = Views(torch.tensor([[top / 30, left / 41, height / 30, width / 41]]), torch.tensor([flip]))
+    views = Views(
+        torch.tensor([[top / 30, left / 41, height / 30, width / 41]]), torch.tensor([flip])
+    )
     got = cut_views(clips, views, ViewSpec(*size))
     pixels = clips[0].permute(0, 3, 1, 2).double()[:, :, top : top + height, left : left + width]
-    want = functional.interpolate(pixels, size=size, mode="bilinear", antialias=True).permute(1, 0, 2, 3) / 255
-    want = (want.flip(-1) if flip else want) - torch.tensor(IMAGENET_MEAN).double()[:, None, None, None]
+    want = (
+        functional.interpolate(pixels, size=size, mode="bilinear", antialias=True).permute(
+            1, 0, 2, 3
+        )
+        / 255
+    )
+    want = (want.flip(-1) if flip else want) - torch.tensor(IMAGENET_MEAN).double()[
+        :, None, None, None
+    ]
     want = want / torch.tensor(IMAGENET_STD).double()[:, None, None, None]
     torch.testing.assert_close(got[0].double(), want, rtol=1e-5, atol=2e-5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -233,11 +319,16 @@ def test_views_equal_crop_and_antialiased_resize(size, box, flip):
 def test_whole_views_are_the_identity():
     clips = torch.randint(0, 256, (2, 3, 8, 12, 3), dtype=torch.uint8)
     torch.testing.assert_close(
-        cut_views(clips, whole_views(2), ViewSpec(8, 12)), cut_views(clips, None, ViewSpec(8, 12)), rtol=0, atol=1e-5
+        cut_views(clips, whole_views(2), ViewSpec(8, 12)),
+        cut_views(clips, None, ViewSpec(8, 12)),
+        rtol=0,
+        atol=1e-5,
     )
     floats = torch.randn(2, 3, 3, 8, 12)
     assert model_input(Batch(floats, None, torch.arange(2), None, 0), ViewSpec(8, 12)) is floats
-    with pytest.raises(ValueError, match=r"clips must be uint8 \[B, T, H, W, 3\], got torch.float32"):
+    with pytest.raises(
+        ValueError, match=r"clips must be uint8 \[B, T, H, W, 3\], got torch.float32"
+    ):
         cut_views(floats, None, ViewSpec())
 
 
@@ -245,7 +336,9 @@ def test_random_views_stay_inside_and_in_range():
     spec = ViewSpec(32, 32, scale=(0.2, 0.9))
     sizes = np.tile([[240, 320], [100, 400]], (500, 1))
     may_flip = np.arange(1000) % 3 > 0
-    views = random_views(spec, seed=1, step=2, samples=np.arange(1000), source_sizes=sizes, may_flip=may_flip)
+    views = random_views(
+        spec, seed=1, step=2, samples=np.arange(1000), source_sizes=sizes, may_flip=may_flip
+    )
     boxes = views.boxes.double().numpy()
     assert boxes.min() >= 0
     assert (boxes[:, :2] + boxes[:, 2:]).max() <= 1 + 1e-6

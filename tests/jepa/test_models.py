@@ -1,4 +1,5 @@
-"""Encoder and predictor: packed equals one sequence at a time, any grid, public weights, nothing computed that is not asked for."""
+"""Encoder and predictor: packed equals one sequence at a time, any grid, public weights, nothing
+computed that is not asked for."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ GRIDS = [(4, 3, 5), (3, 4, 2), (1, 4, 5), (2, 1, 6)]
 def encoder(**changes) -> Encoder:
     torch.manual_seed(0)
     model = Encoder(small_model(**changes))
-    # Residual branches start at 2 % of the stream: without this, positions and attention would hardly show.
+    # Residual branches start at 2 % of the stream: without this, positions and attention would
+    # hardly show.
     for block in model.blocks:
         block.attn.qkv.weight.data.mul_(20)
     return model
@@ -46,7 +48,9 @@ def test_packed_equals_one_sequence_at_a_time(grid):
         ids = masks.context_ids[first:last].numpy()
         alone = MaskBatch.from_ids([[ids]], [[np.zeros(0, np.int64)]], grid)
         b = s % 3
-        torch.testing.assert_close(model(batch.clips[b : b + 1], alone), packed[first:last], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            model(batch.clips[b : b + 1], alone), packed[first:last], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_all_tokens_equal_a_full_mask_and_the_last_level_is_the_last():
@@ -55,7 +59,9 @@ def test_all_tokens_equal_a_full_mask_and_the_last_level_is_the_last():
     every = [[np.arange(24)] * 2]
     full = MaskBatch.from_ids(every, [[np.zeros(0, np.int64)] * 2], (2, 3, 4))
     dense = model(batch.clips)
-    torch.testing.assert_close(model(batch.clips, full).view(2, 24, -1), dense, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model(batch.clips, full).view(2, 24, -1), dense, rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(model(batch.clips, levels="last"), dense[..., 24:])
 
 
@@ -70,7 +76,9 @@ def test_order_of_tokens_does_not_matter_and_ids_do():
     torch.testing.assert_close(second, first[order], rtol=1e-4, atol=1e-5)
     same = dataclasses.replace(batch, clips=torch.full_like(batch.clips, 7))
     third = model(same.clips, MaskBatch.from_ids([[ids]], empty, (4, 3, 5)))
-    assert (third[0] - third[1]).abs().max() < 1e-3  # equal pixels: rotary positions move attention weights, not values
+    assert (
+        third[0] - third[1]
+    ).abs().max() < 1e-3  # equal pixels: rotary positions move attention weights, not values
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
@@ -83,18 +91,34 @@ def test_patches_equal_a_convolution(dtype, frames):
     embed = model.patch_embed_img if frames == 1 else model.patch_embed
     clips = normalised(batch.clips) if dtype == torch.uint8 else batch.clips
     expected = embed.proj(clips).flatten(2).transpose(1, 2).flatten(0, 1)
-    torch.testing.assert_close(embed(gather_patches(batch.clips, None, 2, 16)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        embed(gather_patches(batch.clips, None, 2, 16)), expected, rtol=1e-4, atol=1e-4
+    )
     rows = torch.tensor([0, 5, 3, 7, 5])
-    torch.testing.assert_close(embed(gather_patches(batch.clips, rows, 2, 16)), expected[rows], rtol=1e-4, atol=1e-4)
-    means = functional.avg_pool3d(clips, (1 if frames == 1 else 2, 16, 16)).flatten(2).transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(
+        embed(gather_patches(batch.clips, rows, 2, 16)), expected[rows], rtol=1e-4, atol=1e-4
+    )
+    means = (
+        functional.avg_pool3d(clips, (1 if frames == 1 else 2, 16, 16))
+        .flatten(2)
+        .transpose(1, 2)
+        .flatten(0, 1)
+    )
     torch.testing.assert_close(patch_means(batch.clips, 2, 16), means, rtol=1e-4, atol=1e-4)
 
 
 def test_bad_clips_and_masks_are_refused():
     model = encoder()
-    with pytest.raises(ValueError, match=r"clips must be uint8 \[B, frames, H, W, 3\] or float \[B, 3, frames, H, W\], got torch.uint8"):
+    with pytest.raises(
+        ValueError,
+        match=r"clips must be uint8 \[B, frames, H, W, 3\] or float \[B, 3, frames, H, W\], got "
+        r"torch.uint8",
+    ):
         model(torch.zeros(2, 3, 4, 32, 32, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="a multiple of 2 frames and sides that are multiples of 16, got 3 frames of 32 x 32"):
+    with pytest.raises(
+        ValueError,
+        match="a multiple of 2 frames and sides that are multiples of 16, got 3 frames of 32 x 32",
+    ):
         model(torch.zeros(2, 3, 3, 32, 32))
     with pytest.raises(ValueError, match=r"masks must be for 2 clips of grid \(2, 2, 2\)"):
         model(torch.zeros(2, 3, 4, 32, 32), ragged_masks((4, 3, 5), 2))
@@ -133,7 +157,10 @@ def test_predictor_packed_equals_one_sequence_at_a_time(grid, shared):
     predicted, context = predictor(x, masks)
     for s in range(masks.num_sets * 3):
         rows = [slice(int(cu[s]), int(cu[s + 1])) for cu in (masks.context_cu, masks.target_cu)]
-        ids = [values[row].numpy() for values, row in zip((masks.context_ids, masks.target_ids), rows, strict=True)]
+        ids = [
+            values[row].numpy()
+            for values, row in zip((masks.context_ids, masks.target_ids), rows, strict=True)
+        ]
         # As the j-th of two sets, so that it gets the j-th mask token.
         empty = np.zeros(0, np.int64)
         places = [[ids[0]], [empty]], [[ids[1]], [empty]]
@@ -155,7 +182,9 @@ def test_mask_tokens_per_set_all_train_and_shared_ones_do_not():
 
 
 def test_joint_order_interleaves_each_sequence():
-    masks = MaskBatch.from_ids([[np.array([5, 1]), np.array([2])]], [[np.array([0]), np.array([9, 7, 3])]], (1, 2, 5))
+    masks = MaskBatch.from_ids(
+        [[np.array([5, 1]), np.array([2])]], [[np.array([0]), np.array([9, 7, 3])]], (1, 2, 5)
+    )
     order = JointOrder.of(masks)
     assert order.ids.tolist() == [5, 1, 0, 2, 9, 7, 3]
     assert order.cu_seqlens.tolist() == [0, 3, 7]
@@ -181,7 +210,9 @@ def test_checkpointing_changes_nothing_but_memory():
     for save in (False, True):
         model = encoder(checkpoint_activations=save)
         model(batch.clips, masks).square().sum().backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        gradients.append(
+            {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        )
     for name, value in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], value)
 
@@ -190,7 +221,10 @@ def test_public_state_dicts_load_with_and_without_prefixes():
     source, target = encoder(), Encoder(small_model())
     wrapped = {f"module.backbone.{key}": value for key, value in source.state_dict().items()}
     target.load_public(wrapped)
-    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
+    )
     wrapped["module.backbone.pos_embed"] = torch.zeros(1)
     with pytest.raises(RuntimeError, match="pos_embed"):
         target.load_public(wrapped)
@@ -221,7 +255,14 @@ def test_compiles_without_graph_breaks():
     assert model.blocks[0].attn.qkv.weight.grad is not None
 
 
-PARAMETERS = {"micro": 0.6e6, "tiny": 5.9e6, "small": 22e6, "base": 86e6, "large": 304e6, "giant": 1.01e9}
+PARAMETERS = {
+    "micro": 0.6e6,
+    "tiny": 5.9e6,
+    "small": 22e6,
+    "base": 86e6,
+    "large": 304e6,
+    "giant": 1.01e9,
+}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -255,6 +296,8 @@ def test_initial_weights_follow_the_published_rule():
     torch.manual_seed(0)
     model = Encoder(model_config("micro"))
     assert float(model.blocks[0].attn.qkv.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
-    assert float(model.blocks[3].mlp.fc2.weight.detach().std()) == pytest.approx(0.02 / 8**0.5, rel=0.05)
+    assert float(model.blocks[3].mlp.fc2.weight.detach().std()) == pytest.approx(
+        0.02 / 8**0.5, rel=0.05
+    )
     assert model.video_mod_embed.detach().abs().max() < 1e-5
     assert all((token == 0).all() for token in Predictor(model_config("micro")).mask_tokens)

@@ -22,7 +22,8 @@ def sample():
 
 
 def probe_accuracies(features, labels):
-    """Test accuracy per factor of ridge regression to one-hot labels, on standardised features (one solve for all factors)."""
+    """Test accuracy per factor of ridge regression to one-hot labels, on standardised features (one
+    solve for all factors)."""
     train, test = features[:TRAIN].astype(np.float64), features[TRAIN:].astype(np.float64)
     mean, std = train.mean(axis=0), train.std(axis=0) + 1e-6
     train, test = (train - mean) / std, (test - mean) / std
@@ -33,13 +34,18 @@ def probe_accuracies(features, labels):
     targets = np.concatenate(one_hots, axis=1)
     scores = test @ (train.T @ np.linalg.solve(gram, targets - targets.mean(axis=0)))
     guesses = [part.argmax(axis=1) for part in np.split(scores, ends, axis=1)]
-    return {name: (guess == labels[name][TRAIN:]).mean() for name, guess in zip(labels, guesses, strict=True)}
+    return {
+        name: (guess == labels[name][TRAIN:]).mean()
+        for name, guess in zip(labels, guesses, strict=True)
+    }
 
 
 def single_frame_features(clips, frame):
     """Pixels of one frame and a random nonlinear expansion of them."""
     pixels = clips[:, frame].reshape(len(clips), -1) / 255.0
-    projection = np.random.default_rng(0).standard_normal((pixels.shape[1], 400)) / np.sqrt(pixels.shape[1])
+    projection = np.random.default_rng(0).standard_normal((pixels.shape[1], 400)) / np.sqrt(
+        pixels.shape[1]
+    )
     return np.concatenate([pixels, np.maximum((pixels - 0.5) @ projection * 4, 0)], axis=1)
 
 
@@ -59,7 +65,8 @@ def test_one_frame_says_nothing_about_motion(sample, frame):
 
 
 def test_several_frames_do_say_it(sample):
-    """Where the coloured pixels go (circular cross-correlation of frames four apart), and when there are none."""
+    """Where the coloured pixels go (circular cross-correlation of frames four apart), and when
+    there are none."""
     clips, labels = sample
     shapes = clips.max(axis=-1).astype(np.float64) - clips.min(axis=-1)
     spectrum = np.fft.rfft2(shapes)
@@ -73,14 +80,17 @@ def test_several_frames_do_say_it(sample):
 
 
 def test_state_at_every_time_is_uniform_in_every_motion_class():
-    """The reason behind the probes: position, angle and visibility at any time have one distribution, whatever the motion."""
+    """The reason behind the probes: position, angle and visibility at any time have one
+    distribution, whatever the motion."""
     data = MovingShapes(3000, seed=2)
     draws = data._draws(np.arange(3000))
     labels = data.factors(np.arange(3000))
     states = []
     for row, kinds in zip(draws, zip(*labels.values(), strict=True), strict=True):
         free = dict(zip(moving_shapes._NUISANCES, row[len(FACTORS) :].tolist(), strict=False))
-        y, x, angle, seen = moving_shapes._trajectory(dict(zip(FACTORS, map(int, kinds), strict=True)), free, 16, 32, 48)
+        y, x, angle, seen = moving_shapes._trajectory(
+            dict(zip(FACTORS, map(int, kinds), strict=True)), free, 16, 32, 48
+        )
         states.append([y[11] / 32, x[11] / 48, angle[11] / (2 * np.pi) % 1.0, seen[11]])
     state = np.array(states)
     p_values = []
@@ -97,7 +107,9 @@ def test_factors_are_uniform_and_independent():
     labels = MovingShapes(6000, seed=3).factors(np.arange(6000))
     assert set(labels) == set(APPEARANCE) | set(MOTION)
     names = list(FACTORS)
-    p_values = [stats.chisquare(np.bincount(labels[n], minlength=len(FACTORS[n]))).pvalue for n in names]
+    p_values = [
+        stats.chisquare(np.bincount(labels[n], minlength=len(FACTORS[n]))).pvalue for n in names
+    ]
     for i, first in enumerate(names):
         for second in names[:i]:
             table = np.zeros((len(FACTORS[first]), len(FACTORS[second])))
@@ -111,16 +123,23 @@ def test_samples_are_a_function_of_seed_split_and_index():
     np.testing.assert_array_equal(data.render(7, 5, 20, 31), again.render(7, 5, 20, 31))
     assert (data.render(7, 5, 20, 31) != data.render(8, 5, 20, 31)).any()
     assert (data.render(7, 5, 20, 31) != MovingShapes(50, seed=5).render(7, 5, 20, 31)).any()
-    assert (data.render(7, 5, 20, 31) != MovingShapes(50, seed=4, split="test").render(7, 5, 20, 31)).any()
+    assert (
+        data.render(7, 5, 20, 31) != MovingShapes(50, seed=4, split="test").render(7, 5, 20, 31)
+    ).any()
     # A longer clip of constant motion starts alike; a clip never depends on the stride or the draw.
-    np.testing.assert_array_equal(data.read(7, ClipSpec(5, 2, None, 20, 31), 0.9).frames, data.render(7, 5, 20, 31))
+    np.testing.assert_array_equal(
+        data.read(7, ClipSpec(5, 2, None, 20, 31), 0.9).frames, data.render(7, 5, 20, 31)
+    )
 
 
 def test_motion_is_drawn_as_labelled():
-    """The centre of the coloured pixels moves by the labelled speed in the labelled direction (clips without other motion)."""
+    """The centre of the coloured pixels moves by the labelled speed in the labelled direction
+    (clips without other motion)."""
     data = MovingShapes(2000, seed=6)
     labels = data.factors(np.arange(2000))
-    plain = np.flatnonzero((labels["oscillation"] == 0) & (labels["acceleration"] == 1) & (labels["rotation"] == 1))
+    plain = np.flatnonzero(
+        (labels["oscillation"] == 0) & (labels["acceleration"] == 1) & (labels["rotation"] == 1)
+    )
     side = 64
     turn = np.exp(2j * np.pi * np.arange(side) / side)
     for i in plain[:30]:
@@ -128,7 +147,10 @@ def test_motion_is_drawn_as_labelled():
         weight = (clip.max(axis=-1).astype(np.float64) - clip.min(axis=-1)) > 20
         visible = weight.any(axis=(1, 2))
         steps = np.flatnonzero(visible[1:] & visible[:-1])
-        heading, speed = labels["direction"][i] * np.pi / 4, moving_shapes._SPEED[labels["speed"][i]] * side
+        heading, speed = (
+            labels["direction"][i] * np.pi / 4,
+            moving_shapes._SPEED[labels["speed"][i]] * side,
+        )
         for axis, want in ((1, np.sin(heading)), (2, np.cos(heading))):
             centre = np.angle((weight.sum(axis=3 - axis) * turn).sum(axis=1)) / (2 * np.pi) * side
             moved = (centre[steps + 1] - centre[steps] + side / 2) % side - side / 2

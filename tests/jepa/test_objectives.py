@@ -1,4 +1,5 @@
-"""Objectives: a contract that every file must keep, and formulas against plain float64 loops on ragged masks."""
+"""Objectives: a contract that every file must keep, and formulas against plain float64 loops on
+ragged masks."""
 
 from __future__ import annotations
 
@@ -13,7 +14,15 @@ from torch.autograd import gradcheck
 from jepa import objectives
 from jepa.batch import MaskBatch
 from jepa.config import ConfigError
-from jepa.objectives import Denominators, Factorisation, FeatureDims, build_heads, compute_all, get, parse_objectives
+from jepa.objectives import (
+    Denominators,
+    Factorisation,
+    FeatureDims,
+    build_heads,
+    compute_all,
+    get,
+    parse_objectives,
+)
 from jepa.objectives.base import segment_softmax_weights
 from jepa.objectives.orthogonality import mean_square_covariance
 from jepa.objectives.sigreg import characteristic_distance
@@ -50,7 +59,10 @@ def identify(case) -> str:
 
 
 def inputs_of(ctx) -> dict[str, torch.Tensor]:
-    named = {k: getattr(ctx, k) for k in ("context_tokens", "predicted_tokens", "predicted_context", "target")}
+    named = {
+        k: getattr(ctx, k)
+        for k in ("context_tokens", "predicted_tokens", "predicted_context", "target")
+    }
     return {k: v for k, v in named.items() if v.requires_grad}
 
 
@@ -61,22 +73,33 @@ def test_finite_and_differentiable(case):
     assert loss.shape == ()
     assert torch.isfinite(loss)
     assert loss > 0
-    assert all(isinstance(value, torch.Tensor) and not value.requires_grad for value in metrics.values())
+    assert all(
+        isinstance(value, torch.Tensor) and not value.requires_grad for value in metrics.values()
+    )
     assert torch.equal(metrics[case[0]], loss.detach())
     loss.backward()
-    gradients = [t.grad for t in (*inputs_of(ctx).values(), *ctx.heads.parameters()) if t.grad is not None]
+    gradients = [
+        t.grad for t in (*inputs_of(ctx).values(), *ctx.heads.parameters()) if t.grad is not None
+    ]
     assert gradients
     assert all(torch.isfinite(g).all() for g in gradients)
     assert any(g.abs().max() > 0 for g in gradients)
 
 
-# Hard-region weights are constants by definition, and differences would move them; 1024 slices of SIGReg would take a minute.
-DIFFERENTIABLE = [case for case in CASES if case[0] != "hard_region" and "hard_region" not in case[1] and case != ("sigreg", {})]
+# Hard-region weights are constants by definition, and differences would move them; 1024 slices of
+# SIGReg would take a minute.
+DIFFERENTIABLE = [
+    case
+    for case in CASES
+    if case[0] != "hard_region" and "hard_region" not in case[1] and case != ("sigreg", {})
+]
 
 
 @pytest.mark.parametrize("case", DIFFERENTIABLE, ids=map(identify, DIFFERENTIABLE))
 def test_gradients_match_differences(case):
-    ctx, cfg = context_for(*case, masks=ragged_masks((4, 1, 2), 2, horizon=case[1].get("horizon", 1), share=0.7))
+    ctx, cfg = context_for(
+        *case, masks=ragged_masks((4, 1, 2), 2, horizon=case[1].get("horizon", 1), share=0.7)
+    )
     named = inputs_of(ctx)
     heads = list(ctx.heads.parameters())
 
@@ -100,7 +123,15 @@ def test_weight_zero_is_absent(name, monkeypatch):
     loss, metrics = compute_all(ctx, cfg, all_weights(cfg, 0.0))
     assert loss == 0
     assert metrics == {}
-    assert len(build_heads(parse_objectives({name: {"weight": 0.0}}, ""), FeatureDims(WIDTH, LEVELS, Factorisation()))) == 0
+    assert (
+        len(
+            build_heads(
+                parse_objectives({name: {"weight": 0.0}}, ""),
+                FeatureDims(WIDTH, LEVELS, Factorisation()),
+            )
+        )
+        == 0
+    )
 
 
 def test_shape_mismatch_raises():
@@ -112,9 +143,13 @@ def test_shape_mismatch_raises():
 
 
 def test_a_misspelt_name_lists_the_nearest():
-    with pytest.raises(ConfigError, match="unknown objective 'latent_dynamic'; did you mean 'latent_dynamics'"):
+    with pytest.raises(
+        ConfigError, match="unknown objective 'latent_dynamic'; did you mean 'latent_dynamics'"
+    ):
         parse_objectives({"latent_dynamic": {}}, "objectives")
-    with pytest.raises(ConfigError, match=r"unknown key 'objectives.delta.wieght'; did you mean 'weight'"):
+    with pytest.raises(
+        ConfigError, match=r"unknown key 'objectives.delta.wieght'; did you mean 'weight'"
+    ):
         parse_objectives({"delta": {"wieght": 1}}, "objectives")
 
 
@@ -124,7 +159,9 @@ def test_batch_order_does_not_matter(case):
     ctx, cfg = context_for(*case, masks=masks)
     other, _ = context_for(*case, masks=reordered_masks(masks, [2, 0, 1]))
     rows = torch.cat([torch.arange(masks.num_tokens) + b * masks.num_tokens for b in (2, 0, 1)])
-    context_rows, target_rows = (reordered_rows(cu, 2, [2, 0, 1]) for cu in (masks.context_cu, masks.target_cu))
+    context_rows, target_rows = (
+        reordered_rows(cu, 2, [2, 0, 1]) for cu in (masks.context_cu, masks.target_cu)
+    )
     target = ctx.target.detach()[rows]
     other = dataclasses.replace(
         other,
@@ -135,7 +172,9 @@ def test_batch_order_does_not_matter(case):
         target_live=target,
         clips=ctx.clips[[2, 0, 1]],
     )
-    torch.testing.assert_close(compute_all(other, cfg, all_weights(cfg))[0], compute_all(ctx, cfg, all_weights(cfg))[0])
+    torch.testing.assert_close(
+        compute_all(other, cfg, all_weights(cfg))[0], compute_all(ctx, cfg, all_weights(cfg))[0]
+    )
 
 
 def sequences(ids, cu) -> list[np.ndarray]:
@@ -144,10 +183,16 @@ def sequences(ids, cu) -> list[np.ndarray]:
 
 def reordered_masks(masks: MaskBatch, order: list[int]) -> MaskBatch:
     size = masks.batch_size
-    context, target = sequences(masks.context_ids, masks.context_cu), sequences(masks.target_ids, masks.target_cu)
+    context, target = (
+        sequences(masks.context_ids, masks.context_cu),
+        sequences(masks.target_ids, masks.target_cu),
+    )
     pick = [[j * size + b for b in order] for j in range(masks.num_sets)]
     return MaskBatch.from_ids(
-        [[context[s] for s in row] for row in pick], [[target[s] for s in row] for row in pick], masks.grid, masks.horizon
+        [[context[s] for s in row] for row in pick],
+        [[target[s] for s in row] for row in pick],
+        masks.grid,
+        masks.horizon,
     )
 
 
@@ -161,7 +206,8 @@ PARTED = [case for case in CASES if case[0] not in ("orthogonality", "sigreg")]
 
 @pytest.mark.parametrize("case", PARTED, ids=map(identify, PARTED))
 def test_parts_add_up_to_the_whole(case):
-    """Ragged halves of a batch, each a share of the global mean: the sum of losses and gradients is that of the whole."""
+    """Ragged halves of a batch, each a share of the global mean: the sum of losses and gradients is
+    that of the whole."""
     masks = ragged_masks(batch_size=4, horizon=case[1].get("horizon", 1))
     ctx, cfg = context_for(*case, masks=masks)
     whole, _ = compute_all(ctx, cfg, all_weights(cfg))
@@ -171,7 +217,9 @@ def test_parts_add_up_to_the_whole(case):
     for part in ([0], [1, 2, 3]):
         own = reordered_masks(masks, part)
         rows = torch.cat([torch.arange(masks.num_tokens) + b * masks.num_tokens for b in part])
-        context_rows, target_rows = (part_rows(cu, masks, part) for cu in (masks.context_cu, masks.target_cu))
+        context_rows, target_rows = (
+            part_rows(cu, masks, part) for cu in (masks.context_cu, masks.target_cu)
+        )
         half = dataclasses.replace(
             ctx,
             masks=own,
@@ -185,7 +233,9 @@ def test_parts_add_up_to_the_whole(case):
         )
         total = total + compute_all(half, cfg, all_weights(cfg))[0]
     torch.testing.assert_close(total, whole)
-    for got, wanted in zip(torch.autograd.grad(total, leaves, allow_unused=True), expected, strict=True):
+    for got, wanted in zip(
+        torch.autograd.grad(total, leaves, allow_unused=True), expected, strict=True
+    ):
         torch.testing.assert_close(got, wanted)
 
 
@@ -195,12 +245,24 @@ def part_rows(cu, masks: MaskBatch, part: list[int]) -> torch.Tensor:
 
 
 def test_images_skip_what_needs_time():
-    cfg = parse_objectives({name: {"schedule": {"kind": "constant"}} for name in objectives.names()}, "")
+    cfg = parse_objectives(
+        {name: {"schedule": {"kind": "constant"}} for name in objectives.names()}, ""
+    )
     ctx = random_context(cfg, ragged_masks((1, 4, 5)), online=True)
     loss, metrics = compute_all(ctx, cfg, all_weights(cfg))
     assert torch.isfinite(loss)
     temporal = {name for name in objectives.names() if hasattr(get(name), "minimum_frames")}
-    assert temporal == {"delta", "static", "latent_dynamics", "spectral", "ltc", "action", "kinematic", "velgate", "hamiltonian"}
+    assert temporal == {
+        "delta",
+        "static",
+        "latent_dynamics",
+        "spectral",
+        "ltc",
+        "action",
+        "kinematic",
+        "velgate",
+        "hamiltonian",
+    }
     for name in temporal:
         assert metrics[f"{name}/skipped"] == 1
         assert name not in metrics
@@ -210,17 +272,25 @@ def test_images_skip_what_needs_time():
 
 def test_prediction_and_context_loops():
     value, loop = value_of("prediction", {})
-    rows = {j: [np.abs(loop.p[k] - loop.h(k)).mean() for k in loop.of_set(loop.p, j)] for j in range(loop.sets)}
+    rows = {
+        j: [np.abs(loop.p[k] - loop.h(k)).mean() for k in loop.of_set(loop.p, j)]
+        for j in range(loop.sets)
+    }
     assert value == pytest.approx(loop_mean(rows), rel=1e-12)
     value, loop = value_of("context", {})
     _, height, width = GRID
 
     def distance(key: tuple) -> float:
         place = np.array(np.unravel_index(key[2], GRID))
-        others = [np.array(np.unravel_index(k[2], GRID)) for k in loop.of_set(loop.p, key[0], key[1])]
+        others = [
+            np.array(np.unravel_index(k[2], GRID)) for k in loop.of_set(loop.p, key[0], key[1])
+        ]
         return math.sqrt(min(np.linalg.norm(place - other) for other in others))
 
-    rows = {j: [np.abs(loop.c[k] - loop.h(k)).mean() / distance(k) for k in loop.of_set(loop.c, j)] for j in range(loop.sets)}
+    rows = {
+        j: [np.abs(loop.c[k] - loop.h(k)).mean() / distance(k) for k in loop.of_set(loop.c, j)]
+        for j in range(loop.sets)
+    }
     assert value == pytest.approx(loop_mean(rows), rel=1e-6)  # the distances are float32
 
 
@@ -236,22 +306,31 @@ def test_hard_region_loop():
 
 def test_pair_losses_loop():
     value, loop = value_of("delta", {})
-    expected = loop.mean_over_pairs(lambda a, b: np.abs((loop.z[b] - loop.z[a]) - (loop.h(b) - loop.h(a))).mean())
+    expected = loop.mean_over_pairs(
+        lambda a, b: np.abs((loop.z[b] - loop.z[a]) - (loop.h(b) - loop.h(a))).mean()
+    )
     assert value == pytest.approx(expected, rel=1e-12)
     value, loop = value_of("static", {})
-    assert value == pytest.approx(loop.mean_over_pairs(lambda a, b: np.abs(loop.z[b] - loop.z[a])[: WIDTH // 2].mean()), rel=1e-12)
+    assert value == pytest.approx(
+        loop.mean_over_pairs(lambda a, b: np.abs(loop.z[b] - loop.z[a])[: WIDTH // 2].mean()),
+        rel=1e-12,
+    )
     value, loop = value_of("ltc", {"margin": 0.7})
 
     def cosine(x, y):
         return x @ y / np.linalg.norm(x) / np.linalg.norm(y)
 
-    expected = loop.mean_over_pairs(lambda a, b: max(0.0, 0.7 - cosine(loop.z[a], loop.h(a)) + cosine(loop.z[a], loop.h(b))))
+    expected = loop.mean_over_pairs(
+        lambda a, b: max(0.0, 0.7 - cosine(loop.z[a], loop.h(a)) + cosine(loop.z[a], loop.h(b)))
+    )
     assert value == pytest.approx(expected, rel=1e-10)
 
 
 def test_velocity_gate_loop():
     value, loop = value_of("velgate", {"percentile": 0.3})
-    speed = np.linalg.norm(np.diff(loop.target.reshape(loop.batch, GRID[0], loop.sites, -1), axis=1), axis=-1)
+    speed = np.linalg.norm(
+        np.diff(loop.target.reshape(loop.batch, GRID[0], loop.sites, -1), axis=1), axis=-1
+    )
     threshold = np.quantile(speed, 0.3, axis=-1)
 
     def row(first: tuple, second: tuple) -> float:
@@ -273,7 +352,10 @@ def test_spectral_loop():
             for site in range(loop.sites):
                 keys = [(j, b, t * loop.sites + site) for t in range(GRID[0])]
                 if all(key in loop.z for key in keys):
-                    z, h = (np.fft.rfft(np.stack([f(key) for key in keys]), axis=0) for f in (loop.z.get, loop.h))
+                    z, h = (
+                        np.fft.rfft(np.stack([f(key) for key in keys]), axis=0)
+                        for f in (loop.z.get, loop.h)
+                    )
                     rows[j].append((gain * np.abs(z - h)).mean())
     assert value == pytest.approx(loop_mean(rows), rel=1e-12)
 
@@ -282,7 +364,11 @@ def test_spectral_loop():
 def test_orthogonality_loop(split):
     value, loop = value_of("orthogonality", {}, factorisation=Factorisation(split, 0.5))
     per_level = WIDTH // LEVELS
-    chosen = np.arange(WIDTH) < WIDTH // 2 if split == "levels" else np.arange(WIDTH) % per_level < per_level // 2
+    chosen = (
+        np.arange(WIDTH) < WIDTH // 2
+        if split == "levels"
+        else np.arange(WIDTH) % per_level < per_level // 2
+    )
     total = []
     for j in range(loop.sets):
         x = np.stack([loop.z[k] for k in loop.of_set(loop.z, j)])
@@ -293,9 +379,13 @@ def test_orthogonality_loop(split):
 
 @pytest.mark.parametrize("rows", [2, 3, 40])
 def test_covariance_of_few_and_of_many_rows(rows):
-    """Few rows take the product of Gram matrices instead of the covariance: the same number and gradients, means far from 0 included."""
+    """Few rows take the product of Gram matrices instead of the covariance: the same number and
+    gradients, means far from 0 included."""
     generator = torch.Generator().manual_seed(rows)
-    leaves = [(torch.randn(rows, width, generator=generator, dtype=torch.float64) + 9.0).requires_grad_() for width in (5, 7)]
+    leaves = [
+        (torch.randn(rows, width, generator=generator, dtype=torch.float64) + 9.0).requires_grad_()
+        for width in (5, 7)
+    ]
     centred = [leaf - leaf.mean(0) for leaf in leaves]
     expected = (centred[0].t() @ centred[1] / (rows - 1)).square().mean()
     assert_same_loss_and_gradients(mean_square_covariance(*leaves), expected, leaves)
@@ -311,7 +401,9 @@ def test_action_loop():
         moved = head(torch.from_numpy(loop.z[first])).detach().numpy()
         return np.abs(moved - (colour[second[1], second[2]] - colour[first[1], first[2]])).mean()
 
-    assert float(compute_all(ctx, cfg, all_weights(cfg))[0].detach()) == pytest.approx(loop.mean_over_pairs(row), rel=1e-12)
+    assert float(compute_all(ctx, cfg, all_weights(cfg))[0].detach()) == pytest.approx(
+        loop.mean_over_pairs(row), rel=1e-12
+    )
 
 
 def test_sigreg_against_the_plain_formula():
@@ -321,25 +413,41 @@ def test_sigreg_against_the_plain_formula():
     weight = phi * 2 * 3 / 16
     weight[[0, -1]] *= 0.5
     angle = u[..., None] * t
-    statistic = 37 * (weight * ((angle.cos().mean(0) - phi) ** 2 + angle.sin().mean(0) ** 2)).sum(-1)
+    statistic = 37 * (weight * ((angle.cos().mean(0) - phi) ** 2 + angle.sin().mean(0) ** 2)).sum(
+        -1
+    )
     expected, actual = statistic.mean(), characteristic_distance(u, 17, 3.0)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(*(torch.autograd.grad(v, u)[0] for v in (actual, expected)))
     normal = characteristic_distance(torch.randn(20_000, 4, dtype=torch.float64), 17, 3.0)
-    assert normal < 0.1 * characteristic_distance(torch.rand(20_000, 4, dtype=torch.float64), 17, 3.0)
+    assert normal < 0.1 * characteristic_distance(
+        torch.rand(20_000, 4, dtype=torch.float64), 17, 3.0
+    )
 
 
 def _global_share(rank: int, folder: str) -> None:
     """What one of two ranks computes on its half of a batch; saved for the parent to compare."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    cfg = parse_objectives({"sigreg": {"slices": 8, "scope": "global"}, "orthogonality": {"weight": 1.0, "scope": "global"}}, "")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    cfg = parse_objectives(
+        {
+            "sigreg": {"slices": 8, "scope": "global"},
+            "orthogonality": {"weight": 1.0, "scope": "global"},
+        },
+        "",
+    )
     masks = ragged_masks(batch_size=4)
     whole = random_context(cfg, masks)
     part = [[0], [1, 2, 3]][rank]
-    tokens = whole.context_tokens.detach()[part_rows(masks.context_cu, masks, part)].requires_grad_()
+    tokens = whole.context_tokens.detach()[
+        part_rows(masks.context_cu, masks, part)
+    ].requires_grad_()
     own = reordered_masks(masks, part)
     ctx = dataclasses.replace(
-        random_context(cfg, own), context_tokens=tokens, denominators=dataclasses.replace(Denominators.of(masks), parts=2)
+        random_context(cfg, own),
+        context_tokens=tokens,
+        denominators=dataclasses.replace(Denominators.of(masks), parts=2),
     )
     loss, _ = compute_all(ctx, cfg, all_weights(cfg))
     loss.backward()
@@ -358,11 +466,14 @@ def test_global_statistics_of_two_ranks_are_those_of_the_whole_batch(tmp_path):
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     torch.testing.assert_close(results[0]["loss"] + results[1]["loss"], loss.detach())
     for part, result in zip([[0], [1, 2, 3]], results, strict=True):
-        torch.testing.assert_close(result["grad"], ctx.context_tokens.grad[part_rows(masks.context_cu, masks, part)])
+        torch.testing.assert_close(
+            result["grad"], ctx.context_tokens.grad[part_rows(masks.context_cu, masks, part)]
+        )
 
 
 def test_sets_without_pairs_are_left_out():
-    """One set has no site at two consecutive steps: the mean is that of the other set, not half of it."""
+    """One set has no site at two consecutive steps: the mean is that of the other set, not half of
+    it."""
     sites = GRID[1] * GRID[2]
     dense = [np.arange(40)] * 2
     sparse = [np.arange(sites)] * 2
@@ -379,7 +490,9 @@ def test_sets_without_pairs_are_left_out():
         predicted_context=None,
         predicted_tokens=ctx.predicted_tokens[:40],
     )
-    torch.testing.assert_close(compute_all(ctx, cfg, all_weights(cfg))[0], compute_all(alone, cfg, all_weights(cfg))[0])
+    torch.testing.assert_close(
+        compute_all(ctx, cfg, all_weights(cfg))[0], compute_all(alone, cfg, all_weights(cfg))[0]
+    )
     none = MaskBatch.from_ids([sparse], [rest], GRID)
     ctx, cfg = context_for("delta", {}, masks=none)
     assert compute_all(ctx, cfg, all_weights(cfg))[0] == 0
@@ -388,7 +501,9 @@ def test_sets_without_pairs_are_left_out():
 def test_zero_at_equality():
     ctx, _ = context_for("delta", {})
     z = ctx.target_context.detach()
-    equal = dataclasses.replace(ctx, context_tokens=z, predicted_context=z, predicted_tokens=ctx.target_tokens.detach())
+    equal = dataclasses.replace(
+        ctx, context_tokens=z, predicted_context=z, predicted_tokens=ctx.target_tokens.detach()
+    )
     for name in ("prediction", "context", "hard_region", "delta", "spectral"):
         cfg = parsed(name, {})
         assert compute_all(equal, cfg, all_weights(cfg))[0] == 0
@@ -397,7 +512,9 @@ def test_zero_at_equality():
 def test_segment_softmax_handles_empty_segments():
     values = torch.tensor([1.0, 2.0, 3.0, -1.0], dtype=torch.float64)
     offsets = torch.tensor([0, 0, 2, 2, 3, 4, 4], dtype=torch.int32)
-    expected = torch.cat([2 * torch.softmax(values[:2] / 0.5, 0), torch.ones(2, dtype=torch.float64)])
+    expected = torch.cat(
+        [2 * torch.softmax(values[:2] / 0.5, 0), torch.ones(2, dtype=torch.float64)]
+    )
     torch.testing.assert_close(segment_softmax_weights(values, offsets, 0.5), expected)
     assert segment_softmax_weights(values[:0], torch.zeros(3, dtype=torch.int32), 1.0).shape == (0,)
     big = segment_softmax_weights(torch.tensor([1e4, -1e4]), torch.tensor([0, 2]), 1.0)
@@ -411,7 +528,9 @@ def test_the_contract_would_notice_a_wrong_sign(monkeypatch):
 
     def wrong(ctx, cfg):
         before, after = ctx.pair_tokens
-        return objectives.Objective(ctx.pair_mean(((after - before) + ctx.pair_target_change).abs().mean(-1)))
+        return objectives.Objective(
+            ctx.pair_mean(((after - before) + ctx.pair_target_change).abs().mean(-1))
+        )
 
     monkeypatch.setattr(module, "compute", wrong)
     assert value_of("delta", {})[0] != pytest.approx(value, rel=1e-3)

@@ -1,4 +1,5 @@
-"""The pre-training loop: resuming, accumulation, skipped updates, monitors, and a strict command line."""
+"""The pre-training loop: resuming, accumulation, skipped updates, monitors, and a strict command
+line."""
 
 from __future__ import annotations
 
@@ -31,20 +32,37 @@ def lines(folder):
 
 def saved(folder, step):
     return {
-        name: (folder / "checkpoints" / f"step_{step:08d}" / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")
+        name: (folder / "checkpoints" / f"step_{step:08d}" / name).read_bytes()
+        for name in ("model.safetensors", "optimizer.safetensors")
     }
 
 
-RESUMED = [("hw_ld", "adamw_ema"), ("hw_ld", "adamw"), ("kinematic", "adamw_ema"), ("motion_guided", "adamw_ema")]
+RESUMED = [
+    ("hw_ld", "adamw_ema"),
+    ("hw_ld", "adamw"),
+    ("kinematic", "adamw_ema"),
+    ("motion_guided", "adamw_ema"),
+]
 
 
 @pytest.mark.parametrize(("name", "optimizer"), RESUMED)
 def test_a_resumed_run_is_bitwise_equal(tmp_path, name, optimizer):
     """Also under accumulation, clipping, and with a checkpoint in the middle of a log interval."""
-    options = dict(name=name, optimizer=optimizer, steps=4, accumulate=2, clip_gradient=1.0, log_every=3, checkpoint_every=2, batch_size=1)
+    options = dict(
+        name=name,
+        optimizer=optimizer,
+        steps=4,
+        accumulate=2,
+        clip_gradient=1.0,
+        log_every=3,
+        checkpoint_every=2,
+        batch_size=1,
+    )
     pretrain.run(tiny_run(tmp_path / "whole", **options))
     cfg = tiny_run(tmp_path / "parts", **options)
-    stopped = pretrain.run(replace(cfg, schedule=replace(cfg.schedule, total_steps=2, decay_scale=2.0)))
+    stopped = pretrain.run(
+        replace(cfg, schedule=replace(cfg.schedule, total_steps=2, decay_scale=2.0))
+    )
     assert stopped.step == 2
     pretrain.run(cfg)
     assert saved(tmp_path / "whole", 4) == saved(tmp_path / "parts", 4)
@@ -80,9 +98,13 @@ def test_resuming_keeps_the_heads_unless_the_quirk_drops_them(tmp_path, quirks):
     heads = list(state.bundle.heads.parameters())
     assert heads
     assert all(bool(state.optimizer.state.get(p)) == (not quirks) for p in heads)
-    assert all(state.optimizer.state[p] for p in state.bundle.predictor.predictor_blocks.parameters())
+    assert all(
+        state.optimizer.state[p] for p in state.bundle.predictor.predictor_blocks.parameters()
+    )
     later = pretrain.run(replace(cfg, schedule=replace(cfg.schedule, total_steps=3)))
-    assert {int(later.optimizer.state[p]["step"]) for p in later.bundle.heads.parameters()} == {1 if quirks else 3}
+    assert {int(later.optimizer.state[p]["step"]) for p in later.bundle.heads.parameters()} == {
+        1 if quirks else 3
+    }
 
 
 @pytest.mark.parametrize("quirks", [[], ["repeat_stills"]])
@@ -91,9 +113,15 @@ def test_stills_are_images_unless_the_quirk_repeats_them(tmp_path, monkeypatch, 
         (tmp_path / "images" / name).mkdir(parents=True)
         Image.new("RGB", (70, 80)).save(tmp_path / "images" / name / "x.png")
     (tmp_path / "classes.txt").write_text("a\nb\n")
-    data = DataConfig(kind="imagenet100", at=Location(files=tmp_path / "images", classes=tmp_path / "classes.txt"))
+    data = DataConfig(
+        kind="imagenet100", at=Location(files=tmp_path / "images", classes=tmp_path / "classes.txt")
+    )
     seen = []
-    monkeypatch.setattr(pretrain, "train_step", lambda state, batches: seen.append(batches[0]) or train_step(state, batches))
+    monkeypatch.setattr(
+        pretrain,
+        "train_step",
+        lambda state, batches: seen.append(batches[0]) or train_step(state, batches),
+    )
     cfg = tiny_run(tmp_path / "run", steps=1, name="ld", data=data)
     pretrain.run(replace(cfg, variant=replace(cfg.variant, quirks=Quirks.of(quirks))))
     assert seen[0].clips.shape[2] == (4 if quirks else 1)
@@ -106,19 +134,28 @@ def test_the_seed_quirk_reaches_the_loader(tmp_path):
     cfg = tiny_run(tmp_path)
     world = World(1, 2, torch.device("cpu"), None)
     assert not cfg.loader(world).rank_independent_seed
-    assert replace(cfg, variant=replace(cfg.variant, quirks=Quirks.of(["rank_independent_seed"]))).loader(world).rank_independent_seed
+    assert (
+        replace(cfg, variant=replace(cfg.variant, quirks=Quirks.of(["rank_independent_seed"])))
+        .loader(world)
+        .rank_independent_seed
+    )
 
 
 def grids(monkeypatch) -> list[tuple]:
     """Collects the token grid of every step."""
     seen = []
     inner = pretrain.train_step
-    monkeypatch.setattr(pretrain, "train_step", lambda state, batches: seen.append(batches[0].masks.grid) or inner(state, batches))
+    monkeypatch.setattr(
+        pretrain,
+        "train_step",
+        lambda state, batches: seen.append(batches[0].masks.grid) or inner(state, batches),
+    )
     return seen
 
 
 def test_a_run_goes_on_at_another_resolution(tmp_path, monkeypatch, caplog):
-    """Positions come from token ids, so a checkpoint of one size trains, resumes and is evaluated at any other."""
+    """Positions come from token ids, so a checkpoint of one size trains, resumes and is evaluated
+    at any other."""
     seen = grids(monkeypatch)
     pretrain.run(tiny_run(tmp_path, steps=2, name="fwm_hw_ld"))
     with caplog.at_level(logging.WARNING):
@@ -137,7 +174,9 @@ def test_a_run_goes_on_at_another_resolution(tmp_path, monkeypatch, caplog):
 
 def test_the_resolution_changes_within_a_run_and_resumes_bitwise(tmp_path, monkeypatch):
     seen = grids(monkeypatch)
-    options = dict(steps=5, name="ld", accumulate=2, batch_size=1, resize=((2, 32, 48), (4, 80, 80)))
+    options = dict(
+        steps=5, name="ld", accumulate=2, batch_size=1, resize=((2, 32, 48), (4, 80, 80))
+    )
     cfg = tiny_run(tmp_path / "whole", **options)
     pretrain.run(cfg)
     assert seen == [(2, 4, 4), (2, 4, 4), (2, 2, 3), (2, 2, 3), (2, 5, 5)]
@@ -151,9 +190,15 @@ def test_the_resolution_changes_within_a_run_and_resumes_bitwise(tmp_path, monke
     assert InputSpec.of(cfg, "moving_shapes").height == 80
 
 
-@pytest.mark.parametrize("resize", [((3, 64, 64), (2, 64, 64)), ((2, 64, 64), (2, 32, 32)), ((0, 64, 64),), ((2, 0, 64),)])
+@pytest.mark.parametrize(
+    "resize",
+    [((3, 64, 64), (2, 64, 64)), ((2, 64, 64), (2, 32, 32)), ((0, 64, 64),), ((2, 0, 64),)],
+)
 def test_a_wrong_resize_is_refused(tmp_path, resize):
-    with pytest.raises(ConfigError, match=r"resize must be \(step, height, width\) of at least 1 each, by rising step, got"):
+    with pytest.raises(
+        ConfigError,
+        match=r"resize must be \(step, height, width\) of at least 1 each, by rising step, got",
+    ):
         tiny_run(tmp_path, resize=resize)
 
 
@@ -173,9 +218,25 @@ def test_what_a_run_leaves_behind(tmp_path):
     pretrain.run(cfg)
     assert load_config(tmp_path) == cfg
     last = lines(tmp_path)[-1]
-    for key in ("step", "samples", "loss", "prediction", "latent_dynamics", "effective_rank", "feature_std", "teacher_student_cosine"):
+    for key in (
+        "step",
+        "samples",
+        "loss",
+        "prediction",
+        "latent_dynamics",
+        "effective_rank",
+        "feature_std",
+        "teacher_student_cosine",
+    ):
         assert np.isfinite(last[key])
-    for key in ("learning_rate", "clips_per_s", "data_wait_share", "bad_files", "gradient_norm", "skipped"):
+    for key in (
+        "learning_rate",
+        "clips_per_s",
+        "data_wait_share",
+        "bad_files",
+        "gradient_norm",
+        "skipped",
+    ):
         assert np.isfinite(last[key])
     assert last["samples"] == 4
     assert list((tmp_path / "tensorboard").iterdir())
@@ -207,7 +268,9 @@ class Poison:
         return self.inner(state, batches)
 
 
-def test_a_gradient_that_is_not_finite_skips_the_update_and_is_reported(tmp_path, monkeypatch, caplog):
+def test_a_gradient_that_is_not_finite_skips_the_update_and_is_reported(
+    tmp_path, monkeypatch, caplog
+):
     Poison(monkeypatch, {2})
     state = pretrain.run(tiny_run(tmp_path, steps=3))
     assert all(p.isfinite().all() for p in state.bundle.parameters())
@@ -218,7 +281,9 @@ def test_a_gradient_that_is_not_finite_skips_the_update_and_is_reported(tmp_path
     assert log[1]["loss"] is None and log[2]["loss"] is not None
     assert "skipped the update of steps [2]" in caplog.text
     replay = json.loads((tmp_path / "replay.json").read_text())
-    assert [(entry["seed"], entry["step"], len(entry["sample_ids"])) for entry in replay] == [(0, 2, 2)]
+    assert [(entry["seed"], entry["step"], len(entry["sample_ids"])) for entry in replay] == [
+        (0, 2, 2)
+    ]
 
 
 def test_a_skipped_update_changes_no_weight(tmp_path, monkeypatch):
@@ -234,13 +299,20 @@ def test_too_many_skipped_updates_stop_the_run_also_across_resumes(tmp_path, mon
     Poison(monkeypatch, {1, 2, 3, 4, 5, 6})
     options = dict(max_skipped=2)
     pretrain.run(tiny_run(tmp_path, steps=2, **options))
-    with pytest.raises(NotFiniteError, match=r"at most 2 updates may be skipped .*, got 3; .*replay\.json names"):
+    with pytest.raises(
+        NotFiniteError, match=r"at most 2 updates may be skipped .*, got 3; .*replay\.json names"
+    ):
         pretrain.run(tiny_run(tmp_path, steps=6, **options))
-    assert [entry["step"] for entry in json.loads((tmp_path / "replay.json").read_text())] == [1, 2, 3]
+    assert [entry["step"] for entry in json.loads((tmp_path / "replay.json").read_text())] == [
+        1,
+        2,
+        3,
+    ]
 
 
 def test_accumulation_is_the_larger_batch():
-    """Two micro-batches give the gradient of one batch of both, whatever their numbers of tokens."""
+    """Two micro-batches give the gradient of one batch of both, whatever their numbers of
+    tokens."""
     cfg = step_config("fwm_hw_ld", variant={"objectives": {"orthogonality": {"weight": 0.0}}})
     parts = [make_batch(batch_size=2, seed=seed) for seed in (0, 1)]
     norms = []
@@ -269,14 +341,17 @@ def test_checkpointed_activations_give_the_same_gradient():
     norms = []
     for flag in (False, True):
         torch.manual_seed(0)
-        _, metrics = train_step(new_state(step_config(model=small_model(checkpoint_activations=flag))), make_batch())
+        _, metrics = train_step(
+            new_state(step_config(model=small_model(checkpoint_activations=flag))), make_batch()
+        )
         norms.append(metrics["gradient_norm"])
     assert torch.equal(*norms)
 
 
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_gradient():
-    """Traced as torch.compile traces them, for two token counts; compiling proper takes minutes of a CPU."""
+    """Traced as torch.compile traces them, for two token counts; compiling proper takes minutes of
+    a CPU."""
     torch._dynamo.reset()
     states = []
     for compiled in (False, True):
@@ -301,11 +376,15 @@ def test_collapsed_features_are_warned_of():
     cfg, monitor = step_config(), MonitorConfig(clips=2)
     bundle = new_state(cfg).bundle
     batch = make_batch()
-    healthy = {name: float(value) for name, value in collapse_metrics(bundle, batch, cfg, monitor).items()}
+    healthy = {
+        name: float(value) for name, value in collapse_metrics(bundle, batch, cfg, monitor).items()
+    }
     assert warnings(healthy, monitor) == []
     # All weights of the evaluated encoder's last level gone: every token gives the same feature.
     bundle.target_encoder.norms_block[-1].weight.data.zero_()
-    gone = {name: float(value) for name, value in collapse_metrics(bundle, batch, cfg, monitor).items()}
+    gone = {
+        name: float(value) for name, value in collapse_metrics(bundle, batch, cfg, monitor).items()
+    }
     found = warnings(gone, monitor)
     assert any(s.startswith("collapse: feature_std is") for s in found)
     assert gone["teacher_student_cosine"] < healthy["teacher_student_cosine"]
@@ -326,7 +405,9 @@ def test_a_collapsed_run_logs_the_warning(tmp_path, caplog):
 
 def test_unknown_keys_are_refused_with_the_nearest(capsys):
     assert cli.main(["pretrain", "schedule.total_stps=3"]) == 2
-    assert "unknown key 'schedule.total_stps'; did you mean 'total_steps'?" in capsys.readouterr().err
+    assert (
+        "unknown key 'schedule.total_stps'; did you mean 'total_steps'?" in capsys.readouterr().err
+    )
     assert cli.main(["pretrain", "variant=fmw_ld"]) == 2
     assert "did you mean 'fwm_ld'?" in capsys.readouterr().err
     assert cli.main(["pretrain", "steps"]) == 2
@@ -336,9 +417,17 @@ def test_unknown_keys_are_refused_with_the_nearest(capsys):
 def test_the_command_line_lays_flags_over_a_file(tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text("variant: ld\nbatch_size: 3\nschedule: {total_steps: 7}\n")
-    assert cli.main(["pretrain", "--config", str(file), "--show", "--batch-size", "5", "model=tiny"]) == 0
+    assert (
+        cli.main(["pretrain", "--config", str(file), "--show", "--batch-size", "5", "model=tiny"])
+        == 0
+    )
     shown = capsys.readouterr().out
-    assert "batch_size: 5" in shown and "total_steps: 7" in shown and "latent_dynamics" in shown and "width: 192" in shown
+    assert (
+        "batch_size: 5" in shown
+        and "total_steps: 7" in shown
+        and "latent_dynamics" in shown
+        and "width: 192" in shown
+    )
     # What the file leaves out of a nested configuration keeps the command's own default.
     assert "warmup_steps: 30" in shown
 

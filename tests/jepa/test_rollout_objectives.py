@@ -1,4 +1,5 @@
-"""Objectives that roll a cell out (latent dynamics, Hamiltonian): against state space, double backward and the published formula."""
+"""Objectives that roll a cell out (latent dynamics, Hamiltonian): against state space, double
+backward and the published formula."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from tests.jepa.training_cases import LEVELS, WIDTH, ragged_masks, random_contex
 
 
 def weighted_mean_over_pairs(errors, masks, hard: bool) -> torch.Tensor:
-    """Mean over steps, hard-region weights per sequence, mean over the pairs of a set, mean over sets: errors [horizon, P] in plain loops."""
+    """Mean over steps, hard-region weights per sequence, mean over the pairs of a set, mean over
+    sets: errors [horizon, P] in plain loops."""
     rows = errors.mean(0)
     sample = masks.pair_rows[:, 0] // masks.num_tokens
     means = []
@@ -49,21 +51,30 @@ def test_latent_dynamics_rolls_out_in_state_space(channels, split, horizon, hard
     head, errors = ctx.heads["latent_dynamics"], []
     start = state = ctx.context_tokens[masks.pairs[:, 0]]
     for k in range(1, horizon + 1):
-        state = state + head(factorisation.dynamics(state, LEVELS) if channels == "dynamics" else state)
+        state = state + head(
+            factorisation.dynamics(state, LEVELS) if channels == "dynamics" else state
+        )
         change = ctx.target[masks.pair_rows[:, k]] - ctx.target[masks.pair_rows[:, 0]]
         errors.append(((state - start) - change).abs().mean(-1))
     expected = weighted_mean_over_pairs(torch.stack(errors), masks, hard)
     loss, metrics = compute_all(ctx, cfg, all_weights(cfg))
-    assert_same_loss_and_gradients(loss, expected, [ctx.context_tokens, ctx.target, *head.parameters()])
+    assert_same_loss_and_gradients(
+        loss, expected, [ctx.context_tokens, ctx.target, *head.parameters()]
+    )
     assert_steps_are_metrics("latent_dynamics", metrics, errors, masks)
 
 
 def assert_steps_are_metrics(name: str, metrics, errors, masks) -> None:
     steps = {k: v for k, v in metrics.items() if k.startswith(f"{name}/step_")}
-    assert set(steps) == ({f"{name}/step_{k}" for k in range(1, len(errors) + 1)} if len(errors) > 1 else set())
+    assert set(steps) == (
+        {f"{name}/step_{k}" for k in range(1, len(errors) + 1)} if len(errors) > 1 else set()
+    )
     for k, value in enumerate(errors, start=1):
         if steps:
-            torch.testing.assert_close(steps[f"{name}/step_{k}"], weighted_mean_over_pairs(value.detach()[None], masks, hard=False))
+            torch.testing.assert_close(
+                steps[f"{name}/step_{k}"],
+                weighted_mean_over_pairs(value.detach()[None], masks, hard=False),
+            )
 
 
 @pytest.mark.parametrize("split", ["levels", "channels"])
@@ -72,12 +83,18 @@ def test_dynamics_ranges_are_the_dynamics_channels(split, share):
     factorisation = Factorisation(split, share)
     channels = torch.arange(float(WIDTH))
     ranges = factorisation.dynamics_ranges(WIDTH, LEVELS)
-    assert torch.equal(torch.cat([channels[a:b] for a, b in ranges]), factorisation.dynamics(channels, LEVELS))
+    assert torch.equal(
+        torch.cat([channels[a:b] for a, b in ranges]), factorisation.dynamics(channels, LEVELS)
+    )
 
 
-@pytest.mark.parametrize(("name", "hard"), [("latent_dynamics", False), ("latent_dynamics", True), ("hamiltonian", False)])
+@pytest.mark.parametrize(
+    ("name", "hard"),
+    [("latent_dynamics", False), ("latent_dynamics", True), ("hamiltonian", False)],
+)
 def test_one_step_is_the_published_formula(name, hard):
-    """In float32, on features as a step makes them: the composition that the rollout kernel replaced, term by term."""
+    """In float32, on features as a step makes them: the composition that the rollout kernel
+    replaced, term by term."""
     cfg = parsed(name, {"hard_region": hard} if name == "latent_dynamics" else {})
     ctx = random_context(cfg, dtype=torch.float32)
     masks, head = ctx.masks, ctx.heads[name]
@@ -93,9 +110,14 @@ def test_one_step_is_the_published_formula(name, hard):
         error = (q - h_q).abs().mean(-1) + (p - h_p).abs().mean(-1)
     expected = weighted_mean_over_pairs(error[None], masks, hard)
     loss, _ = compute_all(ctx, cfg, all_weights(cfg))
-    leaves = [ctx.context_tokens, *(list(head.parameters())[:-1] if name == "hamiltonian" else head.parameters())]
+    leaves = [
+        ctx.context_tokens,
+        *(list(head.parameters())[:-1] if name == "hamiltonian" else head.parameters()),
+    ]
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)
-    for got, wanted in zip(*(torch.autograd.grad(v, leaves) for v in (loss, expected)), strict=True):
+    for got, wanted in zip(
+        *(torch.autograd.grad(v, leaves) for v in (loss, expected)), strict=True
+    ):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -112,7 +134,12 @@ def test_hard_dynamics_per_sample_and_its_quirks():
     head = ctx.heads["latent_dynamics"]
 
     def errors(found):
-        return [np.abs(head(torch.from_numpy(loop.z[a])).detach().numpy() - (loop.h(b) - loop.h(a))).mean() for a, b in found]
+        return [
+            np.abs(
+                head(torch.from_numpy(loop.z[a])).detach().numpy() - (loop.h(b) - loop.h(a))
+            ).mean()
+            for a, b in found
+        ]
 
     by_sample, pooled = {}, {}
     for j in range(loop.sets):
@@ -126,17 +153,23 @@ def test_hard_dynamics_per_sample_and_its_quirks():
     compute_all(ctx, cfg, all_weights(cfg))[0].backward()
     assert all(p.grad.abs().max() > 0 for p in head.parameters())
 
-    published, _ = value_of("latent_dynamics", {"hard_region": True}, quirks=Quirks(dynamics_hard_pooled=True))
+    published, _ = value_of(
+        "latent_dynamics", {"hard_region": True}, quirks=Quirks(dynamics_hard_pooled=True)
+    )
     assert published == pytest.approx(loop_mean(pooled), rel=1e-10)
     assert published != pytest.approx(value, rel=1e-6)
-    ctx, cfg = context_for("latent_dynamics", {"hard_region": True}, quirks=Quirks(dynamics_hard_no_gradient=True))
+    ctx, cfg = context_for(
+        "latent_dynamics", {"hard_region": True}, quirks=Quirks(dynamics_hard_no_gradient=True)
+    )
     assert not compute_all(ctx, cfg, all_weights(cfg))[0].requires_grad
 
 
 def slope(energy, q, p, wanted: int) -> torch.Tensor:
     """dG/dq (0) or dG/dp (1), differentiable."""
     state = torch.cat([q, p], -1)
-    return torch.autograd.grad(energy(state).sum(), state, create_graph=True)[0].chunk(2, -1)[wanted]
+    return torch.autograd.grad(energy(state).sum(), state, create_graph=True)[0].chunk(2, -1)[
+        wanted
+    ]
 
 
 @pytest.mark.parametrize("exponent", [1.0, 2.0])
@@ -151,8 +184,12 @@ def test_hamiltonian_against_double_backward(horizon, exponent):
         q = q + 0.1 * slope(energy, q, p, 1)
         p = p - 0.1 * slope(energy, q, p, 0)
         h_q, h_p = ctx.target[masks.pair_rows[:, k]].chunk(2, -1)
-        errors.append(sum(((x - h).abs() ** exponent / exponent).mean(-1) for x, h in ((q, h_q), (p, h_p))))
+        errors.append(
+            sum(((x - h).abs() ** exponent / exponent).mean(-1) for x, h in ((q, h_q), (p, h_p)))
+        )
     expected = weighted_mean_over_pairs(torch.stack(errors), masks, hard=False)
     loss, metrics = compute_all(ctx, cfg, all_weights(cfg))
-    assert_same_loss_and_gradients(loss, expected, [ctx.context_tokens, ctx.target, *list(energy.parameters())[:-1]])
+    assert_same_loss_and_gradients(
+        loss, expected, [ctx.context_tokens, ctx.target, *list(energy.parameters())[:-1]]
+    )
     assert_steps_are_metrics("hamiltonian", metrics, errors, masks)

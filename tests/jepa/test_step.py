@@ -1,4 +1,5 @@
-"""The training step: nothing is read back, nothing loops over samples or tokens, parts add up, quirks are reproducible."""
+"""The training step: nothing is read back, nothing loops over samples or tokens, parts add up,
+quirks are reproducible."""
 
 from __future__ import annotations
 
@@ -25,7 +26,17 @@ EXTRA = {
     "fwm_hw_ld_horizon_3": ("fwm_hw_ld", {"objectives": {"latent_dynamics": {"horizon": 3}}}),
     "hamiltonian_horizon_3": ("hamiltonian", {"objectives": {"hamiltonian": {"horizon": 3}}}),
 }
-READS_BACK = ("_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "bincount", "is_nonzero", "equal", "repeat_interleave")
+READS_BACK = (
+    "_local_scalar_dense",
+    "item",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "bincount",
+    "is_nonzero",
+    "equal",
+    "repeat_interleave",
+)
 # These copy a CPU tensor out without an operator, but wait for a GPU.
 SILENT = ("tolist", "numpy")
 
@@ -37,7 +48,8 @@ def configuration(name: str, **changes) -> StepConfig:
 
 
 class Watch(TorchDispatchMode):
-    """Counts every operator below autograd and refuses those that hand a value to the host or depend on one."""
+    """Counts every operator below autograd and refuses those that hand a value to the host or
+    depend on one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +63,8 @@ class Watch(TorchDispatchMode):
             original = getattr(torch.Tensor, method)
 
             def recorded(tensor, *args, method=method, original=original, **kwargs):
-                # An op of this project may look at values on a CPU, where that is free: it checks ids and offsets.
+                # An op of this project may look at values on a CPU, where that is free: it checks
+                # ids and offsets.
                 if not self.inside_own_op:
                     self.refused.append(method)
                 return original(tensor, *args, **kwargs)
@@ -76,7 +89,13 @@ class Watch(TorchDispatchMode):
 
     @staticmethod
     def _boolean(args) -> bool:
-        indices = [one for argument in args if isinstance(argument, list | tuple) for one in argument if isinstance(one, torch.Tensor)]
+        indices = [
+            one
+            for argument in args
+            if isinstance(argument, list | tuple)
+            for one in argument
+            if isinstance(one, torch.Tensor)
+        ]
         return any(one.dtype in (torch.bool, torch.uint8) for one in indices)
 
 
@@ -94,7 +113,10 @@ def watched(name: str, grid, batch_size: int) -> Watch:
 def test_nothing_is_read_back_and_nothing_loops(name):
     """Twice the samples and almost twice the tokens take exactly the same operators."""
     if not jepa_kernels.native.available():
-        missing("the native library is not built; the torch attention loops over packed sequences by design")
+        missing(
+            "the native library is not built; the torch attention loops over packed sequences by "
+            "design"
+        )
     small, large = watched(name, (4, 3, 3), 2), watched(name, (4, 4, 4), 4)
     assert small.refused == []
     assert large.refused == []
@@ -143,7 +165,11 @@ def test_every_variant_trains(name):
     for part in ("context_encoder.patch_embed.proj.weight", "predictor.predictor_proj.weight"):
         assert not torch.equal(before[part], after[part])
     for objective in state.bundle.heads:
-        changed = [key for key in after if key.startswith(f"heads.{objective}") and not torch.equal(before[key], after[key])]
+        changed = [
+            key
+            for key in after
+            if key.startswith(f"heads.{objective}") and not torch.equal(before[key], after[key])
+        ]
         assert changed
     assert (state.bundle.target_encoder is None) == (cfg.variant.target.kind == "online")
 
@@ -151,7 +177,9 @@ def test_every_variant_trains(name):
 def test_the_loss_falls():
     torch.manual_seed(0)
     cfg = step_config("fwm_ld", total_steps=1000)
-    cfg = dataclasses.replace(cfg, schedule=dataclasses.replace(cfg.schedule, rate=3e-3, final_rate=3e-3))
+    cfg = dataclasses.replace(
+        cfg, schedule=dataclasses.replace(cfg.schedule, rate=3e-3, final_rate=3e-3)
+    )
     state, batch, losses = new_state(cfg), make_batch((4, 3, 3), 2), []
     for step in range(12):
         _, metrics = train_step(state, dataclasses.replace(batch, step=step))
@@ -167,7 +195,17 @@ def test_phases_one_by_one_equal_the_step(name):
     target, live = phases.target_features(bundle, batch, cfg)
     context = phases.context_features(bundle, batch, cfg)
     predicted, predicted_context = phases.predictions(bundle, context, batch, cfg)
-    ctx = phases.objective_context(bundle, batch, cfg, Denominators.of(batch.masks), target, live, context, predicted, predicted_context)
+    ctx = phases.objective_context(
+        bundle,
+        batch,
+        cfg,
+        Denominators.of(batch.masks),
+        target,
+        live,
+        context,
+        predicted,
+        predicted_context,
+    )
     again, _ = compute_all(ctx, cfg.variant.objectives, phases.objective_weights(cfg, batch.step))
     assert torch.equal(loss, again)
     assert torch.equal(metrics["loss"], loss.detach())
@@ -176,13 +214,26 @@ def test_phases_one_by_one_equal_the_step(name):
 def split(batch: Batch, parts: list[list[int]]) -> list[Batch]:
     from tests.jepa.test_objectives import reordered_masks
 
-    return [Batch(batch.clips[part], None, batch.sample_ids[part], reordered_masks(batch.masks, part), batch.step) for part in parts]
+    return [
+        Batch(
+            batch.clips[part],
+            None,
+            batch.sample_ids[part],
+            reordered_masks(batch.masks, part),
+            batch.step,
+        )
+        for part in parts
+    ]
 
 
-@pytest.mark.parametrize("name", ["baseline", "hw", "ld", "fac", "spectral", "kinematic", "velgate"])
+@pytest.mark.parametrize(
+    "name", ["baseline", "hw", "ld", "fac", "spectral", "kinematic", "velgate"]
+)
 def test_micro_batches_give_the_gradient_of_the_whole(name):
     """Uneven parts of a ragged batch: denominators are those of the whole."""
-    cfg = step_config(name, variant={"objectives": {"orthogonality": {"weight": 0.0}}} if name == "fac" else {})
+    cfg = step_config(
+        name, variant={"objectives": {"orthogonality": {"weight": 0.0}}} if name == "fac" else {}
+    )
     bundle, batch = ModelBundle(cfg.model, cfg.variant), make_batch((4, 3, 3), 4)
     loss, _ = loss_step(bundle, batch, cfg)
     loss.backward()
@@ -197,7 +248,9 @@ def test_micro_batches_give_the_gradient_of_the_whole(name):
         total += share.detach()
     torch.testing.assert_close(total, loss.detach(), rtol=1e-5, atol=1e-6)
     for key, wanted in whole.items():
-        error = (dict(bundle.named_parameters())[key].grad - wanted).norm() / wanted.norm().clamp(min=1e-6)
+        error = (dict(bundle.named_parameters())[key].grad - wanted).norm() / wanted.norm().clamp(
+            min=1e-6
+        )
         assert error < 1e-4, key
 
 
@@ -216,7 +269,8 @@ def test_train_step_takes_micro_batches():
 
 
 def test_ranks_share_denominators_by_one_reduction():
-    """Two ranks in one process: the reduction is called once, with every count, and what each computes adds up."""
+    """Two ranks in one process: the reduction is called once, with every count, and what each
+    computes adds up."""
     cfg = step_config("ld")
     bundle, batch = ModelBundle(cfg.model, cfg.variant), make_batch((4, 3, 3), 4)
     parts = split(batch, [[0], [1, 2, 3]])
@@ -256,8 +310,16 @@ def test_a_gradient_that_is_not_finite_skips_the_update(optimizer):
     if optimizer == "adamw_ema":
         assert state.optimizer.teacher.num_updates == 2
     after = state.bundle.state_dict()
-    assert any(not torch.equal(before[key], after[key]) for key in after if key.startswith("context_encoder"))
-    assert any(not torch.equal(before[key], after[key]) for key in after if key.startswith("target_encoder"))
+    assert any(
+        not torch.equal(before[key], after[key])
+        for key in after
+        if key.startswith("context_encoder")
+    )
+    assert any(
+        not torch.equal(before[key], after[key])
+        for key in after
+        if key.startswith("target_encoder")
+    )
 
 
 @pytest.mark.parametrize("name", ["fwm_hw_ld", "kinematic"])
@@ -273,7 +335,8 @@ def test_one_pass_over_memory_does_what_optimiser_and_ema_do(name):
         teacher = getattr(state.optimizer, "teacher", None)
         assert (teacher is not None) == (optimizer == "adamw_ema" and name == "fwm_hw_ld")
     for key, value in weights[0].items():
-        # Adam divides by the root of tiny moments: a weight whose gradient is rounding noise moves freely within its learning rate.
+        # Adam divides by the root of tiny moments: a weight whose gradient is rounding noise moves
+        # freely within its learning rate.
         assert (value - weights[1][key]).abs().mean() <= 1e-6, key
 
 
@@ -310,11 +373,15 @@ def test_ema_and_online_targets():
 
 
 def test_kinematic_losses_with_an_ema_train_nothing():
-    """A published finding: bitwise no effect, because nothing upstream of the target has a gradient."""
+    """A published finding: bitwise no effect, because nothing upstream of the target has a
+    gradient."""
     gradients = []
     for weight in (0.0, 1.0):
         torch.manual_seed(0)
-        cfg = step_config("kinematic", variant={"target": {"kind": "ema"}, "objectives": {"kinematic": {"weight": weight}}})
+        cfg = step_config(
+            "kinematic",
+            variant={"target": {"kind": "ema"}, "objectives": {"kinematic": {"weight": weight}}},
+        )
         bundle = ModelBundle(cfg.model, cfg.variant)
         loss_step(bundle, make_batch((4, 3, 3), 2), cfg)[0].backward()
         gradients.append([p.grad for p in bundle.parameters() if p.grad is not None])
@@ -323,7 +390,10 @@ def test_kinematic_losses_with_an_ema_train_nothing():
 
 def test_ema_moves_by_its_momentum():
     first, second = (torch.nn.Linear(3, 2) for _ in range(2))
-    expected = [0.9 * a.detach() + 0.1 * b.detach() for a, b in zip(first.parameters(), second.parameters(), strict=True)]
+    expected = [
+        0.9 * a.detach() + 0.1 * b.detach()
+        for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    ]
     update_ema(first, second, 0.9)
     for got, wanted in zip(first.parameters(), expected, strict=True):
         torch.testing.assert_close(got.detach(), wanted)
@@ -331,7 +401,9 @@ def test_ema_moves_by_its_momentum():
     update_ema(first, second, 1.0)
     assert all(torch.equal(kept[key], value) for key, value in first.state_dict().items())
     update_ema(first, second, 0.0)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("quirks", [[], ["evaluate_initial_target"]])
@@ -340,7 +412,10 @@ def test_what_is_evaluated_without_an_ema(quirks):
     state = new_state(cfg)
     initial = copy.deepcopy(state.bundle.context_encoder.state_dict())
     train_step(state, make_batch((4, 3, 3), 2))
-    same = all(torch.equal(initial[key], value) for key, value in state.bundle.evaluation_encoder.state_dict().items())
+    same = all(
+        torch.equal(initial[key], value)
+        for key, value in state.bundle.evaluation_encoder.state_dict().items()
+    )
     assert same == bool(quirks)
 
 
@@ -350,12 +425,20 @@ def test_the_published_dynamics_head_never_trains():
         state = new_state(cfg)
         before = copy.deepcopy(state.bundle.heads.state_dict())
         train_step(state, make_batch((4, 3, 3), 2))
-        moved = [not torch.equal(before[key], value) for key, value in state.bundle.heads.state_dict().items()]
+        moved = [
+            not torch.equal(before[key], value)
+            for key, value in state.bundle.heads.state_dict().items()
+        ]
         assert all(moved) if trains else not any(moved)
 
 
 def test_context_weight_zero_skips_the_projection():
-    cfg = step_config("baseline", variant={"objectives": {"context": {"schedule": {"kind": "ramp", "begin": 0.5, "end": 1.0}}}})
+    cfg = step_config(
+        "baseline",
+        variant={
+            "objectives": {"context": {"schedule": {"kind": "ramp", "begin": 0.5, "end": 1.0}}}
+        },
+    )
     state, batch = new_state(cfg), make_batch((4, 3, 3), 2)
     loss, metrics = loss_step(state.bundle, batch, cfg)
     loss.backward()
@@ -366,7 +449,9 @@ def test_context_weight_zero_skips_the_projection():
     assert phases.objective_weights(cfg, 75)["context"] == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize("name", ["baseline", "fwm_hw_ld", "hamiltonian", "spectral", "sigreg_no_ema"])
+@pytest.mark.parametrize(
+    "name", ["baseline", "fwm_hw_ld", "hamiltonian", "spectral", "sigreg_no_ema"]
+)
 def test_bfloat16_stays_close(name):
     losses = []
     for precision in ("fp32", "bf16"):
@@ -410,8 +495,13 @@ def test_optimiser_groups_are_the_published_ones():
     state = new_state(step_config("fwm_ld", model=small_model()))
     groups = state.optimizer.param_groups
     assert [group["name"] for group in groups] == [
-        "context_encoder.decay", "predictor.decay", "context_encoder.plain", "predictor.plain", "head0.decay", "head0.plain",
-    ]  # fmt: skip
+        "context_encoder.decay",
+        "predictor.decay",
+        "context_encoder.plain",
+        "predictor.plain",
+        "head0.decay",
+        "head0.plain",
+    ]
     assert [group["weight_decay"] for group in groups] == [0.04, 0.04, 0.0, 0.0, 0.04, 0.0]
     counted = sum(len(group["params"]) for group in groups)
     assert counted == sum(p.requires_grad for p in state.bundle.parameters())
@@ -422,10 +512,13 @@ def test_optimiser_groups_are_the_published_ones():
 
 
 def test_masks_of_every_sequence_length_reach_the_loss():
-    """A sequence with a single context token and one without targets are ordinary members of a batch."""
+    """A sequence with a single context token and one without targets are ordinary members of a
+    batch."""
     cfg = step_config("fwm_hw_ld")
     batch = make_batch((4, 3, 3), 2)
     masks = ragged_masks((4, 3, 3), 2, share=0.05)
     assert int((masks.context_cu[1:] - masks.context_cu[:-1]).min()) <= 5
-    loss, _ = loss_step(ModelBundle(cfg.model, cfg.variant), dataclasses.replace(batch, masks=masks), cfg)
+    loss, _ = loss_step(
+        ModelBundle(cfg.model, cfg.variant), dataclasses.replace(batch, masks=masks), cfg
+    )
     assert torch.isfinite(loss)

@@ -14,7 +14,8 @@ from jepa.quirks import Quirks, parse_quirks
 from jepa.step import StepConfig
 from jepa.variants import VARIANTS, VariantConfig, parse_masks, parse_variant, variant
 
-# Name -> (mask policy, what it adds to the baseline with its weight, target): the study's table, typed in again.
+# Name -> (mask policy, what it adds to the baseline with its weight, target): the study's table,
+# typed in again.
 TABLE = {
     "baseline": ("blocks", {}, "ema"),
     "motion_guided": ("motion 2 .1", {}, "ema"),
@@ -28,7 +29,11 @@ TABLE = {
     "ld": ("blocks", {"latent_dynamics": 1}, "ema"),
     "fwm_ld": ("blocks", {"static": 0.05, "orthogonality": 0.01, "latent_dynamics": 1}, "ema"),
     "hw_ld": ("blocks", {"hard_region": 1, "latent_dynamics": 1}, "ema"),
-    "fwm_hw_ld": ("blocks", {"static": 0.05, "orthogonality": 0.01, "hard_region": 1, "latent_dynamics": 1}, "ema"),
+    "fwm_hw_ld": (
+        "blocks",
+        {"static": 0.05, "orthogonality": 0.01, "hard_region": 1, "latent_dynamics": 1},
+        "ema",
+    ),
     "spectral": ("blocks", {"spectral": 1}, "ema"),
     "ltc": ("blocks", {"ltc": 0.5}, "ema"),
     "ac": ("blocks", {"action": 1}, "ema"),
@@ -50,7 +55,11 @@ TABLE = {
 def described(policy) -> str:
     words = ["future"] if policy.context_share < 1 else []
     if policy.motion is not None:
-        words += ["motion", f"{policy.motion.strength:g}", f"{policy.motion.random_rate:g}".lstrip("0") or "0"]
+        words += [
+            "motion",
+            f"{policy.motion.strength:g}",
+            f"{policy.motion.random_rate:g}".lstrip("0") or "0",
+        ]
     return " ".join(words) or "blocks"
 
 
@@ -59,7 +68,11 @@ def test_variants_are_those_of_the_study(name):
     cfg = variant(name)
     masks, added, target = TABLE[name]
     assert described(cfg.masks) == masks
-    assert {key: value.weight for key, value in cfg.objectives.items()} == {"prediction": 1.0, "context": 0.5, **added}
+    assert {key: value.weight for key, value in cfg.objectives.items()} == {
+        "prediction": 1.0,
+        "context": 0.5,
+        **added,
+    }
     assert cfg.target.kind == target
     assert cfg.quirks == Quirks()
     assert [one.num_blocks for one in cfg.masks.sets] == ([4, 1] if "future" in masks else [8, 2])
@@ -75,21 +88,33 @@ def test_there_are_28_and_details_match():
     assert not variant("fwm_ld").objectives["latent_dynamics"].hard_region
     assert variant("kinematic_huber").objectives["kinematic"].kind == "huber"
     assert variant("kinematic_split").objectives["kinematic"].channel_share == 0.5
-    assert variant("kinematic_anneal").objectives["kinematic"].schedule.factor(0.5) == pytest.approx(0.5)
+    assert variant("kinematic_anneal").objectives["kinematic"].schedule.factor(
+        0.5
+    ) == pytest.approx(0.5)
 
 
 def test_a_new_combination_needs_no_code():
     cfg = parse_variant(
         {
             "base": "fwm",
-            "objectives": {"sigreg": {"weight": 0.2, "slices": 64}, "latent_dynamics": {"horizon": 3}},
+            "objectives": {
+                "sigreg": {"weight": 0.2, "slices": 64},
+                "latent_dynamics": {"horizon": 3},
+            },
             "masks": {"name": "motion", "strength": 3, "context_share": 0.5},
             "factorisation": {"split": "channels"},
             "quirks": ["motion_point_sampling"],
         },
         "variant",
     )
-    assert set(cfg.objectives) == {"prediction", "context", "static", "orthogonality", "sigreg", "latent_dynamics"}
+    assert set(cfg.objectives) == {
+        "prediction",
+        "context",
+        "static",
+        "orthogonality",
+        "sigreg",
+        "latent_dynamics",
+    }
     assert cfg.pair_horizon == 3
     assert cfg.mask_policy.motion.strength == 3
     assert cfg.mask_policy.motion.sampling == "point"
@@ -120,15 +145,28 @@ def test_quirks_switch_one_by_one(quirk):
 def test_quirks_all_together_and_by_wrong_name():
     assert Quirks.of(["published_quirks"]).active() == Quirks.names()
     assert parse_quirks("published_quirks", "quirks") == Quirks.published()
-    assert {defect for defect, _ in Quirks.describe().values()} >= {"D1", "D2", "D3", "D4", "D6", "D7", "D10", "D11"}
-    with pytest.raises(ConfigError, match="unknown quirk 'shared_mask_tokn'; did you mean 'shared_mask_token'"):
+    assert {defect for defect, _ in Quirks.describe().values()} >= {
+        "D1",
+        "D2",
+        "D3",
+        "D4",
+        "D6",
+        "D7",
+        "D10",
+        "D11",
+    }
+    with pytest.raises(
+        ConfigError, match="unknown quirk 'shared_mask_tokn'; did you mean 'shared_mask_token'"
+    ):
         Quirks.of(["shared_mask_tokn"])
 
 
 def test_context_ramp_is_a_share_of_training_unless_published():
     objectives_of = variant("baseline").objectives
     for step, expected in ((0, 0.0), (499, 0.0), (750, 0.25), (1000, 0.5)):
-        assert weights(objectives_of, step, step / 1000, Quirks())["context"] == pytest.approx(expected)
+        assert weights(objectives_of, step, step / 1000, Quirks())["context"] == pytest.approx(
+            expected
+        )
     fixed = Quirks(context_ramp_fixed_steps=True)
     for step, expected in ((1000, 0.0), (15_000, 0.0), (22_500, 0.25), (30_000, 0.5), (10**6, 0.5)):
         assert weights(objectives_of, step, 1.0, fixed)["context"] == pytest.approx(expected)
@@ -137,7 +175,9 @@ def test_context_ramp_is_a_share_of_training_unless_published():
 
 def test_weight_schedules():
     assert [WeightSchedule().factor(p) for p in (0, 1)] == [1, 1]
-    assert [WeightSchedule("ramp", 0.2, 0.6).factor(p) for p in (0, 0.2, 0.4, 0.6, 1)] == pytest.approx([0, 0, 0.5, 1, 1])
+    assert [
+        WeightSchedule("ramp", 0.2, 0.6).factor(p) for p in (0, 0.2, 0.4, 0.6, 1)
+    ] == pytest.approx([0, 0, 0.5, 1, 1])
     assert [WeightSchedule("cosine").factor(p) for p in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
 
 
@@ -146,8 +186,14 @@ def test_weight_schedules():
     [
         ({"objective": {}}, "unknown key 'objective'; did you mean 'objectives'"),
         ({"objectives": {"sigregg": {}}}, "unknown objective 'sigregg'; did you mean 'sigreg'"),
-        ({"objectives": {"delta": {"weight": "big"}}}, "objectives.delta.weight must be float, got 'big'"),
-        ({"objectives": {"action": {"channels": "some"}}}, "objectives.action.channels must be one of 'all', 'dynamics', got 'some'"),
+        (
+            {"objectives": {"delta": {"weight": "big"}}},
+            "objectives.delta.weight must be float, got 'big'",
+        ),
+        (
+            {"objectives": {"action": {"channels": "some"}}},
+            "objectives.action.channels must be one of 'all', 'dynamics', got 'some'",
+        ),
         ({"masks": "moton"}, "unknown mask policy 'moton'; did you mean 'motion'"),
         ({"masks": {"name": "motion", "strenght": 2}}, "unknown key 'masks.strenght'"),
         ({"target": {"kind": "emma"}}, "target.kind must be one of 'ema', 'online', got 'emma'"),
@@ -157,7 +203,9 @@ def test_weight_schedules():
 )
 def test_wrong_configurations_name_the_key(change, message):
     with pytest.raises(ConfigError, match=message):
-        variant("baseline", **change) if "masks" not in change else parse_variant({"base": "baseline", **change}, "")
+        variant("baseline", **change) if "masks" not in change else parse_variant(
+            {"base": "baseline", **change}, ""
+        )
 
 
 def test_unknown_variant_names_the_nearest():
@@ -167,8 +215,14 @@ def test_unknown_variant_names_the_nearest():
 
 def test_overrides_and_files_lie_over_each_other(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("variant: fwm_ld\nmodel: {size: micro, width: 48}\nschedule: {total_steps: 500}\n")
-    cfg = load(StepConfig, path, ["schedule.rate=1e-3", "model.predictor.depth=2", "precision=bf16", "clip_gradient=1"])
+    path.write_text(
+        "variant: fwm_ld\nmodel: {size: micro, width: 48}\nschedule: {total_steps: 500}\n"
+    )
+    cfg = load(
+        StepConfig,
+        path,
+        ["schedule.rate=1e-3", "model.predictor.depth=2", "precision=bf16", "clip_gradient=1"],
+    )
     assert cfg.schedule.rate == 1e-3
     assert cfg.schedule.total_steps == 500
     assert cfg.model.width == 48

@@ -9,7 +9,14 @@ import torch
 
 from jepa.batch import Batch, MaskBatch
 from jepa.models.sizes import ModelConfig, PredictorConfig
-from jepa.objectives import Denominators, Factorisation, FeatureDims, ObjectiveConfig, ObjectiveContext, build_heads
+from jepa.objectives import (
+    Denominators,
+    Factorisation,
+    FeatureDims,
+    ObjectiveConfig,
+    ObjectiveContext,
+    build_heads,
+)
 from jepa.quirks import Quirks
 from jepa.schedules import ScheduleConfig
 from jepa.step import StepConfig
@@ -21,12 +28,26 @@ WIDTH = 12  # D: both levels
 
 
 def small_model(**changes) -> ModelConfig:
-    values = dict(width=24, depth=2, heads=3, level_blocks=(0, 1), predictor=PredictorConfig(width=16, depth=2, heads=2))
+    values = dict(
+        width=24,
+        depth=2,
+        heads=3,
+        level_blocks=(0, 1),
+        predictor=PredictorConfig(width=16, depth=2, heads=2),
+    )
     return ModelConfig(**{**values, **changes})
 
 
-def ragged_masks(grid=GRID, batch_size: int = 3, num_sets: int = 2, seed: int = 0, horizon: int = 1, share: float = 0.6) -> MaskBatch:
-    """Every sequence has its own number of context and target tokens, in no order; some tokens are neither."""
+def ragged_masks(
+    grid=GRID,
+    batch_size: int = 3,
+    num_sets: int = 2,
+    seed: int = 0,
+    horizon: int = 1,
+    share: float = 0.6,
+) -> MaskBatch:
+    """Every sequence has its own number of context and target tokens, in no order; some tokens are
+    neither."""
     rng = np.random.default_rng(seed)
     tokens = int(np.prod(grid))
     context, target = [], []
@@ -35,7 +56,12 @@ def ragged_masks(grid=GRID, batch_size: int = 3, num_sets: int = 2, seed: int = 
         cuts = [sorted(rng.integers(1, tokens, 2)) for _ in range(batch_size)]
         sizes = [max(2, int(share * tokens) + int(rng.integers(-3, 4)) - j) for _ in cuts]
         context.append([ids[:size] for ids, size in zip(drawn, sizes, strict=True)])
-        target.append([ids[size : tokens - b % 3] for b, (ids, size) in enumerate(zip(drawn, sizes, strict=True))])
+        target.append(
+            [
+                ids[size : tokens - b % 3]
+                for b, (ids, size) in enumerate(zip(drawn, sizes, strict=True))
+            ]
+        )
     return MaskBatch.from_ids(context, target, grid, horizon)
 
 
@@ -54,11 +80,15 @@ def make_batch(
     frames = 1 if grid[0] == 1 else grid[0] * tubelet
     size = (grid[1] * patch, grid[2] * patch)
     if dtype == torch.uint8:
-        clips = torch.randint(0, 256, (batch_size, frames, *size, 3), dtype=torch.uint8, generator=generator)
+        clips = torch.randint(
+            0, 256, (batch_size, frames, *size, 3), dtype=torch.uint8, generator=generator
+        )
     else:
         clips = torch.randn(batch_size, 3, frames, *size, generator=generator, dtype=dtype)
     masks = ragged_masks(grid, batch_size, seed=seed, horizon=horizon)
-    return Batch(clips=clips, labels=None, sample_ids=torch.arange(batch_size), masks=masks, step=step)
+    return Batch(
+        clips=clips, labels=None, sample_ids=torch.arange(batch_size), masks=masks, step=step
+    )
 
 
 def joined(parts: list[Batch]) -> Batch:
@@ -71,7 +101,10 @@ def joined(parts: list[Batch]) -> Batch:
     context, target = [[] for _ in range(sets)], [[] for _ in range(sets)]
     for part in parts:
         masks = part.masks
-        for kind, ids, cu in ((context, masks.context_ids, masks.context_cu), (target, masks.target_ids, masks.target_cu)):
+        for kind, ids, cu in (
+            (context, masks.context_ids, masks.context_cu),
+            (target, masks.target_ids, masks.target_cu),
+        ):
             split = lists(ids, cu)
             for j in range(sets):
                 kind[j] += split[j * masks.batch_size : (j + 1) * masks.batch_size]
@@ -80,13 +113,17 @@ def joined(parts: list[Batch]) -> Batch:
     return Batch(clips, None, torch.arange(len(clips)), masks, parts[0].step)
 
 
-def step_config(name: str = "baseline", total_steps: int = 100, model: ModelConfig | None = None, **changes) -> StepConfig:
+def step_config(
+    name: str = "baseline", total_steps: int = 100, model: ModelConfig | None = None, **changes
+) -> StepConfig:
     """A variant on the small model, with the context loss on from the first step."""
     own = {"objectives": {"context": {"schedule": {"kind": "constant"}}}}
     for key, value in changes.pop("variant", {}).items():
         own[key] = {**own.get(key, {}), **value} if isinstance(value, Mapping) else value
     schedule = ScheduleConfig(total_steps=total_steps, warmup_steps=1)
-    return StepConfig(model=model or small_model(), variant=variant(name, **own), schedule=schedule, **changes)
+    return StepConfig(
+        model=model or small_model(), variant=variant(name, **own), schedule=schedule, **changes
+    )
 
 
 def random_context(
@@ -107,12 +144,16 @@ def random_context(
     rows = masks.batch_size * masks.num_tokens
 
     def features(count: int, needs_grad: bool = True) -> torch.Tensor:
-        return torch.randn(count, WIDTH, generator=generator, dtype=dtype).requires_grad_(needs_grad)
+        return torch.randn(count, WIDTH, generator=generator, dtype=dtype).requires_grad_(
+            needs_grad
+        )
 
     target = features(rows, online)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        heads = build_heads(objectives, FeatureDims(WIDTH, LEVELS, factorisation or Factorisation())).to(dtype)
+        heads = build_heads(
+            objectives, FeatureDims(WIDTH, LEVELS, factorisation or Factorisation())
+        ).to(dtype)
     return ObjectiveContext(
         context_tokens=features(masks.context_ids.shape[0]),
         predicted_tokens=features(masks.target_ids.shape[0]),
@@ -125,7 +166,15 @@ def random_context(
         factorisation=factorisation or Factorisation(),
         heads=heads,
         quirks=quirks or Quirks(),
-        clips=torch.randn(masks.batch_size, 3, steps, height * patch, width * patch, generator=generator, dtype=dtype),
+        clips=torch.randn(
+            masks.batch_size,
+            3,
+            steps,
+            height * patch,
+            width * patch,
+            generator=generator,
+            dtype=dtype,
+        ),
         patch_size=patch,
         tubelet_size=1,
     )

@@ -1,4 +1,5 @@
-"""Builds masked_attention's CPU kernels with g++ alone and calls their C ABI through ctypes, without the torch binding."""
+"""Builds masked_attention's CPU kernels with g++ alone and calls their C ABI through ctypes,
+without the torch binding."""
 
 from __future__ import annotations
 
@@ -15,7 +16,15 @@ import torch
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 SHIM = Path(__file__).with_name("emulate_avx512.h")
 ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
-BASE_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"]
+BASE_FLAGS = [
+    "-std=c++20",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unused-parameter",
+]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 NATIVE_FLAGS = {
@@ -37,12 +46,20 @@ class Rows(ctypes.Structure):
 
 
 class Ints(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("bytes", ctypes.c_int64), ("stride_seq", ctypes.c_int64), ("stride_token", ctypes.c_int64)]
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("bytes", ctypes.c_int64),
+        ("stride_seq", ctypes.c_int64),
+        ("stride_token", ctypes.c_int64),
+    ]
 
 
 class Params(ctypes.Structure):
     _fields_ = [
-        *[(name, ctypes.c_int64) for name in ("dtype", "num_seqs", "heads", "head_dim", "len_q", "len_k")],
+        *[
+            (name, ctypes.c_int64)
+            for name in ("dtype", "num_seqs", "heads", "head_dim", "len_q", "len_k")
+        ],
         *[(name, Ints) for name in ("cu_q", "cu_k", "ids_q", "ids_k")],
         ("rope_table", ctypes.c_void_p),
         *[(name, ctypes.c_int64) for name in ("rope_dim", "grid_t", "grid_h", "grid_w")],
@@ -61,7 +78,11 @@ def _flags(stem: str, emulated: bool) -> list[str]:
     if emulated and "avx512" in stem:
         # Optimising the emulation harder costs more compile time than it saves.
         return ["-O1", *AVX2_FLAGS, "-Wno-psabi", "-include", str(SHIM)]
-    return ["-O2", *NATIVE_FLAGS.get(stem, []), *(["-DJK_EMULATED_ISA=3"] if emulated and stem == "cpu" else [])]
+    return [
+        "-O2",
+        *NATIVE_FLAGS.get(stem, []),
+        *(["-DJK_EMULATED_ISA=3"] if emulated and stem == "cpu" else []),
+    ]
 
 
 def make(command: list[str], target: Path) -> Path:
@@ -74,9 +95,15 @@ def make(command: list[str], target: Path) -> Path:
 
 
 def build(folder: Path, emulated: bool) -> Path:
-    """A shared library of the kernels; `emulated` compiles the AVX-512 files against SIMDe, so that they run on any x86-64 with AVX2."""
+    """A shared library of the kernels; `emulated` compiles the AVX-512 files against SIMDe, so that
+    they run on any x86-64 with AVX2."""
     sources = sorted((CSRC / "masked_attention").glob("cpu*.cpp"))
-    headers = [*(CSRC / "masked_attention").glob("*.h"), *(CSRC / "simd").glob("*.h"), *CSRC.glob("*.h"), SHIM]
+    headers = [
+        *(CSRC / "masked_attention").glob("*.h"),
+        *(CSRC / "simd").glob("*.h"),
+        *CSRC.glob("*.h"),
+        SHIM,
+    ]
     contents = b"".join(path.read_bytes() for path in sorted([*sources, *headers]))
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -92,7 +119,8 @@ def build(folder: Path, emulated: bool) -> Path:
 
 
 def serial(pieces: int = 1, order: Callable[[list[int]], list[int]] = list) -> Callable:
-    """A jk_parallel_for that cuts every loop into so many pieces and runs them one after the other, in the order asked for."""
+    """A jk_parallel_for that cuts every loop into so many pieces and runs them one after the other,
+    in the order asked for."""
 
     def run(count: int, grain: int, body, context) -> None:
         parts = max(1, min(pieces, -(-count // max(grain, 1))))
@@ -103,12 +131,18 @@ def serial(pieces: int = 1, order: Callable[[list[int]], list[int]] = list) -> C
 
 
 def threaded(threads: int) -> Callable:
-    """A jk_parallel_for on so many Python threads (the kernels run without the interpreter's lock)."""
+    """A jk_parallel_for on so many Python threads (the kernels run without the interpreter's
+    lock)."""
 
     def run(count: int, grain: int, body, context) -> None:
         parts = max(1, min(threads, -(-count // max(grain, 1))))
         with ThreadPoolExecutor(parts) as pool:
-            list(pool.map(lambda i: body(count * i // parts, count * (i + 1) // parts, context), range(parts)))
+            list(
+                pool.map(
+                    lambda i: body(count * i // parts, count * (i + 1) // parts, context),
+                    range(parts),
+                )
+            )
 
     return PARALLEL_FOR(run)
 
@@ -118,18 +152,23 @@ def rows(t: torch.Tensor | None, packed: bool) -> Rows:
         return Rows(None, 0, 0, 0)
     assert t.stride(-1) == 1 or t.numel() == 0
     first = 0 if packed else 1
-    return Rows(t.data_ptr() or 1, 0 if packed else t.stride(0), t.stride(first), t.stride(first + 1))
+    return Rows(
+        t.data_ptr() or 1, 0 if packed else t.stride(0), t.stride(first), t.stride(first + 1)
+    )
 
 
 def ints(t: torch.Tensor | None) -> Ints:
     if t is None:
         return Ints(None, 0, 0, 0)
-    return Ints(t.data_ptr() or 1, t.element_size(), t.stride(0) if t.dim() == 2 else 0, t.stride(-1))
+    return Ints(
+        t.data_ptr() or 1, t.element_size(), t.stride(0) if t.dim() == 2 else 0, t.stride(-1)
+    )
 
 
 @dataclass
 class Call:
-    """One call of the C ABI: tensors [B, N, heads, head_dim], or [tokens, heads, head_dim] with offsets."""
+    """One call of the C ABI: tensors [B, N, heads, head_dim], or [tokens, heads, head_dim] with
+    offsets."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -147,8 +186,12 @@ class Call:
 
     def __post_init__(self) -> None:
         self.out = torch.full(self.q.shape, float("nan"), dtype=self.q.dtype)
-        self.lse = torch.full((*self.q.shape[:-3], self.q.shape[-2], self.q.shape[-3]), float("nan"))
-        self.grads = tuple(torch.full(t.shape, float("nan"), dtype=t.dtype) for t in (self.q, self.k, self.v))
+        self.lse = torch.full(
+            (*self.q.shape[:-3], self.q.shape[-2], self.q.shape[-3]), float("nan")
+        )
+        self.grads = tuple(
+            torch.full(t.shape, float("nan"), dtype=t.dtype) for t in (self.q, self.k, self.v)
+        )
 
     def params(self, grad_out: torch.Tensor | None) -> Params:
         packed = self.cu_q is not None
@@ -164,7 +207,10 @@ class Call:
         p.scale = self.scale
         p.q, p.k, p.v, p.out = (rows(t, packed) for t in (self.q, self.k, self.v, self.out))
         p.lse = self.lse.data_ptr() or 1
-        p.lse_stride_seq, p.lse_stride_head = 0 if packed else self.lse.stride(0), self.lse.stride(-2)
+        p.lse_stride_seq, p.lse_stride_head = (
+            0 if packed else self.lse.stride(0),
+            self.lse.stride(-2),
+        )
         p.grad_out = rows(grad_out, packed)
         p.grad_q, p.grad_k, p.grad_v = (rows(t, packed) for t in self.grads)
         return p
@@ -175,7 +221,10 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
-        self.functions = {False: library.jk_masked_attention_cpu_fwd, True: library.jk_masked_attention_cpu_bwd}
+        self.functions = {
+            False: library.jk_masked_attention_cpu_fwd,
+            True: library.jk_masked_attention_cpu_bwd,
+        }
         for function in self.functions.values():
             function.argtypes = [ctypes.POINTER(Params), ctypes.c_int, PARALLEL_FOR]
             function.restype = ctypes.c_char_p
@@ -185,12 +234,18 @@ class Library:
         if sentence is not None:
             raise ValueError(sentence.decode())
 
-    def forward(self, call: Call, isa: str = "avx2", parallel_for: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, call: Call, isa: str = "avx2", parallel_for: Callable | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self.raw(call.params(None), False, ISAS[isa], parallel_for or serial())
         return call.out, call.lse
 
     def backward(
-        self, call: Call, grad_out: torch.Tensor, isa: str = "avx2", parallel_for: Callable | None = None
+        self,
+        call: Call,
+        grad_out: torch.Tensor,
+        isa: str = "avx2",
+        parallel_for: Callable | None = None,
     ) -> tuple[torch.Tensor, ...]:
         self.raw(call.params(grad_out), True, ISAS[isa], parallel_for or serial())
         return call.grads

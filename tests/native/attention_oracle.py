@@ -1,4 +1,5 @@
-"""float64 attention with rotation by table, written as directly as the definition reads; gradients by autograd."""
+"""float64 attention with rotation by table, written as directly as the definition reads; gradients
+by autograd."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import torch
 
 
 def make_table(grid: tuple[int, int, int], rope_dim: int, layout: str) -> torch.Tensor:
-    """[2, T + H + W, rope_dim] cosines and sines; the angle of channel c has frequency c // 2 (interleaved) or c mod (m / 2) (tiled)."""
+    """[2, T + H + W, rope_dim] cosines and sines; the angle of channel c has frequency c // 2
+    (interleaved) or c mod (m / 2) (tiled)."""
     channels = torch.arange(rope_dim)
     index = channels // 2 if layout == "interleaved" else channels % max(rope_dim // 2, 1)
     omega = 10000.0 ** (-index.double() / max(rope_dim / 2, 1))
@@ -15,7 +17,9 @@ def make_table(grid: tuple[int, int, int], rope_dim: int, layout: str) -> torch.
     return torch.stack([angles.cos(), angles.sin()]).float()
 
 
-def rotate(x: torch.Tensor, ids: torch.Tensor, table: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+def rotate(
+    x: torch.Tensor, ids: torch.Tensor, table: torch.Tensor, grid: tuple[int, int, int]
+) -> torch.Tensor:
     """x [N, heads, head_dim] by ids [N]."""
     t, h, w = grid
     m = table.shape[-1]
@@ -33,7 +37,8 @@ def rotate(x: torch.Tensor, ids: torch.Tensor, table: torch.Tensor, grid: tuple[
 
 
 def attend(q, k, v, scale, ids_q=None, ids_k=None, table=None, grid=(1, 1, 1)):
-    """One sequence: q [Nq, heads, head_dim] -> out, lse [heads, Nq]; a sequence without keys gives 0 and -inf."""
+    """One sequence: q [Nq, heads, head_dim] -> out, lse [heads, Nq]; a sequence without keys gives
+    0 and -inf."""
     if table is not None:
         q, k = rotate(q, ids_q, table, grid), rotate(k, ids_k, table, grid)
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
@@ -43,7 +48,8 @@ def attend(q, k, v, scale, ids_q=None, ids_k=None, table=None, grid=(1, 1, 1)):
 
 
 def oracle(call, grad_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """out, lse and the three gradients of a Call in float64; rows outside every sequence get 0 and -inf."""
+    """out, lse and the three gradients of a Call in float64; rows outside every sequence get 0 and
+    -inf."""
     q, k, v = (t.detach().double().requires_grad_() for t in (call.q, call.k, call.v))
     packed = call.cu_q is not None
     out = torch.zeros(q.shape, dtype=torch.float64)
@@ -57,9 +63,19 @@ def oracle(call, grad_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, li
             None if ids is None else (ids[at] if packed or ids.dim() == 1 else ids[s])
             for ids, at in ((call.ids_q, at_q), (call.ids_k, at_k))
         ]
-        part, part_lse = attend(pick(q, at_q), pick(k, at_k), pick(v, at_k), call.scale, *ids, call.table, call.grid)
+        part, part_lse = attend(
+            pick(q, at_q), pick(k, at_k), pick(v, at_k), call.scale, *ids, call.table, call.grid
+        )
         pick(out, at_q)[...] = part.detach()
         (lse[:, at_q] if packed else lse[s])[...] = part_lse.detach()
         total = total + (part * pick(grad_out.double(), at_q)).sum()
-    grads = torch.autograd.grad(total, (q, k, v), allow_unused=True) if total.requires_grad else [None] * 3
-    return out, lse, [torch.zeros_like(t) if g is None else g for g, t in zip(grads, (q, k, v), strict=True)]
+    grads = (
+        torch.autograd.grad(total, (q, k, v), allow_unused=True)
+        if total.requires_grad
+        else [None] * 3
+    )
+    return (
+        out,
+        lse,
+        [torch.zeros_like(t) if g is None else g for g, t in zip(grads, (q, k, v), strict=True)],
+    )

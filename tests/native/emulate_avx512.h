@@ -1,5 +1,6 @@
-// Lets the AVX-512 translation units run on a machine without AVX-512: SIMDe supplies the intrinsics under their own names,
-// and this file those that SIMDe 0.7 lacks. Included by the compiler's -include, so that the sources under test stay as they are.
+// Lets the AVX-512 translation units run on a machine without AVX-512: SIMDe supplies the
+// intrinsics under their own names, and this file those that SIMDe 0.7 lacks. Included by the
+// compiler's -include, so that the sources under test stay as they are.
 #pragma once
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #pragma GCC diagnostic push

@@ -1,5 +1,6 @@
-// emulate_avx512.h for latent_rollout, whose sources ask by macro whether AVX-512 is there. Without optimisation GCC's own header has
-// the intrinsics below as macros, which would meet those of the emulation.
+// emulate_avx512.h for latent_rollout, whose sources ask by macro whether AVX-512 is there. Without
+// optimisation GCC's own header has the intrinsics below as macros, which would meet those of the
+// emulation.
 #pragma once
 #include <immintrin.h>
 

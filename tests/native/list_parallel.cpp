@@ -1,4 +1,5 @@
-// A parallel_for for sanitized tests: uneven pieces, each in a thread of its own that nothing orders after another.
+// A parallel_for for sanitized tests: uneven pieces, each in a thread of its own that nothing
+// orders after another.
 #include <algorithm>
 #include <thread>
 #include <vector>
@@ -16,7 +17,8 @@ JK_EXPORT void choose_pieces(int64_t cuts_, int64_t overlap_) {
 JK_EXPORT void uneven_threads(int64_t count, int64_t, jk_body body, void* context) {
   std::vector<std::thread> threads;
   for (int64_t i = 0; i < cuts; i++) {
-    const int64_t begin = count * i * i / (cuts * cuts), end = count * (i + 1) * (i + 1) / (cuts * cuts);
+    const int64_t begin = count * i * i / (cuts * cuts),
+                  end = count * (i + 1) * (i + 1) / (cuts * cuts);
     if (begin < end) threads.emplace_back(body, begin, std::min(end + overlap, count), context);
   }
   for (auto& thread : threads) thread.join();

@@ -1,4 +1,5 @@
-"""Builds latent_rollout's CPU kernels with g++ alone and puts them, between fences, in the place of the native torch ops."""
+"""Builds latent_rollout's CPU kernels with g++ alone and puts them, between fences, in the place of
+the native torch ops."""
 
 from __future__ import annotations
 
@@ -17,36 +18,57 @@ from tests.simt.rollout_abi import SimtOps, Table
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 UNITS = ("cpu", "cpu_portable", "cpu_avx2", "cpu_avx512", "cpu_avx512_bf16")
-# Always against the emulation: on a machine with AVX-512, the tests of the op run the real instructions.
+# Always against the emulation: on a machine with AVX-512, the tests of the op run the real
+# instructions.
 EMULATED = ("cpu_avx512", "cpu_avx512_bf16")
 _UNIT_FLAGS = {
     "cpu": ["-DJK_EMULATED_ISA=3"],
     "cpu_avx2": AVX2_FLAGS,
-    **{unit: [*AVX2_FLAGS, "-Wno-psabi", "-include", str(HERE / "emulate_rollout.h")] for unit in EMULATED},
+    **{
+        unit: [*AVX2_FLAGS, "-Wno-psabi", "-include", str(HERE / "emulate_rollout.h")]
+        for unit in EMULATED
+    },
 }
 _SANITIZERS = {
     None: [],
     "asan": ["-g1", "-fsanitize=address", "-fno-omit-frame-pointer"],
-    "asan_ubsan": ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
+    "asan_ubsan": [
+        "-g1",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=undefined",
+        "-fno-omit-frame-pointer",
+    ],
     "tsan": ["-g1", "-fsanitize=thread"],
 }
 
 
 def _compile(source: Path, folder: Path, flags: list[str]) -> Path:
     root = source.parents[1]
-    headers = [*root.glob("*.h"), *root.glob("simd/*.h"), *root.glob("latent_rollout/*.h"), *HERE.glob("*.h")]
+    headers = [
+        *root.glob("*.h"),
+        *root.glob("simd/*.h"),
+        *root.glob("latent_rollout/*.h"),
+        *HERE.glob("*.h"),
+    ]
     command = ["g++", *BASE_FLAGS, *flags, *_UNIT_FLAGS.get(source.stem, [])]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in (source, *sorted(headers))) + " ".join(command).encode())
-    return make([*command, "-c", str(source)], folder / f"rollout-{source.stem}-{digest.hexdigest()[:16]}.o")
+    digest = hashlib.sha256(
+        b"".join(path.read_bytes() for path in (source, *sorted(headers)))
+        + " ".join(command).encode()
+    )
+    return make(
+        [*command, "-c", str(source)], folder / f"rollout-{source.stem}-{digest.hexdigest()[:16]}.o"
+    )
 
 
-def build(folder: Path, sanitizer: str | None = None, patched: Mapping[str, Path] | None = None) -> Path:
+def build(
+    folder: Path, sanitizer: str | None = None, patched: Mapping[str, Path] | None = None
+) -> Path:
     """A shared library of the kernels of every instruction set.
 
     Args:
         folder: where objects and libraries are kept, by the hash of what they are made of.
-        sanitizer: None, "asan_ubsan", or "tsan" for all but AVX-512. A sanitized library loads only in a child of `run_sanitized`, and has
-            the functions of list_parallel.cpp.
+        sanitizer: None, "asan_ubsan", or "tsan" for all but AVX-512. A sanitized library loads only
+            in a child of `run_sanitized`, and has the functions of list_parallel.cpp.
         patched: units to take from another copy of csrc, by name.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,9 +76,16 @@ def build(folder: Path, sanitizer: str | None = None, patched: Mapping[str, Path
     sources = [(patched or {}).get(unit, CSRC) / "latent_rollout" / f"{unit}.cpp" for unit in UNITS]
 
     def compile_one(source: Path) -> Path:
-        # The emulation takes long to compile: UBSan would judge it as well, and threads do nothing else in it than elsewhere.
-        emulated = {"asan_ubsan": "asan", "tsan": None}.get(sanitizer) if source.stem in EMULATED else sanitizer
-        level = "-O0" if emulated is not None or source.stem in quick else "-O1"  # what runs briefly need not run fast
+        # The emulation takes long to compile: UBSan would judge it as well, and threads do nothing
+        # else in it than elsewhere.
+        emulated = (
+            {"asan_ubsan": "asan", "tsan": None}.get(sanitizer)
+            if source.stem in EMULATED
+            else sanitizer
+        )
+        level = (
+            "-O0" if emulated is not None or source.stem in quick else "-O1"
+        )  # what runs briefly need not run fast
         return _compile(source, folder, [level, *_SANITIZERS[emulated]])
 
     if sanitizer is not None:
@@ -64,7 +93,10 @@ def build(folder: Path, sanitizer: str | None = None, patched: Mapping[str, Path
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
     digest = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:16]
-    return make(["g++", "-shared", *_SANITIZERS[sanitizer], *map(str, objects)], folder / f"rollout-{digest}.so")
+    return make(
+        ["g++", "-shared", *_SANITIZERS[sanitizer], *map(str, objects)],
+        folder / f"rollout-{digest}.so",
+    )
 
 
 def patch(folder: Path, file: str, sound: str, broken: str) -> Path:
@@ -84,31 +116,53 @@ WRITTEN = {
     "mlp_fwd": ("sums", "inputs"),
     "mlp_bwd": ("grad_inputs", "activations"),
     "hamiltonian_fwd": ("sums", "inputs"),
-    "hamiltonian_bwd": ("carried", "force", "activation", "grad_returned", "pulled", "grad_middle", "grad_energy"),
+    "hamiltonian_bwd": (
+        "carried",
+        "force",
+        "activation",
+        "grad_returned",
+        "pulled",
+        "grad_middle",
+        "grad_energy",
+    ),
     "readout": ("out", "errors", "signs"),
     "readout_gradient": ("grad", "grad_base"),
     "gru_fwd": ("states", "gates"),
     "gru_bwd": ("grad_gates", "grad_actions", "grad_small", "grad_start", "grad_norm"),
 }
-_FENCE = 205  # elements: more than a row of most cases, and odd, so that no tensor is aligned to more than an element
+# elements: more than a row of most cases, and odd, so that no tensor is aligned to more than
+# an element
+_FENCE = 205
 
 
 class _Fenced:
-    """A copy of a tensor, whatever its strides, between bytes that are NaN as floats and -1 as indices."""
+    """A copy of a tensor, whatever its strides, between bytes that are NaN as floats and -1 as
+    indices."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        length = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
-        memory = torch.full((tensor.element_size() * (length + 2 * _FENCE),), 0xFF, dtype=torch.uint8).view(tensor.dtype)
+        length = (
+            1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+            if tensor.numel()
+            else 0
+        )
+        memory = torch.full(
+            (tensor.element_size() * (length + 2 * _FENCE),), 0xFF, dtype=torch.uint8
+        ).view(tensor.dtype)
         memory[_FENCE : _FENCE + length] = tensor.as_strided((length,), (1,))
         self.tensor, self.memory, self.before = tensor, memory, memory.clone()
         self.inside = memory.as_strided(tensor.shape, tensor.stride(), _FENCE)
 
     def close(self, name: str, written: bool) -> None:
-        """Takes results over; nothing else may have changed, neither beyond the ends nor in the gaps between rows."""
+        """Takes results over; nothing else may have changed, neither beyond the ends nor in the
+        gaps between rows."""
         if written:
             self.tensor.copy_(self.inside)
-            self.before.as_strided(self.tensor.shape, self.tensor.stride(), _FENCE).copy_(self.inside)
-        assert torch.equal(self.memory.view(torch.uint8), self.before.view(torch.uint8)), f"{name} was written where it must not be"
+            self.before.as_strided(self.tensor.shape, self.tensor.stride(), _FENCE).copy_(
+                self.inside
+            )
+        assert torch.equal(self.memory.view(torch.uint8), self.before.view(torch.uint8)), (
+            f"{name} was written where it must not be"
+        )
 
 
 class Fences:
@@ -125,7 +179,10 @@ class Fences:
 
         def fence(field: str, value):
             if isinstance(value, Table):
-                return value._replace(data=fence(f"{field}.data", value.data), index=fence(f"{field}.index", value.index))
+                return value._replace(
+                    data=fence(f"{field}.data", value.data),
+                    index=fence(f"{field}.index", value.index),
+                )
             if not isinstance(value, torch.Tensor):
                 return value
             fenced[field] = _Fenced(value.detach())
@@ -137,23 +194,38 @@ class Fences:
 
 
 class CpuOps(SimtOps):
-    """What `NativeKernels.ops` offers, where the CPU kernels differ from those of a GPU: signs, products of a GRU in the kernel, and numbers
-    for products in the dtype of these."""
+    """What `NativeKernels.ops` offers, where the CPU kernels differ from those of a GPU: signs,
+    products of a GRU in the kernel, and numbers for products in the dtype of these."""
 
     def _operands(self, dtype, *shape):
         return torch.full(shape, torch.nan, dtype=dtype)
 
-    def latent_rollout_errors(self, sums, weight, bias, base, base_rows, targets, target_rows, exponent, save_signs, isa):
+    def latent_rollout_errors(
+        self, sums, weight, bias, base, base_rows, targets, target_rows, exponent, save_signs, isa
+    ):
         errors, signs = self._new(*sums.shape[:2]), None
         if save_signs:
-            signs = torch.full((*sums.shape[:2], 2 * (-(-weight.shape[1] // 8))), 0xAA, dtype=torch.uint8)
+            signs = torch.full(
+                (*sums.shape[:2], 2 * (-(-weight.shape[1] // 8))), 0xAA, dtype=torch.uint8
+            )
         self._readout(
-            "readout", sums, weight, bias, base, base_rows, 1, errors=errors, signs=signs, **self._targets(targets, target_rows, exponent)
+            "readout",
+            sums,
+            weight,
+            bias,
+            base,
+            base_rows,
+            1,
+            errors=errors,
+            signs=signs,
+            **self._targets(targets, target_rows, exponent),
         )
         return errors, signs
 
     def _gru_gradients(self, horizon, rows, width, actions):
         pieces = self.library.tiles(rows)
         return super()._gru_gradients(horizon, rows, width, actions) | {
-            "grad_gates": (horizon, rows, 3 * width), "grad_actions": (horizon, rows, actions), "grad_small": (pieces, 1 + actions, 4 * width)
-        }  # fmt: skip
+            "grad_gates": (horizon, rows, 3 * width),
+            "grad_actions": (horizon, rows, actions),
+            "grad_small": (pieces, 1 + actions, 4 * width),
+        }

@@ -1,4 +1,5 @@
-"""The C ABI of latent_rollout's CPU kernels through ctypes, on arrays or tensors. No torch: sanitized children import this."""
+"""The C ABI of latent_rollout's CPU kernels through ctypes, on arrays or tensors. No torch:
+sanitized children import this."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
 class CpuLibrary(Library):
     """The loaded kernels on one instruction set.
 
-    `parallel_for` is a C function or a ctypes callback of the type jk_parallel_for, and may be replaced between calls, as may `isa`.
+    `parallel_for` is a C function or a ctypes callback of the type jk_parallel_for, and may be
+    replaced between calls, as may `isa`.
     """
 
     device = "cpu"

@@ -1,6 +1,8 @@
-"""Saved calls of latent_rollout's CPU kernels under a sanitizer: `python rollout_sanitized.py LIBRARY CALLS.npz ISA,... [overlap]`.
+"""Saved calls of latent_rollout's CPU kernels under a sanitizer: `python rollout_sanitized.py
+LIBRARY CALLS.npz ISA,... [overlap]`.
 
-NumPy and ctypes only. Tiles run in threads that nothing orders after one another; with `overlap` each runs its neighbour's as well: a race.
+NumPy and ctypes only. Tiles run in threads that nothing orders after one another; with `overlap`
+each runs its neighbour's as well: a race.
 """
 
 from __future__ import annotations

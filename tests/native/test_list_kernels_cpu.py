@@ -1,4 +1,5 @@
-"""The CPU kernels of ema_update and adamw_ema under sanitizers, for every instruction set this machine has."""
+"""The CPU kernels of ema_update and adamw_ema under sanitizers, for every instruction set this
+machine has."""
 
 from __future__ import annotations
 
@@ -10,9 +11,16 @@ import pytest
 
 from tests.simt.build import _FLAGS, ROOT, SANITIZER_STATUS, compiler, run_sanitized
 
-pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the sanitized build names x86-64 instruction sets")
+pytestmark = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"),
+    reason="the sanitized build names x86-64 instruction sets",
+)
 SCRIPT = str(ROOT / "tests" / "native" / "list_sanitized.py")
-SOURCES = tuple(ROOT / "csrc" / op / f"{name}.cpp" for op in ("ema_update", "adamw_ema") for name in ("cpu", "cpu_avx2"))
+SOURCES = tuple(
+    ROOT / "csrc" / op / f"{name}.cpp"
+    for op in ("ema_update", "adamw_ema")
+    for name in ("cpu", "cpu_avx2")
+)
 
 
 def build(folder: Path, sanitizer: str) -> str:
@@ -20,7 +28,20 @@ def build(folder: Path, sanitizer: str) -> str:
     for source in (*SOURCES, Path(__file__).with_name("list_parallel.cpp")):
         isa = ["-mavx2", "-mfma", "-mf16c"] if source.stem.endswith("_avx2") else []
         objects.append(str(folder / f"{source.parent.name}-{source.stem}.o"))
-        subprocess.run([compiler(), "-std=c++20", "-fPIC", *_FLAGS[sanitizer], *isa, "-c", str(source), "-o", objects[-1]], check=True)
+        subprocess.run(
+            [
+                compiler(),
+                "-std=c++20",
+                "-fPIC",
+                *_FLAGS[sanitizer],
+                *isa,
+                "-c",
+                str(source),
+                "-o",
+                objects[-1],
+            ],
+            check=True,
+        )
     library = str(folder / "list_kernels.so")
     subprocess.run([compiler(), "-shared", *_FLAGS[sanitizer], *objects, "-o", library], check=True)
     return library

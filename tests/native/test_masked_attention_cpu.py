@@ -1,4 +1,5 @@
-"""masked_attention's C++ CPU kernels through their C ABI: every instruction set, AVX-512 ones on an emulation where the machine lacks them."""
+"""masked_attention's C++ CPU kernels through their C ABI: every instruction set, AVX-512 ones on an
+emulation where the machine lacks them."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ class Kernels:
     def forward(self, call: Call, parallel_for=None) -> tuple[torch.Tensor, torch.Tensor]:
         return self.library.forward(call, self.isa, parallel_for)
 
-    def backward(self, call: Call, grad_out: torch.Tensor, parallel_for=None) -> tuple[torch.Tensor, ...]:
+    def backward(
+        self, call: Call, grad_out: torch.Tensor, parallel_for=None
+    ) -> tuple[torch.Tensor, ...]:
         return self.library.backward(call, grad_out, self.isa, parallel_for)
 
     def both(self, call: Call, grad_out: torch.Tensor, parallel_for=None) -> list[torch.Tensor]:
@@ -40,8 +43,12 @@ class Kernels:
 
 @pytest.fixture(scope="session")
 def libraries(emulated_builds) -> dict[str, Library]:
-    """The native build and the one whose AVX-512 files run on SIMDe, both compiled once and kept in pytest's cache."""
-    return {name: Library(build(emulated_builds, emulated=name == "emulated")) for name in ("native", "emulated")}
+    """The native build and the one whose AVX-512 files run on SIMDe, both compiled once and kept in
+    pytest's cache."""
+    return {
+        name: Library(build(emulated_builds, emulated=name == "emulated"))
+        for name in ("native", "emulated")
+    }
 
 
 @pytest.fixture(params=list(ISAS))
@@ -55,25 +62,48 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, spread: float = 1.0) 
 
 
 def dense_call(
-    n: int, head_dim: int, dtype: torch.dtype, layout: str | None = "interleaved", spread: float = 1.0, heads: int = 2, batch: int = 1
+    n: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    layout: str | None = "interleaved",
+    spread: float = 1.0,
+    heads: int = 2,
+    batch: int = 1,
 ):
-    """Self-attention on views of one qkv projection, ids in a random order with some unrotated tokens."""
+    """Self-attention on views of one qkv projection, ids in a random order with some unrotated
+    tokens."""
     qkv = torch.randn(batch, n, 3, heads, head_dim)
     qkv[:, :, :2] *= spread
     qkv = qkv.to(dtype)
     rope = {}
     if layout is not None:
         ids = torch.randint(-1, TOKENS, (batch, n))
-        rope = {"ids_q": ids, "ids_k": ids, "table": make_table(GRID, 2 * (head_dim // 3 // 2), layout), "grid": GRID}
-    return Call(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], head_dim**-0.5, **rope), randn(batch, n, heads, head_dim, dtype=dtype)
+        rope = {
+            "ids_q": ids,
+            "ids_k": ids,
+            "table": make_table(GRID, 2 * (head_dim // 3 // 2), layout),
+            "grid": GRID,
+        }
+    return Call(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], head_dim**-0.5, **rope), randn(
+        batch, n, heads, head_dim, dtype=dtype
+    )
 
 
 def cross_call(nq: int, nk: int, head_dim: int, dtype: torch.dtype, layout: str = "interleaved"):
     """Cross-attention whose key ids are one int32 list for the whole batch."""
-    q, k, v = randn(2, nq, 2, head_dim, dtype=dtype), randn(2, nk, 2, head_dim, dtype=dtype), randn(2, nk, 2, head_dim, dtype=dtype)
-    rope = {"ids_q": torch.randint(-1, TOKENS, (2, nq)), "ids_k": torch.randint(-1, TOKENS, (nk,)).int()}
+    q, k, v = (
+        randn(2, nq, 2, head_dim, dtype=dtype),
+        randn(2, nk, 2, head_dim, dtype=dtype),
+        randn(2, nk, 2, head_dim, dtype=dtype),
+    )
+    rope = {
+        "ids_q": torch.randint(-1, TOKENS, (2, nq)),
+        "ids_k": torch.randint(-1, TOKENS, (nk,)).int(),
+    }
     table = make_table(GRID, 2 * (head_dim // 3 // 2), layout)
-    return Call(q, k, v, head_dim**-0.5, **rope, table=table, grid=GRID), randn(2, nq, 2, head_dim, dtype=dtype)
+    return Call(q, k, v, head_dim**-0.5, **rope, table=table, grid=GRID), randn(
+        2, nq, 2, head_dim, dtype=dtype
+    )
 
 
 def packed_call(
@@ -89,18 +119,37 @@ def packed_call(
     total_q, total_k = int(cu_q[-1]) + slack, int(cu_k[-1]) + slack
     wide = randn(total_q, 6, head_dim, dtype=dtype)
     k, v = randn(total_k, 2, head_dim, dtype=dtype), randn(total_k, 2, head_dim, dtype=dtype)
-    rope = {"ids_q": torch.randint(-1, TOKENS, (total_q,)).int(), "ids_k": torch.randint(-1, TOKENS, (total_k,))}
+    rope = {
+        "ids_q": torch.randint(-1, TOKENS, (total_q,)).int(),
+        "ids_k": torch.randint(-1, TOKENS, (total_k,)),
+    }
     table = make_table(GRID, 2 * (head_dim // 3 // 2), layout)
-    call = Call(wide[:, 2:4], k, v, head_dim**-0.5, cu_q=cu_q.int(), cu_k=cu_k, **rope, table=table, grid=GRID)
+    call = Call(
+        wide[:, 2:4],
+        k,
+        v,
+        head_dim**-0.5,
+        cu_q=cu_q.int(),
+        cu_k=cu_k,
+        **rope,
+        table=table,
+        grid=GRID,
+    )
     return call, randn(total_q, 2, head_dim, dtype=dtype)
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative norm; where the exact result cancels to (almost) nothing, relative to numbers of a tenth."""
-    return float((actual.double() - expected).norm() / expected.norm().clamp(min=0.1 * expected.numel() ** 0.5 + 1e-30))
+    """Relative norm; where the exact result cancels to (almost) nothing, relative to numbers of a
+    tenth."""
+    return float(
+        (actual.double() - expected).norm()
+        / expected.norm().clamp(min=0.1 * expected.numel() ** 0.5 + 1e-30)
+    )
 
 
-def assert_close(kernels: Kernels, call: Call, grad_out: torch.Tensor, budget: float | None = None) -> None:
+def assert_close(
+    kernels: Kernels, call: Call, grad_out: torch.Tensor, budget: float | None = None
+) -> None:
     """All five results against the float64 oracle, by relative norm."""
     results = kernels.both(call, grad_out)
     out, lse, grads = oracle(call, grad_out)
@@ -110,9 +159,16 @@ def assert_close(kernels: Kernels, call: Call, grad_out: torch.Tensor, budget: f
     assert (results[1][~torch.isfinite(lse)] == float("-inf")).all()
     finite = torch.isfinite(lse)
     assert (results[1].double() - lse)[finite].abs().max() < (2e-2 if rounded else 5e-6)
-    for name, actual, expected in zip(("out", "grad_q", "grad_k", "grad_v"), [results[0], *results[2:]], [out, *grads], strict=True):
+    for name, actual, expected in zip(
+        ("out", "grad_q", "grad_k", "grad_v"),
+        [results[0], *results[2:]],
+        [out, *grads],
+        strict=True,
+    ):
         assert torch.isfinite(actual).all(), name
-        assert error(actual, expected) < budget, f"{name}: {error(actual, expected):.2e} > {budget:.0e}"
+        assert error(actual, expected) < budget, (
+            f"{name}: {error(actual, expected):.2e} > {budget:.0e}"
+        )
 
 
 def skip_twin(kernels: Kernels, dtype: torch.dtype) -> None:
@@ -159,14 +215,16 @@ def test_unusual_scales(kernels, scale):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("carrier", (1248.0, -1248.0, -11.6875))
 def test_shifted_logits(kernels, carrier, dtype):
-    """One channel shifts every logit by eight times `carrier`, up to +-1e4: padding keys, whose score is 0, must not count, nor overflow where
-    all others are far below (the last carrier would make their P the bits of a NaN)."""
+    """One channel shifts every logit by eight times `carrier`, up to +-1e4: padding keys, whose
+    score is 0, must not count, nor overflow where all others are far below (the last carrier would
+    make their P the bits of a NaN)."""
     call, grad_out = dense_call(53, 64, dtype, layout=None)
     call.q[..., 0], call.k[..., 0] = 64.0, carrier
     out, lse, *grads = kernels.both(call, grad_out)
     expected_out, expected_lse, expected = oracle(call, grad_out)
     assert (lse.double() - expected_lse).abs().max() < 5e-2
-    # The shift costs a float's last bits of each score, about 2e-3, and channel 0 of the gradients cancels.
+    # The shift costs a float's last bits of each score, about 2e-3, and channel 0 of the gradients
+    # cancels.
     for a, e in (
         (out, expected_out),
         (grads[2], expected[2]),
@@ -179,34 +237,63 @@ def test_shifted_logits(kernels, carrier, dtype):
 @pytest.mark.parametrize("spread", (1.0, 4.0, 8.0))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_is_within_a_quarter_of_torchs(kernels, dtype, spread):
-    """Large logits included: relative error of the output and of each gradient against SDPA's in the same dtype."""
+    """Large logits included: relative error of the output and of each gradient against SDPA's in
+    the same dtype."""
     skip_twin(kernels, dtype)
-    limit = 1.6 if kernels.isa == "portable" else 1.25  # no fused multiply-add there: a product is rounded before it is added
+    limit = (
+        1.6 if kernels.isa == "portable" else 1.25
+    )  # no fused multiply-add there: a product is rounded before it is added
     call, grad_out = dense_call(180, 64, dtype, spread=spread, heads=4)
     leaves = [t.detach().clone().requires_grad_() for t in (call.q, call.k, call.v)]
-    rotated = [rotate(leaf[0].float(), call.ids_q[0], call.table, GRID).to(dtype)[None] for leaf in leaves[:2]]
-    out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (*rotated, leaves[2]))).transpose(1, 2)
+    rotated = [
+        rotate(leaf[0].float(), call.ids_q[0], call.table, GRID).to(dtype)[None]
+        for leaf in leaves[:2]
+    ]
+    out = F.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in (*rotated, leaves[2]))
+    ).transpose(1, 2)
     torchs = [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
     expected_out, _, expected = oracle(call, grad_out)
     ours = kernels.both(call, grad_out)
-    for name, a, b, e in zip(("out", "grad_q", "grad_k", "grad_v"), [ours[0], *ours[2:]], torchs, [expected_out, *expected], strict=True):
-        assert error(a, e) <= limit * error(b, e), f"{name}: {error(a, e):.2e} against torch's {error(b, e):.2e}"
+    for name, a, b, e in zip(
+        ("out", "grad_q", "grad_k", "grad_v"),
+        [ours[0], *ours[2:]],
+        torchs,
+        [expected_out, *expected],
+        strict=True,
+    ):
+        assert error(a, e) <= limit * error(b, e), (
+            f"{name}: {error(a, e):.2e} against torch's {error(b, e):.2e}"
+        )
 
 
 def test_same_bits_for_any_thread_count_piece_count_and_order(kernels):
-    calls = [dense_call(150, 32, torch.bfloat16, heads=1), dense_call(80, 24, torch.float32, heads=3), packed_call(32, torch.float32)]
+    calls = [
+        dense_call(150, 32, torch.bfloat16, heads=1),
+        dense_call(80, 24, torch.float32, heads=3),
+        packed_call(32, torch.float32),
+    ]
     for call, grad_out in calls:
         expected = kernels.both(call, grad_out, serial())
         # Many pieces for few heads make the backward run dQ and dK, dV in separate passes.
-        for parallel_for in (serial(2), serial(7, lambda pieces: pieces[::-1]), serial(16), threaded(3)):
+        for parallel_for in (
+            serial(2),
+            serial(7, lambda pieces: pieces[::-1]),
+            serial(16),
+            threaded(3),
+        ):
             for name, a, b in zip(
-                ("out", "lse", "grad_q", "grad_k", "grad_v"), expected, kernels.both(call, grad_out, parallel_for), strict=True
+                ("out", "lse", "grad_q", "grad_k", "grad_v"),
+                expected,
+                kernels.both(call, grad_out, parallel_for),
+                strict=True,
             ):
                 assert torch.equal(a, b), name
 
 
 def test_same_bits_in_any_company(kernels):
-    """A sequence gives the same bits alone, in another place of a packed batch, and after a call that left NaN in the scratch."""
+    """A sequence gives the same bits alone, in another place of a packed batch, and after a call
+    that left NaN in the scratch."""
     call, grad_out = packed_call(24, torch.bfloat16, lengths_q=(40, 9, 61), lengths_k=(55, 70, 31))
     together = kernels.both(call, grad_out)
     poison, poison_grad = dense_call(120, 128, torch.bfloat16)
@@ -215,10 +302,20 @@ def test_same_bits_in_any_company(kernels):
     for s in (2, 0, 1):
         at_q, at_k = (slice(int(cu[s]), int(cu[s + 1])) for cu in (call.cu_q, call.cu_k))
         ends = [torch.tensor([0, at.stop - at.start], dtype=torch.int64) for at in (at_q, at_k)]
-        rope = {"ids_q": call.ids_q[at_q], "ids_k": call.ids_k[at_k], "table": call.table, "grid": GRID}
-        alone = Call(call.q[at_q], call.k[at_k], call.v[at_k], call.scale, cu_q=ends[0], cu_k=ends[1], **rope)
+        rope = {
+            "ids_q": call.ids_q[at_q],
+            "ids_k": call.ids_k[at_k],
+            "table": call.table,
+            "grid": GRID,
+        }
+        alone = Call(
+            call.q[at_q], call.k[at_k], call.v[at_k], call.scale, cu_q=ends[0], cu_k=ends[1], **rope
+        )
         results = kernels.both(alone, grad_out[at_q])
-        cuts = [t[at] for t, at in zip((together[0], *together[2:]), (at_q, at_q, at_k, at_k), strict=True)]
+        cuts = [
+            t[at]
+            for t, at in zip((together[0], *together[2:]), (at_q, at_q, at_k, at_k), strict=True)
+        ]
         assert torch.equal(results[1], together[1][:, at_q])
         for a, b in zip([results[0], *results[2:]], cuts, strict=True):
             assert torch.equal(a, b)
@@ -278,12 +375,22 @@ REFUSALS = {
     "key_ids must lie in [-1, 105), got -2 at sequence 0, token 3": _set_id("ids_k", -2),
     "cu_seqlens_q must not decrease, got 2 after 37 at index 2": lambda c: c.cu_q.__setitem__(2, 2),
     "cu_seqlens_q must start at 0, got -1": lambda c: c.cu_q.__setitem__(0, -1),
-    "cu_seqlens_k must not exceed the 122 rows of its tensor, got 9223372036854775807": lambda c: c.cu_k.__setitem__(5, 2**63 - 1),
-    "cu_seqlens_k must not decrease, got -9223372036854775808": lambda c: c.cu_k.__setitem__(1, -(2**63)),
-    "grid must hold three positive sizes with a product below 2^62, got (0, 5, 7)": lambda c: setattr(c, "grid", (0, 5, 7)),
-    "grid must hold three positive sizes with a product below 2^62, got (2147483648": lambda c: setattr(c, "grid", (2**31, 2**31, 2)),
+    "cu_seqlens_k must not exceed the 122 rows of its tensor, got 9223372036854775807": lambda c: (
+        c.cu_k.__setitem__(5, 2**63 - 1)
+    ),
+    "cu_seqlens_k must not decrease, got -9223372036854775808": lambda c: c.cu_k.__setitem__(
+        1, -(2**63)
+    ),
+    "grid must hold three positive sizes with a product below 2^62, got (0, 5, 7)": lambda c: (
+        setattr(c, "grid", (0, 5, 7))
+    ),
+    "grid must hold three positive sizes with a product below 2^62, got (2147483648": lambda c: (
+        setattr(c, "grid", (2**31, 2**31, 2))
+    ),
     "scale must be finite, got inf": lambda c: setattr(c, "scale", float("inf")),
-    "rope_dim must be even and at most head_dim / 3, got 12": lambda c: setattr(c, "table", torch.zeros(2, 15, 12)),
+    "rope_dim must be even and at most head_dim / 3, got 12": lambda c: setattr(
+        c, "table", torch.zeros(2, 15, 12)
+    ),
     "query_ids and key_ids must be given with rope_table": lambda c: setattr(c, "ids_k", None),
     "cu_seqlens_k must be given exactly when cu_seqlens_q is": lambda c: setattr(c, "cu_k", None),
 }
@@ -294,7 +401,10 @@ def test_refuses_before_any_work(libraries, sentence):
     call, grad_out = packed_call(32, torch.float32)
     call.cu_q, call.cu_k = call.cu_q.long(), call.cu_k.long()
     REFUSALS[sentence](call)
-    for run in (lambda: libraries["native"].forward(call, "portable"), lambda: libraries["native"].backward(call, grad_out, "portable")):
+    for run in (
+        lambda: libraries["native"].forward(call, "portable"),
+        lambda: libraries["native"].backward(call, grad_out, "portable"),
+    ):
         with pytest.raises(ValueError) as caught:
             run()
         assert str(caught.value).startswith("masked_attention: " + sentence)
@@ -338,13 +448,40 @@ def test_the_oracle_comparison_bites(libraries):
     def shifted(call: Call) -> Call:
         ids = call.ids_q.clone()
         ids[0, 0] = (ids[0, 0] + 1) % TOKENS
-        return Call(call.q, call.k, call.v, call.scale, ids_q=ids, ids_k=call.ids_k, table=call.table, grid=GRID)
+        return Call(
+            call.q,
+            call.k,
+            call.v,
+            call.scale,
+            ids_q=ids,
+            ids_k=call.ids_k,
+            table=call.table,
+            grid=GRID,
+        )
 
     def unscaled(call: Call) -> Call:
-        return Call(call.q, call.k, call.v, 1.0, ids_q=call.ids_q, ids_k=call.ids_k, table=call.table, grid=GRID)
+        return Call(
+            call.q,
+            call.k,
+            call.v,
+            1.0,
+            ids_q=call.ids_q,
+            ids_k=call.ids_k,
+            table=call.table,
+            grid=GRID,
+        )
 
     def other_layout(call: Call) -> Call:
-        return Call(call.q, call.k, call.v, call.scale, ids_q=call.ids_q, ids_k=call.ids_k, table=make_table(GRID, 10, "tiled"), grid=GRID)
+        return Call(
+            call.q,
+            call.k,
+            call.v,
+            call.scale,
+            ids_q=call.ids_q,
+            ids_k=call.ids_k,
+            table=make_table(GRID, 10, "tiled"),
+            grid=GRID,
+        )
 
     for plant in (shifted, unscaled, other_layout):
         faulty = Faulty(kernels.library, kernels.isa)

@@ -1,4 +1,5 @@
-"""The drop-in modules: state dicts of the originals, the published module's numbers, prefix tokens, packed equals dense."""
+"""The drop-in modules: state dicts of the originals, the published module's numbers, prefix tokens,
+packed equals dense."""
 
 from __future__ import annotations
 
@@ -11,24 +12,44 @@ from jepa_kernels.nn import CrossAttention, RoPEAttention
 
 def loaded(shared_dir, name: str):
     folder = shared_dir / "golden" / "modules"
-    weights, data = (np.load(folder / f"{n}.npz") for n in (f"{name.rsplit('_', 3)[0]}_weights", name))
-    return {k: torch.from_numpy(np.array(v)) for k, v in weights.items()}, {k: torch.from_numpy(np.array(v)) for k, v in data.items()}
+    weights, data = (
+        np.load(folder / f"{n}.npz") for n in (f"{name.rsplit('_', 3)[0]}_weights", name)
+    )
+    return {k: torch.from_numpy(np.array(v)) for k, v in weights.items()}, {
+        k: torch.from_numpy(np.array(v)) for k, v in data.items()
+    }
 
 
-@pytest.mark.parametrize("name", ["rope_hd64_sq_full_interp0", "rope_hd32_rect_masked_interp1", "rope_hd64_rect_masked_interp0"])
+@pytest.mark.parametrize(
+    "name",
+    ["rope_hd64_sq_full_interp0", "rope_hd32_rect_masked_interp1", "rope_hd64_rect_masked_interp0"],
+)
 def test_published_module(shared_dir, name):
     weights, data = loaded(shared_dir, name)
     grid = (4, 4, 4) if "_sq_" in name else (3, 3, 5)
     module = RoPEAttention(
-        128, int(weights["num_heads"]), qkv_bias=True, layout="interleaved", interpolate_from=16 if name.endswith("1") else None
+        128,
+        int(weights["num_heads"]),
+        qkv_bias=True,
+        layout="interleaved",
+        interpolate_from=16 if name.endswith("1") else None,
     )
-    renamed = {"qkv_w": "qkv.weight", "qkv_b": "qkv.bias", "proj_w": "proj.weight", "proj_b": "proj.bias"}
+    renamed = {
+        "qkv_w": "qkv.weight",
+        "qkv_b": "qkv.bias",
+        "proj_w": "proj.weight",
+        "proj_b": "proj.bias",
+    }
     module.load_state_dict({new: weights[old] for old, new in renamed.items()})
     assert list(module.state_dict()) == list(renamed.values())
     x = data["x"].clone().requires_grad_()
     out = module(x, mask=data["ids"], T=grid[0], H_patches=grid[1], W_patches=grid[2])
     (out * data["cotangent"]).sum().backward()
-    results = {"out": out, "grad_x": x.grad, **{f"grad_{old}": module.get_parameter(new).grad for old, new in renamed.items()}}
+    results = {
+        "out": out,
+        "grad_x": x.grad,
+        **{f"grad_{old}": module.get_parameter(new).grad for old, new in renamed.items()},
+    }
     for key, value in results.items():
         assert (value.double() - data[key].double()).norm() <= 1e-5 * data[key].double().norm(), key
 
@@ -37,7 +58,9 @@ def test_a_whole_grid_needs_no_mask():
     module = RoPEAttention(48, 2, layout="tiled", grid_size=3)
     x = torch.randn(2, 18, 48)
     whole = module(x)
-    torch.testing.assert_close(whole, module(x, mask=torch.arange(18), T=2, H_patches=3, W_patches=3))
+    torch.testing.assert_close(
+        whole, module(x, mask=torch.arange(18), T=2, H_patches=3, W_patches=3)
+    )
     torch.testing.assert_close(whole, module(x, mask=torch.arange(18).expand(2, -1)))
 
 
@@ -55,7 +78,9 @@ def test_cross_attention_packed_equals_dense():
     assert list(module.state_dict()) == ["q.weight", "q.bias", "kv.weight", "kv.bias"]
     q, x = torch.randn(2, 3, 64), torch.randn(2, 7, 64)
     dense = module(q, x)
-    packed = module(q.flatten(0, 1), x.flatten(0, 1), torch.tensor([0, 3, 6]), torch.tensor([0, 7, 14]))
+    packed = module(
+        q.flatten(0, 1), x.flatten(0, 1), torch.tensor([0, 3, 6]), torch.tensor([0, 7, 14])
+    )
     torch.testing.assert_close(dense.flatten(0, 1), packed, rtol=1e-5, atol=1e-6)
     scores = torch.einsum(
         "bqhd,bkhd->bhqk",

@@ -2,7 +2,8 @@
 
     python -m tests.ops.fuzz_ema_update CALLS SEED
 
-Half of the calls go through the public function, half straight to torch.ops: the dispatching op and the native CPU op.
+Half of the calls go through the public function, half straight to torch.ops: the dispatching op and
+the native CPU op.
 """
 
 from __future__ import annotations
@@ -20,14 +21,25 @@ LISTS = ("targets", "sources", "copies")
 
 
 def valid(rng):
-    shapes = [tuple(rng.randint(1, 4) for _ in range(rng.randint(1, 3))) for _ in range(rng.randint(2, 4))]
+    shapes = [
+        tuple(rng.randint(1, 4) for _ in range(rng.randint(1, 3))) for _ in range(rng.randint(2, 4))
+    ]
     dtypes = (torch.float32, torch.bfloat16)
-    call = {"targets": [torch.randn(s).to(rng.choice(dtypes)) for s in shapes], "sources": [torch.randn(s) for s in shapes]}
+    call = {
+        "targets": [torch.randn(s).to(rng.choice(dtypes)) for s in shapes],
+        "sources": [torch.randn(s) for s in shapes],
+    }
     call["copies"] = [torch.zeros(s, dtype=torch.float16) for s in shapes]
     call["rounding"] = rng.choice(("nearest", "kahan", "stochastic"))
-    call["compensations"] = [torch.zeros_like(t) for t in call["targets"]] if call["rounding"] == "kahan" else []
+    call["compensations"] = (
+        [torch.zeros_like(t) for t in call["targets"]] if call["rounding"] == "kahan" else []
+    )
     call["seed"] = torch.tensor(rng.randrange(99)) if call["rounding"] == "stochastic" else None
-    call |= {"momentum": torch.tensor(0.9, dtype=torch.float64), "backend": "cpu" if native.available() else "torch", "isa": -1}
+    call |= {
+        "momentum": torch.tensor(0.9, dtype=torch.float64),
+        "backend": "cpu" if native.available() else "torch",
+        "isa": -1,
+    }
     call["streams"] = list(range(len(shapes)))
     return call
 
@@ -70,7 +82,12 @@ def not_a_list(call, rng):
 def momentum_wrong(call, rng):
     bad = (float("nan"), 1.0001, -1e-3, float("inf"))
     call["momentum"] = rng.choice(
-        (*(torch.tensor(m, dtype=torch.float64) for m in bad), torch.ones(2), torch.tensor(1), torch.tensor(0.5, device="meta"))
+        (
+            *(torch.tensor(m, dtype=torch.float64) for m in bad),
+            torch.ones(2),
+            torch.tensor(1),
+            torch.tensor(0.5, device="meta"),
+        )
     )
 
 
@@ -80,7 +97,9 @@ def rounding_wrong(call, rng):
 
 def seed_wrong(call, rng):
     call["rounding"], call["compensations"] = "stochastic", []
-    call["seed"] = rng.choice((None, torch.tensor(1.0), torch.tensor([1, 2]), torch.tensor(1, device="meta")))
+    call["seed"] = rng.choice(
+        (None, torch.tensor(1.0), torch.tensor([1, 2]), torch.tensor(1, device="meta"))
+    )
 
 
 def compensations_wrong(call, rng):
@@ -122,23 +141,44 @@ NATIVE = (*EVERY, isa_wrong, streams_wrong)
 
 def public(call):
     ema_update_(
-        call["targets"], call["sources"], call["momentum"], copies=call["copies"], rounding=call["rounding"],
-        compensations=call["compensations"] or None, seed=call["seed"], backend=call["backend"],
-    )  # fmt: skip
+        call["targets"],
+        call["sources"],
+        call["momentum"],
+        copies=call["copies"],
+        rounding=call["rounding"],
+        compensations=call["compensations"] or None,
+        seed=call["seed"],
+        backend=call["backend"],
+    )
 
 
 def direct(call):
-    names = ("targets", "sources", "momentum", "copies", "compensations", "seed", "rounding", "backend")
+    names = (
+        "targets",
+        "sources",
+        "momentum",
+        "copies",
+        "compensations",
+        "seed",
+        "rounding",
+        "backend",
+    )
     torch.ops.jepa_kernels.ema_update_(*(call[n] for n in names))
 
 
 def native_cpu(call):
     names = ("targets", "sources", "momentum", "copies", "compensations", "streams")
     rounding = {"nearest": 0, "kahan": 1, "stochastic": 2}[call["rounding"]]
-    torch.ops.jepa_kernels_native.ema_update_cpu_(*(call[n] for n in names), rounding, call["seed"], call["isa"])
+    torch.ops.jepa_kernels_native.ema_update_cpu_(
+        *(call[n] for n in names), rounding, call["seed"], call["isa"]
+    )
 
 
-WAYS = ((public, PUBLIC), (direct, DIRECT), *(((native_cpu, NATIVE),) if native.available() else ()))
+WAYS = (
+    (public, PUBLIC),
+    (direct, DIRECT),
+    *(((native_cpu, NATIVE),) if native.available() else ()),
+)
 
 if __name__ == "__main__":
     sys.exit(fuzzing.main(valid, WAYS, int(sys.argv[1]), int(sys.argv[2])))

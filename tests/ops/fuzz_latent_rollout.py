@@ -1,8 +1,10 @@
-"""Malformed calls of latent_rollout and latent_rollout_loss, run in a child process by test_fuzz.py.
+"""Malformed calls of latent_rollout and latent_rollout_loss, run in a child process by
+test_fuzz.py.
 
     python -m tests.ops.fuzz_latent_rollout CALLS SEED
 
-Half of the calls go through the public functions, half straight to torch.ops: the dispatching op, forward and backward, and the native ops.
+Half of the calls go through the public functions, half straight to torch.ops: the dispatching op,
+forward and backward, and the native ops.
 """
 
 from __future__ import annotations
@@ -13,7 +15,14 @@ from collections.abc import Callable
 import torch
 
 from jepa_kernels import native
-from jepa_kernels.ops.latent_rollout import GRU, Hamiltonian, HardRegion, ResidualMLP, latent_rollout, latent_rollout_loss
+from jepa_kernels.ops.latent_rollout import (
+    GRU,
+    Hamiltonian,
+    HardRegion,
+    ResidualMLP,
+    latent_rollout,
+    latent_rollout_loss,
+)
 from tests.ops import fuzzing
 
 HUGE = 2**40
@@ -27,9 +36,22 @@ INPUTS = (
 
 
 def valid(rng):
-    """A call of every way at once: what the public functions take, what the op takes, and what the native ops take (`n_...`)."""
-    kind, output, horizon = rng.choice(tuple(KINDS)), rng.choice(("states", "last", "errors")), rng.randint(2, 3)
-    call = {"cell": kind, "output": output, "horizon": horizon, "in_channels": [0, D], "scalar": 0.1, "exponent": 1.0, "save": True}
+    """A call of every way at once: what the public functions take, what the op takes, and what the
+    native ops take (`n_...`)."""
+    kind, output, horizon = (
+        rng.choice(tuple(KINDS)),
+        rng.choice(("states", "last", "errors")),
+        rng.randint(2, 3),
+    )
+    call = {
+        "cell": kind,
+        "output": output,
+        "horizon": horizon,
+        "in_channels": [0, D],
+        "scalar": 0.1,
+        "exponent": 1.0,
+        "save": True,
+    }
     call |= dict.fromkeys(("rows", "actions", "anchor", "anchor_rows", "targets", "target_rows"))
     call["backend"] = rng.choice(("cpu", "torch")) if native.available() else "torch"
     call["states"] = torch.randn(TABLE, D)
@@ -53,20 +75,58 @@ def valid(rng):
         call["targets"] = torch.randn(TABLE, D) if gathered else torch.randn(horizon, ROWS, D)
         call["target_rows"] = torch.randint(0, TABLE, (horizon, ROWS)) if gathered else None
         call["exponent"] = rng.choice((1.0, 1.5, 2.0))
-    call |= {"reduction": "mean", "weights": None, "sample_ids": torch.arange(ROWS) % 2, "samples": 2, "temperature": 0.5}
+    call |= {
+        "reduction": "mean",
+        "weights": None,
+        "sample_ids": torch.arange(ROWS) % 2,
+        "samples": 2,
+        "temperature": 0.5,
+    }
     out, *saved = torch.ops.jepa_kernels.latent_rollout_fwd(*(call[name] for name in INPUTS))
     given = (call["actions"], call["anchor"], call["targets"])
-    call |= {"grad_out": torch.randn_like(out), "saved": saved, "needs": [True, *[True] * len(shapes), *(t is not None for t in given)]}
+    call |= {
+        "grad_out": torch.randn_like(out),
+        "saved": saved,
+        "needs": [True, *[True] * len(shapes), *(t is not None for t in given)],
+    }
     shape = {
-        **{"start": (ROWS, H), "coupling": (H, H), "drift": (H,), "inputs": (horizon, ROWS, H), "grad_sums": (horizon, ROWS, H)},
-        **{"weight": (MIDDLE, H), "bias": (MIDDLE,), "energy": (1, MIDDLE), "following": (ROWS, H), "carried": (ROWS, H)},
-        **{"read": (H, D), "read_bias": (D,), "sums": (horizon, ROWS, H), "base": (TABLE, D), "out": (horizon, ROWS, D)},
+        **{
+            "start": (ROWS, H),
+            "coupling": (H, H),
+            "drift": (H,),
+            "inputs": (horizon, ROWS, H),
+            "grad_sums": (horizon, ROWS, H),
+        },
+        **{
+            "weight": (MIDDLE, H),
+            "bias": (MIDDLE,),
+            "energy": (1, MIDDLE),
+            "following": (ROWS, H),
+            "carried": (ROWS, H),
+        },
+        **{
+            "read": (H, D),
+            "read_bias": (D,),
+            "sums": (horizon, ROWS, H),
+            "base": (TABLE, D),
+            "out": (horizon, ROWS, D),
+        },
         **{"targets": (TABLE, D), "grad_errors": (horizon, ROWS), "grad_base": (ROWS, D)},
-        **{"state": (ROWS, D), "actions": (horizon, ROWS, A), "gates": (horizon, ROWS, 4 * D), "states": (horizon, ROWS, D)},
+        **{
+            "state": (ROWS, D),
+            "actions": (horizon, ROWS, A),
+            "gates": (horizon, ROWS, 4 * D),
+            "states": (horizon, ROWS, D),
+        },
     }
     call |= {f"n_{name}": torch.randn(size) for name, size in shape.items()}
-    call["n_weights"] = [torch.randn(s) for s in ((3 * D, A), (3 * D, D), (3 * D,), (3 * D,), (D,), (D,))]
-    call["n_base_rows"], call["n_target_rows"] = torch.randint(0, TABLE, (ROWS,)), torch.randint(0, TABLE, (horizon, ROWS))
+    call["n_weights"] = [
+        torch.randn(s) for s in ((3 * D, A), (3 * D, D), (3 * D,), (3 * D,), (D,), (D,))
+    ]
+    call["n_base_rows"], call["n_target_rows"] = (
+        torch.randint(0, TABLE, (ROWS,)),
+        torch.randint(0, TABLE, (horizon, ROWS)),
+    )
     return call | {"isa": -1}
 
 
@@ -76,7 +136,9 @@ TENSORS = ("states", "actions", "anchor", "targets")
 INDICES = ("rows", "anchor_rows", "target_rows")
 
 
-def change(call, rng, names, function: Callable[[torch.Tensor], object], parameters: bool = True) -> None:
+def change(
+    call, rng, names, function: Callable[[torch.Tensor], object], parameters: bool = True
+) -> None:
     """Changes one tensor of the call, or one parameter."""
     present = [name for name in names if call[name] is not None]
     if not present or (parameters and rng.random() < 0.5):
@@ -89,7 +151,12 @@ def change(call, rng, names, function: Callable[[torch.Tensor], object], paramet
 
 
 def wrong_rank(call, rng):
-    change(call, rng, (*TENSORS, *INDICES), rng.choice((lambda t: t[None], lambda t: t[..., 0], lambda t: t[None, None])))
+    change(
+        call,
+        rng,
+        (*TENSORS, *INDICES),
+        rng.choice((lambda t: t[None], lambda t: t[..., 0], lambda t: t[None, None])),
+    )
 
 
 def wrong_dtype(call, rng):
@@ -109,11 +176,21 @@ def wrong_width(call, rng):
 def wrong_length(call, rng):
     """Too few rows in a tensor whose rows belong to those of the rollout."""
     names = [*(n for n in ("actions", "anchor_rows", "target_rows") if call[n] is not None)]
-    names += [n for n in ("anchor", "targets") if call[n] is not None and call[f"{n.removesuffix('s')}_rows"] is None]
+    names += [
+        n
+        for n in ("anchor", "targets")
+        if call[n] is not None and call[f"{n.removesuffix('s')}_rows"] is None
+    ]
     if not names:
         change(call, rng, (), lambda t: torch.cat((t, t)))
         return
-    change(call, rng, names, lambda t: t.narrow(-1 if t.dtype == torch.int64 else -2, 0, 3), parameters=False)
+    change(
+        call,
+        rng,
+        names,
+        lambda t: t.narrow(-1 if t.dtype == torch.int64 else -2, 0, 3),
+        parameters=False,
+    )
 
 
 def sparse(call, rng):
@@ -122,7 +199,12 @@ def sparse(call, rng):
 
 def huge(call, rng):
     """A view of one element that claims a size no machine has."""
-    change(call, rng, TENSORS, lambda t: torch.zeros(1).as_strided((*t.shape[:-1], HUGE), (0,) * t.dim()))
+    change(
+        call,
+        rng,
+        TENSORS,
+        lambda t: torch.zeros(1).as_strided((*t.shape[:-1], HUGE), (0,) * t.dim()),
+    )
 
 
 def not_a_tensor(call, rng):
@@ -149,7 +231,9 @@ def rows_wrong_kind(call, rng):
 def horizon_wrong(call, rng):
     call["horizon"] = rng.choice((0, -1, -HUGE, 2.5, "2", None))
     if call["targets"] is not None and call["target_rows"] is None:
-        call["targets"] = call["targets"][:0]  # the public function takes its horizon from the targets
+        call["targets"] = call["targets"][
+            :0
+        ]  # the public function takes its horizon from the targets
     elif call["targets"] is not None:
         call["target_rows"] = call["target_rows"][:0]
 
@@ -165,7 +249,19 @@ def in_channels_wrong(call, rng):
     if call["cell"] != "residual_mlp":
         scalar_wrong(call, rng)
     else:
-        bad = ([0, D + 1], [-1, 4], [4, 2], [2, 4, 3, 6], [4, 6, 0, 2], [0, HUGE], [0, 0], [1, 4], [], [0], [0, 2, 4])
+        bad = (
+            [0, D + 1],
+            [-1, 4],
+            [4, 2],
+            [2, 4, 3, 6],
+            [4, 6, 0, 2],
+            [0, HUGE],
+            [0, 0],
+            [1, 4],
+            [],
+            [0],
+            [0, 2, 4],
+        )
         call["in_channels"] = rng.choice(bad)
 
 
@@ -217,14 +313,34 @@ def weights_wrong(call, rng):
         return
     fault = rng.randrange(4)
     if fault == 0:
-        bad = (3, "x", torch.ones(ROWS + 1), torch.ones(1), torch.ones(ROWS, 1), torch.ones(ROWS, device="meta"))
-        call["weights"] = rng.choice((*bad, torch.ones(ROWS, dtype=torch.complex64), torch.ones(ROWS).to_sparse()))
+        bad = (
+            3,
+            "x",
+            torch.ones(ROWS + 1),
+            torch.ones(1),
+            torch.ones(ROWS, 1),
+            torch.ones(ROWS, device="meta"),
+        )
+        call["weights"] = rng.choice(
+            (*bad, torch.ones(ROWS, dtype=torch.complex64), torch.ones(ROWS).to_sparse())
+        )
         return
     call["weights"] = "region"
     if fault == 1:
-        bad = (torch.arange(ROWS + 1), torch.arange(ROWS).int(), torch.arange(ROWS).float(), torch.zeros(ROWS, 1).long(), 3)
+        bad = (
+            torch.arange(ROWS + 1),
+            torch.arange(ROWS).int(),
+            torch.arange(ROWS).float(),
+            torch.zeros(ROWS, 1).long(),
+            3,
+        )
         call["sample_ids"] = rng.choice(
-            (*bad, torch.tensor([0, 1, 2, 0, 0]), torch.tensor([0, -1, 1, 0, 0]), torch.arange(ROWS).to("meta"))
+            (
+                *bad,
+                torch.tensor([0, 1, 2, 0, 0]),
+                torch.tensor([0, -1, 1, 0, 0]),
+                torch.arange(ROWS).to("meta"),
+            )
         )
     elif fault == 2:
         call["samples"] = rng.choice((0, -1, 1, 2.0, "2", None))
@@ -251,7 +367,9 @@ def output_and_targets_disagree(call, rng):
 
 
 def channel_stride(call, rng):
-    change(call, rng, ("states", "anchor", "targets"), lambda t: t.mT.contiguous().mT, parameters=False)
+    change(
+        call, rng, ("states", "anchor", "targets"), lambda t: t.mT.contiguous().mT, parameters=False
+    )
 
 
 def narrow_rows(call, rng):
@@ -259,7 +377,9 @@ def narrow_rows(call, rng):
 
 
 def parameters_wrong(call, rng):
-    call["parameters"] = rng.choice((call["parameters"][:-1], [*call["parameters"], torch.zeros(D)], []))
+    call["parameters"] = rng.choice(
+        (call["parameters"][:-1], [*call["parameters"], torch.zeros(D)], [])
+    )
 
 
 def grad_out_wrong(call, rng):
@@ -277,9 +397,20 @@ def grad_out_wrong(call, rng):
 def saved_wrong(call, rng):
     full = [i for i, t in enumerate(call["saved"]) if t.numel()]
     i = rng.choice(full)
-    changes = (lambda t: t.double(), lambda t: t[..., :-1], lambda t: t[None], lambda t: t.to("meta"), lambda t: t[:0], lambda t: t.half())
+    changes = (
+        lambda t: t.double(),
+        lambda t: t[..., :-1],
+        lambda t: t[None],
+        lambda t: t.to("meta"),
+        lambda t: t[:0],
+        lambda t: t.half(),
+    )
     call["saved"] = rng.choice(
-        ([*call["saved"][:i], rng.choice(changes)(call["saved"][i]), *call["saved"][i + 1 :]], call["saved"][:2], [])
+        (
+            [*call["saved"][:i], rng.choice(changes)(call["saved"][i]), *call["saved"][i + 1 :]],
+            call["saved"][:2],
+            [],
+        )
     )
 
 
@@ -292,31 +423,67 @@ def nothing_saved(call, rng):
 
 
 EVERY = (
-    *(wrong_rank, wrong_dtype, wrong_device, wrong_width, wrong_length, sparse, huge, not_a_tensor, rows_out_of_range, rows_wrong_kind),
-    *(horizon_wrong, scalar_wrong, in_channels_wrong, exponent_wrong, output_wrong, cell_wrong, argument_of_another_cell),
+    *(
+        wrong_rank,
+        wrong_dtype,
+        wrong_device,
+        wrong_width,
+        wrong_length,
+        sparse,
+        huge,
+        not_a_tensor,
+        rows_out_of_range,
+        rows_wrong_kind,
+    ),
+    *(
+        horizon_wrong,
+        scalar_wrong,
+        in_channels_wrong,
+        exponent_wrong,
+        output_wrong,
+        cell_wrong,
+        argument_of_another_cell,
+    ),
     *(missing_argument, odd_channels, backend_unknown),
 )
 PUBLIC = (*EVERY, weights_wrong, reduction_wrong)
-DIRECT = (*EVERY, another_horizon, output_and_targets_disagree, channel_stride, narrow_rows, parameters_wrong)
+DIRECT = (
+    *EVERY,
+    another_horizon,
+    output_and_targets_disagree,
+    channel_stride,
+    narrow_rows,
+    parameters_wrong,
+)
 BACKWARD = (*DIRECT, grad_out_wrong, saved_wrong, needs_wrong, nothing_saved)
 
 
 def public(call):
     edges = call["in_channels"]
     kind = KINDS.get(call["cell"], lambda *_: call["cell"])
-    extra = list(zip(edges[::2], edges[1::2], strict=False)) + [(e,) for e in edges[-1:] if len(edges) % 2]
+    extra = list(zip(edges[::2], edges[1::2], strict=False)) + [
+        (e,) for e in edges[-1:] if len(edges) % 2
+    ]
     cell = kind(*call["parameters"], extra if call["cell"] == "residual_mlp" else call["scalar"])
     options = {name: call[name] for name in ("rows", "actions", "anchor", "anchor_rows", "backend")}
     try:
         if call["targets"] is None:
-            return latent_rollout(call["states"], cell, call["horizon"], output=call["output"], **options)
+            return latent_rollout(
+                call["states"], cell, call["horizon"], output=call["output"], **options
+            )
         weights = call["weights"]
         if isinstance(weights, str) and weights == "region":
             weights = HardRegion(call["sample_ids"], call["samples"], call["temperature"])
-        options |= {"target_rows": call["target_rows"], "exponent": call["exponent"], "weights": weights, "reduction": call["reduction"]}
+        options |= {
+            "target_rows": call["target_rows"],
+            "exponent": call["exponent"],
+            "weights": weights,
+            "reduction": call["reduction"],
+        }
         return latent_rollout_loss(call["states"], cell, call["targets"], **options)
     except (TypeError, ValueError) as error:
-        # What a user reads is this package's sentence, not one that torch or Python happened to raise further down.
+        # What a user reads is this package's sentence, not one that torch or Python happened to
+        # raise further down.
         if not str(error).startswith(("latent_rollout: ", "jepa_kernels: ")):
             raise AssertionError(f"not a sentence of latent_rollout: {error}") from error
         raise
@@ -327,17 +494,23 @@ def direct_forward(call):
 
 
 def direct_backward(call):
-    return torch.ops.jepa_kernels.latent_rollout_bwd(call["grad_out"], call["saved"], call["needs"], *(call[name] for name in INPUTS))
+    return torch.ops.jepa_kernels.latent_rollout_bwd(
+        call["grad_out"], call["saved"], call["needs"], *(call[name] for name in INPUTS)
+    )
 
 
 # The native ops: every tensor of each, spoilt in turn.
 
 
 def _native(name: str, *arguments: object) -> fuzzing.Way:
-    """A way and its faults. Strings name tensors `n_...` of the call, or its isa; the rest is passed as it is."""
+    """A way and its faults. Strings name tensors `n_...` of the call, or its isa; the rest is
+    passed as it is."""
 
     def way(call):
-        given = [a if not isinstance(a, str) else call["isa"] if a == "isa" else call[f"n_{a}"] for a in arguments]
+        given = [
+            a if not isinstance(a, str) else call["isa"] if a == "isa" else call[f"n_{a}"]
+            for a in arguments
+        ]
         return getattr(torch.ops.jepa_kernels_native, f"latent_rollout_{name}")(*given)
 
     tensors = [f"n_{a}" for a in arguments if isinstance(a, str) and a != "isa"]
@@ -349,14 +522,18 @@ def _native(name: str, *arguments: object) -> fuzzing.Way:
 
     kinds = (torch.float64, torch.float16, torch.int32, torch.bool)
     faults = {
-        "dtype": lambda call, rng: change(call, rng, floats, lambda t: t.to(rng.choice(kinds)), parameters=False),
+        "dtype": lambda call, rng: change(
+            call, rng, floats, lambda t: t.to(rng.choice(kinds)), parameters=False
+        ),
         "wider": spoil(floats, lambda t: torch.cat((t, t), -1)),
         "flat": spoil(floats, lambda t: t.flatten() if t.dim() > 1 else t[0]),
         "scalar": spoil(tensors, lambda t: t.flatten()[0]),
         "deeper": spoil(floats, lambda t: t[None]),
         "device": spoil(tensors, lambda t: t.to("meta")),
         "sparse": spoil(floats, lambda t: t.to_sparse()),
-        "huge": spoil(floats, lambda t: torch.zeros(1).as_strided((*t.shape[:-1], HUGE), (0,) * t.dim())),
+        "huge": spoil(
+            floats, lambda t: torch.zeros(1).as_strided((*t.shape[:-1], HUGE), (0,) * t.dim())
+        ),
         "isa": lambda call, rng: call.update(isa=rng.choice((-2, 4, 99, -(2**31), HUGE))),
     }
     if indices:
@@ -365,7 +542,11 @@ def _native(name: str, *arguments: object) -> fuzzing.Way:
         )
         faults["index_short"] = spoil(indices, lambda t: t[..., :-1].contiguous())
         faults["index_range"] = lambda call, rng: change(
-            call, rng, indices, lambda t: torch.full_like(t, rng.choice((-1, TABLE, HUGE, -HUGE))), parameters=False
+            call,
+            rng,
+            indices,
+            lambda t: torch.full_like(t, rng.choice((-1, TABLE, HUGE, -HUGE))),
+            parameters=False,
         )
     way.__name__ = f"native_{name}"
     for fault_name, fault in faults.items():
@@ -377,16 +558,58 @@ READ = ("sums", "read", "read_bias", "base", "base_rows")
 NATIVE = (
     _native("mlp_fwd", "start", "coupling", "drift", 3, True, True, "isa"),
     _native("mlp_bwd", "inputs", "coupling", "grad_sums", "isa"),
-    _native("hamiltonian_fwd", "start", "weight", "bias", "energy", "coupling", 0.1, 3, True, True, "isa"),
-    _native("hamiltonian_bwd", "start", "weight", "bias", "energy", "coupling", 0.1, False, "following", "carried", "isa"),
+    _native(
+        "hamiltonian_fwd",
+        "start",
+        "weight",
+        "bias",
+        "energy",
+        "coupling",
+        0.1,
+        3,
+        True,
+        True,
+        "isa",
+    ),
+    _native(
+        "hamiltonian_bwd",
+        "start",
+        "weight",
+        "bias",
+        "energy",
+        "coupling",
+        0.1,
+        False,
+        "following",
+        "carried",
+        "isa",
+    ),
     _native("readout", *READ, 1, "out", "isa"),
     _native("errors", *READ, "targets", "target_rows", 1.0, True, "isa"),
-    _native("errors_gradient", *READ, "targets", "target_rows", 2.0, None, 1, "grad_errors", "grad_base", "isa"),
+    _native(
+        "errors_gradient",
+        *READ,
+        "targets",
+        "target_rows",
+        2.0,
+        None,
+        1,
+        "grad_errors",
+        "grad_base",
+        "isa",
+    ),
     _native("gru_fwd", "state", "actions", "weights", 1e-5, True, True, "isa"),
-    _native("gru_bwd", "state", "actions", "states", "gates", "weights", 1e-5, "states", True, "isa"),
+    _native(
+        "gru_bwd", "state", "actions", "states", "gates", "weights", 1e-5, "states", True, "isa"
+    ),
 )
 
-WAYS = ((public, PUBLIC), (direct_forward, DIRECT), (direct_backward, BACKWARD), *(NATIVE if native.available() else ()))
+WAYS = (
+    (public, PUBLIC),
+    (direct_forward, DIRECT),
+    (direct_backward, BACKWARD),
+    *(NATIVE if native.available() else ()),
+)
 
 if __name__ == "__main__":
     sys.exit(fuzzing.main(valid, WAYS, int(sys.argv[1]), int(sys.argv[2])))

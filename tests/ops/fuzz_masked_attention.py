@@ -1,9 +1,11 @@
-"""Malformed calls of masked_attention, run in a child process by test_fuzz.py: every one must be refused with a sentence.
+"""Malformed calls of masked_attention, run in a child process by test_fuzz.py: every one must be
+refused with a sentence.
 
     python -m tests.ops.fuzz_masked_attention CALLS SEED
 
-Half of the calls go through the public function, half straight to torch.ops: the dispatching op and the native CPU op, forward and backward.
-Prints one JSON line with the number of calls per way; the first silent result, unexpected exception or NaN ends the process with status 1.
+Half of the calls go through the public function, half straight to torch.ops: the dispatching op and
+the native CPU op, forward and backward. Prints one JSON line with the number of calls per way; the
+first silent result, unexpected exception or NaN ends the process with status 1.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ HUGE = 2**40
 
 
 class Arguments(dict):
-    """A valid call by name; `direct` calls carry the table, grid and backend of the op instead of a Rope3D."""
+    """A valid call by name; `direct` calls carry the table, grid and backend of the op instead of a
+    Rope3D."""
 
     def __getattr__(self, name):
         return self[name]
@@ -40,8 +43,14 @@ def valid(rng: random.Random) -> Arguments:
     call = Arguments({n: torch.randn(shape) for n in ("query", "key", "value", "grad_out", "out")})
     call["query_ids"], call["key_ids"] = (torch.randint(-1, 12, ids_shape) for _ in range(2))
     offsets = torch.tensor([0, 4, 4, 9], dtype=rng.choice((torch.int32, torch.int64)))
-    call["cu_seqlens_q"], call["cu_seqlens_k"] = (offsets.clone(), offsets.clone()) if packed else (None, None)
-    call["rope"], call["rope_table"], call["grid"] = rope, rope.table(head_dim, torch.device("cpu")), list(rope.grid)
+    call["cu_seqlens_q"], call["cu_seqlens_k"] = (
+        (offsets.clone(), offsets.clone()) if packed else (None, None)
+    )
+    call["rope"], call["rope_table"], call["grid"] = (
+        rope,
+        rope.table(head_dim, torch.device("cpu")),
+        list(rope.grid),
+    )
     call["lse"] = torch.zeros((heads, 9) if packed else (2, heads, 5))
     call["scale"], call["backend"], call["isa"] = 0.3, rng.choice(("cpu", "torch")), -1
     return call
@@ -62,7 +71,11 @@ def wrong_rank(call, rng, backward):
 
 def wrong_dtype(call, rng, backward):
     name = _rows(rng, backward)
-    call[name] = call[name].to(rng.choice((torch.int32, torch.bool, torch.complex64, torch.float64, torch.float16, torch.int8)))
+    call[name] = call[name].to(
+        rng.choice(
+            (torch.int32, torch.bool, torch.complex64, torch.float64, torch.float16, torch.int8)
+        )
+    )
 
 
 def wrong_device(call, rng, backward):
@@ -81,19 +94,29 @@ def wrong_width(call, rng, backward):
 
 
 def wrong_tokens(call, rng, backward):
-    name = _choose(rng, "key", "value") if not backward else _choose(rng, "value", "grad_out", "out")
+    name = (
+        _choose(rng, "key", "value") if not backward else _choose(rng, "value", "grad_out", "out")
+    )
     call[name] = call[name].narrow(call[name].dim() - 3, 0, 3)
 
 
 def ids_out_of_range(call, rng, backward):
     name = _choose(rng, "query_ids", "key_ids")
-    call[name].flatten()[rng.randrange(call[name].numel())] = rng.choice((-2, 12, 10**6, 2**31, -(2**31), 2**62, -(2**63)))
+    call[name].flatten()[rng.randrange(call[name].numel())] = rng.choice(
+        (-2, 12, 10**6, 2**31, -(2**31), 2**62, -(2**63))
+    )
 
 
 def ids_wrong_kind(call, rng, backward):
     name = _choose(rng, "query_ids", "key_ids")
     call[name] = rng.choice(
-        (lambda t: t.float(), lambda t: t.bool(), lambda t: t[..., :-1], lambda t: t[None, None], lambda t: t.to(torch.int16))
+        (
+            lambda t: t.float(),
+            lambda t: t.bool(),
+            lambda t: t[..., :-1],
+            lambda t: t[None, None],
+            lambda t: t.to(torch.int16),
+        )
     )(call[name])
 
 
@@ -103,7 +126,15 @@ def offsets_wrong(call, rng, backward):
         call["cu_seqlens_k"] = torch.tensor([0, 2])
         return
     bad = rng.choice(
-        ([0, 5, 4, 9], [1, 4, 4, 9], [-1, 4, 4, 9], [0, 4, 4, 10], [0, HUGE, HUGE, HUGE], [0, -HUGE, 4, 9], [0, 4, 2**31 - 1, 9])
+        (
+            [0, 5, 4, 9],
+            [1, 4, 4, 9],
+            [-1, 4, 4, 9],
+            [0, 4, 4, 10],
+            [0, HUGE, HUGE, HUGE],
+            [0, -HUGE, 4, 9],
+            [0, 4, 2**31 - 1, 9],
+        )
     )
     dtype = torch.int64 if max(map(abs, bad)) >= 2**31 else call[name].dtype
     call[name] = torch.tensor(bad, dtype=dtype)
@@ -115,7 +146,14 @@ def offsets_wrong_kind(call, rng, backward):
         call["cu_seqlens_k"] = torch.tensor([0, 2])
         return
     change = rng.choice(
-        (lambda t: t.float(), lambda t: t[:-1], lambda t: t[:0], lambda t: t[None], lambda t: t.to(torch.int16), lambda t: t.to("meta"))
+        (
+            lambda t: t.float(),
+            lambda t: t[:-1],
+            lambda t: t[:0],
+            lambda t: t[None],
+            lambda t: t.to(torch.int16),
+            lambda t: t.to("meta"),
+        )
     )
     call[name] = change(call[name])
 
@@ -156,11 +194,25 @@ def huge(call, rng, backward):
     name = _choose(rng, "key", "value", "query")
     shape = list(call[name].shape)
     shape[-3] = HUGE
-    call[name] = torch.zeros(1).as_strided(shape, [0] * (len(shape) - 1) + [1] if shape[-1] == 1 else [0] * len(shape))
+    call[name] = torch.zeros(1).as_strided(
+        shape, [0] * (len(shape) - 1) + [1] if shape[-1] == 1 else [0] * len(shape)
+    )
 
 
 def grid_wrong(call, rng, backward):
-    call["grid"] = rng.choice(([], [1], [0, 3, 2], [-1, 3, 2], [HUGE, HUGE, HUGE], [2, 3, 3], [1, 3, 2], [2**31, 1, 1], [2, 3, 2, 1]))
+    call["grid"] = rng.choice(
+        (
+            [],
+            [1],
+            [0, 3, 2],
+            [-1, 3, 2],
+            [HUGE, HUGE, HUGE],
+            [2, 3, 3],
+            [1, 3, 2],
+            [2**31, 1, 1],
+            [2, 3, 2, 1],
+        )
+    )
 
 
 def channel_stride(call, rng, backward):
@@ -176,7 +228,13 @@ def missing_argument(call, rng, backward):
 
 def lse_wrong(call, rng, backward):
     call["lse"] = rng.choice(
-        (lambda t: t.double(), lambda t: t[..., :-1], lambda t: t[None], lambda t: t.to("meta"), lambda t: t.flatten())
+        (
+            lambda t: t.double(),
+            lambda t: t[..., :-1],
+            lambda t: t[None],
+            lambda t: t.to("meta"),
+            lambda t: t.flatten(),
+        )
     )(call["lse"])
 
 
@@ -220,12 +278,16 @@ def direct_forward(call) -> object:
 
 def direct_backward(call) -> object:
     rows = (call.grad_out, call.query, call.key, call.value)
-    return torch.ops.jepa_kernels.masked_attention_bwd(*rows, *_common(call), call.out, call.lse, call.grid, call.scale, call.backend)
+    return torch.ops.jepa_kernels.masked_attention_bwd(
+        *rows, *_common(call), call.out, call.lse, call.grid, call.scale, call.backend
+    )
 
 
 def native_forward(call) -> object:
     rows = (call.query, call.key, call.value)
-    return torch.ops.jepa_kernels_native.masked_attention_cpu_fwd(*rows, *_common(call), call.grid, call.scale, call.isa)
+    return torch.ops.jepa_kernels_native.masked_attention_cpu_fwd(
+        *rows, *_common(call), call.grid, call.scale, call.isa
+    )
 
 
 def native_backward(call) -> object:
@@ -249,7 +311,11 @@ def main(calls: int, seed: int) -> int:
     torch.manual_seed(seed)
     done: Counter[str] = Counter()
     ways = WAYS if native.available() else WAYS[:3]
-    for way, _, _ in ways:  # the unchanged call is accepted, or every refusal below would prove nothing
+    for (
+        way,
+        _,
+        _,
+    ) in ways:  # the unchanged call is accepted, or every refusal below would prove nothing
         for _ in range(20):
             call = valid(rng)
             call["backend"] = call.backend if native.available() else "torch"
@@ -259,17 +325,25 @@ def main(calls: int, seed: int) -> int:
         call = valid(rng)
         call["backend"] = call.backend if native.available() else "torch"
         fault = rng.choice(faults)
-        print(f"{i} {way.__name__} {fault.__name__}", file=sys.stderr, flush=True)  # the last line names a crash
+        print(
+            f"{i} {way.__name__} {fault.__name__}", file=sys.stderr, flush=True
+        )  # the last line names a crash
         fault(call, rng, backward)
         try:
             result = way(call)
         except REFUSALS as error:
             text = str(error)
             if len(text) < 10 or "Traceback" in text:
-                print(f"call {i}: {way.__name__} after {fault.__name__} was refused without a sentence: {error!r}")
+                print(
+                    f"call {i}: {way.__name__} after {fault.__name__} was refused without a "
+                    f"sentence: {error!r}"
+                )
                 return 1
         else:
-            kinds = [(tuple(t.shape), t.dtype, t.device.type) for t in (result if isinstance(result, tuple) else (result,))]
+            kinds = [
+                (tuple(t.shape), t.dtype, t.device.type)
+                for t in (result if isinstance(result, tuple) else (result,))
+            ]
             print(f"call {i}: {way.__name__} after {fault.__name__} gave a silent result {kinds}")
             return 1
         done[way.__name__] += 1

@@ -1,4 +1,5 @@
-"""AdamWEMA: torch.optim.AdamW and a teacher's average to rounding, and what users of torch's optimizer rely on."""
+"""AdamWEMA: torch.optim.AdamW and a teacher's average to rounding, and what users of torch's
+optimizer rely on."""
 
 from __future__ import annotations
 
@@ -29,7 +30,10 @@ def model(dtype=torch.float32):
 def groups(module, **extra):
     decayed = [p for p in module.parameters() if p.dim() > 1]
     others = [p for p in module.parameters() if p.dim() <= 1]
-    return [{"params": decayed, "weight_decay": 0.1, **extra}, {"params": others, "weight_decay": 0.0, "lr": 3e-3, "betas": (0.8, 0.95)}]
+    return [
+        {"params": decayed, "weight_decay": 0.1, **extra},
+        {"params": others, "weight_decay": 0.0, "lr": 3e-3, "betas": (0.8, 0.95)},
+    ]
 
 
 def train(module, optimizer, steps, seed=0, after=None, clip=None):
@@ -51,7 +55,10 @@ def train(module, optimizer, steps, seed=0, after=None, clip=None):
 def test_equals_adamw_and_an_average_over_100_steps(backend, maximize):
     ours, theirs = model(), model()
     momentum = LinearMomentum(0.9, 0.99, 50)
-    teacher, twin = EMATeacher(ours, momentum, backend=backend), EMATeacher(theirs, momentum, backend="reference")
+    teacher, twin = (
+        EMATeacher(ours, momentum, backend=backend),
+        EMATeacher(theirs, momentum, backend="reference"),
+    )
     fused = AdamWEMA(groups(ours, maximize=maximize), lr=1e-2, teacher=teacher, backend=backend)
     plain = torch.optim.AdamW(groups(theirs, maximize=maximize), lr=1e-2)
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 100) for o in (fused, plain)]
@@ -59,18 +66,27 @@ def test_equals_adamw_and_an_average_over_100_steps(backend, maximize):
     train(theirs, plain, 100, after=lambda: (twin.update(), schedules[1].step()))
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
-    for (name, a), b in zip(teacher.module.named_parameters(), twin.module.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"teacher {n}: {m}")
+    for (name, a), b in zip(
+        teacher.module.named_parameters(), twin.module.parameters(), strict=True
+    ):
+        torch.testing.assert_close(
+            a, b, rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"teacher {n}: {m}"
+        )
     assert teacher.num_updates == 100
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_stay_close_to_torch(dtype):
     ours, theirs = model(dtype), model(dtype)
-    fused, plain = AdamWEMA(groups(ours), lr=1e-2), torch.optim.AdamW(groups(theirs), lr=1e-2, fused=True)
+    fused, plain = (
+        AdamWEMA(groups(ours), lr=1e-2),
+        torch.optim.AdamW(groups(theirs), lr=1e-2, fused=True),
+    )
     train(ours, fused, 10)
     train(theirs, plain, 10)
-    tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 0.05, "atol": 0.02}
+    tolerance = (
+        {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 0.05, "atol": 0.02}
+    )
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, **tolerance)
 
@@ -86,7 +102,11 @@ def test_published_steps(backend, tag, shared_dir):
     present = sorted(set(member.values()))
     student = nn.ParameterDict({n.replace(".", "/"): p for n, p in params.items()})
     teacher = EMATeacher(student, 0.9)
-    optimizer = AdamWEMA([{"params": [params[n] for n in names if member[n] == g]} for g in present], teacher=teacher, backend=backend)
+    optimizer = AdamWEMA(
+        [{"params": [params[n] for n in names if member[n] == g]} for g in present],
+        teacher=teacher,
+        backend=backend,
+    )
     expected = {n: torch.from_numpy(numbers[f"{tag}_p0_{n}"]).double() for n in names}
     for step in range(3):
         for group, g in zip(optimizer.param_groups, present, strict=True):
@@ -97,9 +117,13 @@ def test_published_steps(backend, tag, shared_dir):
         optimizer.step()
         for n in names:
             wanted = numbers[f"{tag}_p{step + 1}_{n}"]
-            np.testing.assert_allclose(params[n].detach().numpy(), wanted, rtol=1e-6, atol=1e-7, err_msg=n)
+            np.testing.assert_allclose(
+                params[n].detach().numpy(), wanted, rtol=1e-6, atol=1e-7, err_msg=n
+            )
             expected[n] = 0.9 * expected[n] + 0.1 * torch.from_numpy(wanted).double()
-            torch.testing.assert_close(teacher.module[n.replace(".", "/")].double(), expected[n], rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                teacher.module[n.replace(".", "/")].double(), expected[n], rtol=1e-6, atol=1e-6
+            )
 
 
 def test_checkpoints_are_torchs():
@@ -128,7 +152,9 @@ def test_amsgrad_is_refused_everywhere():
         AdamWEMA(model().parameters(), amsgrad=True)
     optimizer = AdamWEMA(model().parameters())
     with pytest.raises(ValueError, match="amsgrad must be False"):
-        optimizer.load_state_dict(torch.optim.AdamW(model().parameters(), amsgrad=True).state_dict())
+        optimizer.load_state_dict(
+            torch.optim.AdamW(model().parameters(), amsgrad=True).state_dict()
+        )
     with pytest.raises(ValueError, match="amsgrad must be False"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "amsgrad": True})
     with pytest.raises(TypeError, match="teacher must be an EMATeacher or None, got Linear"):
@@ -157,9 +183,19 @@ def test_parameters_without_gradient_and_buffers_move_the_teacher():
     optimizer.step()
     for name, value in teacher.module.state_dict().items():
         new = encoder.state_dict()[name]
-        torch.testing.assert_close(value, new if name.endswith("tracked") else (old[name] + new) / 2, msg=lambda m, n=name: f"{n}: {m}")
-    assert teacher.module.frozen.tolist() == [1.0] * 4 and int(teacher.module.norm.num_batches_tracked) == 1
-    assert optimizer.state[encoder.used.weight]["step"] == 1 and encoder.unused.weight not in optimizer.state
+        torch.testing.assert_close(
+            value,
+            new if name.endswith("tracked") else (old[name] + new) / 2,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+    assert (
+        teacher.module.frozen.tolist() == [1.0] * 4
+        and int(teacher.module.norm.num_batches_tracked) == 1
+    )
+    assert (
+        optimizer.state[encoder.used.weight]["step"] == 1
+        and encoder.unused.weight not in optimizer.state
+    )
 
 
 @pytest.mark.parametrize("forward_dtype", [None, torch.bfloat16])
@@ -175,11 +211,16 @@ def test_the_teachers_options_hold_in_the_fused_step(forward_dtype, rounding):
         "backend": "reference",
     }
     teacher, twin = EMATeacher(ours, 0.9, **options), EMATeacher(theirs, 0.9, **options)
-    fused, plain = AdamWEMA(groups(ours), teacher=teacher, backend="reference"), AdamWEMA(groups(theirs), backend="reference")
+    fused, plain = (
+        AdamWEMA(groups(ours), teacher=teacher, backend="reference"),
+        AdamWEMA(groups(theirs), backend="reference"),
+    )
     train(ours, fused, 4)
     train(theirs, plain, 4, after=twin.update)
     # Bits of stochastic rounding depend on the place in the list, which differs.
-    tolerance = {"rtol": 0.02, "atol": 1e-3} if rounding == "stochastic" else {"rtol": 0.0, "atol": 0.0}
+    tolerance = (
+        {"rtol": 0.02, "atol": 1e-3} if rounding == "stochastic" else {"rtol": 0.0, "atol": 0.0}
+    )
     for a, b in zip(teacher.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, **tolerance)
     assert (teacher.forward_copy is None) == (forward_dtype is torch.bfloat16)
@@ -201,7 +242,10 @@ def test_grad_scaler_scales_and_skips(backend):
         before = [t.clone() for t in (*ours.parameters(), *teacher.parameters())]
         scaler.step(optimizer)
         scaler.update()
-        same = all(torch.equal(a, b) for a, b in zip(before, (*ours.parameters(), *teacher.parameters()), strict=True))
+        same = all(
+            torch.equal(a, b)
+            for a, b in zip(before, (*ours.parameters(), *teacher.parameters()), strict=True)
+        )
         assert same == bad, step
         if not bad:
             plain.zero_grad()
@@ -223,10 +267,13 @@ SCHEDULES = {
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_skipped_steps_leave_no_trace(backend, schedule):
-    """Flags by attribute, as a training loop sets them: what is left is a run without those steps, momentum included."""
+    """Flags by attribute, as a training loop sets them: what is left is a run without those steps,
+    momentum included."""
     ours, theirs = model(), model()
     flagged, plain = ((m, EMATeacher(m, **SCHEDULES[schedule])) for m in (ours, theirs))
-    optimizers = [AdamWEMA(groups(m), teacher=teacher, backend=backend) for m, teacher in (flagged, plain)]
+    optimizers = [
+        AdamWEMA(groups(m), teacher=teacher, backend=backend) for m, teacher in (flagged, plain)
+    ]
     for skipped in (True, False, True, True, False, False):
         for (module, _), optimizer in zip((flagged, plain), optimizers, strict=True):
             optimizer.zero_grad()
@@ -235,7 +282,11 @@ def test_skipped_steps_leave_no_trace(backend, schedule):
         optimizers[0].step()
         if not skipped:
             optimizers[1].step()
-    for a, b in zip((*ours.parameters(), *flagged[1].parameters()), (*theirs.parameters(), *plain[1].parameters()), strict=True):
+    for a, b in zip(
+        (*ours.parameters(), *flagged[1].parameters()),
+        (*theirs.parameters(), *plain[1].parameters()),
+        strict=True,
+    ):
         assert torch.equal(a, b)
     assert all(int(state["step"]) == 3 for state in optimizers[0].state.values())
     assert flagged[1].num_updates == 3
@@ -276,7 +327,9 @@ def test_a_teacher_takes_a_copy_that_is_there_already():
     with torch.no_grad():
         student[0].weight.add_(1.0)
     teacher.update()
-    torch.testing.assert_close(student[0].weight - copied[0].weight, torch.full_like(copied[0].weight, 0.5))
+    torch.testing.assert_close(
+        student[0].weight - copied[0].weight, torch.full_like(copied[0].weight, 0.5)
+    )
     for wrong in (student, nn.Linear(2, 2)):
         with pytest.raises(ValueError, match="EMATeacher: module must be a copy of the student"):
             EMATeacher(student, module=wrong)
@@ -313,8 +366,12 @@ def test_copies_keep_their_teacher():
     train(module, optimizer, 1)
     again = copy.deepcopy(optimizer)
     assert again.backend == "reference" and again.teacher.num_updates == 1
-    assert again.teacher is not optimizer.teacher and again.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
-    # A deep copy of the optimizer alone has parameters of its own; its teacher follows the copied student.
+    assert (
+        again.teacher is not optimizer.teacher
+        and again.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    )
+    # A deep copy of the optimizer alone has parameters of its own; its teacher follows the copied
+    # student.
     for parameter in again.param_groups[0]["params"]:
         parameter.grad = torch.ones_like(parameter)
     again.step()
@@ -375,6 +432,8 @@ def test_capturable_steps_replay(backend):
         one(theirs, plain)
         twin.update()
     for a, b in zip(
-        itertools.chain(ours.parameters(), teacher.parameters()), itertools.chain(theirs.parameters(), twin.parameters()), strict=True
+        itertools.chain(ours.parameters(), teacher.parameters()),
+        itertools.chain(theirs.parameters(), twin.parameters()),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

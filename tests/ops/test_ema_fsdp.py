@@ -11,12 +11,16 @@ from jepa_kernels import ema_update_
 from jepa_kernels.nn import EMATeacher
 from jepa_kernels.optim import AdamWEMA
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo process group")
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(),
+    reason="this torch has no gloo process group",
+)
 STEPS = 3
 
 
 class Encoder(nn.Module):
-    """A parameter of the root itself, one smaller than the world (an empty shard), and two sharded blocks."""
+    """A parameter of the root itself, one smaller than the world (an empty shard), and two sharded
+    blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +58,10 @@ def run(encoder: Encoder, teacher: EMATeacher, fused: bool, backend: str | None)
 
 
 def whole(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach() for n, t in module.state_dict().items()}
+    return {
+        n: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach()
+        for n, t in module.state_dict().items()
+    }
 
 
 def worker(rank: int, folder: str, fused: bool, backend: str | None) -> None:
@@ -93,7 +100,9 @@ def refusals(encoder: Encoder, teacher: EMATeacher) -> list[str]:
     for call in (
         lambda: ema_update_([t.to_local() for t in targets], sources, 0.5),
         lambda: ema_update_(
-            [t.full_tensor() for t in targets], [s.redistribute(placements=[torch.distributed.tensor.Replicate()]) for s in sources], 0.5
+            [t.full_tensor() for t in targets],
+            [s.redistribute(placements=[torch.distributed.tensor.Replicate()]) for s in sources],
+            0.5,
         ),
         lambda: EMATeacher(encoder),
     ):
@@ -108,7 +117,10 @@ def refusals(encoder: Encoder, teacher: EMATeacher) -> list[str]:
 @pytest.mark.parametrize(("fused", "backend"), [(False, None), (True, None), (True, "reference")])
 def test_shards_follow_as_one_process_does(tmp_path, fused, backend):
     context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=worker, args=(rank, str(tmp_path), fused, backend)) for rank in range(2)]
+    processes = [
+        context.Process(target=worker, args=(rank, str(tmp_path), fused, backend))
+        for rank in range(2)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -118,13 +130,17 @@ def test_shards_follow_as_one_process_does(tmp_path, fused, backend):
             process.terminate()
     assert [p.exitcode for p in processes] == [0, 0]
     results = torch.load(tmp_path / "results.pt")
-    assert torch.load(tmp_path / "empty.pt") == 0, "the second rank was meant to hold an empty shard"
+    assert torch.load(tmp_path / "empty.pt") == 0, (
+        "the second rank was meant to hold an empty shard"
+    )
     encoder = build()
     teacher = EMATeacher(encoder, 0.9)
     run(encoder, teacher, fused, None)
     for name, module in (("encoder", encoder), ("teacher", teacher.module)):
         for key, value in module.state_dict().items():
-            torch.testing.assert_close(results[name][key], value, rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(
+                results[name][key], value, rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
+            )
     assert results["lag"] == pytest.approx(float(teacher.lag()), rel=1e-4)
     plain, replicated, unsharded = results["refused"]
     assert "must be sharded like targets[0] (a plain tensor), got placements" in plain

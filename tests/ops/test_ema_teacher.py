@@ -41,7 +41,9 @@ def shift(module: nn.Module, by: float = 1.0) -> None:
             tensor.add_(by if tensor.is_floating_point() else 1)
 
 
-@pytest.mark.parametrize("backend", [None, "reference", *(b for b in BACKENDS if b in ("torch", "cpu"))])
+@pytest.mark.parametrize(
+    "backend", [None, "reference", *(b for b in BACKENDS if b in ("torch", "cpu"))]
+)
 def test_follows_parameters_and_buffers(backend):
     student = Net()
     teacher = EMATeacher(student, momentum=0.75, backend=backend)
@@ -77,7 +79,9 @@ def test_is_always_in_eval_mode_and_without_a_graph():
 
 def test_published_ramp(shared_dir):
     numbers = np.load(shared_dir / "golden" / "modules" / "ema.npz")
-    student = nn.ParameterDict({n: nn.Parameter(torch.from_numpy(numbers[f"ramp_target0_{n}"])) for n in "abc"})
+    student = nn.ParameterDict(
+        {n: nn.Parameter(torch.from_numpy(numbers[f"ramp_target0_{n}"])) for n in "abc"}
+    )
     teacher = EMATeacher(student, LinearMomentum(0.9, 1.0, 20))
     with torch.no_grad():
         for n in "abc":
@@ -86,7 +90,12 @@ def test_published_ramp(shared_dir):
         assert teacher.next_momentum() == pytest.approx(momentum, abs=1e-15)
         teacher.update()
         for n in "abc":
-            np.testing.assert_allclose(teacher.module[n].numpy(), numbers[f"ramp_target{step + 1}_{n}"], rtol=2e-7, atol=2e-7)
+            np.testing.assert_allclose(
+                teacher.module[n].numpy(),
+                numbers[f"ramp_target{step + 1}_{n}"],
+                rtol=2e-7,
+                atol=2e-7,
+            )
 
 
 def test_schedules():
@@ -110,7 +119,9 @@ def test_debias_equals_the_corrected_average_from_zero():
         average = m * average + (1 - m) * student.weight.detach().double()
         product *= m
         teacher.update()
-        torch.testing.assert_close(teacher.module.weight.double(), average / (1 - product), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            teacher.module.weight.double(), average / (1 - product), rtol=1e-6, atol=1e-6
+        )
 
 
 def test_half_precision_student_has_float32_masters_and_a_copy_for_the_forward():
@@ -140,7 +151,9 @@ def test_half_precision_masters(rounding):
             module.weight.fill_(value)
     for _ in range(1000):
         teacher.update()
-    moved = float(teacher.module.weight.double().mean() - 1.0) / (0.1015625 * (1 - (1 - 1e-3) ** 1000))
+    moved = float(teacher.module.weight.double().mean() - 1.0) / (
+        0.1015625 * (1 - (1 - 1e-3) ** 1000)
+    )
     if rounding == "nearest":
         assert moved == 0.0
     else:
@@ -158,7 +171,9 @@ def test_forward_dtype_keeps_a_low_precision_copy():
     assert EMATeacher(student, 0.5, forward_dtype=torch.float32).forward_copy is None
 
 
-@pytest.mark.parametrize("options", [{}, {"forward_dtype": torch.bfloat16}, {"master_dtype": None, "rounding": "kahan"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"forward_dtype": torch.bfloat16}, {"master_dtype": None, "rounding": "kahan"}]
+)
 def test_checkpoint_resumes_bitwise(options):
     student = Net().bfloat16() if "rounding" in options else Net()
     make = lambda: EMATeacher(student, CosineMomentum(0.9, 1.0, 20), debias=True, **options)  # noqa: E731
@@ -177,7 +192,11 @@ def test_checkpoint_resumes_bitwise(options):
     assert again.num_updates == 3
     for one in (teacher, again):
         one.update()
-    for a, b in zip((*teacher.parameters(), *teacher.buffers()), (*again.parameters(), *again.buffers()), strict=True):
+    for a, b in zip(
+        (*teacher.parameters(), *teacher.buffers()),
+        (*again.parameters(), *again.buffers()),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 
@@ -194,7 +213,9 @@ def test_lag_is_the_relative_distance():
     assert float(teacher.lag()) == 0.0
     shift(student, 0.5)
     parameters = list(zip(teacher.module.parameters(), student.parameters(), strict=True))
-    difference = sum(float((t.double() - s.detach().double()).square().sum()) for t, s in parameters)
+    difference = sum(
+        float((t.double() - s.detach().double()).square().sum()) for t, s in parameters
+    )
     size = sum(float(s.detach().double().square().sum()) for _, s in parameters)
     assert float(teacher.lag()) == pytest.approx(math.sqrt(difference / size), rel=1e-6)
     before = float(teacher.lag())
@@ -220,7 +241,10 @@ def test_momentum_tensor_is_read_at_every_update():
         ((3,), "student must be a module, got int"),
         ((nn.Linear(1, 1), 1.5), "momentum must be from 0 to 1, got 1.5"),
         ((nn.Linear(1, 1), "0.9"), "momentum must be a number, got str"),
-        ((nn.Linear(1, 1), torch.tensor(0.5), {"debias": True}), "momentum must be a number or a function with warmup or debias"),
+        (
+            (nn.Linear(1, 1), torch.tensor(0.5), {"debias": True}),
+            "momentum must be a number or a function with warmup or debias",
+        ),
         ((nn.Linear(1, 1), 0.5, {"rounding": "up"}), "rounding must be one of"),
     ],
 )

@@ -1,4 +1,5 @@
-"""What only a GRU's rollout has: products with actions inside the backward kernel, and steps taken a few at a time."""
+"""What only a GRU's rollout has: products with actions inside the backward kernel, and steps taken
+a few at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +7,13 @@ import pytest
 import torch
 
 from jepa_kernels import native
-from jepa_kernels.ops.latent_rollout import latent_rollout, latent_rollout_loss, native_kernels, op, state_space
+from jepa_kernels.ops.latent_rollout import (
+    latent_rollout,
+    latent_rollout_loss,
+    native_kernels,
+    op,
+    state_space,
+)
 from jepa_kernels.ops.latent_rollout import torch as eager
 from jepa_kernels.ops.latent_rollout.testing import check_rollout, rollout_case
 from tests.conftest import missing
@@ -32,17 +39,25 @@ def test_backward_in_pieces(backend, output, monkeypatch):
 @pytest.mark.parametrize("channels", (20, 32))
 @pytest.mark.parametrize("isa", ("auto", "portable"))
 def test_any_number_of_action_channels(actions, channels, isa, monkeypatch):
-    """Below, at and above a block of the kernel's products, with and without an edge, on the first and on the last instruction set."""
+    """Below, at and above a block of the kernel's products, with and without an edge, on the first
+    and on the last instruction set."""
     if not native.available():
         missing(str(native.reason()))
     if isa == "portable":
         create = native_kernels.NativeKernels.__init__
-        monkeypatch.setattr(native_kernels.NativeKernels, "__init__", lambda self, *_, **options: create(self, 0, **options))
-    check_rollout(rollout_case("gru", "states", action_channels=actions, channels=channels, rows=51), "cpu")
+        monkeypatch.setattr(
+            native_kernels.NativeKernels,
+            "__init__",
+            lambda self, *_, **options: create(self, 0, **options),
+        )
+    check_rollout(
+        rollout_case("gru", "states", action_channels=actions, channels=channels, rows=51), "cpu"
+    )
 
 
 def test_errors_without_gradients_keep_few_states(backend, monkeypatch):
-    """Where nothing is saved, states are thrown away a few steps after they were needed; the errors are the same bits."""
+    """Where nothing is saved, states are thrown away a few steps after they were needed; the errors
+    are the same bits."""
     case = rollout_case("gru", 1.0, rows=16, horizon=9)
     asked = []
     kernels = {"cpu": native_kernels.NativeKernels, "torch": eager.Eager}
@@ -55,8 +70,16 @@ def test_errors_without_gradients_keep_few_states(backend, monkeypatch):
     monkeypatch.setattr(kernels[backend], "gru_recurrence", counting)
 
     def errors() -> torch.Tensor:
-        arguments = case.states.float(), type(case.cell)(*(p.float() for p in case.cell.parameters())), case.targets.float()
-        options = {"rows": case.rows, "actions": case.actions.float(), "target_rows": case.target_rows}
+        arguments = (
+            case.states.float(),
+            type(case.cell)(*(p.float() for p in case.cell.parameters())),
+            case.targets.float(),
+        )
+        options = {
+            "rows": case.rows,
+            "actions": case.actions.float(),
+            "target_rows": case.target_rows,
+        }
         with torch.no_grad():
             return latent_rollout_loss(*arguments, **options, reduction="none", backend=backend)
 
@@ -67,7 +90,8 @@ def test_errors_without_gradients_keep_few_states(backend, monkeypatch):
 
 
 def test_gates_past_the_caches_are_the_same():
-    """From 16 MiB on, the gates that backward reads are written past the caches; a row is the same in a smaller batch."""
+    """From 16 MiB on, the gates that backward reads are written past the caches; a row is the same
+    in a smaller batch."""
     if not native.available():
         missing(str(native.reason()))
     rows, horizon, width = 2100, 8, 64
@@ -77,7 +101,14 @@ def test_gates_past_the_caches_are_the_same():
 
     def run(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         states = case.states[part].float().requires_grad_()
-        out = latent_rollout(states, cell, horizon, actions=case.actions[:, part].float(), output="last", backend="cpu")
+        out = latent_rollout(
+            states,
+            cell,
+            horizon,
+            actions=case.actions[:, part].float(),
+            output="last",
+            backend="cpu",
+        )
         (grad,) = torch.autograd.grad(out.square().sum(), states)
         return out.detach(), grad
 

@@ -1,4 +1,5 @@
-"""latent_rollout: every backend against the float64 reference, the contract of the op, properties, and the published numbers."""
+"""latent_rollout: every backend against the float64 reference, the contract of the op, properties,
+and the published numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +31,10 @@ from jepa_kernels.testing import RESULT_FAULTS, assert_within_budget, planted_fa
 from tests.conftest import missing
 
 HERE = [name for name in op.PRIORITY if name in ("cpu", "torch")]
-DTYPES = {"torch": (torch.float32, torch.float64, torch.bfloat16, torch.float16), "cpu": (torch.float32, torch.bfloat16, torch.float16)}
+DTYPES = {
+    "torch": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    "cpu": (torch.float32, torch.bfloat16, torch.float16),
+}
 OUTPUTS = ("states", "last", 1.0, 2.5)
 
 
@@ -82,26 +86,42 @@ def test_shapes_and_layouts(backend, cell, options, output):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_error_stays_in_budget_for_long_horizons(backend, cell, dtype):
     for output in ("states", 1.0):
-        check_rollout(rollout_case(cell, output, horizon=64, rows=24, gain=0.5, dtype=dtype, gathered=False), backend)
+        check_rollout(
+            rollout_case(cell, output, horizon=64, rows=24, gain=0.5, dtype=dtype, gathered=False),
+            backend,
+        )
 
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("output", ("states", "last", 2.0))
 @pytest.mark.parametrize("rows", (2, 9))
 def test_gradcheck(cell, output, rows):
-    case = rollout_case(cell, output, rows=rows, channels=6, hidden=4, horizon=2, dtype=torch.float64)
+    case = rollout_case(
+        cell, output, rows=rows, channels=6, hidden=4, horizon=2, dtype=torch.float64
+    )
     leaves = [t.clone().requires_grad_() for t in (case.states, *case.cell.parameters())]
-    extra = [None if t is None else t.clone().requires_grad_() for t in (case.actions, case.anchor, case.targets)]
+    extra = [
+        None if t is None else t.clone().requires_grad_()
+        for t in (case.actions, case.anchor, case.targets)
+    ]
 
     def function(*tensors):
         states, *parameters = tensors[: len(leaves)]
         given = iter(tensors[len(leaves) :])
         actions, anchor, targets = (None if t is None else next(given) for t in extra)
         cell_now = op.with_parameters(case.cell, parameters)
-        options = {"rows": case.rows, "actions": actions, "anchor": anchor, "anchor_rows": case.anchor_rows, "backend": "torch"}
+        options = {
+            "rows": case.rows,
+            "actions": actions,
+            "anchor": anchor,
+            "anchor_rows": case.anchor_rows,
+            "backend": "torch",
+        }
         if targets is None:
             return latent_rollout(states, cell_now, 2, output=output, **options)
-        return latent_rollout_loss(states, cell_now, targets, target_rows=case.target_rows, exponent=output, **options)
+        return latent_rollout_loss(
+            states, cell_now, targets, target_rows=case.target_rows, exponent=output, **options
+        )
 
     assert torch.autograd.gradcheck(function, (*leaves, *(t for t in extra if t is not None)))
 
@@ -109,11 +129,22 @@ def test_gradcheck(cell, output, rows):
 def _op_inputs(cell: str, output: str | float, backend: str, save: bool):
     case = rollout_case(cell, output, rows=5, channels=8, hidden=6, horizon=2)
     tensors = [case.states, case.actions, case.anchor, case.targets, *case.cell.parameters()]
-    states, actions, anchor, targets, *parameters = (None if t is None else t.float().requires_grad_(save) for t in tensors)
+    states, actions, anchor, targets, *parameters = (
+        None if t is None else t.float().requires_grad_(save) for t in tensors
+    )
     kind, ranges, scalar = op._numbers(case.cell, 8)
     name, exponent = (output, 1.0) if isinstance(output, str) else ("errors", output)
     return (
-        *(states, case.rows, parameters, actions, anchor, case.anchor_rows, targets, case.target_rows),
+        *(
+            states,
+            case.rows,
+            parameters,
+            actions,
+            anchor,
+            case.anchor_rows,
+            targets,
+            case.target_rows,
+        ),
         *(kind, ranges, scalar, 2, name, exponent, save, backend),
     )
 
@@ -122,7 +153,9 @@ def _op_inputs(cell: str, output: str | float, backend: str, save: bool):
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("save", (True, False))
 def test_opcheck_forward(backend, cell, output, save):
-    torch.library.opcheck(torch.ops.jepa_kernels.latent_rollout_fwd, _op_inputs(cell, output, backend, save))
+    torch.library.opcheck(
+        torch.ops.jepa_kernels.latent_rollout_fwd, _op_inputs(cell, output, backend, save)
+    )
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -131,10 +164,21 @@ def test_opcheck_backward(backend, cell, output):
     inputs = _op_inputs(cell, output, backend, True)
     with torch.no_grad():
         out, *saved = torch.ops.jepa_kernels.latent_rollout_fwd(*inputs)
-    needs = [True, *[True] * len(inputs[2]), *(t is not None for t in (inputs[3], inputs[4], inputs[6]))]
-    detached = [[p.detach() for p in t] if isinstance(t, list) and t and isinstance(t[0], torch.Tensor) else t for t in inputs]
+    needs = [
+        True,
+        *[True] * len(inputs[2]),
+        *(t is not None for t in (inputs[3], inputs[4], inputs[6])),
+    ]
+    detached = [
+        [p.detach() for p in t]
+        if isinstance(t, list) and t and isinstance(t[0], torch.Tensor)
+        else t
+        for t in inputs
+    ]
     detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in detached]
-    torch.library.opcheck(torch.ops.jepa_kernels.latent_rollout_bwd, (torch.ones_like(out), saved, needs, *detached))
+    torch.library.opcheck(
+        torch.ops.jepa_kernels.latent_rollout_bwd, (torch.ones_like(out), saved, needs, *detached)
+    )
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -143,7 +187,9 @@ def test_compiles_without_graph_breaks(backend, cell):
 
     def loss(states, targets, actions, anchor, *parameters):
         now = op.with_parameters(case.cell, list(parameters))
-        last = latent_rollout(states, now, 3, actions=actions, output="last", rows=case.rows, backend=backend)
+        last = latent_rollout(
+            states, now, 3, actions=actions, output="last", rows=case.rows, backend=backend
+        )
         options = {
             "rows": case.rows,
             "target_rows": case.target_rows,
@@ -152,7 +198,10 @@ def test_compiles_without_graph_breaks(backend, cell):
             "anchor_rows": case.anchor_rows,
         }
         region = HardRegion(torch.arange(7) % 2, 2, 0.5)
-        return latent_rollout_loss(states, now, targets, **options, weights=region, backend=backend) + last.square().mean()
+        return (
+            latent_rollout_loss(states, now, targets, **options, weights=region, backend=backend)
+            + last.square().mean()
+        )
 
     tensors = [case.states, case.targets, case.actions, case.anchor, *case.cell.parameters()]
     leaves = [None if t is None else t.float().requires_grad_() for t in tensors]
@@ -160,7 +209,9 @@ def test_compiles_without_graph_breaks(backend, cell):
     eager = loss(*leaves)
     compiled = torch.compile(loss, fullgraph=True)(*leaves)
     torch.testing.assert_close(compiled, eager)
-    for a, b in zip(torch.autograd.grad(compiled, given), torch.autograd.grad(eager, given), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(compiled, given), torch.autograd.grad(eager, given), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -176,21 +227,41 @@ def test_repeats_bitwise(backend):
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
-@given(first=st.integers(1, 4), second=st.integers(1, 4), cell=st.sampled_from(CELLS), seed=st.integers(0, 100))
+@given(
+    first=st.integers(1, 4),
+    second=st.integers(1, 4),
+    cell=st.sampled_from(CELLS),
+    seed=st.integers(0, 100),
+)
 def test_rolling_out_twice_is_rolling_out_the_sum(first, second, cell, seed):
     for backend in (name for name in HERE if name != "cpu" or native.available()):
-        case = rollout_case(cell, "last", rows=3, horizon=first + second, gathered=False, anchored=False, seed=seed)
+        case = rollout_case(
+            cell, "last", rows=3, horizon=first + second, gathered=False, anchored=False, seed=seed
+        )
         cell_now = op.with_parameters(case.cell, [p.float() for p in case.cell.parameters()])
         actions = None if case.actions is None else case.actions.float()
         before, after = (None, None) if actions is None else (actions[:first], actions[first:])
-        whole = latent_rollout(case.states.float(), cell_now, first + second, actions=actions, output="last", backend=backend)
-        middle = latent_rollout(case.states.float(), cell_now, first, actions=before, output="last", backend=backend)
-        again = latent_rollout(middle, cell_now, second, actions=after, output="last", backend=backend)
+        whole = latent_rollout(
+            case.states.float(),
+            cell_now,
+            first + second,
+            actions=actions,
+            output="last",
+            backend=backend,
+        )
+        middle = latent_rollout(
+            case.states.float(), cell_now, first, actions=before, output="last", backend=backend
+        )
+        again = latent_rollout(
+            middle, cell_now, second, actions=after, output="last", backend=backend
+        )
         torch.testing.assert_close(again, whole, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
-@given(cell=st.sampled_from(CELLS), seed=st.integers(0, 100), exponent=st.sampled_from((1.0, 1.5, 2.0)))
+@given(
+    cell=st.sampled_from(CELLS), seed=st.integers(0, 100), exponent=st.sampled_from((1.0, 1.5, 2.0))
+)
 def test_loss_is_zero_at_its_own_prediction_and_ignores_the_order_of_rows(cell, seed, exponent):
     for backend in (name for name in HERE if name != "cpu" or native.available()):
         case = rollout_case(cell, exponent, rows=6, gathered=False, anchored=False, seed=seed)
@@ -198,24 +269,44 @@ def test_loss_is_zero_at_its_own_prediction_and_ignores_the_order_of_rows(cell, 
         states, targets = case.states.float(), case.targets.float()
         actions = None if case.actions is None else case.actions.float()
         own = latent_rollout(states, cell_now, case.horizon, actions=actions, backend=backend)
-        zero = latent_rollout_loss(states, cell_now, own, actions=actions, exponent=exponent, backend=backend)
+        zero = latent_rollout_loss(
+            states, cell_now, own, actions=actions, exponent=exponent, backend=backend
+        )
         assert zero.abs() < 1e-5
         order = torch.randperm(6)
         moved = None if actions is None else actions[:, order]
-        loss = latent_rollout_loss(states, cell_now, targets, actions=actions, exponent=exponent, backend=backend)
-        same = latent_rollout_loss(states[order], cell_now, targets[:, order], actions=moved, exponent=exponent, backend=backend)
+        loss = latent_rollout_loss(
+            states, cell_now, targets, actions=actions, exponent=exponent, backend=backend
+        )
+        same = latent_rollout_loss(
+            states[order],
+            cell_now,
+            targets[:, order],
+            actions=moved,
+            exponent=exponent,
+            backend=backend,
+        )
         torch.testing.assert_close(same, loss)
 
 
 def test_hamiltonian_step_keeps_its_energy_to_second_order(backend):
-    case = rollout_case("hamiltonian", "last", rows=64, gathered=False, anchored=False, dtype=torch.float64)
+    case = rollout_case(
+        "hamiltonian", "last", rows=64, gathered=False, anchored=False, dtype=torch.float64
+    )
     if torch.float64 not in DTYPES[backend]:
         case = rollout_case("hamiltonian", "last", rows=64, gathered=False, anchored=False)
     dtype, drift = case.dtype, []
     for time_step in (0.4, 0.2):
-        cell = op.with_parameters(Hamiltonian(*case.cell.parameters(), time_step), [p.to(dtype) for p in case.cell.parameters()])
+        cell = op.with_parameters(
+            Hamiltonian(*case.cell.parameters(), time_step),
+            [p.to(dtype) for p in case.cell.parameters()],
+        )
         after = latent_rollout(case.states.to(dtype), cell, 1, output="last", backend=backend)
-        drift.append((reference.energy(case.cell, after.double()) - reference.energy(case.cell, case.states)).abs().mean())
+        drift.append(
+            (reference.energy(case.cell, after.double()) - reference.energy(case.cell, case.states))
+            .abs()
+            .mean()
+        )
     assert 3.5 < drift[0] / drift[1] < 4.5
 
 
@@ -234,8 +325,13 @@ def test_anchor_replaces_the_initial_state(backend):
 def test_reference_is_the_modules_of_torch():
     cell, norm = nn.GRUCell(5, 8).double(), nn.LayerNorm(8).double()
     nn.init.normal_(norm.weight)
-    states, actions = torch.randn(4, 8, dtype=torch.float64), torch.randn(3, 4, 5, dtype=torch.float64)
-    out = latent_rollout(states, GRU.from_modules(cell, norm), 3, actions=actions, backend="reference")
+    states, actions = (
+        torch.randn(4, 8, dtype=torch.float64),
+        torch.randn(3, 4, 5, dtype=torch.float64),
+    )
+    out = latent_rollout(
+        states, GRU.from_modules(cell, norm), 3, actions=actions, backend="reference"
+    )
     for k in range(3):
         states = norm(cell(actions[k], states))
         torch.testing.assert_close(out[k], states)
@@ -245,7 +341,9 @@ def test_reference_is_the_modules_of_torch():
 
 
 def test_hamiltonian_forces_are_the_derivatives_of_the_energy():
-    net = nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 7), nn.GELU(), nn.Linear(7, 1)).double()
+    net = nn.Sequential(
+        nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 7), nn.GELU(), nn.Linear(7, 1)
+    ).double()
     cell = Hamiltonian.from_module(net, 0.3)
     q, p = torch.randn(2, 3, 4, dtype=torch.float64).requires_grad_().unbind()
     force = torch.autograd.grad(net(torch.cat((q, p), -1)).sum(), p)[0]
@@ -254,7 +352,9 @@ def test_hamiltonian_forces_are_the_derivatives_of_the_energy():
     pull = torch.autograd.grad(net(torch.cat((q_leaf, p), -1)).sum(), q_leaf)[0]
     wanted = torch.cat((q_next, p - 0.3 * pull), -1)
     for name in ("reference", "torch"):
-        torch.testing.assert_close(latent_rollout(torch.cat((q, p), -1), cell, 1, output="last", backend=name), wanted)
+        torch.testing.assert_close(
+            latent_rollout(torch.cat((q, p), -1), cell, 1, output="last", backend=name), wanted
+        )
 
 
 @pytest.mark.parametrize("index", range(4))
@@ -263,24 +363,38 @@ def test_numpy_golden_vectors(root, name, index):
     """tests/golden/latent_rollout.json was computed row by row in NumPy (make golden)."""
     if name == "cpu" and not native.available():
         missing(str(native.reason()))
-    case = json.loads((root / "tests" / "golden" / "latent_rollout.json").read_text())["cases"][index]
+    case = json.loads((root / "tests" / "golden" / "latent_rollout.json").read_text())["cases"][
+        index
+    ]
     dtype = torch.float32 if name == "cpu" else torch.float64
 
     def tensor(values):
         return None if values is None else torch.tensor(values, dtype=dtype)
 
     kinds = {"residual_mlp": ResidualMLP, "hamiltonian": Hamiltonian, "gru": GRU}
-    last = [tuple(r) for r in case["in_channels"]] if case["cell"] == "residual_mlp" else case["scalar"]
+    last = (
+        [tuple(r) for r in case["in_channels"]]
+        if case["cell"] == "residual_mlp"
+        else case["scalar"]
+    )
     cell = kinds[case["cell"]](*(tensor(v) for v in case["parameters"].values()), last)
     states, targets = tensor(case["states"]).requires_grad_(), tensor(case["targets"])
-    options = {"actions": tensor(case["actions"]), "anchor": tensor(case["anchor"]), "backend": name}
+    options = {
+        "actions": tensor(case["actions"]),
+        "anchor": tensor(case["anchor"]),
+        "backend": name,
+    }
     close = {"rtol": 2e-5, "atol": 2e-6} if name == "cpu" else {"rtol": 1e-6, "atol": 1e-8}
     predictions = latent_rollout(states, cell, targets.shape[0], **options)
     torch.testing.assert_close(predictions, tensor(case["predictions"]), **close)
-    errors = latent_rollout_loss(states, cell, targets, exponent=case["exponent"], reduction="none", **options)
+    errors = latent_rollout_loss(
+        states, cell, targets, exponent=case["exponent"], reduction="none", **options
+    )
     torch.testing.assert_close(errors, tensor(case["errors"]), **close)
     gradient = torch.autograd.grad(errors.sum(), states)[0]
-    torch.testing.assert_close(gradient, tensor(case["grad_states"]), rtol=1e-4 if name == "cpu" else 1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        gradient, tensor(case["grad_states"]), rtol=1e-4 if name == "cpu" else 1e-5, atol=1e-5
+    )
 
 
 def _golden(shared_dir, name):
@@ -288,7 +402,8 @@ def _golden(shared_dir, name):
 
 
 def _sets(golden):
-    """For each mask set: the rows of its context tokens in [B*N, D] features, and the context rows of its valid pairs."""
+    """For each mask set: the rows of its context tokens in [B*N, D] features, and the context rows
+    of its valid pairs."""
     frames, height, width = (int(v) for v in golden["grid"])
     tokens = frames * height * width
     for j in range(2):
@@ -299,7 +414,11 @@ def _sets(golden):
         now, after = place[:, : -height * width], place[:, height * width :]
         valid = (now >= 0) & (after >= 0)
         grid_rows = torch.arange(batch * tokens).view(batch, tokens)
-        yield now[valid], grid_rows[:, : -height * width][valid], grid_rows[:, height * width :][valid]
+        yield (
+            now[valid],
+            grid_rows[:, : -height * width][valid],
+            grid_rows[:, height * width :][valid],
+        )
 
 
 @pytest.mark.parametrize("name", ("reference", *HERE))
@@ -309,8 +428,14 @@ def test_published_objectives(shared_dir, name, objective):
         missing(str(native.reason()))
     golden = _golden(shared_dir, objective)
     features = torch.from_numpy(golden["h"]).flatten(0, 1)
-    contexts = [torch.from_numpy(golden[f"z_enc_{j}"]).flatten(0, 1).requires_grad_() for j in range(2)]
-    head, layers = ("hamiltonian_net", ("net.0", "net.2", "net.4")) if objective == "hamiltonian" else ("dyn_head", ("0", "2"))
+    contexts = [
+        torch.from_numpy(golden[f"z_enc_{j}"]).flatten(0, 1).requires_grad_() for j in range(2)
+    ]
+    head, layers = (
+        ("hamiltonian_net", ("net.0", "net.2", "net.4"))
+        if objective == "hamiltonian"
+        else ("dyn_head", ("0", "2"))
+    )
     names = [f"{head}.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
     names = [n for n in names if n != "hamiltonian_net.net.4.bias"]
     tensors = [torch.from_numpy(golden[f"param_{n}"]).requires_grad_() for n in names]
@@ -323,13 +448,22 @@ def test_published_objectives(shared_dir, name, objective):
     losses = []
     for context, (rows, now, after) in zip(contexts, _sets(golden), strict=True):
         anchor = {} if objective == "hamiltonian" else {"anchor": features, "anchor_rows": now}
-        losses.append(latent_rollout_loss(context, cell, features, rows=rows, target_rows=after[None], **anchor, backend=name))
+        losses.append(
+            latent_rollout_loss(
+                context, cell, features, rows=rows, target_rows=after[None], **anchor, backend=name
+            )
+        )
     loss = sum(losses) / len(losses)
     term = "term_hamiltonian_loss" if objective == "hamiltonian" else "term_ld_loss"
     assert abs(loss.item() - float(golden[term])) < 2e-6
     grads = torch.autograd.grad(loss, [*contexts, *tensors])
-    # The context features carry only this objective's gradient, except the factorisation's own terms in fwm_ld.
-    wanted = [] if objective == "fwm_ld" else [golden[f"grad_z_enc_{j}"].reshape(-1, features.shape[1]) for j in range(2)]
+    # The context features carry only this objective's gradient, except the factorisation's own
+    # terms in fwm_ld.
+    wanted = (
+        []
+        if objective == "fwm_ld"
+        else [golden[f"grad_z_enc_{j}"].reshape(-1, features.shape[1]) for j in range(2)]
+    )
     grads = grads[2:] if objective == "fwm_ld" else grads
     for grad, expected in zip(grads, [*wanted, *(golden[f"grad_{n}"] for n in names)], strict=True):
         torch.testing.assert_close(grad, torch.from_numpy(expected), rtol=1e-4, atol=1e-7)
@@ -343,7 +477,9 @@ def test_hard_region_weights_are_a_softmax_per_sample():
     weights = HardRegion(ids, 5, 0.2).weights(errors)
     for sample in (0, 2, 3):
         inside = ids == sample
-        torch.testing.assert_close(weights[:, inside], torch.softmax(errors[:, inside] / 0.2, -1) * int(inside.sum()))
+        torch.testing.assert_close(
+            weights[:, inside], torch.softmax(errors[:, inside] / 0.2, -1) * int(inside.sum())
+        )
 
 
 @pytest.mark.parametrize("form", ("rows", "steps", "region", "none"))
@@ -351,30 +487,53 @@ def test_weighted_losses(backend, form):
     case = rollout_case("residual_mlp", 1.0, rows=8)
     cell = op.with_parameters(case.cell, [p.float() for p in case.cell.parameters()])
     options = {"rows": case.rows, "target_rows": case.target_rows}
-    weights = {"rows": torch.rand(8), "steps": torch.rand(3, 8), "region": HardRegion(torch.arange(8) // 3, 3, 0.1), "none": None}[form]
+    weights = {
+        "rows": torch.rand(8),
+        "steps": torch.rand(3, 8),
+        "region": HardRegion(torch.arange(8) // 3, 3, 0.1),
+        "none": None,
+    }[form]
     leaves = [case.states.float().requires_grad_(), case.targets.float()]
-    errors = latent_rollout_loss(leaves[0], cell, leaves[1], **options, reduction="none", backend="reference")
+    errors = latent_rollout_loss(
+        leaves[0], cell, leaves[1], **options, reduction="none", backend="reference"
+    )
     factors = weights.weights(errors) if form == "region" else 1.0 if weights is None else weights
     wanted = torch.autograd.grad((errors * factors).mean(), leaves[0])[0]
-    loss = latent_rollout_loss(leaves[0], cell, leaves[1], **options, weights=weights, backend=backend)
+    loss = latent_rollout_loss(
+        leaves[0], cell, leaves[1], **options, weights=weights, backend=backend
+    )
     torch.testing.assert_close(loss, (errors * factors).mean())
-    torch.testing.assert_close(torch.autograd.grad(loss, leaves[0])[0], wanted, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, leaves[0])[0], wanted, rtol=1e-4, atol=1e-7
+    )
 
 
 def test_strided_row_indices(backend):
     case = rollout_case("residual_mlp", 1.0, rows=8)
     cell = op.with_parameters(case.cell, [p.float() for p in case.cell.parameters()])
     tensors = (case.states.float(), cell, case.targets.float())
-    rows, target_rows = torch.stack((case.rows,) * 2, 1)[:, 0], torch.stack((case.target_rows,) * 2, 2)[..., 0]
+    rows, target_rows = (
+        torch.stack((case.rows,) * 2, 1)[:, 0],
+        torch.stack((case.target_rows,) * 2, 2)[..., 0],
+    )
     assert not (rows.is_contiguous() or target_rows.is_contiguous())
     anchor = {"anchor": case.anchor.float(), "anchor_rows": case.anchor_rows}
-    expected = latent_rollout_loss(*tensors, rows=case.rows, target_rows=case.target_rows, **anchor, backend=backend)
-    assert torch.equal(latent_rollout_loss(*tensors, rows=rows, target_rows=target_rows, **anchor, backend=backend), expected)
+    expected = latent_rollout_loss(
+        *tensors, rows=case.rows, target_rows=case.target_rows, **anchor, backend=backend
+    )
+    assert torch.equal(
+        latent_rollout_loss(
+            *tensors, rows=rows, target_rows=target_rows, **anchor, backend=backend
+        ),
+        expected,
+    )
 
 
 def test_no_rows_give_a_loss_of_zero(backend):
     case = rollout_case("residual_mlp", 1.0, rows=0, gathered=False, anchored=False)
-    cell = op.with_parameters(case.cell, [p.float().requires_grad_() for p in case.cell.parameters()])
+    cell = op.with_parameters(
+        case.cell, [p.float().requires_grad_() for p in case.cell.parameters()]
+    )
     loss = latent_rollout_loss(case.states.float(), cell, case.targets.float(), backend=backend)
     assert loss.item() == 0.0
     assert not torch.autograd.grad(loss, cell.weight_in)[0].any()
@@ -386,8 +545,23 @@ def test_no_rows_give_a_loss_of_zero(backend):
 def test_saved_memory_is_bounded(backend):
     rows, channels, hidden, horizon = 96, 256, 32, 8
     for cell, output in (("residual_mlp", 1.0), ("residual_mlp", "last"), ("hamiltonian", 1.0)):
-        case = rollout_case(cell, output, rows=rows, channels=channels, hidden=hidden, horizon=horizon, gathered=False)
-        inputs = [t.float() for t in (case.states, *case.cell.parameters(), *(t for t in (case.anchor, case.targets) if t is not None))]
+        case = rollout_case(
+            cell,
+            output,
+            rows=rows,
+            channels=channels,
+            hidden=hidden,
+            horizon=horizon,
+            gathered=False,
+        )
+        inputs = [
+            t.float()
+            for t in (
+                case.states,
+                *case.cell.parameters(),
+                *(t for t in (case.anchor, case.targets) if t is not None),
+            )
+        ]
         known = {t.untyped_storage().data_ptr() for t in inputs}
         saved = {}
 
@@ -396,14 +570,20 @@ def test_saved_memory_is_bounded(backend):
                 saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        states, *parameters = (t.requires_grad_() for t in inputs[: 1 + len(case.cell.parameters())])
+        states, *parameters = (
+            t.requires_grad_() for t in inputs[: 1 + len(case.cell.parameters())]
+        )
         rest = inputs[1 + len(parameters) :]
         now = op.with_parameters(case.cell, parameters)
         with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
             if output == "last":
-                out = latent_rollout(states, now, horizon, anchor=rest[0], output="last", backend=backend)
+                out = latent_rollout(
+                    states, now, horizon, anchor=rest[0], output="last", backend=backend
+                )
             else:
-                out = latent_rollout_loss(states, now, rest[1], anchor=rest[0], reduction="none", backend=backend)
+                out = latent_rollout_loss(
+                    states, now, rest[1], anchor=rest[0], reduction="none", backend=backend
+                )
         assert out.requires_grad
         halves = 2 if cell == "hamiltonian" else 1
         assert sum(saved.values()) <= 4 * (2 * halves * rows * hidden * horizon + rows * channels)
@@ -453,7 +633,9 @@ def test_autocast_uses_its_dtype(backend):
     states, head = torch.randn(3, 8), nn.Sequential(nn.Linear(8, 4), nn.GELU(), nn.Linear(4, 8))
     with torch.autocast("cpu", torch.bfloat16):
         out = latent_rollout(states, ResidualMLP.from_module(head), 2, backend=backend)
-        loss = latent_rollout_loss(states, ResidualMLP.from_module(head), torch.randn(2, 3, 8), backend=backend)
+        loss = latent_rollout_loss(
+            states, ResidualMLP.from_module(head), torch.randn(2, 3, 8), backend=backend
+        )
     assert out.dtype == torch.bfloat16
     assert loss.dtype == torch.float32
     loss.backward()
@@ -462,19 +644,40 @@ def test_autocast_uses_its_dtype(backend):
 
 def test_low_precision_states_take_float32_targets(backend):
     case = rollout_case("residual_mlp", 1.0, dtype=torch.bfloat16)
-    case.cell.weight_out.zero_()  # no product, whose operands may be rounded, has a part in the errors
+    # no product, whose operands may be rounded, has a part in the errors
+    case.cell.weight_out.zero_()
     cell = op.with_parameters(case.cell, [p.bfloat16() for p in case.cell.parameters()])
-    options = {"rows": case.rows, "target_rows": case.target_rows, "anchor_rows": case.anchor_rows, "reduction": "none"}
+    options = {
+        "rows": case.rows,
+        "target_rows": case.target_rows,
+        "anchor_rows": case.anchor_rows,
+        "reduction": "none",
+    }
     targets, anchor = case.targets.float() * 1.001, case.anchor.float() * 1.001
-    out = latent_rollout_loss(case.states.bfloat16(), cell, targets, anchor=anchor, **options, backend=backend)
-    oracle = latent_rollout_loss(case.states, case.cell, targets.double(), anchor=anchor.double(), **options, backend="reference")
+    out = latent_rollout_loss(
+        case.states.bfloat16(), cell, targets, anchor=anchor, **options, backend=backend
+    )
+    oracle = latent_rollout_loss(
+        case.states,
+        case.cell,
+        targets.double(),
+        anchor=anchor.double(),
+        **options,
+        backend="reference",
+    )
     assert_within_budget("errors", out, oracle)
 
 
 HEAD = ResidualMLP(torch.zeros(4, 6), torch.zeros(4), torch.zeros(6, 4), torch.zeros(6))
 WRONG = {
-    "cell must be a ResidualMLP, Hamiltonian or GRU, got Sequential": (TypeError, {"cell": nn.Sequential()}),
-    "states must have 2 dimensions [rows, D], got shape (6,)": (ValueError, {"states": torch.zeros(6)}),
+    "cell must be a ResidualMLP, Hamiltonian or GRU, got Sequential": (
+        TypeError,
+        {"cell": nn.Sequential()},
+    ),
+    "states must have 2 dimensions [rows, D], got shape (6,)": (
+        ValueError,
+        {"states": torch.zeros(6)},
+    ),
     "horizon must be at least 1, got 0": (ValueError, {"horizon": 0}),
     "horizon must be an int, got float": (TypeError, {"horizon": 2.0}),
     "output must be one of states, last, got 'all'": (ValueError, {"output": "all"}),
@@ -488,20 +691,40 @@ WRONG = {
     ),
     "cell.bias_in must have the dtype of states (float32), got float64": (
         ValueError,
-        {"cell": ResidualMLP(HEAD.weight_in, HEAD.bias_in.double(), HEAD.weight_out, HEAD.bias_out)},
+        {
+            "cell": ResidualMLP(
+                HEAD.weight_in, HEAD.bias_in.double(), HEAD.weight_out, HEAD.bias_out
+            )
+        },
     ),
     "rows must hold rows from 0 to 2, got 3": (ValueError, {"rows": torch.tensor([0, 3])}),
     "rows must have dtype int32 or int64, got float32": (ValueError, {"rows": torch.zeros(2)}),
-    "actions must be None unless the cell is a GRU, got Tensor": (ValueError, {"actions": torch.zeros(1)}),
+    "actions must be None unless the cell is a GRU, got Tensor": (
+        ValueError,
+        {"actions": torch.zeros(1)},
+    ),
     "anchor must have shape (3, 6), got (2, 6)": (ValueError, {"anchor": torch.zeros(2, 6)}),
-    "anchor_rows must be None without anchor, got Tensor": (ValueError, {"anchor_rows": torch.zeros(3)}),
+    "anchor_rows must be None without anchor, got Tensor": (
+        ValueError,
+        {"anchor_rows": torch.zeros(3)},
+    ),
     "states must have an even number of channels for a Hamiltonian, got 5": (
         ValueError,
-        {"states": torch.zeros(3, 5), "cell": Hamiltonian(torch.zeros(4, 5), *[torch.zeros(4)] * 4)},
+        {
+            "states": torch.zeros(3, 5),
+            "cell": Hamiltonian(torch.zeros(4, 5), *[torch.zeros(4)] * 4),
+        },
     ),
     "actions must be given for a GRU, got None": (
         TypeError,
-        {"cell": GRU(torch.zeros(18, 2), torch.zeros(18, 6), *[torch.zeros(18)] * 2, *[torch.zeros(6)] * 2)},
+        {
+            "cell": GRU(
+                torch.zeros(18, 2),
+                torch.zeros(18, 6),
+                *[torch.zeros(18)] * 2,
+                *[torch.zeros(6)] * 2,
+            )
+        },
     ),
 }
 
@@ -524,7 +747,9 @@ def test_wrong_losses_get_one_sentence():
             "target_rows": torch.zeros(2, 3, dtype=torch.int64)
         },
         "weights must have shape (3,) or (2, 3), got (2,)": {"weights": torch.zeros(2)},
-        "weights.sample_ids must have shape (3,), got (4,)": {"weights": HardRegion(torch.zeros(4, dtype=torch.int64), 1)},
+        "weights.sample_ids must have shape (3,), got (4,)": {
+            "weights": HardRegion(torch.zeros(4, dtype=torch.int64), 1)
+        },
     }.items():
         with pytest.raises(ValueError) as raised:
             latent_rollout_loss(states, HEAD, targets, **options)
@@ -534,14 +759,24 @@ def test_wrong_losses_get_one_sentence():
 def test_explain_states_the_cost_of_both_spaces():
     text = jepa_kernels.explain("latent_rollout", torch.zeros(300, 6), HEAD, 3)
     assert "space      hidden" in text
-    assert "state" in jepa_kernels.explain("latent_rollout", torch.zeros(1, 6), HEAD, 2).splitlines()[-1].split()[1]
+    assert (
+        "state"
+        in jepa_kernels.explain("latent_rollout", torch.zeros(1, 6), HEAD, 2)
+        .splitlines()[-1]
+        .split()[1]
+    )
     assert "residual_mlp hidden 4; horizon 3, returns states" in text
 
 
 def test_flop_ratio_is_the_documented_one():
     for channels, horizon in ((768, 4), (3072, 16)):
         case = torch.empty(8192, channels, device="meta"), torch.empty(256, channels, device="meta")
-        cell = ResidualMLP(case[1], torch.empty(256, device="meta"), case[1].T, torch.empty(channels, device="meta"))
+        cell = ResidualMLP(
+            case[1],
+            torch.empty(256, device="meta"),
+            case[1].T,
+            torch.empty(channels, device="meta"),
+        )
         from jepa_kernels.ops.latent_rollout.api import prepare
 
         call = prepare(case[0], cell, horizon, output="last")
@@ -554,9 +789,21 @@ def test_planning_reads_one_state_for_all_candidates(backend):
     """Expanded states (stride 0) and repeated rows are read in place."""
     cell, norm = nn.GRUCell(2, 6), nn.LayerNorm(6)
     gru, state, actions = GRU.from_modules(cell, norm), torch.randn(1, 6), torch.randn(4, 9, 2)
-    wanted = latent_rollout(state.repeat(9, 1), gru, 4, actions=actions, output="last", backend="reference")
-    expanded = latent_rollout(state.expand(9, 6), gru, 4, actions=actions, output="last", backend=backend)
-    gathered = latent_rollout(state, gru, 4, rows=torch.zeros(9, dtype=torch.int32), actions=actions, output="last", backend=backend)
+    wanted = latent_rollout(
+        state.repeat(9, 1), gru, 4, actions=actions, output="last", backend="reference"
+    )
+    expanded = latent_rollout(
+        state.expand(9, 6), gru, 4, actions=actions, output="last", backend=backend
+    )
+    gathered = latent_rollout(
+        state,
+        gru,
+        4,
+        rows=torch.zeros(9, dtype=torch.int32),
+        actions=actions,
+        output="last",
+        backend=backend,
+    )
     torch.testing.assert_close(expanded, wanted)
     torch.testing.assert_close(gathered, wanted)
 
@@ -579,15 +826,22 @@ def test_loss_equals_the_loss_of_the_rollout(backend):
     states, targets = case.states.float(), case.targets.float()
     predictions = latent_rollout(states, cell, 3, backend=backend)
     half = states.shape[1] // 2
-    wanted = F.l1_loss(predictions[..., :half], targets[..., :half]) + F.l1_loss(predictions[..., half:], targets[..., half:])
+    wanted = F.l1_loss(predictions[..., :half], targets[..., :half]) + F.l1_loss(
+        predictions[..., half:], targets[..., half:]
+    )
     torch.testing.assert_close(latent_rollout_loss(states, cell, targets, backend=backend), wanted)
 
 
 def test_backward_fills_nothing_as_large_as_what_is_saved(backend):
-    """autograd would otherwise hand backward zeros for every saved tensor: for a GRU, the gates of all steps."""
+    """autograd would otherwise hand backward zeros for every saved tensor: for a GRU, the gates of
+    all steps."""
     rows, width, horizon = 64, 32, 6
     case = rollout_case("gru", "last", rows=rows, channels=width, horizon=horizon)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
+    ) as profile:
         run_rollout(case, backend)
     filled = [event.input_shapes[0] for event in profile.events() if event.name == "aten::zero_"]
-    assert max(np.prod(shape, dtype=int) for shape in filled) < horizon * rows * width, f"filled {filled}"
+    assert max(np.prod(shape, dtype=int) for shape in filled) < horizon * rows * width, (
+        f"filled {filled}"
+    )

@@ -1,4 +1,5 @@
-"""Behaviour of masked_attention on every backend that runs here; the CUDA source and Triton run in tests/simt and tests/interpret."""
+"""Behaviour of masked_attention on every backend that runs here; the CUDA source and Triton run in
+tests/simt and tests/interpret."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def backends(device: str, dtype: torch.dtype, head_dim: int = 64) -> list[str]:
 
 
 RUNNABLE = [(device, backend) for device in DEVICES for backend in backends(device, torch.float32)]
-each_backend = pytest.mark.parametrize(("device", "backend"), RUNNABLE, ids=[f"{d}-{b}" for d, b in RUNNABLE])
+each_backend = pytest.mark.parametrize(
+    ("device", "backend"), RUNNABLE, ids=[f"{d}-{b}" for d, b in RUNNABLE]
+)
 
 
 def test_the_native_library_is_built():
@@ -50,9 +53,21 @@ def test_the_native_library_is_built():
 def test_every_width_layout_and_form(device, backend, dtype, layout, head_dim):
     shared = {"head_dim": head_dim, "layout": layout, "dtype": dtype}
     check_attention(attention_case((37, 37), **shared), backend, device)
-    check_attention(attention_case((9, 9), (21, 21), strided=True, id_dtype=torch.int32, **shared), backend, device)
-    check_attention(attention_case((5, 0, 70), packed=True, slack=2, cu_dtype=torch.int64, **shared), backend, device)
-    check_attention(attention_case((1, 33), (40, 0), packed=True, strided=True, interpolate_from=16, **shared), backend, device)
+    check_attention(
+        attention_case((9, 9), (21, 21), strided=True, id_dtype=torch.int32, **shared),
+        backend,
+        device,
+    )
+    check_attention(
+        attention_case((5, 0, 70), packed=True, slack=2, cu_dtype=torch.int64, **shared),
+        backend,
+        device,
+    )
+    check_attention(
+        attention_case((1, 33), (40, 0), packed=True, strided=True, interpolate_from=16, **shared),
+        backend,
+        device,
+    )
 
 
 @each_backend
@@ -83,7 +98,8 @@ def test_edges(device, backend, kw):
 @each_backend
 @pytest.mark.parametrize("magnitude", [4.0, 8.0, 100.0])
 def test_large_logits_stay_finite_and_accurate(device, backend, magnitude):
-    """At 100 the logits reach 1e4; softmax picks one key, and every other weight underflows to 0."""
+    """At 100 the logits reach 1e4; softmax picks one key, and every other weight underflows to
+    0."""
     case = attention_case((70,), magnitude=magnitude, head_dim=64)
     result = run_attention(case, backend, device=device)
     oracle = run_attention(case, "reference", torch.float64)
@@ -93,14 +109,18 @@ def test_large_logits_stay_finite_and_accurate(device, backend, magnitude):
         assert torch.isfinite(tensor).all(), name
         ours = (tensor.double() - getattr(oracle, name)).abs().max()
         theirs = (getattr(peer, name).double() - getattr(oracle, name)).abs().max()
-        # A logit of size L carries a rounding error of eps * L, which softmax turns into a relative error of the same size.
+        # A logit of size L carries a rounding error of eps * L, which softmax turns into a relative
+        # error of the same size.
         rounding = 4 * torch.finfo(torch.float32).eps * logit * getattr(oracle, name).abs().max()
-        assert ours <= 4 * theirs + rounding, f"{name}: {ours:.2e} against {theirs:.2e}, rounding {rounding:.2e}"
+        assert ours <= 4 * theirs + rounding, (
+            f"{name}: {ours:.2e} against {theirs:.2e}, rounding {rounding:.2e}"
+        )
 
 
 @each_backend
 def test_strided_views_are_read_in_place(device, backend):
-    """A qkv projection's views go in without a copy: the op allocates its results and nothing of the size of an input."""
+    """A qkv projection's views go in without a copy: the op allocates its results and nothing of
+    the size of an input."""
     if backend == "torch":
         pytest.skip("the torch backend rotates into new tensors by design")
     tokens, heads, head_dim = 256, 4, 64
@@ -108,12 +128,19 @@ def test_strided_views_are_read_in_place(device, backend):
     ids = torch.arange(tokens, device=device)
     rope = Rope3D((4, 8, 8))
     masked_attention(*qkv.unbind(2), query_ids=ids, rope=rope, backend=backend)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         masked_attention(*qkv.unbind(2), query_ids=ids, rope=rope, backend=backend)
-    allocated = sum(max(0, e.self_cpu_memory_usage if device == "cpu" else e.self_device_memory_usage) for e in profile.events())
+    allocated = sum(
+        max(0, e.self_cpu_memory_usage if device == "cpu" else e.self_device_memory_usage)
+        for e in profile.events()
+    )
     results = 2 * tokens * heads * (head_dim + 1) * 4
     scratch = 0 if backend == "cpu" else results
-    assert results <= allocated <= results + scratch + 4096, f"allocated {allocated} bytes for results of {results}"
+    assert results <= allocated <= results + scratch + 4096, (
+        f"allocated {allocated} bytes for results of {results}"
+    )
 
 
 @each_backend
@@ -165,9 +192,18 @@ def test_bitwise_equal_for_any_thread_count():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_reference_gradcheck(packed):
-    case = attention_case((3, 2) if packed else (4,), (2, 3) if packed else (3,), packed=packed, head_dim=8, layout="tiled", heads=1)
+    case = attention_case(
+        (3, 2) if packed else (4,),
+        (2, 3) if packed else (3,),
+        packed=packed,
+        head_dim=8,
+        layout="tiled",
+        heads=1,
+    )
     leaves = tuple(t.requires_grad_() for t in (case.query, case.key, case.value))
-    assert torch.autograd.gradcheck(lambda q, k, v: masked_attention(q, k, v, **case.options(), backend="reference"), leaves)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: masked_attention(q, k, v, **case.options(), backend="reference"), leaves
+    )
 
 
 @each_backend
@@ -175,15 +211,25 @@ def test_reference_gradcheck(packed):
 def test_opcheck(device, backend, packed):
     case = attention_case((5, 4) if packed else (6, 6), packed=packed, head_dim=16)
     q, k, v = (t.float().to(device) for t in (case.query, case.key, case.value))
-    ids, cu = case.query_ids.to(device), None if case.cu_seqlens_q is None else case.cu_seqlens_q.to(device)
+    ids, cu = (
+        case.query_ids.to(device),
+        None if case.cu_seqlens_q is None else case.cu_seqlens_q.to(device),
+    )
     rest = (ids, ids, cu, cu, case.rope.table(16, q.device))
     grid, scale = list(case.rope.grid), 0.25
-    forward, backward = torch.ops.jepa_kernels.masked_attention_fwd.default, torch.ops.jepa_kernels.masked_attention_bwd.default
+    forward, backward = (
+        torch.ops.jepa_kernels.masked_attention_fwd.default,
+        torch.ops.jepa_kernels.masked_attention_bwd.default,
+    )
     leaves = tuple(t.clone().requires_grad_() for t in (q, k, v))
     torch.library.opcheck(forward, (*leaves, *rest, grid, scale, backend))
     out, lse = forward(q, k, v, *rest, grid, scale, backend)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(backward, (torch.ones_like(out), q, k, v, *rest, out, lse, grid, scale, backend), test_utils=checks)
+    torch.library.opcheck(
+        backward,
+        (torch.ones_like(out), q, k, v, *rest, out, lse, grid, scale, backend),
+        test_utils=checks,
+    )
     # A sum's gradient arrives expanded, with strides 0.
     expanded = torch.ones((), device=device).expand(out.shape)
     for a, b in zip(
@@ -197,14 +243,18 @@ def test_opcheck(device, backend, packed):
 @each_backend
 @pytest.mark.parametrize("fault", ATTENTION_FAULTS)
 def test_a_planted_fault_is_seen(device, backend, fault):
-    """Each fault in what a kernel returns or reads must fail the comparison, forward and backward."""
+    """Each fault in what a kernel returns or reads must fail the comparison, forward and
+    backward."""
     case = attention_case((11, 6), packed=True, head_dim=32, grid=(3, 4, 5))
     # The torch backend's op path is what a compiled graph takes; called directly here.
     if backend == "torch":
         pytest.skip("the torch backend runs outside the op in eager mode")
     check_attention(case, backend, device)
     for phase in ("forward", "backward"):
-        with planted_fault("masked_attention", backend, fault, phase), pytest.raises(AssertionError):
+        with (
+            planted_fault("masked_attention", backend, fault, phase),
+            pytest.raises(AssertionError),
+        ):
             check_attention(case, backend, device)
     assert set(RESULT_FAULTS) < set(ATTENTION_FAULTS)
 
@@ -221,13 +271,19 @@ GOLDEN_ROPE = [
 @pytest.mark.parametrize("backend", ["reference", *(b for d, b in RUNNABLE if d == "cpu")])
 @pytest.mark.parametrize("name", GOLDEN_ROPE)
 def test_published_rope_attention(shared_dir, backend, name):
-    """The attention module of the published code: output, rotation and every gradient to a relative error of 1e-5."""
+    """The attention module of the published code: output, rotation and every gradient to a relative
+    error of 1e-5."""
     folder = shared_dir / "golden" / "modules"
-    weights = {k: torch.from_numpy(np.array(v)) for k, v in np.load(folder / f"{name.rsplit('_', 3)[0]}_weights.npz").items()}
+    weights = {
+        k: torch.from_numpy(np.array(v))
+        for k, v in np.load(folder / f"{name.rsplit('_', 3)[0]}_weights.npz").items()
+    }
     data = {k: torch.from_numpy(np.array(v)) for k, v in np.load(folder / f"{name}.npz").items()}
     grid = (4, 4, 4) if "_sq_" in name else (3, 3, 5)
     heads = int(weights["num_heads"])
-    leaves = {k: weights[k].clone().requires_grad_() for k in ("qkv_w", "qkv_b", "proj_w", "proj_b")}
+    leaves = {
+        k: weights[k].clone().requires_grad_() for k in ("qkv_w", "qkv_b", "proj_w", "proj_b")
+    }
     x = data["x"].clone().requires_grad_()
     qkv = (x @ leaves["qkv_w"].T + leaves["qkv_b"]).unflatten(-1, (3, heads, -1))
     rope = Rope3D(grid, "interleaved", 16 if name.endswith("interp1") else None)
@@ -248,25 +304,79 @@ def test_errors_are_one_sentence():
     bad = [
         (lambda: masked_attention([1], x, x), TypeError, "query must be a tensor, got list"),
         (lambda: masked_attention(x.int(), x, x), ValueError, "query must have dtype float32 or"),
-        (lambda: masked_attention(x, x.double(), x), ValueError, "key must have the dtype of query"),
+        (
+            lambda: masked_attention(x, x.double(), x),
+            ValueError,
+            "key must have the dtype of query",
+        ),
         (lambda: masked_attention(x[0], x[0], x[0]), ValueError, "query must have 4 dimensions"),
-        (lambda: masked_attention(x, x[:, :, :1], x), ValueError, "key must have the B, heads and head_dim"),
+        (
+            lambda: masked_attention(x, x[:, :, :1], x),
+            ValueError,
+            "key must have the B, heads and head_dim",
+        ),
         (lambda: masked_attention(x, x, x[:, :3]), ValueError, "value must have the shape of key"),
-        (lambda: masked_attention(x, x, x, query_ids=ids), ValueError, "query_ids must be None without rope"),
-        (lambda: masked_attention(x, x, x, rope=rope), TypeError, "query_ids must be given with rope"),
-        (lambda: masked_attention(x, x, x, rope="rope", query_ids=ids), TypeError, "rope must be a Rope3D"),
-        (lambda: masked_attention(x, x, x, rope=rope, query_ids=ids[:3]), ValueError, "query_ids must have shape"),
-        (lambda: masked_attention(x, x, x, rope=rope, query_ids=ids.float()), ValueError, "query_ids must have dtype int32 or int64"),
-        (lambda: masked_attention(x, x[:, :3], x[:, :3], rope=rope, query_ids=ids), ValueError, "key_ids must be given when"),
+        (
+            lambda: masked_attention(x, x, x, query_ids=ids),
+            ValueError,
+            "query_ids must be None without rope",
+        ),
+        (
+            lambda: masked_attention(x, x, x, rope=rope),
+            TypeError,
+            "query_ids must be given with rope",
+        ),
+        (
+            lambda: masked_attention(x, x, x, rope="rope", query_ids=ids),
+            TypeError,
+            "rope must be a Rope3D",
+        ),
+        (
+            lambda: masked_attention(x, x, x, rope=rope, query_ids=ids[:3]),
+            ValueError,
+            "query_ids must have shape",
+        ),
+        (
+            lambda: masked_attention(x, x, x, rope=rope, query_ids=ids.float()),
+            ValueError,
+            "query_ids must have dtype int32 or int64",
+        ),
+        (
+            lambda: masked_attention(x, x[:, :3], x[:, :3], rope=rope, query_ids=ids),
+            ValueError,
+            "key_ids must be given when",
+        ),
         (lambda: masked_attention(x, x, x, scale=float("nan")), ValueError, "scale must be finite"),
         (lambda: masked_attention(x, x, x, scale="1"), TypeError, "scale must be a number"),
         (lambda: masked_attention(x, x, x, return_lse=1), TypeError, "return_lse must be a bool"),
-        (lambda: masked_attention(x, x, x, cu_seqlens_k=ids), ValueError, "cu_seqlens_k must be None without"),
-        (lambda: masked_attention(packed, packed, packed, cu_seqlens_q=ids.float()), ValueError, "cu_seqlens_q must have dtype"),
-        (lambda: masked_attention(packed, packed, packed, cu_seqlens_q=ids[:0]), ValueError, "cu_seqlens_q must have at least one"),
-        (lambda: masked_attention(packed, packed, packed, cu_seqlens_q=ids, cu_seqlens_k=ids[:2]), ValueError, "cu_seqlens_k must have"),
+        (
+            lambda: masked_attention(x, x, x, cu_seqlens_k=ids),
+            ValueError,
+            "cu_seqlens_k must be None without",
+        ),
+        (
+            lambda: masked_attention(packed, packed, packed, cu_seqlens_q=ids.float()),
+            ValueError,
+            "cu_seqlens_q must have dtype",
+        ),
+        (
+            lambda: masked_attention(packed, packed, packed, cu_seqlens_q=ids[:0]),
+            ValueError,
+            "cu_seqlens_q must have at least one",
+        ),
+        (
+            lambda: masked_attention(
+                packed, packed, packed, cu_seqlens_q=ids, cu_seqlens_k=ids[:2]
+            ),
+            ValueError,
+            "cu_seqlens_k must have",
+        ),
         (lambda: masked_attention(x, x, x, backend="fast"), ValueError, "backend must be one of"),
-        (lambda: masked_attention(x, x, x, backend="cuda"), BackendUnsupportedError, "cannot run on backend 'cuda'"),
+        (
+            lambda: masked_attention(x, x, x, backend="cuda"),
+            BackendUnsupportedError,
+            "cannot run on backend 'cuda'",
+        ),
         (lambda: Rope3D((0, 1, 1)), ValueError, "grid must have sizes of at least 1"),
         (lambda: Rope3D((1, 1)), TypeError, "grid must be three ints"),
         (lambda: Rope3D((1, 1, 1), "neox"), ValueError, "layout must be one of"),
@@ -287,7 +397,9 @@ def test_bad_values_are_refused(backend):
             masked_attention(x, x, x, rope=rope, query_ids=torch.tensor(ids), backend=backend)
     for offsets in ([1, 4], [0, 3, 2], [0, 5], [0, -1], [0, 2**40], [-1, 4]):
         with pytest.raises((ValueError, RuntimeError), match="cu_seqlens_q must"):
-            masked_attention(packed, packed, packed, cu_seqlens_q=torch.tensor(offsets), backend=backend)
+            masked_attention(
+                packed, packed, packed, cu_seqlens_q=torch.tensor(offsets), backend=backend
+            )
 
 
 @each_backend
@@ -303,28 +415,44 @@ def test_double_backward_is_refused(device, backend):
 
 @each_backend
 def test_large_offsets_do_not_overflow(device, backend):
-    """Element offsets pass 2^31: the views are strided over a buffer that is never filled (memory is committed only where touched)."""
+    """Element offsets pass 2^31: the views are strided over a buffer that is never filled (memory
+    is committed only where touched)."""
     if backend == "torch" or device == "cuda":
         pytest.skip("the stride test needs untouched memory, which only a CPU gives")
     tokens, stride = 5, 600_000_000
-    lazy = torch.from_numpy(np.zeros(tokens * stride, np.float32))  # zeros are committed only where touched
+    lazy = torch.from_numpy(
+        np.zeros(tokens * stride, np.float32)
+    )  # zeros are committed only where touched
     view = lazy.as_strided((1, tokens, 1, 8), (tokens * stride, stride, 8, 1))
     view.copy_(torch.randn(1, tokens, 1, 8))
     near = view.clone()
-    assert torch.equal(masked_attention(view, view, view, backend=backend), masked_attention(near, near, near, backend=backend))
+    assert torch.equal(
+        masked_attention(view, view, view, backend=backend),
+        masked_attention(near, near, near, backend=backend),
+    )
 
 
 @pytest.mark.parametrize("backend", ["reference", *(b for d, b in RUNNABLE if d == "cpu")])
 @pytest.mark.parametrize("index", range(4))
 def test_numpy_golden_vectors(root, backend, index):
     """tests/golden/masked_attention.json was computed token by token in NumPy (make golden)."""
-    case = json.loads((root / "tests" / "golden" / "masked_attention.json").read_text())["cases"][index]
+    case = json.loads((root / "tests" / "golden" / "masked_attention.json").read_text())["cases"][
+        index
+    ]
     dtype = torch.float64 if backend == "reference" else torch.float32
     q, k, v = (torch.tensor(case[n], dtype=dtype) for n in ("query", "key", "value"))
-    ids = {n: torch.tensor(case[n]) for n in ("query_ids", "key_ids", "cu_seqlens_q", "cu_seqlens_k")}
+    ids = {
+        n: torch.tensor(case[n]) for n in ("query_ids", "key_ids", "cu_seqlens_q", "cu_seqlens_k")
+    }
     rope = Rope3D(tuple(case["grid"]), case["layout"], case["interpolate_from"])
-    out, lse = masked_attention(q, k, v, **ids, rope=rope, scale=case["scale"], return_lse=True, backend=backend)
-    tolerance = {"rtol": 1e-9, "atol": 1e-10} if backend == "reference" else {"rtol": 1e-5, "atol": 1e-6}
+    out, lse = masked_attention(
+        q, k, v, **ids, rope=rope, scale=case["scale"], return_lse=True, backend=backend
+    )
+    tolerance = (
+        {"rtol": 1e-9, "atol": 1e-10} if backend == "reference" else {"rtol": 1e-5, "atol": 1e-6}
+    )
     torch.testing.assert_close(out, torch.tensor(case["out"], dtype=dtype), **tolerance)
-    wanted = torch.tensor([[float("-inf") if x is None else x for x in row] for row in case["lse"]], dtype=lse.dtype)
+    wanted = torch.tensor(
+        [[float("-inf") if x is None else x for x in row] for row in case["lse"]], dtype=lse.dtype
+    )
     torch.testing.assert_close(lse, wanted, **tolerance)

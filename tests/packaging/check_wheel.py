@@ -1,9 +1,12 @@
-"""One wheel serves every torch: builds and installs the package in each way a user would, in fresh environments.
+"""One wheel serves every torch: builds and installs the package in each way a user would, in fresh
+environments.
 
     python -m tests.packaging.check_wheel --torch torch==2.14.1
 
-1. `pip wheel . --no-build-isolation`; the wheel goes into a second environment with another torch, and is used there with no compiler on PATH.
-2. `pip install .` with build isolation, and `pip install -e . --no-build-isolation`, in an environment that shares this one's torch.
+1. `pip wheel . --no-build-isolation`; the wheel goes into a second environment with another torch,
+   and is used there with no compiler on PATH.
+2. `pip install .` with build isolation, and `pip install -e . --no-build-isolation`, in an
+   environment that shares this one's torch.
 3. An sdist builds and holds the native sources.
 """
 
@@ -52,7 +55,8 @@ def run(*command: str | Path, **kw) -> None:
 
 
 def fresh(folder: Path, share_torch: bool) -> Path:
-    """A new environment; with `share_torch` it sees this one's torch through a .pth file, so nothing is downloaded."""
+    """A new environment; with `share_torch` it sees this one's torch through a .pth file, so
+    nothing is downloaded."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     if share_torch:
@@ -71,7 +75,8 @@ def _closure() -> list[str]:
     from importlib import metadata
 
     names: list[str] = []
-    # An environment brings its own setuptools; the metadata of another one beside it would deceive pip.
+    # An environment brings its own setuptools; the metadata of another one beside it would deceive
+    # pip.
     queue, seen = ["torch", "numpy"], {"setuptools", "pip", "wheel"}
     while queue:
         package = queue.pop()
@@ -84,46 +89,127 @@ def _closure() -> list[str]:
         except metadata.PackageNotFoundError:
             continue
         names += [part for part in {f.parts[0] for f in files} if part not in ("..", "bin")]
-        queue += [r.split(";")[0].split("[")[0].strip().split(" ")[0].rstrip("<>=!~0123456789.,") for r in requirements if "extra" not in r]
+        queue += [
+            r.split(";")[0].split("[")[0].strip().split(" ")[0].rstrip("<>=!~0123456789.,")
+            for r in requirements
+            if "extra" not in r
+        ]
     return names
 
 
 def smoke(python: Path, where: Path, kind: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("PATH", "PYTHONPATH")}
-    run(python, "-c", SMOKE.format(editable=kind), cwd=where, env={**environment, "PATH": "/nonexistent"})
-    run(python, "-m", "jepa_kernels", "doctor", cwd=where, env={**environment, "PATH": "/nonexistent"})
+    run(
+        python,
+        "-c",
+        SMOKE.format(editable=kind),
+        cwd=where,
+        env={**environment, "PATH": "/nonexistent"},
+    )
+    run(
+        python,
+        "-m",
+        "jepa_kernels",
+        "doctor",
+        cwd=where,
+        env={**environment, "PATH": "/nonexistent"},
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torch", default="torch==2.14.1", help="requirement of the second environment")
-    parser.add_argument("--skip-other-torch", action="store_true", help="leave out the environment that installs another torch")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--torch", default="torch==2.14.1", help="requirement of the second environment"
+    )
+    parser.add_argument(
+        "--skip-other-torch",
+        action="store_true",
+        help="leave out the environment that installs another torch",
+    )
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pip = (sys.executable, "-m", "pip")
-        run(*pip, "wheel", ".", "--no-build-isolation", "--no-deps", "--quiet", "-w", folder / "wheels", cwd=ROOT)
+        run(
+            *pip,
+            "wheel",
+            ".",
+            "--no-build-isolation",
+            "--no-deps",
+            "--quiet",
+            "-w",
+            folder / "wheels",
+            cwd=ROOT,
+        )
         (wheel,) = (folder / "wheels").glob("*.whl")
         names = zipfile.ZipFile(wheel).namelist()
-        for part in ("jepa_kernels/_native.so", "jepa_kernels/py.typed", "jepa_kernels/_host", "jepa/"):
+        for part in (
+            "jepa_kernels/_native.so",
+            "jepa_kernels/py.typed",
+            "jepa_kernels/_host",
+            "jepa/",
+        ):
             assert any(n.startswith(part) for n in names), f"the wheel lacks {part}"
-        assert not any(n.startswith(("tests", "benchmarks", "csrc")) for n in names), "the wheel holds development files"
+        assert not any(n.startswith(("tests", "benchmarks", "csrc")) for n in names), (
+            "the wheel holds development files"
+        )
         run(*pip, "--version")
-        run(sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", folder / "sdist", cwd=ROOT)
+        run(
+            sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", folder / "sdist", cwd=ROOT
+        )
         (sdist,) = (folder / "sdist").glob("*.tar.gz")
         with tarfile.open(sdist) as archive:
             held = [Path(*Path(m).parts[1:]).as_posix() for m in archive.getnames()]
-        for source in ("csrc/registration.cpp", "csrc/abi.h", "csrc/device.cuh", "csrc/masked_attention/cuda.cu", "LICENSE", "setup.py"):
+        for source in (
+            "csrc/registration.cpp",
+            "csrc/abi.h",
+            "csrc/device.cuh",
+            "csrc/masked_attention/cuda.cu",
+            "LICENSE",
+            "setup.py",
+        ):
             assert source in held, f"the sdist lacks {source}"
 
         isolated = fresh(folder / "isolated", share_torch=True)
-        run(isolated, "-m", "pip", "install", "--quiet", "--no-deps", ROOT, cwd=folder, env={**os.environ, "JEPA_KERNELS_CUDA": "0"})
+        run(
+            isolated,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            ROOT,
+            cwd=folder,
+            env={**os.environ, "JEPA_KERNELS_CUDA": "0"},
+        )
         smoke(isolated, folder, "installed")
         editable = fresh(folder / "editable", share_torch=True)
-        run(editable, "-m", "pip", "install", "--quiet", "setuptools>=77", "wheel", "pybind11", "ninja")
+        run(
+            editable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "setuptools>=77",
+            "wheel",
+            "pybind11",
+            "ninja",
+        )
         copy = folder / "copy"
         run("git", "clone", "--quiet", ROOT, copy)
-        command = (editable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "-e", copy)
+        command = (
+            editable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "-e",
+            copy,
+        )
         run(*command, cwd=folder, env={**os.environ, "JEPA_KERNELS_CUDA": "0"})
         smoke(editable, folder, "editable")
 

@@ -1,6 +1,8 @@
-"""Calls the C ABI of csrc/masked_attention (params.h) on NumPy arrays; needs no torch, so sanitized children can use it.
+"""Calls the C ABI of csrc/masked_attention (params.h) on NumPy arrays; needs no torch, so sanitized
+children can use it.
 
-float16 and bfloat16 tensors are uint16 arrays of their bits. Element strides are those of the arrays.
+float16 and bfloat16 tensors are uint16 arrays of their bits. Element strides are those of the
+arrays.
 """
 
 from __future__ import annotations
@@ -19,20 +21,29 @@ _GUARD = 64
 class Rows(ctypes.Structure):
     """jk_rows."""
 
-    _fields_ = [("data", ctypes.c_void_p), *((f"stride_{n}", ctypes.c_int64) for n in ("seq", "token", "head"))]
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((f"stride_{n}", ctypes.c_int64) for n in ("seq", "token", "head")),
+    ]
 
 
 class Ints(ctypes.Structure):
     """jk_ints."""
 
-    _fields_ = [("data", ctypes.c_void_p), *((n, ctypes.c_int64) for n in ("bytes", "stride_seq", "stride_token"))]
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((n, ctypes.c_int64) for n in ("bytes", "stride_seq", "stride_token")),
+    ]
 
 
 class Params(ctypes.Structure):
     """jk_masked_attention_params."""
 
     _fields_ = [
-        *((n, ctypes.c_int64) for n in ("dtype", "num_seqs", "heads", "head_dim", "len_q", "len_k")),
+        *(
+            (n, ctypes.c_int64)
+            for n in ("dtype", "num_seqs", "heads", "head_dim", "len_q", "len_k")
+        ),
         *((n, Ints) for n in ("cu_q", "cu_k", "ids_q", "ids_k")),
         ("rope_table", ctypes.c_void_p),
         *((n, ctypes.c_int64) for n in ("rope_dim", "grid_t", "grid_h", "grid_w")),
@@ -63,7 +74,11 @@ def values(array: np.ndarray, dtype: str) -> np.ndarray:
     """The numbers that an array of `dtype` holds; float32 arrays (lse, too) are their own."""
     if array.dtype != np.uint16:
         return array
-    return array.view(np.float16) if dtype == "float16" else (array.astype(np.uint32) << 16).view(np.float32)
+    return (
+        array.view(np.float16)
+        if dtype == "float16"
+        else (array.astype(np.uint32) << 16).view(np.float32)
+    )
 
 
 def rows(array: np.ndarray) -> Rows:
@@ -76,7 +91,9 @@ def ints(array: np.ndarray | None) -> Ints:
     if array is None:
         return Ints(None, 0, 0, 0)
     strides = [s // array.itemsize for s in array.strides]
-    return Ints(array.ctypes.data, array.itemsize, strides[0] if array.ndim == 2 else 0, strides[-1])
+    return Ints(
+        array.ctypes.data, array.itemsize, strides[0] if array.ndim == 2 else 0, strides[-1]
+    )
 
 
 def describe(inputs: Mapping[str, np.ndarray]) -> Params:
@@ -102,11 +119,17 @@ def describe(inputs: Mapping[str, np.ndarray]) -> Params:
 class Guarded:
     """An array surrounded by bytes that nothing may write; its elements start as 0xff (NaN)."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype | type, misaligned: bool = False) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], dtype: np.dtype | type, misaligned: bool = False
+    ) -> None:
         bytes_needed = int(np.prod(shape)) * np.dtype(dtype).itemsize
         self.buffer = np.full(bytes_needed + 2 * _GUARD + 16, 0xFF, np.uint8)
         # Offsets from a 16-byte boundary: 0, or one element so that no vector access is possible.
-        start = _GUARD + -(self.buffer.ctypes.data + _GUARD) % 16 + (np.dtype(dtype).itemsize if misaligned else 0)
+        start = (
+            _GUARD
+            + -(self.buffer.ctypes.data + _GUARD) % 16
+            + (np.dtype(dtype).itemsize if misaligned else 0)
+        )
         self.array = self.buffer[start : start + bytes_needed].view(dtype).reshape(shape)
         self.outside = np.ones(self.buffer.size, bool)
         self.outside[start : start + bytes_needed] = False
@@ -122,7 +145,9 @@ class AttentionError(RuntimeError):
 def _call(library: ctypes.CDLL, p: Params, backward: bool) -> None:
     scratch = Guarded((library.jk_masked_attention_cuda_scratch(p, int(backward)),), np.uint8)
     p.scratch, p.scratch_bytes = scratch.array.ctypes.data, scratch.array.size
-    function = library.jk_masked_attention_cuda_bwd if backward else library.jk_masked_attention_cuda_fwd
+    function = (
+        library.jk_masked_attention_cuda_bwd if backward else library.jk_masked_attention_cuda_fwd
+    )
     sentence = function(p, None)
     if sentence is not None:
         raise AttentionError(sentence.decode())
@@ -130,26 +155,43 @@ def _call(library: ctypes.CDLL, p: Params, backward: bool) -> None:
         raise AttentionError("the kernel wrote outside its scratch space")
 
 
-def run(library: ctypes.CDLL, inputs: Mapping[str, np.ndarray], backward: bool = True, misaligned: bool = False) -> dict[str, np.ndarray]:
+def run(
+    library: ctypes.CDLL,
+    inputs: Mapping[str, np.ndarray],
+    backward: bool = True,
+    misaligned: bool = False,
+) -> dict[str, np.ndarray]:
     """out, lse and with `backward` the gradients; every output starts as NaN between guard bytes.
 
     Args:
-        inputs: query, key, value, grad_out, scale, dtype and, where they apply, cu_q, cu_k, ids_q, ids_k, rope_table, grid.
+        inputs: query, key, value, grad_out, scale, dtype and, where they apply, cu_q, cu_k, ids_q,
+            ids_k, rope_table, grid.
         misaligned: put outputs at addresses that allow no vector access.
     """
     query, key = inputs["query"], inputs["key"]
     packed = query.ndim == 3
-    shapes = {"out": query.shape, "grad_query": query.shape, "grad_key": key.shape, "grad_value": key.shape}
+    shapes = {
+        "out": query.shape,
+        "grad_query": query.shape,
+        "grad_key": key.shape,
+        "grad_value": key.shape,
+    }
     outputs = {name: Guarded(shape, query.dtype, misaligned) for name, shape in shapes.items()}
     *batch, tokens, heads, _ = query.shape
     outputs["lse"] = Guarded((*batch, heads, tokens), np.float32)
     p = describe(inputs)
     p.out = rows(outputs["out"].array)
     lse = outputs["lse"].array
-    p.lse, p.lse_stride_seq, p.lse_stride_head = lse.ctypes.data, 0 if packed else heads * tokens, tokens
+    p.lse, p.lse_stride_seq, p.lse_stride_head = (
+        lse.ctypes.data,
+        0 if packed else heads * tokens,
+        tokens,
+    )
     _call(library, p, backward=False)
     if backward:
-        p.grad_q, p.grad_k, p.grad_v = (rows(outputs[n].array) for n in ("grad_query", "grad_key", "grad_value"))
+        p.grad_q, p.grad_k, p.grad_v = (
+            rows(outputs[n].array) for n in ("grad_query", "grad_key", "grad_value")
+        )
         _call(library, p, backward=True)
     written = outputs if backward else {n: outputs[n] for n in ("out", "lse")}
     for name, guarded in written.items():

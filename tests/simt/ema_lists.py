@@ -14,7 +14,11 @@ ROUNDINGS = ("nearest", "kahan", "stochastic")
 
 def view(tensor: torch.Tensor) -> np.ndarray:
     """The same memory for NumPy; bfloat16 as its bits."""
-    return (tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()).reshape(-1)
+    return (
+        tensor.view(torch.int16).numpy().view(np.uint16)
+        if tensor.dtype == torch.bfloat16
+        else tensor.numpy()
+    ).reshape(-1)
 
 
 def draw(sizes: Sequence[int], dtype: torch.dtype, seed: int, shift: int = 0) -> list[torch.Tensor]:

@@ -1,4 +1,5 @@
-// Small kernels that exercise the executor itself; test_executor.py runs them right and with planted faults.
+// Small kernels that exercise the executor itself; test_executor.py runs them right and with
+// planted faults.
 #include "../../csrc/abi.h"
 #include "../../csrc/device.cuh"
 
@@ -35,7 +36,8 @@ __global__ void block_sum_kernel(const float* x, float* out, int fault) {
   }
 }
 
-// Reverses each warp's 32 values through shared memory; without __syncwarp lanes read what others have yet to write.
+// Reverses each warp's 32 values through shared memory; without __syncwarp lanes read what others
+// have yet to write.
 __global__ void warp_reverse_kernel(const float* x, float* out, int fault) {
   JK_DYNAMIC_SHARED(float, line);
   const int lane = threadIdx.x;
@@ -55,7 +57,8 @@ __global__ void mma_kernel(const T* a, const T* b, float* c, int fault) {
   for (int round = 0; round < 2; round++) {
     for (int i = lane; i < 48; i += 32) {
       const int row = i / 2, part = i % 2 * 8;
-      jk::cp_async_16(tile + row * kStride + part, row < 16 ? a + row * 16 + part : b + (row - 16) * 16 + part);
+      jk::cp_async_16(tile + row * kStride + part,
+                      row < 16 ? a + row * 16 + part : b + (row - 16) * 16 + part);
     }
     jk::cp_async_commit();
     if (fault != kMissingWait) jk::cp_async_wait<0>();
@@ -69,7 +72,8 @@ __global__ void mma_kernel(const T* a, const T* b, float* c, int fault) {
   for (int e = 0; e < 4; e++) c[(lane / 4 + e / 2 * 8) * 8 + lane % 4 * 2 + e % 2] = 0.5f * d[e];
 }
 
-// The same product of b given as [16, 8], through the transposing ldmatrix (b rows padded to 8 + 8).
+// The same product of b given as [16, 8], through the transposing ldmatrix (b rows padded to 8 +
+// 8).
 template <class T>
 __global__ void mma_trans_kernel(const T* a, const T* b, float* c, int) {
   JK_DYNAMIC_SHARED(T, tile);
@@ -89,8 +93,8 @@ __global__ void mma_trans_kernel(const T* a, const T* b, float* c, int) {
 // c[16, 8] = a[16, 8] * b[8, 8]^T in tf32.
 __global__ void mma_tf32_kernel(const float* a, const float* b, float* c) {
   const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
-  const uint32_t left[4] = {jk::to_tf32(a[g * 8 + t]), jk::to_tf32(a[(g + 8) * 8 + t]), jk::to_tf32(a[g * 8 + t + 4]),
-                            jk::to_tf32(a[(g + 8) * 8 + t + 4])};
+  const uint32_t left[4] = {jk::to_tf32(a[g * 8 + t]), jk::to_tf32(a[(g + 8) * 8 + t]),
+                            jk::to_tf32(a[g * 8 + t + 4]), jk::to_tf32(a[(g + 8) * 8 + t + 4])};
   float d[4] = {0.f, 0.f, 0.f, 0.f};
   jk::mma_1688_tf32(d, left, jk::to_tf32(b[g * 8 + t]), jk::to_tf32(b[g * 8 + t + 4]));
   for (int e = 0; e < 4; e++) c[(g + e / 2 * 8) * 8 + t * 2 + e % 2] = d[e];
@@ -123,23 +127,27 @@ __global__ void convert_kernel(const float* x, uint16_t* bf16, uint16_t* fp16, f
 
 }  // namespace
 
-JK_EXPORT const char* probe_block_sum(const float* x, float* out, int blocks, int threads, int fault) {
-  JK_LAUNCH(block_sum_kernel, dim3(blocks), dim3(threads), threads / 32 * sizeof(float), nullptr, x, out, fault);
+JK_EXPORT const char* probe_block_sum(const float* x, float* out, int blocks, int threads,
+                                      int fault) {
+  JK_LAUNCH(block_sum_kernel, dim3(blocks), dim3(threads), threads / 32 * sizeof(float), nullptr, x,
+            out, fault);
   return jk::launch_error();
 }
 JK_EXPORT const char* probe_warp_reverse(const float* x, float* out, int fault) {
   JK_LAUNCH(warp_reverse_kernel, dim3(1), dim3(32), 32 * sizeof(float), nullptr, x, out, fault);
   return jk::launch_error();
 }
-JK_EXPORT const char* probe_mma(const void* a, const void* b, float* c, int is_fp16, int transposed, int fault) {
+JK_EXPORT const char* probe_mma(const void* a, const void* b, float* c, int is_fp16, int transposed,
+                                int fault) {
   const size_t bytes = (16 + 8) * 24 * 2;
   if (is_fp16) {
     auto kernel = transposed ? mma_trans_kernel<jk::float16> : mma_kernel<jk::float16>;
-    JK_LAUNCH(kernel, dim3(1), dim3(32), bytes, nullptr, static_cast<const jk::float16*>(a), static_cast<const jk::float16*>(b), c, fault);
+    JK_LAUNCH(kernel, dim3(1), dim3(32), bytes, nullptr, static_cast<const jk::float16*>(a),
+              static_cast<const jk::float16*>(b), c, fault);
   } else {
     auto kernel = transposed ? mma_trans_kernel<jk::bfloat16> : mma_kernel<jk::bfloat16>;
-    JK_LAUNCH(kernel, dim3(1), dim3(32), bytes, nullptr, static_cast<const jk::bfloat16*>(a), static_cast<const jk::bfloat16*>(b), c,
-              fault);
+    JK_LAUNCH(kernel, dim3(1), dim3(32), bytes, nullptr, static_cast<const jk::bfloat16*>(a),
+              static_cast<const jk::bfloat16*>(b), c, fault);
   }
   return jk::launch_error();
 }
@@ -155,7 +163,8 @@ JK_EXPORT const char* probe_count(int* counter, float* total, int* order, int bl
   JK_LAUNCH(count_kernel, dim3(blocks), dim3(threads), 0, nullptr, counter, total, order);
   return jk::launch_error();
 }
-JK_EXPORT const char* probe_convert(const float* x, uint16_t* bf16, uint16_t* fp16, float* back, int n) {
+JK_EXPORT const char* probe_convert(const float* x, uint16_t* bf16, uint16_t* fp16, float* back,
+                                    int n) {
   JK_LAUNCH(convert_kernel, dim3((n + 63) / 64), dim3(64), 0, nullptr, x, bf16, fp16, back, n);
   return jk::launch_error();
 }

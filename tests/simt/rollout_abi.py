@@ -1,4 +1,5 @@
-"""The CUDA kernels of latent_rollout on the SIMT executor, under the names that the native torch ops have: ctypes over CPU tensors.
+"""The CUDA kernels of latent_rollout on the SIMT executor, under the names that the native torch
+ops have: ctypes over CPU tensors.
 
 Sanitized children need only `Library` and NumPy arrays: torch is imported by `SimtOps` alone.
 """
@@ -33,7 +34,9 @@ def _structure(name: str, *fields: tuple[str, str]):
 
 
 Mlp = _structure(
-    "Mlp", ("i", "rows hidden horizon kept operand"), ("p", "start coupling drift sums inputs grad_sums grad_inputs activations")
+    "Mlp",
+    ("i", "rows hidden horizon kept operand"),
+    ("p", "start coupling drift sums inputs grad_sums grad_inputs activations"),
 )
 Hamiltonian = _structure(
     "Hamiltonian",
@@ -45,7 +48,11 @@ HamiltonianStep = _structure(
     "HamiltonianStep",
     ("i", "rows hidden middle operand transposed"),
     ("f", "time_step"),
-    ("p", "weight coupling bias energy input following carried force activation grad_returned pulled grad_middle grad_energy"),
+    (
+        "p",
+        "weight coupling bias energy input following carried force activation grad_returned "
+        "pulled grad_middle grad_energy",
+    ),
 )
 Readout = _structure(
     "Readout",
@@ -68,19 +75,30 @@ Gru = _structure(
     ("f", "epsilon"),
     ("p", "start"),
     ("i", "start_stride"),
-    ("p", "action weight_input weight_state bias_input bias_state norm_weight norm_bias states gates grad_states"),
+    (
+        "p",
+        "action weight_input weight_state bias_input bias_state norm_weight norm_bias states "
+        "gates grad_states",
+    ),
     ("i", "every_step"),
     ("p", "grad_gates grad_actions grad_small grad_start grad_norm"),
 )
 
 _FUNCTIONS = {
-    "mlp_fwd": Mlp, "mlp_bwd": Mlp, "hamiltonian_fwd": Hamiltonian, "hamiltonian_bwd": HamiltonianStep, "readout": Readout,
-    "readout_gradient": Readout, "gru_fwd": Gru, "gru_bwd": Gru,
-}  # fmt: skip
+    "mlp_fwd": Mlp,
+    "mlp_bwd": Mlp,
+    "hamiltonian_fwd": Hamiltonian,
+    "hamiltonian_bwd": HamiltonianStep,
+    "readout": Readout,
+    "readout_gradient": Readout,
+    "gru_fwd": Gru,
+    "gru_bwd": Gru,
+}
 
 
 class Library:
-    """The C ABI of latent_rollout's kernels for one kind of device; a refusal becomes a RuntimeError. This one: cuda.cu, built for the executor."""
+    """The C ABI of latent_rollout's kernels for one kind of device; a refusal becomes a
+    RuntimeError. This one: cuda.cu, built for the executor."""
 
     device = "cuda"
     more_types: tuple = (Pointer,)  # of a function's arguments behind its parameters
@@ -89,7 +107,10 @@ class Library:
         self.library = ctypes.CDLL(str(path))
         for name, params in _FUNCTIONS.items():
             function = self._function(name)
-            function.argtypes, function.restype = [ctypes.POINTER(params), *self.more_types], ctypes.c_char_p
+            function.argtypes, function.restype = (
+                [ctypes.POINTER(params), *self.more_types],
+                ctypes.c_char_p,
+            )
         self._function("gru_tiles").argtypes, self._function("gru_tiles").restype = [Int64], Int64
 
     def _function(self, name: str):
@@ -103,7 +124,8 @@ class Library:
         return self._function("gru_tiles")(rows)
 
     def call(self, name: str, **values) -> None:
-        """Runs one function; a value is a number, a Table, or something with an address (array or tensor)."""
+        """Runs one function; a value is a number, a Table, or something with an address (array or
+        tensor)."""
         params = _FUNCTIONS[name]()
         for field, value in values.items():
             setattr(params, field, _field(value))
@@ -115,7 +137,11 @@ class Library:
 def _field(value):
     if isinstance(value, (int, float)):
         return value
-    return Rows(_address(value.data), _address(value.index), value.stride, value.dtype) if isinstance(value, Table) else _address(value)
+    return (
+        Rows(_address(value.data), _address(value.index), value.stride, value.dtype)
+        if isinstance(value, Table)
+        else _address(value)
+    )
 
 
 def _address(value) -> int | None:
@@ -125,7 +151,8 @@ def _address(value) -> int | None:
 
 
 def run_on(monkeypatch, backend, ops) -> None:
-    """A backend of C++ kernels runs on `ops` in the place of the native torch ops, and takes CPU tensors."""
+    """A backend of C++ kernels runs on `ops` in the place of the native torch ops, and takes CPU
+    tensors."""
     from jepa_kernels.ops.latent_rollout import native_kernels
 
     create = native_kernels.NativeKernels.__init__
@@ -146,7 +173,8 @@ def run_cuda_on(monkeypatch, library) -> None:
 
 
 class SimtOps:
-    """What `NativeKernels.ops` offers, on the executor. New tensors hold NaN, so that an element nobody writes is seen."""
+    """What `NativeKernels.ops` offers, on the executor. New tensors hold NaN, so that an element
+    nobody writes is seen."""
 
     def __init__(self, library: Library) -> None:
         import torch
@@ -167,108 +195,276 @@ class SimtOps:
     def latent_rollout_mlp_fwd(self, start, coupling, drift, horizon, keep_all, save, isa):
         rows, hidden = start.shape
         kept = horizon if keep_all else 1
-        sums, inputs = self._new(kept, rows, hidden), self._new(horizon, rows, hidden) if save else self._new(0)
+        sums, inputs = (
+            self._new(kept, rows, hidden),
+            self._new(horizon, rows, hidden) if save else self._new(0),
+        )
         self.library.call(
-            "mlp_fwd", rows=rows, hidden=hidden, horizon=horizon, kept=kept, operand=self.codes[coupling.dtype], start=start, coupling=coupling,
-            drift=drift, sums=sums, inputs=inputs if save else None,
-        )  # fmt: skip
+            "mlp_fwd",
+            rows=rows,
+            hidden=hidden,
+            horizon=horizon,
+            kept=kept,
+            operand=self.codes[coupling.dtype],
+            start=start,
+            coupling=coupling,
+            drift=drift,
+            sums=sums,
+            inputs=inputs if save else None,
+        )
         return inputs, sums
 
     def latent_rollout_mlp_bwd(self, inputs, coupling, grad_sums, isa):
         horizon, rows, hidden = inputs.shape
         dtype = self.torch.float32 if coupling is None else coupling.dtype
-        grad_inputs, activations = (self._operands(dtype, steps, rows, hidden) for steps in (horizon, horizon - 1))
+        grad_inputs, activations = (
+            self._operands(dtype, steps, rows, hidden) for steps in (horizon, horizon - 1)
+        )
         self.library.call(
-            "mlp_bwd", rows=rows, hidden=hidden, horizon=horizon, kept=grad_sums.shape[0], operand=self.codes[dtype], coupling=coupling,
-            inputs=inputs, grad_sums=grad_sums, grad_inputs=grad_inputs, activations=activations,
-        )  # fmt: skip
+            "mlp_bwd",
+            rows=rows,
+            hidden=hidden,
+            horizon=horizon,
+            kept=grad_sums.shape[0],
+            operand=self.codes[dtype],
+            coupling=coupling,
+            inputs=inputs,
+            grad_sums=grad_sums,
+            grad_inputs=grad_inputs,
+            activations=activations,
+        )
         return grad_inputs, activations
 
-    def latent_rollout_hamiltonian_fwd(self, start, weight, bias, energy, coupling, time_step, horizon, keep_all, save, isa):
+    def latent_rollout_hamiltonian_fwd(
+        self, start, weight, bias, energy, coupling, time_step, horizon, keep_all, save, isa
+    ):
         rows, hidden = start.shape
         kept = horizon if keep_all else 1
-        sums, inputs = self._new(2, kept, rows, hidden), self._new(2 * horizon, rows, hidden) if save else self._new(0)
+        sums, inputs = (
+            self._new(2, kept, rows, hidden),
+            self._new(2 * horizon, rows, hidden) if save else self._new(0),
+        )
         self.library.call(
-            "hamiltonian_fwd", rows=rows, hidden=hidden, middle=weight.shape[0], horizon=horizon, kept=kept, operand=self.codes[weight.dtype],
-            time_step=time_step, start=start, weight=weight, bias=bias, energy=energy, coupling=coupling, sums=sums,
+            "hamiltonian_fwd",
+            rows=rows,
+            hidden=hidden,
+            middle=weight.shape[0],
+            horizon=horizon,
+            kept=kept,
+            operand=self.codes[weight.dtype],
+            time_step=time_step,
+            start=start,
+            weight=weight,
+            bias=bias,
+            energy=energy,
+            coupling=coupling,
+            sums=sums,
             inputs=inputs if save else None,
-        )  # fmt: skip
+        )
         return inputs, sums
 
-    def latent_rollout_hamiltonian_bwd(self, input, weight, bias, energy, coupling, time_step, transposed, following, carried, isa):
+    def latent_rollout_hamiltonian_bwd(
+        self, input, weight, bias, energy, coupling, time_step, transposed, following, carried, isa
+    ):
         rows, hidden = input.shape
         middle = weight.shape[0]
-        force, left, right, grad_energy = (self._new(*s) for s in ((rows, hidden), (2, rows, middle), (2, rows, hidden), (rows, middle)))
+        force, left, right, grad_energy = (
+            self._new(*s)
+            for s in ((rows, hidden), (2, rows, middle), (2, rows, hidden), (rows, middle))
+        )
         self.library.call(
-            "hamiltonian_bwd", rows=rows, hidden=hidden, middle=middle, operand=self.codes[weight.dtype], transposed=int(transposed),
-            time_step=time_step, weight=weight, coupling=coupling, bias=bias, energy=energy, input=input, following=following, carried=carried,
-            force=force, activation=right[1], grad_returned=right[0], pulled=left[0], grad_middle=left[1], grad_energy=grad_energy,
-        )  # fmt: skip
+            "hamiltonian_bwd",
+            rows=rows,
+            hidden=hidden,
+            middle=middle,
+            operand=self.codes[weight.dtype],
+            transposed=int(transposed),
+            time_step=time_step,
+            weight=weight,
+            coupling=coupling,
+            bias=bias,
+            energy=energy,
+            input=input,
+            following=following,
+            carried=carried,
+            force=force,
+            activation=right[1],
+            grad_returned=right[0],
+            pulled=left[0],
+            grad_middle=left[1],
+            grad_energy=grad_energy,
+        )
         return force, left, right, grad_energy
 
     def _readout(self, name, sums, weight, bias, base, base_rows, first_step, **values) -> None:
         steps, rows, hidden = sums.shape
         self.library.call(
-            name, rows=rows, hidden=hidden, channels=weight.shape[1], steps=steps, first_step=first_step, operand=self.codes[weight.dtype],
-            sums=sums, weight=weight, weight_row_stride=weight.stride(0), weight_column_stride=weight.stride(1), bias=bias,
-            base=self._rows(base, base_rows), **values,
-        )  # fmt: skip
+            name,
+            rows=rows,
+            hidden=hidden,
+            channels=weight.shape[1],
+            steps=steps,
+            first_step=first_step,
+            operand=self.codes[weight.dtype],
+            sums=sums,
+            weight=weight,
+            weight_row_stride=weight.stride(0),
+            weight_column_stride=weight.stride(1),
+            bias=bias,
+            base=self._rows(base, base_rows),
+            **values,
+        )
 
     def latent_rollout_readout(self, sums, weight, bias, base, base_rows, first_step, out, isa):
         self._readout(
-            "readout", sums, weight, bias, base, base_rows, first_step, out=out, out_step_stride=out.stride(0), out_row_stride=out.stride(1),
+            "readout",
+            sums,
+            weight,
+            bias,
+            base,
+            base_rows,
+            first_step,
+            out=out,
+            out_step_stride=out.stride(0),
+            out_row_stride=out.stride(1),
             out_dtype=self.codes[out.dtype],
-        )  # fmt: skip
+        )
 
     def _targets(self, targets, target_rows, exponent) -> dict:
         step = targets.stride(0) if target_rows is None else 0
-        return {"targets": self._rows(targets, target_rows), "target_step_stride": step, "exponent": exponent}
+        return {
+            "targets": self._rows(targets, target_rows),
+            "target_step_stride": step,
+            "exponent": exponent,
+        }
 
-    def latent_rollout_errors(self, sums, weight, bias, base, base_rows, targets, target_rows, exponent, save_signs, isa):
+    def latent_rollout_errors(
+        self, sums, weight, bias, base, base_rows, targets, target_rows, exponent, save_signs, isa
+    ):
         errors = self._new(*sums.shape[:2])
-        self._readout("readout", sums, weight, bias, base, base_rows, 1, errors=errors, **self._targets(targets, target_rows, exponent))
+        self._readout(
+            "readout",
+            sums,
+            weight,
+            bias,
+            base,
+            base_rows,
+            1,
+            errors=errors,
+            **self._targets(targets, target_rows, exponent),
+        )
         return errors, None
 
     def latent_rollout_errors_gradient(
-        self, sums, weight, bias, base, base_rows, targets, target_rows, exponent, signs, first_step, grad_errors, grad_base, isa
+        self,
+        sums,
+        weight,
+        bias,
+        base,
+        base_rows,
+        targets,
+        target_rows,
+        exponent,
+        signs,
+        first_step,
+        grad_errors,
+        grad_base,
+        isa,
     ):
         grad = self._operands(weight.dtype, *sums.shape[:2], weight.shape[1])
         self._readout(
-            "readout_gradient", sums, weight, bias, base, base_rows, first_step, grad_errors=grad_errors, grad=grad, grad_base=grad_base,
-            grad_base_stride=grad_base.stride(0), signs=signs, **self._targets(targets, target_rows, exponent),
-        )  # fmt: skip
+            "readout_gradient",
+            sums,
+            weight,
+            bias,
+            base,
+            base_rows,
+            first_step,
+            grad_errors=grad_errors,
+            grad=grad,
+            grad_base=grad_base,
+            grad_base_stride=grad_base.stride(0),
+            signs=signs,
+            **self._targets(targets, target_rows, exponent),
+        )
         return grad
 
     def _gru(self, name, start, actions, weights, epsilon, **values) -> None:
         horizon, rows, width = actions.shape
-        names = ("weight_input", "weight_state", "bias_input", "bias_state", "norm_weight", "norm_bias")
+        names = (
+            "weight_input",
+            "weight_state",
+            "bias_input",
+            "bias_state",
+            "norm_weight",
+            "norm_bias",
+        )
         self.library.call(
-            name, rows=rows, channels=start.shape[1], actions=width, horizon=horizon, operand=self.codes[weights[0].dtype], epsilon=epsilon,
-            start=start, start_stride=start.stride(0), action=actions, **dict(zip(names, weights, strict=True)), **values,
-        )  # fmt: skip
+            name,
+            rows=rows,
+            channels=start.shape[1],
+            actions=width,
+            horizon=horizon,
+            operand=self.codes[weights[0].dtype],
+            epsilon=epsilon,
+            start=start,
+            start_stride=start.stride(0),
+            action=actions,
+            **dict(zip(names, weights, strict=True)),
+            **values,
+        )
 
     def latent_rollout_gru_fwd(self, start, actions, weights, epsilon, keep_all, save, isa):
         horizon, rows, _ = actions.shape
         kept = horizon if keep_all else 1
         states = self._new(kept, rows, start.shape[1])
         gates = self._new(horizon, rows, 4 * start.shape[1]) if save else self._new(0)
-        self._gru("gru_fwd", start, actions, weights, epsilon, kept=kept, states=states, gates=gates if save else None)
+        self._gru(
+            "gru_fwd",
+            start,
+            actions,
+            weights,
+            epsilon,
+            kept=kept,
+            states=states,
+            gates=gates if save else None,
+        )
         return states, gates
 
-    def _gru_gradients(self, horizon: int, rows: int, width: int, actions: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of what the backward pass returns, in its order; products with actions are left to torch."""
+    def _gru_gradients(
+        self, horizon: int, rows: int, width: int, actions: int
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of what the backward pass returns, in its order; products with actions are left to
+        torch."""
         pieces = self.library.tiles(rows)
         return {
-            "grad_gates": (horizon, rows, 4 * width), "grad_start": (rows, width), "grad_norm": (pieces, 2, width),
-            "grad_actions": (0, rows, actions), "grad_small": (0, 1 + actions, 4 * width),
-        }  # fmt: skip
+            "grad_gates": (horizon, rows, 4 * width),
+            "grad_start": (rows, width),
+            "grad_norm": (pieces, 2, width),
+            "grad_actions": (0, rows, actions),
+            "grad_small": (0, 1 + actions, 4 * width),
+        }
 
-    def latent_rollout_gru_bwd(self, start, actions, states, gates, weights, epsilon, grad_states, every_step, isa):
+    def latent_rollout_gru_bwd(
+        self, start, actions, states, gates, weights, epsilon, grad_states, every_step, isa
+    ):
         horizon, rows, given = actions.shape
-        results = {name: self._new(*shape) for name, shape in self._gru_gradients(horizon, rows, start.shape[1], given).items()}
+        results = {
+            name: self._new(*shape)
+            for name, shape in self._gru_gradients(horizon, rows, start.shape[1], given).items()
+        }
         results["grad_gates"] = self._operands(weights[0].dtype, *results["grad_gates"].shape)
         self._gru(
-            "gru_bwd", start, actions, weights, epsilon, kept=horizon, states=states, gates=gates, grad_states=grad_states,
-            every_step=int(every_step), **results,
-        )  # fmt: skip
+            "gru_bwd",
+            start,
+            actions,
+            weights,
+            epsilon,
+            kept=horizon,
+            states=states,
+            gates=gates,
+            grad_states=grad_states,
+            every_step=int(every_step),
+            **results,
+        )
         return list(results.values())

@@ -1,7 +1,8 @@
-"""Calls of latent_rollout's C ABI in a file, and their replay in a child without torch: ``python rollout_saved.py LIBRARY CALLS.npz SANITIZER``.
+"""Calls of latent_rollout's C ABI in a file, and their replay in a child without torch: ``python
+rollout_saved.py LIBRARY CALLS.npz SANITIZER``.
 
-Every array is saved as the flat span of memory from its first to its last element, so that in the child it lies between the guard bytes of
-the address sanitizer whatever its strides are.
+Every array is saved as the flat span of memory from its first to its last element, so that in the
+child it lies between the guard bytes of the address sanitizer whatever its strides are.
 """
 
 from __future__ import annotations
@@ -22,9 +23,18 @@ def span(tensor) -> np.ndarray:
     """A copy of the memory of a tensor, 16-bit floats as their bits."""
     import torch
 
-    length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    length = (
+        1
+        + sum(
+            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+        if tensor.numel()
+        else 0
+    )
     flat = torch.as_strided(tensor.detach(), (length,), (1,)).clone()
-    return (flat.view(torch.int16) if flat.dtype in (torch.bfloat16, torch.float16) else flat).numpy()
+    return (
+        flat.view(torch.int16) if flat.dtype in (torch.bfloat16, torch.float16) else flat
+    ).numpy()
 
 
 class Recorder:
@@ -42,7 +52,9 @@ class Recorder:
             where = f"{self.count:03d}/{name}/{field}"
             if isinstance(value, Table):
                 self.arrays[f"{where}/table"] = np.array([value.stride, value.dtype])
-                tensors |= {f"{where}/data": value.data} | ({} if value.index is None else {f"{where}/index": value.index})
+                tensors |= {f"{where}/data": value.data} | (
+                    {} if value.index is None else {f"{where}/index": value.index}
+                )
             elif isinstance(value, (int, float)):
                 self.arrays[f"{where}/number"] = np.array(value)
             elif value is not None:
@@ -70,12 +82,18 @@ class Saved(NamedTuple):
     wanted: dict[str, np.ndarray]  # what they should hold afterwards, by the same names
 
     def check(self, note: str = "") -> None:
-        """Results must be the saved ones up to rounding: another compiler or instruction set fuses other operations."""
+        """Results must be the saved ones up to rounding: another compiler or instruction set fuses
+        other operations."""
         for key, wanted in self.wanted.items():
             actual, same = self.arrays[key], 1e-4
             if wanted.dtype == np.int16:
-                actual, wanted, same = (*((a.astype(np.uint32) << 16).view(np.float32) for a in (actual, wanted)), 2e-2)
-            np.testing.assert_allclose(actual, wanted, rtol=same, atol=same, err_msg=f"{self.label} {key} {note}")
+                actual, wanted, same = (
+                    *((a.astype(np.uint32) << 16).view(np.float32) for a in (actual, wanted)),
+                    2e-2,
+                )
+            np.testing.assert_allclose(
+                actual, wanted, rtol=same, atol=same, err_msg=f"{self.label} {key} {note}"
+            )
 
 
 def saved_calls(path: str) -> Iterator[Saved]:
@@ -87,7 +105,11 @@ def saved_calls(path: str) -> Iterator[Saved]:
             groups.setdefault(f"{number}/{name}", {})[rest] = saved[key]
     for label, entries in sorted(groups.items()):
         values: dict[str, Any] = {}
-        arrays = {key.removesuffix("/before"): entry.copy() for key, entry in entries.items() if key.endswith("/before")}
+        arrays = {
+            key.removesuffix("/before"): entry.copy()
+            for key, entry in entries.items()
+            if key.endswith("/before")
+        }
         for key, entry in entries.items():
             field, kind = key.split("/")[:2]
             if kind == "number":
@@ -95,8 +117,14 @@ def saved_calls(path: str) -> Iterator[Saved]:
             elif kind == "array":
                 values[field] = arrays[f"{field}/array"]
             elif kind == "table":
-                values[field] = Table(arrays[f"{field}/data"], arrays.get(f"{field}/index"), *(int(v) for v in entry))
-        wanted = {key.removesuffix("/after"): entry for key, entry in entries.items() if key.endswith("/after")}
+                values[field] = Table(
+                    arrays[f"{field}/data"], arrays.get(f"{field}/index"), *(int(v) for v in entry)
+                )
+        wanted = {
+            key.removesuffix("/after"): entry
+            for key, entry in entries.items()
+            if key.endswith("/after")
+        }
         yield Saved(label, label.split("/")[1], values, arrays, wanted)
 
 
@@ -106,7 +134,8 @@ def replay(path: str, calls: str, sanitizer: str) -> None:
     for saved, order in zip(saved_calls(calls), cycle(ORDERS)):
         configure(library.library, order, seed=5)
         if sanitizer == "tsan":
-            # In a thread of its own: TSan takes NumPy's reuse of a stack that the executor's fibers have read for a race.
+            # In a thread of its own: TSan takes NumPy's reuse of a stack that the executor's fibers
+            # have read for a race.
             fresh = threading.Thread(target=_call, args=(library, saved.name, saved.values))
             fresh.start()
             fresh.join()

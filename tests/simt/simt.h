@@ -1,8 +1,9 @@
-// The SIMT executor: runs CUDA kernel source on a CPU, one fiber per CUDA thread, one block at a time per host thread.
-// A fiber runs until it meets a barrier or a warp collective, then the scheduler resumes the next one, so every
-// interleaving that the barriers allow can be tried by changing the order in which ready fibers are resumed.
-// Rules are stricter than the hardware's: an exited thread never counts as arrived at a barrier, all threads must reach
-// the same barrier in the source, and a warp collective must name only living lanes. A broken rule ends the launch, and
+// The SIMT executor: runs CUDA kernel source on a CPU, one fiber per CUDA thread, one block at a
+// time per host thread. A fiber runs until it meets a barrier or a warp collective, then the
+// scheduler resumes the next one, so every interleaving that the barriers allow can be tried by
+// changing the order in which ready fibers are resumed. Rules are stricter than the hardware's: an
+// exited thread never counts as arrived at a barrier, all threads must reach the same barrier in
+// the source, and a warp collective must name only living lanes. A broken rule ends the launch, and
 // jk::launch_error() returns the sentence.
 #pragma once
 #include <sys/mman.h>
@@ -33,7 +34,8 @@ namespace simt {
 
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kGuardBytes = 4096;
-constexpr size_t kLeastSharedLimit = 99 * 1024;    // the smallest opt-in limit among the shipped architectures (sm_120)
+constexpr size_t kLeastSharedLimit =
+    99 * 1024;  // the smallest opt-in limit among the shipped architectures (sm_120)
 constexpr size_t kDefaultSharedBytes = 48 * 1024;  // more needs jk::allow_dynamic_shared
 constexpr size_t kPayloadBytes = 32;               // what a lane can hand to a warp collective
 constexpr size_t kCanaryBytes = 256;
@@ -59,7 +61,9 @@ struct Site {
   const char* what;
   const char* file;
   int line;
-  bool operator==(const Site& o) const { return line == o.line && same(file, o.file) && same(what, o.what); }
+  bool operator==(const Site& o) const {
+    return line == o.line && same(file, o.file) && same(what, o.what);
+  }
   // Equal literals usually share their address.
   static bool same(const char* a, const char* b) { return a == b || !std::strcmp(a, b); }
   std::string text() const {
@@ -125,8 +129,10 @@ struct Block {
 inline thread_local Block* block = nullptr;
 inline thread_local Fiber* fiber = nullptr;
 
-// Saves the callee-saved registers and the stack pointer at *save, then continues on the stack `to`.
-__attribute__((naked, noinline, no_sanitize("address", "thread", "undefined"))) static void switch_stack(void** save, void* to) {
+// Saves the callee-saved registers and the stack pointer at *save, then continues on the stack
+// `to`.
+__attribute__((naked, noinline, no_sanitize("address", "thread", "undefined"))) static void
+switch_stack(void** save, void* to) {
   asm("pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15\n\t"
       "movq %rsp, (%rdi)\n\t"
       "movq %rsi, %rsp\n\t"
@@ -134,7 +140,8 @@ __attribute__((naked, noinline, no_sanitize("address", "thread", "undefined"))) 
       "ret");
 }
 
-__attribute__((no_sanitize("thread"))) inline void switch_fiber(Fiber& from, Fiber& to, bool from_ends) {
+__attribute__((no_sanitize("thread"))) inline void switch_fiber(Fiber& from, Fiber& to,
+                                                                bool from_ends) {
   from.sanitizer.before_switch(to.sanitizer, from_ends);
   switch_stack(&from.stack_pointer, to.stack_pointer);
   from.sanitizer.after_switch();
@@ -156,8 +163,8 @@ inline void suspend() {
 
 inline std::string where(unsigned linear) {
   const dim3& b = block->index;
-  return "thread " + std::to_string(linear) + " of block (" + std::to_string(b.x) + ", " + std::to_string(b.y) + ", " +
-         std::to_string(b.z) + ")";
+  return "thread " + std::to_string(linear) + " of block (" + std::to_string(b.x) + ", " +
+         std::to_string(b.y) + ", " + std::to_string(b.z) + ")";
 }
 
 // Returns the number of threads that voted true.
@@ -170,8 +177,8 @@ inline int block_barrier(int vote, Site site) {
   if (b.arrived == 0) {
     b.barrier_site = site;
   } else if (!(b.barrier_site == site)) {
-    fail("simt: divergent barrier: " + where(self.linear) + " is at " + site.text() + " while others are at " + b.barrier_site.text() +
-         ".");
+    fail("simt: divergent barrier: " + where(self.linear) + " is at " + site.text() +
+         " while others are at " + b.barrier_site.text() + ".");
   }
   key.release();
   b.votes += vote != 0;
@@ -193,15 +200,19 @@ inline int block_barrier(int vote, Site site) {
 
 inline Collective& join_collective(Warp& warp, uint32_t mask, unsigned lane, Site site) {
   auto self = [] { return where(fiber->linear); };
-  if (!(mask >> lane & 1)) fail("simt: " + self() + " calls " + site.text() + " with a mask that leaves itself out.");
-  if (mask & ~warp.alive) fail("simt: divergent warp: " + self() + " calls " + site.text() + " with a mask that names exited lanes.");
+  if (!(mask >> lane & 1))
+    fail("simt: " + self() + " calls " + site.text() + " with a mask that leaves itself out.");
+  if (mask & ~warp.alive)
+    fail("simt: divergent warp: " + self() + " calls " + site.text() +
+         " with a mask that names exited lanes.");
   Collective* unused = nullptr;
   for (auto& c : warp.collectives) {
     if (c->mask == 0) {
       unused = c.get();
     } else if (!c->done && (c->mask & mask)) {
       if (c->mask != mask || !(c->site == site))
-        fail("simt: divergent warp: " + self() + " is at " + site.text() + " while its warp is at " + c->site.text() + ".");
+        fail("simt: divergent warp: " + self() + " is at " + site.text() +
+             " while its warp is at " + c->site.text() + ".");
       return *c;
     }
   }
@@ -216,11 +227,14 @@ inline Collective& join_collective(Warp& warp, uint32_t mask, unsigned lane, Sit
   return *unused;
 }
 
-// Every lane of `mask` deposits `payload`; the last one to arrive runs combine(collective); then each lane gets
-// read(collective). Only __syncwarp orders the lanes' memory accesses (orders_memory).
+// Every lane of `mask` deposits `payload`; the last one to arrive runs combine(collective); then
+// each lane gets read(collective). Only __syncwarp orders the lanes' memory accesses
+// (orders_memory).
 template <class Payload, class Combine, class Read>
-inline auto warp_collective(uint32_t mask, const Payload& payload, Site site, bool orders_memory, Combine combine, Read read) {
-  static_assert(sizeof(Payload) <= kPayloadBytes, "a warp collective moves at most 32 bytes per lane");
+inline auto warp_collective(uint32_t mask, const Payload& payload, Site site, bool orders_memory,
+                            Combine combine, Read read) {
+  static_assert(sizeof(Payload) <= kPayloadBytes,
+                "a warp collective moves at most 32 bytes per lane");
   Quiet quiet;
   Fiber& self = *fiber;
   const unsigned lane = self.linear & 31;
@@ -278,7 +292,8 @@ inline void fiber_entry() {
   finish_fiber();
 }
 
-// Stacks are mapped once per host thread; the page below each is unmapped memory, so an overflow traps.
+// Stacks are mapped once per host thread; the page below each is unmapped memory, so an overflow
+// traps.
 class StackPool {
  public:
   ~StackPool() { unmap(); }
@@ -286,7 +301,8 @@ class StackPool {
   void reserve(unsigned n) {
     if (n <= count_) return;
     unmap();
-    void* p = mmap(nullptr, n * kSlot, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* p = mmap(nullptr, n * kSlot, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) {
       std::perror("simt: cannot map fiber stacks");
       std::abort();
@@ -331,12 +347,14 @@ inline std::string describe_deadlock(const Block& b) {
       exited++;
     } else if (!last || !(*last == f.site)) {
       last = &f.site;
-      waiting += (waiting.empty() ? "thread " : "; thread ") + std::to_string(f.linear) + " on at " + f.site.text();
+      waiting += (waiting.empty() ? "thread " : "; thread ") + std::to_string(f.linear) +
+                 " on at " + f.site.text();
       if (waiting.size() > 400) break;
     }
   }
-  return "simt: divergent barrier: block (" + std::to_string(b.index.x) + ", " + std::to_string(b.index.y) + ", " +
-         std::to_string(b.index.z) + ") cannot go on, " + std::to_string(exited) + " of " + std::to_string(b.count) +
+  return "simt: divergent barrier: block (" + std::to_string(b.index.x) + ", " +
+         std::to_string(b.index.y) + ", " + std::to_string(b.index.z) + ") cannot go on, " +
+         std::to_string(exited) + " of " + std::to_string(b.count) +
          " threads have exited, and the others wait: " + waiting + ".";
 }
 
@@ -366,7 +384,8 @@ inline void schedule(Block& b, uint32_t seed) {
   for (unsigned left = b.count; left;) {
     bool progress = false;
     if (order == kShuffled)
-      for (unsigned i = b.count - 1; i > 0; i--) std::swap(turn[i], turn[next_random(seed) % (i + 1)]);
+      for (unsigned i = b.count - 1; i > 0; i--)
+        std::swap(turn[i], turn[next_random(seed) % (i + 1)]);
     for (unsigned i : turn) {
       Fiber& f = b.fibers[i];
       if (!is_ready(f, b)) continue;
@@ -387,9 +406,11 @@ inline void run_block(Block& b, StackPool& stacks, uint32_t seed) {
   block = &b;
   b.epoch = b.arrived = 0;
   b.votes = 0;
-  // Exactly sized, so that AddressSanitizer sees an overrun at once; other builds check a canary behind the end.
+  // Exactly sized, so that AddressSanitizer sees an overrun at once; other builds check a canary
+  // behind the end.
   const size_t canary = kHasAddressSanitizer ? 0 : kCanaryBytes;
-  unsigned char* shared = static_cast<unsigned char*>(std::aligned_alloc(128, (b.shared_bytes + canary + 127) / 128 * 128));
+  unsigned char* shared = static_cast<unsigned char*>(
+      std::aligned_alloc(128, (b.shared_bytes + canary + 127) / 128 * 128));
   PoisonTail tail(shared, b.shared_bytes, (b.shared_bytes + canary + 127) / 128 * 128);
   std::memset(shared, kPoison, b.shared_bytes + canary);
   b.shared = shared;
@@ -405,8 +426,9 @@ inline void run_block(Block& b, StackPool& stacks, uint32_t seed) {
   b.end_key.acquire();
   for (size_t i = b.shared_bytes; i < b.shared_bytes + canary; i++)
     if (shared[i] != kPoison && b.error.empty())
-      b.error = "simt: shared-memory overrun: " + where(0).substr(12) + " wrote byte " + std::to_string(i) + " of " +
-                std::to_string(b.shared_bytes) + " bytes of dynamic shared memory.";
+      b.error = "simt: shared-memory overrun: " + where(0).substr(12) + " wrote byte " +
+                std::to_string(i) + " of " + std::to_string(b.shared_bytes) +
+                " bytes of dynamic shared memory.";
   tail.lift();
   std::free(shared);
 }
@@ -420,22 +442,29 @@ inline void report(const std::string& sentence) {
 
 inline std::unordered_map<const void*, size_t> allowed_shared;
 
-inline std::string launch_refusal(const void* kernel, dim3 grid, dim3 threads, size_t shared_bytes) {
+inline std::string launch_refusal(const void* kernel, dim3 grid, dim3 threads,
+                                  size_t shared_bytes) {
   const uint64_t count = uint64_t(threads.x) * threads.y * threads.z;
-  if (count == 0 || count > 1024 || threads.z > 64) return "simt: a block must have 1 to 1024 threads, got " + std::to_string(count) + ".";
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
-    return "simt: a grid must have 1 to 2147483647 x 65535 x 65535 blocks, got " + std::to_string(grid.x) + " x " + std::to_string(grid.y) +
-           " x " + std::to_string(grid.z) + ".";
+  if (count == 0 || count > 1024 || threads.z > 64)
+    return "simt: a block must have 1 to 1024 threads, got " + std::to_string(count) + ".";
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
+      grid.z > 65535)
+    return "simt: a grid must have 1 to 2147483647 x 65535 x 65535 blocks, got " +
+           std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
+           std::to_string(grid.z) + ".";
   if (shared_bytes > settings.shared_limit)
-    return "simt: dynamic shared memory must be at most " + std::to_string(settings.shared_limit) + " bytes, got " +
-           std::to_string(shared_bytes) + ".";
+    return "simt: dynamic shared memory must be at most " + std::to_string(settings.shared_limit) +
+           " bytes, got " + std::to_string(shared_bytes) + ".";
   auto allowed = allowed_shared.find(kernel);
-  if (shared_bytes > kDefaultSharedBytes && (allowed == allowed_shared.end() || allowed->second < shared_bytes))
-    return "simt: " + std::to_string(shared_bytes) + " bytes of dynamic shared memory need jk::allow_dynamic_shared first.";
+  if (shared_bytes > kDefaultSharedBytes &&
+      (allowed == allowed_shared.end() || allowed->second < shared_bytes))
+    return "simt: " + std::to_string(shared_bytes) +
+           " bytes of dynamic shared memory need jk::allow_dynamic_shared first.";
   return "";
 }
 
-inline void launch(const void* kernel, dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& body) {
+inline void launch(const void* kernel, dim3 grid, dim3 threads, size_t shared_bytes,
+                   const std::function<void()>& body) {
   const std::string refusal = launch_refusal(kernel, grid, threads, shared_bytes);
   if (!refusal.empty()) return report(refusal);
   counts.launches++;
@@ -457,10 +486,12 @@ inline void launch(const void* kernel, dim3 grid, dim3 threads, size_t shared_by
     b.fibers.resize(b.count);
     stacks.reserve(b.count);
     for (uint64_t n; (n = next++) < total && !failed;) {
-      // 2654435761 is odd and prime, so n -> n * prime mod total visits every block once unless it divides total.
+      // 2654435761 is odd and prime, so n -> n * prime mod total visits every block once unless it
+      // divides total.
       uint64_t i = order == kForward ? n : total - 1 - n;
       if (order == kShuffled && total % 2654435761u) i = (n * 2654435761u + seed) % total;
-      b.index = dim3(unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y));
+      b.index =
+          dim3(unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y));
       run_block(b, stacks, seed + uint32_t(i) * 7919u);
       if (!b.error.empty()) {
         failed = true;
@@ -492,16 +523,18 @@ inline const char* take_error() {
 
 }  // namespace simt
 
-extern "C" __attribute__((visibility("default"), used)) inline void simt_configure(int order, unsigned seed, int host_threads) {
+extern "C" __attribute__((visibility("default"), used)) inline void simt_configure(
+    int order, unsigned seed, int host_threads) {
   simt::settings.order = order;
   simt::settings.seed = seed;
   simt::settings.host_threads = host_threads;
 }
-extern "C" __attribute__((visibility("default"), used)) inline void simt_limit_shared(size_t bytes) {
+extern "C" __attribute__((visibility("default"), used)) inline void simt_limit_shared(
+    size_t bytes) {
   simt::settings.shared_limit = bytes ? bytes : simt::kLeastSharedLimit;
 }
 extern "C" __attribute__((visibility("default"), used)) inline void simt_take_counts(uint64_t* to) {
-  std::atomic<uint64_t>* const from[] = {&simt::counts.launches, &simt::counts.most_shared_bytes, &simt::counts.barriers,
-                                         &simt::counts.async_bytes};
+  std::atomic<uint64_t>* const from[] = {&simt::counts.launches, &simt::counts.most_shared_bytes,
+                                         &simt::counts.barriers, &simt::counts.async_bytes};
   for (int i = 0; i < 4; i++) to[i] = from[i]->exchange(0);
 }

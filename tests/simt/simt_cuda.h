@@ -14,8 +14,8 @@
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 #define __restrict__ __restrict
-// Static shared memory: one copy per host thread, since a host thread runs one block at a time. It is not poisoned
-// between blocks, so prefer JK_DYNAMIC_SHARED.
+// Static shared memory: one copy per host thread, since a host thread runs one block at a time. It
+// is not poisoned between blocks, so prefer JK_DYNAMIC_SHARED.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define __shared__ static
 #else
@@ -59,12 +59,19 @@ inline unsigned char* shared_memory() {
 #define SIMT_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 inline void __syncthreads(SIMT_HERE) { simt::block_barrier(0, {"__syncthreads", file, line}); }
-inline int __syncthreads_count(int vote, SIMT_HERE) { return simt::block_barrier(vote, {"__syncthreads_count", file, line}); }
-inline int __syncthreads_or(int vote, SIMT_HERE) { return simt::block_barrier(vote, {"__syncthreads_or", file, line}) > 0; }
-inline int __syncthreads_and(int vote, SIMT_HERE) { return simt::block_barrier(!vote, {"__syncthreads_and", file, line}) == 0; }
+inline int __syncthreads_count(int vote, SIMT_HERE) {
+  return simt::block_barrier(vote, {"__syncthreads_count", file, line});
+}
+inline int __syncthreads_or(int vote, SIMT_HERE) {
+  return simt::block_barrier(vote, {"__syncthreads_or", file, line}) > 0;
+}
+inline int __syncthreads_and(int vote, SIMT_HERE) {
+  return simt::block_barrier(!vote, {"__syncthreads_and", file, line}) == 0;
+}
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, SIMT_HERE) {
-  simt::warp_collective(mask, 0, {"__syncwarp", file, line}, true, [](auto&) {}, [](auto&) { return 0; });
+  simt::warp_collective(
+      mask, 0, {"__syncwarp", file, line}, true, [](auto&) {}, [](auto&) { return 0; });
 }
 
 namespace simt {
@@ -74,7 +81,8 @@ inline T shuffle(unsigned mask, T value, unsigned source, Site site) {
       mask, value, site, false, [](auto&) {},
       [&](Collective& c) {
         if (!(mask >> (source & 31) & 1))
-          fail("simt: " + site.text() + " reads lane " + std::to_string(source & 31) + ", which is not in its mask.");
+          fail("simt: " + site.text() + " reads lane " + std::to_string(source & 31) +
+               ", which is not in its mask.");
         return peek<T>(c, source);
       });
 }
@@ -93,33 +101,45 @@ inline unsigned ballot(unsigned mask, int vote, Site site) {
 template <class T>
 inline T __shfl_sync(unsigned mask, T value, int source, int width = 32, SIMT_HERE) {
   const unsigned base = simt::lane() & ~unsigned(width - 1);
-  return simt::shuffle(mask, value, base + (unsigned(source) & unsigned(width - 1)), {"__shfl_sync", file, line});
+  return simt::shuffle(mask, value, base + (unsigned(source) & unsigned(width - 1)),
+                       {"__shfl_sync", file, line});
 }
 template <class T>
 inline T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, SIMT_HERE) {
   const unsigned self = simt::lane(), other = self ^ unsigned(lanes);
-  return simt::shuffle(mask, value, other < (self & ~unsigned(width - 1)) + unsigned(width) ? other : self,
+  return simt::shuffle(mask, value,
+                       other < (self & ~unsigned(width - 1)) + unsigned(width) ? other : self,
                        {"__shfl_xor_sync", file, line});
 }
 template <class T>
 inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, SIMT_HERE) {
   const unsigned self = simt::lane(), end = (self & ~unsigned(width - 1)) + unsigned(width);
-  return simt::shuffle(mask, value, self + delta < end ? self + delta : self, {"__shfl_down_sync", file, line});
+  return simt::shuffle(mask, value, self + delta < end ? self + delta : self,
+                       {"__shfl_down_sync", file, line});
 }
 template <class T>
 inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, SIMT_HERE) {
   const unsigned self = simt::lane(), begin = self & ~unsigned(width - 1);
-  return simt::shuffle(mask, value, self >= begin + delta ? self - delta : self, {"__shfl_up_sync", file, line});
+  return simt::shuffle(mask, value, self >= begin + delta ? self - delta : self,
+                       {"__shfl_up_sync", file, line});
 }
-inline unsigned __ballot_sync(unsigned mask, int vote, SIMT_HERE) { return simt::ballot(mask, vote, {"__ballot_sync", file, line}); }
-inline int __any_sync(unsigned mask, int vote, SIMT_HERE) { return simt::ballot(mask, vote, {"__any_sync", file, line}) != 0; }
-inline int __all_sync(unsigned mask, int vote, SIMT_HERE) { return simt::ballot(mask, vote, {"__all_sync", file, line}) == mask; }
+inline unsigned __ballot_sync(unsigned mask, int vote, SIMT_HERE) {
+  return simt::ballot(mask, vote, {"__ballot_sync", file, line});
+}
+inline int __any_sync(unsigned mask, int vote, SIMT_HERE) {
+  return simt::ballot(mask, vote, {"__any_sync", file, line}) != 0;
+}
+inline int __all_sync(unsigned mask, int vote, SIMT_HERE) {
+  return simt::ballot(mask, vote, {"__all_sync", file, line}) == mask;
+}
 
-// Atomics order memory here, which is more than CUDA's relaxed ones do; with __threadfence around them the two agree.
+// Atomics order memory here, which is more than CUDA's relaxed ones do; with __threadfence around
+// them the two agree.
 template <class T>
 inline T atomicAdd(T* p, T value) {
   T old = __atomic_load_n(p, __ATOMIC_RELAXED);
-  while (!__atomic_compare_exchange_n(p, &old, T(old + value), true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
+  while (!__atomic_compare_exchange_n(p, &old, T(old + value), true, __ATOMIC_ACQ_REL,
+                                      __ATOMIC_RELAXED)) {
   }
   return old;
 }
@@ -131,13 +151,15 @@ inline float atomicAdd(float* p, float value) {
     std::memcpy(&before, &old, 4);
     const float sum = before + value;
     std::memcpy(&sum_bits, &sum, 4);
-  } while (!__atomic_compare_exchange_n(bits, &old, sum_bits, true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
+  } while (
+      !__atomic_compare_exchange_n(bits, &old, sum_bits, true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
   return before;
 }
 template <class T>
 inline T atomicMax(T* p, T value) {
   T old = __atomic_load_n(p, __ATOMIC_RELAXED);
-  while (old < value && !__atomic_compare_exchange_n(p, &old, value, true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
+  while (old < value &&
+         !__atomic_compare_exchange_n(p, &old, value, true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
   }
   return old;
 }

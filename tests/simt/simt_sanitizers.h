@@ -1,4 +1,5 @@
-// What AddressSanitizer and ThreadSanitizer must be told about fibers. In a plain build everything here is empty.
+// What AddressSanitizer and ThreadSanitizer must be told about fibers. In a plain build everything
+// here is empty.
 #pragma once
 #include <cstddef>
 
@@ -29,7 +30,8 @@ constexpr bool kHasAddressSanitizer = true;
 constexpr bool kHasAddressSanitizer = false;
 #endif
 
-// The executor's own bookkeeping is shared by all fibers on purpose: hide it from the race detector.
+// The executor's own bookkeeping is shared by all fibers on purpose: hide it from the race
+// detector.
 class Quiet {
  public:
 #if defined(__SANITIZE_THREAD__)
@@ -48,7 +50,8 @@ class Quiet {
   Quiet(const Quiet&) = delete;
 };
 
-// An edge "everything before release happens before everything after acquire" for the race detector.
+// An edge "everything before release happens before everything after acquire" for the race
+// detector.
 struct SyncKey {
   char unused = 0;
   void release() {
@@ -94,7 +97,8 @@ class FiberSanitizer {
     __sanitizer_finish_switch_fiber(nullptr, &came_from_->stack_, &came_from_->bytes_);
 #endif
   }
-  // Not instrumented: a fiber that ends reads the scheduler's handle after its release, from a stack that the launching thread uses again.
+  // Not instrumented: a fiber that ends reads the scheduler's handle after its release, from a
+  // stack that the launching thread uses again.
   __attribute__((no_sanitize("thread"))) void before_switch(FiberSanitizer& to, bool ends) {
 #if defined(__SANITIZE_ADDRESS__)
     to.came_from_ = this;
@@ -124,10 +128,12 @@ class FiberSanitizer {
 #endif
 };
 
-// Makes the bytes between the end of dynamic shared memory and the end of its allocation untouchable under ASan.
+// Makes the bytes between the end of dynamic shared memory and the end of its allocation
+// untouchable under ASan.
 class PoisonTail {
  public:
-  PoisonTail(unsigned char* base, size_t used, size_t allocated) : tail_(base + used), bytes_(allocated - used) {
+  PoisonTail(unsigned char* base, size_t used, size_t allocated)
+      : tail_(base + used), bytes_(allocated - used) {
 #if defined(__SANITIZE_ADDRESS__)
     __asan_poison_memory_region(tail_, bytes_);
 #endif

@@ -1,14 +1,17 @@
-// Tensor-core, ldmatrix and cp.async semantics for the executor; the same functions as in the nvcc half of device.cuh.
+// Tensor-core, ldmatrix and cp.async semantics for the executor; the same functions as in the nvcc
+// half of device.cuh.
 #pragma once
 #include "simt_cuda.h"
 
 namespace simt {
 
-// d += a * b for one 16 x 8 tile whose K extent is kSteps * 8 registers of two values (or 4 of one for tf32).
-// value(bits, which) turns the `which`-th value packed into a register into a float.
+// d += a * b for one 16 x 8 tile whose K extent is kSteps * 8 registers of two values (or 4 of one
+// for tf32). value(bits, which) turns the `which`-th value packed into a register into a float.
 template <int kPerRegister, class Value>
-inline void mma_16x8(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site, Value value) {
-  constexpr int kHalf = 4 * kPerRegister;  // K extent that one register of each of the four lanes of a group covers
+inline void mma_16x8(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site,
+                     Value value) {
+  constexpr int kHalf =
+      4 * kPerRegister;  // K extent that one register of each of the four lanes of a group covers
   constexpr int kDepth = 2 * kHalf;
   struct Payload {
     uint32_t a[4], b[2];
@@ -33,7 +36,8 @@ inline void mma_16x8(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
         typedef float Columns __attribute__((vector_size(32), aligned(4)));
         for (int r = 0; r < 16; r++) {
           Columns sum = {};
-          for (int k = 0; k < kDepth; k++) sum += left[r][k] * *reinterpret_cast<const Columns*>(right[k]);
+          for (int k = 0; k < kDepth; k++)
+            sum += left[r][k] * *reinterpret_cast<const Columns*>(right[k]);
           *reinterpret_cast<Columns*>(c.out[r]) = sum;
         }
       },
@@ -46,13 +50,15 @@ inline void mma_16x8(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
       });
 }
 
-// Each lane reads the 16-byte row at its own address, outside Quiet, so that the race detector sees the read.
+// Each lane reads the 16-byte row at its own address, outside Quiet, so that the race detector sees
+// the read.
 template <bool kTransposed>
 inline void ldmatrix(uint32_t (&r)[4], const void* address, Site site) {
   struct Row {
     uint16_t value[8];
   };
-  if (reinterpret_cast<uintptr_t>(address) & 15) fail("simt: " + site.text() + " needs a 16-byte aligned address.");
+  if (reinterpret_cast<uintptr_t>(address) & 15)
+    fail("simt: " + site.text() + " needs a 16-byte aligned address.");
   Row mine;
   const uint16_t* source = static_cast<const uint16_t*>(address);
   for (int i = 0; i < 8; i++) mine.value[i] = source[i];
@@ -63,7 +69,8 @@ inline void ldmatrix(uint32_t (&r)[4], const void* address, Site site) {
         for (unsigned i = 0; i < 4; i++) {
           uint32_t pair = 0;
           for (unsigned e = 0; e < 2; e++) {
-            const unsigned row = kTransposed ? 2 * (self & 3) + e : self >> 2, col = kTransposed ? self >> 2 : 2 * (self & 3) + e;
+            const unsigned row = kTransposed ? 2 * (self & 3) + e : self >> 2,
+                           col = kTransposed ? self >> 2 : 2 * (self & 3) + e;
             pair |= uint32_t(peek<Row>(c, 8 * i + row).value[col]) << (16 * e);
           }
           r[i] = pair;
@@ -72,11 +79,15 @@ inline void ldmatrix(uint32_t (&r)[4], const void* address, Site site) {
       });
 }
 
-// The destination turns to poison at once and gets its data at the wait: reading without waiting, or overwriting what
-// another thread still reads, gives wrong numbers, and both writes are visible to the race detector.
-inline void async_copy(void* to, const void* from, uint32_t bytes, uint32_t valid_bytes, Site site) {
-  if (reinterpret_cast<uintptr_t>(to) % bytes || (valid_bytes && reinterpret_cast<uintptr_t>(from) % bytes))
-    fail("simt: " + site.text() + " needs addresses aligned to its " + std::to_string(bytes) + " bytes.");
+// The destination turns to poison at once and gets its data at the wait: reading without waiting,
+// or overwriting what another thread still reads, gives wrong numbers, and both writes are visible
+// to the race detector.
+inline void async_copy(void* to, const void* from, uint32_t bytes, uint32_t valid_bytes,
+                       Site site) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes ||
+      (valid_bytes && reinterpret_cast<uintptr_t>(from) % bytes))
+    fail("simt: " + site.text() + " needs addresses aligned to its " + std::to_string(bytes) +
+         " bytes.");
   std::memset(to, kPoison, bytes);
   Quiet quiet;
   counts.async_bytes += valid_bytes;
@@ -93,8 +104,9 @@ inline void async_wait(uint64_t groups_left) {
   {
     Quiet quiet;
     Fiber& self = *fiber;
-    auto pending = std::stable_partition(self.copies.begin(), self.copies.end(),
-                                         [&](const AsyncCopy& c) { return c.group + groups_left < self.copy_group; });
+    auto pending = std::stable_partition(
+        self.copies.begin(), self.copies.end(),
+        [&](const AsyncCopy& c) { return c.group + groups_left < self.copy_group; });
     ready.assign(self.copies.begin(), pending);
     self.copies.erase(self.copies.begin(), pending);
   }

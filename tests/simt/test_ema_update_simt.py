@@ -1,4 +1,5 @@
-"""The CUDA kernel of ema_update on the SIMT executor: bit for bit the reference, in every thread order, sanitized."""
+"""The CUDA kernel of ema_update on the SIMT executor: bit for bit the reference, in every thread
+order, sanitized."""
 
 from __future__ import annotations
 
@@ -34,17 +35,44 @@ def test_ema_equals_the_reference_bit_for_bit(ema_library, rounding, order):
         copies = [torch.full_like(t, torch.nan, dtype=copy) for t in targets]
         expected, expected_lost = [t.clone() for t in targets], [t.clone() for t in lost]
         expected_copies = [torch.empty_like(c) for c in copies]
-        options = {"compensations": expected_lost} if rounding == "kahan" else {"seed": 2**33 + 5} if rounding == "stochastic" else {}
-        ema_update_(expected, sources, momentum, copies=expected_copies, rounding=rounding, backend="reference", **options)
+        options = (
+            {"compensations": expected_lost}
+            if rounding == "kahan"
+            else {"seed": 2**33 + 5}
+            if rounding == "stochastic"
+            else {}
+        )
+        ema_update_(
+            expected,
+            sources,
+            momentum,
+            copies=expected_copies,
+            rounding=rounding,
+            backend="reference",
+            **options,
+        )
         entries = [
-            ema_abi.ema_tensor(view(t), view(s), view(c), view(k) if rounding == "kahan" else None, index=n)
+            ema_abi.ema_tensor(
+                view(t), view(s), view(c), view(k) if rounding == "kahan" else None, index=n
+            )
             for n, (t, s, c, k) in enumerate(zip(targets, sources, copies, lost, strict=True))
         ]
-        error = ema_abi.ema_update(ema_library, entries, momentum, rounding=ROUNDINGS.index(rounding), seed=2**33 + 5)
+        error = ema_abi.ema_update(
+            ema_library, entries, momentum, rounding=ROUNDINGS.index(rounding), seed=2**33 + 5
+        )
         assert error is None, error
-        assert all(torch.equal(a, e) for a, e in zip(targets, expected, strict=True)), (target, source)
-        assert all(torch.equal(a, e) for a, e in zip(copies, expected_copies, strict=True)), (target, source, copy)
-        assert rounding != "kahan" or all(torch.equal(a, e) for a, e in zip(lost, expected_lost, strict=True))
+        assert all(torch.equal(a, e) for a, e in zip(targets, expected, strict=True)), (
+            target,
+            source,
+        )
+        assert all(torch.equal(a, e) for a, e in zip(copies, expected_copies, strict=True)), (
+            target,
+            source,
+            copy,
+        )
+        assert rounding != "kahan" or all(
+            torch.equal(a, e) for a, e in zip(lost, expected_lost, strict=True)
+        )
     configure(ema_library)
 
 
@@ -53,9 +81,13 @@ def test_momentum_and_seed_from_the_device(ema_library):
     expected = [t.clone() for t in targets]
     ema_update_(expected, sources, 0.9, rounding="stochastic", seed=11, backend="reference")
     error = ema_abi.ema_update(
-        ema_library, [ema_abi.ema_tensor(view(targets[0]), view(sources[0]))], 0.0, momentum_device=np.array([0.9]),
-        rounding=ema_abi.STOCHASTIC, seed_device=np.array([11], np.int64),
-    )  # fmt: skip
+        ema_library,
+        [ema_abi.ema_tensor(view(targets[0]), view(sources[0]))],
+        0.0,
+        momentum_device=np.array([0.9]),
+        rounding=ema_abi.STOCHASTIC,
+        seed_device=np.array([11], np.int64),
+    )
     assert error is None and torch.equal(targets[0], expected[0])
 
 
@@ -85,12 +117,16 @@ def test_a_planted_fault_is_noticed(tmp_path):
     library = ema_abi.open_library(build(tmp_path / "ema_update" / "cuda.cu"))
     target, source = draw((33,), torch.float32, 0)[0], draw((33,), torch.float32, 1)[0]
     expected = target + 0.25 * (source - target)
-    assert ema_abi.ema_update(library, [ema_abi.ema_tensor(view(target), view(source))], 0.75) is None
+    assert (
+        ema_abi.ema_update(library, [ema_abi.ema_tensor(view(target), view(source))], 0.75) is None
+    )
     assert not torch.allclose(target, expected)
 
 
 @pytest.mark.parametrize("sanitizer", ["asan_ubsan", "tsan"])
 def test_sanitizers_find_nothing(sanitizer):
     library = build("csrc/ema_update/cuda.cu", sanitizer)
-    done = run_sanitized([str(ROOT / "tests" / "simt" / "ema_sanitized.py"), "ema_update", str(library)], sanitizer)
+    done = run_sanitized(
+        [str(ROOT / "tests" / "simt" / "ema_sanitized.py"), "ema_update", str(library)], sanitizer
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

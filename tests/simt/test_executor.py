@@ -10,7 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.simt.build import ORDERS, SANITIZER_STATUS, build, configure, limit_shared, run_sanitized, take_counts
+from tests.simt.build import (
+    ORDERS,
+    SANITIZER_STATUS,
+    build,
+    configure,
+    limit_shared,
+    run_sanitized,
+    take_counts,
+)
 
 PROBE = Path(__file__).with_name("probe.cu")
 
@@ -35,9 +43,24 @@ def pointer(array: np.ndarray) -> ctypes.c_void_p:
 
 def open_probe(library: str | Path) -> ctypes.CDLL:
     probe = ctypes.CDLL(str(library))
-    for name in ("block_sum", "warp_reverse", "mma", "mma_tf32", "half_warps", "count", "convert", "shared_bytes", "empty_grid"):
+    for name in (
+        "block_sum",
+        "warp_reverse",
+        "mma",
+        "mma_tf32",
+        "half_warps",
+        "count",
+        "convert",
+        "shared_bytes",
+        "empty_grid",
+    ):
         getattr(probe, f"probe_{name}").restype = ctypes.c_char_p
-    probe.probe_shared_bytes.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    probe.probe_shared_bytes.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int,
+    ]
     return probe
 
 
@@ -87,7 +110,11 @@ def test_warp_reverse_in_every_order(ordered: ctypes.CDLL) -> None:
 @pytest.mark.parametrize("is_fp16", [0, 1])
 def test_mma_matches_a_matrix_product(ordered: ctypes.CDLL, is_fp16: int, transposed: int) -> None:
     rng = np.random.default_rng(3)
-    a, b, c = rng.standard_normal((16, 16)), rng.standard_normal((16, 8)), np.zeros((16, 8), np.float32)
+    a, b, c = (
+        rng.standard_normal((16, 16)),
+        rng.standard_normal((16, 8)),
+        np.zeros((16, 8), np.float32),
+    )
     if is_fp16:
         a, b = a.astype(np.float16), b.astype(np.float16)
         expected = a.astype(np.float64) @ b.astype(np.float64)
@@ -101,7 +128,11 @@ def test_mma_matches_a_matrix_product(ordered: ctypes.CDLL, is_fp16: int, transp
 
 def test_tf32_mma_rounds_its_inputs(probe: ctypes.CDLL) -> None:
     rng = np.random.default_rng(4)
-    a, b, c = rng.standard_normal((16, 8)).astype(np.float32), rng.standard_normal((8, 8)).astype(np.float32), np.zeros((16, 8), np.float32)
+    a, b, c = (
+        rng.standard_normal((16, 8)).astype(np.float32),
+        rng.standard_normal((8, 8)).astype(np.float32),
+        np.zeros((16, 8), np.float32),
+    )
     assert probe.probe_mma_tf32(pointer(a), pointer(b), pointer(c)) is None
     exact = a.astype(np.float64) @ b.T.astype(np.float64)
     error = np.abs(c - exact).max()
@@ -115,11 +146,17 @@ def test_two_half_warps_run_their_own_collectives(ordered: ctypes.CDLL) -> None:
     np.testing.assert_array_equal(out[:16], np.full(16, x[:16].sum()))
     np.testing.assert_array_equal(out[16:], np.repeat([x[16:24].sum(), x[24:].sum()], 8))
     ballot = sum(1 << i for i in range(32) if i % 3 == 0)
-    np.testing.assert_array_equal(votes, np.where(np.arange(32) < 16, ballot & 0xFFFF, ballot & 0xFFFF0000).astype(np.uint32))
+    np.testing.assert_array_equal(
+        votes, np.where(np.arange(32) < 16, ballot & 0xFFFF, ballot & 0xFFFF0000).astype(np.uint32)
+    )
 
 
 def test_atomics_and_orders(ordered: ctypes.CDLL) -> None:
-    counter, total, order = np.zeros(1, np.int32), np.zeros(1, np.float32), np.full(256, -1, np.int32)
+    counter, total, order = (
+        np.zeros(1, np.int32),
+        np.zeros(1, np.float32),
+        np.full(256, -1, np.int32),
+    )
     assert ordered.probe_count(pointer(counter), pointer(total), pointer(order), 4, 64) is None
     assert counter[0] == 256
     assert total[0] == 128
@@ -130,7 +167,11 @@ def test_orders_differ(probe: ctypes.CDLL) -> None:
     seen = {}
     for name in ORDERS:
         configure(probe, name, seed=5, host_threads=1)
-        counter, total, order = np.zeros(1, np.int32), np.zeros(1, np.float32), np.zeros(256, np.int32)
+        counter, total, order = (
+            np.zeros(1, np.int32),
+            np.zeros(1, np.float32),
+            np.zeros(256, np.int32),
+        )
         assert probe.probe_count(pointer(counter), pointer(total), pointer(order), 4, 64) is None
         seen[name] = order.copy()
     configure(probe)
@@ -142,10 +183,30 @@ def test_orders_differ(probe: ctypes.CDLL) -> None:
 
 def test_conversions_round_to_nearest_even(probe: ctypes.CDLL) -> None:
     rng = np.random.default_rng(6)
-    special = [0.0, -0.0, np.inf, -np.inf, 1.00390625, 1.01171875, 65504.0, 65520.0, 6e-8, 1e-9, 3.4e38]
-    x = np.concatenate([rng.standard_normal(500) * 10.0 ** rng.integers(-6, 6, 500), special]).astype(np.float32)
-    bf16, fp16, back = np.zeros(x.size, np.uint16), np.zeros(x.size, np.uint16), np.zeros(x.size, np.float32)
-    assert probe.probe_convert(pointer(x), pointer(bf16), pointer(fp16), pointer(back), x.size) is None
+    special = [
+        0.0,
+        -0.0,
+        np.inf,
+        -np.inf,
+        1.00390625,
+        1.01171875,
+        65504.0,
+        65520.0,
+        6e-8,
+        1e-9,
+        3.4e38,
+    ]
+    x = np.concatenate(
+        [rng.standard_normal(500) * 10.0 ** rng.integers(-6, 6, 500), special]
+    ).astype(np.float32)
+    bf16, fp16, back = (
+        np.zeros(x.size, np.uint16),
+        np.zeros(x.size, np.uint16),
+        np.zeros(x.size, np.float32),
+    )
+    assert (
+        probe.probe_convert(pointer(x), pointer(bf16), pointer(fp16), pointer(back), x.size) is None
+    )
     with np.errstate(over="ignore"):
         expected = x.astype(np.float16)
     np.testing.assert_array_equal(bf16, bfloat16_bits(x))
@@ -180,7 +241,9 @@ def test_launch_limits_are_checked(probe: ctypes.CDLL) -> None:
         (Fault.OVERRUN, b"shared-memory overrun"),
     ],
 )
-def test_planted_fault_ends_the_launch_with_a_sentence(ordered: ctypes.CDLL, fault: Fault, sentence: bytes) -> None:
+def test_planted_fault_ends_the_launch_with_a_sentence(
+    ordered: ctypes.CDLL, fault: Fault, sentence: bytes
+) -> None:
     error, _, _ = block_sum(ordered, fault)
     assert sentence in (error or b"")
     # The executor is usable after a failed launch.
@@ -196,10 +259,14 @@ def results_are_right(probe: ctypes.CDLL, fault: Fault) -> bool:
     probe.probe_warp_reverse(pointer(x), pointer(reversed_x), int(fault))
     one, c = np.full((16, 16), 0x3F80, np.uint16), np.zeros((16, 8), np.float32)
     probe.probe_mma(pointer(one), pointer(one), pointer(c), 0, 0, int(fault))
-    return bool(np.array_equal(out, expected) and np.array_equal(reversed_x, x[::-1]) and (c == 16).all())
+    return bool(
+        np.array_equal(out, expected) and np.array_equal(reversed_x, x[::-1]) and (c == 16).all()
+    )
 
 
-@pytest.mark.parametrize("fault", [Fault.MISSING_BARRIER, Fault.MISSING_WARP_SYNC, Fault.MISSING_WAIT])
+@pytest.mark.parametrize(
+    "fault", [Fault.MISSING_BARRIER, Fault.MISSING_WARP_SYNC, Fault.MISSING_WAIT]
+)
 def test_planted_race_gives_wrong_numbers_in_some_order(probe: ctypes.CDLL, fault: Fault) -> None:
     right = []
     for order in ORDERS:
@@ -211,7 +278,9 @@ def test_planted_race_gives_wrong_numbers_in_some_order(probe: ctypes.CDLL, faul
 
 
 def run_probe(sanitizer: str, fault: Fault) -> tuple[int, str]:
-    done = run_sanitized([str(Path(__file__)), str(build(PROBE, sanitizer)), str(int(fault))], sanitizer)
+    done = run_sanitized(
+        [str(Path(__file__)), str(build(PROBE, sanitizer)), str(int(fault))], sanitizer
+    )
     return done.returncode, done.stdout + done.stderr
 
 

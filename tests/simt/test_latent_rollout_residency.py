@@ -1,4 +1,5 @@
-"""Which matrices the CUDA kernels of latent_rollout keep in shared memory, and that it changes no bit of a result."""
+"""Which matrices the CUDA kernels of latent_rollout keep in shared memory, and that it changes no
+bit of a result."""
 
 from __future__ import annotations
 
@@ -42,18 +43,25 @@ def launch(library: Library, kernel: str, width: int, dtype: torch.dtype, horizo
     elif kernel == "residual_mlp backward":
         ops.latent_rollout_mlp_bwd(sums, matrix, sums[:1], -1)
     elif kernel == "hamiltonian":
-        ops.latent_rollout_hamiltonian_fwd(start, matrix, bias, bias, matrix, 0.1, horizon, False, False, -1)
+        ops.latent_rollout_hamiltonian_fwd(
+            start, matrix, bias, bias, matrix, 0.1, horizon, False, False, -1
+        )
     elif kernel == "gru":
-        ops.latent_rollout_gru_fwd(start, torch.zeros(horizon, 2, 4), weights, 1e-5, False, False, -1)
+        ops.latent_rollout_gru_fwd(
+            start, torch.zeros(horizon, 2, 4), weights, 1e-5, False, False, -1
+        )
     else:
         gates = torch.zeros(horizon, 2, 4 * width)
-        ops.latent_rollout_gru_bwd(start, torch.zeros(horizon, 2, 4), sums, gates, weights, 1e-5, sums, True, -1)
+        ops.latent_rollout_gru_bwd(
+            start, torch.zeros(horizon, 2, 4), sums, gates, weights, 1e-5, sums, True, -1
+        )
     counts = take_counts(library.library)
     assert counts.launches == 1
     return counts
 
 
-# Matrices of width x width numbers that a longer rollout reads again, for each step more: 0 means that all of them stay.
+# Matrices of width x width numbers that a longer rollout reads again, for each step more: 0 means
+# that all of them stay.
 CHOICES = (
     ("residual_mlp", 256, BFLOAT16, 227, 0),
     ("residual_mlp", 256, BFLOAT16, 99, 1),
@@ -75,7 +83,11 @@ CHOICES = (
 )
 
 
-@pytest.mark.parametrize(("kernel", "width", "dtype", "kibibytes", "read_again"), CHOICES, ids=lambda v: str(v).removeprefix("torch."))
+@pytest.mark.parametrize(
+    ("kernel", "width", "dtype", "kibibytes", "read_again"),
+    CHOICES,
+    ids=lambda v: str(v).removeprefix("torch."),
+)
 def test_a_matrix_stays_where_it_fits(library, kernel, width, dtype, kibibytes, read_again):
     limit_shared(library.library, kibibytes)
     short, long = (launch(library, kernel, width, dtype, horizon).async_bytes for horizon in (3, 5))
@@ -84,23 +96,39 @@ def test_a_matrix_stays_where_it_fits(library, kernel, width, dtype, kibibytes, 
 
 def test_a_matrix_that_is_read_once_streams(library):
     """Keeping it would delay the first product until all of it is there."""
-    used = {horizon: launch(library, "residual_mlp", 128, BFLOAT16, horizon).most_shared_bytes for horizon in (2, 3)}
-    assert used[3] - used[2] == 128 * (128 + 8) * 2 - 8 * 8 * 512  # the padded matrix in the place of the ring
+    used = {
+        horizon: launch(library, "residual_mlp", 128, BFLOAT16, horizon).most_shared_bytes
+        for horizon in (2, 3)
+    }
+    assert (
+        used[3] - used[2] == 128 * (128 + 8) * 2 - 8 * 8 * 512
+    )  # the padded matrix in the place of the ring
 
 
 @pytest.mark.parametrize("kibibytes", (99, 227))
 @pytest.mark.parametrize(
-    ("kernel", "barriers"), (("residual_mlp", 1), ("residual_mlp backward", 1), ("hamiltonian", 6), ("gru", 2), ("gru backward", 9))
+    ("kernel", "barriers"),
+    (
+        ("residual_mlp", 1),
+        ("residual_mlp backward", 1),
+        ("hamiltonian", 6),
+        ("gru", 2),
+        ("gru backward", 9),
+    ),
 )
 def test_barriers_of_a_step(library, kernel, barriers, kibibytes):
-    """One between two products, whether a matrix stays or streams; neither width nor depth adds to them."""
+    """One between two products, whether a matrix stays or streams; neither width nor depth adds to
+    them."""
     limit_shared(library.library, kibibytes)
     for width in (40, 144):
-        short, long = (launch(library, kernel, width, FLOAT32, horizon).barriers for horizon in (2, 4))
+        short, long = (
+            launch(library, kernel, width, FLOAT32, horizon).barriers for horizon in (2, 4)
+        )
         assert long - short == 2 * barriers
 
 
-# The first limit makes every cell of these widths stream, with the short ring; in the last one everything stays.
+# The first limit makes every cell of these widths stream, with the short ring; in the last one
+# everything stays.
 WIDTHS = (
     ("residual_mlp", 135, 8),
     ("residual_mlp", 136, 70),
@@ -112,9 +140,20 @@ WIDTHS = (
 
 
 @pytest.mark.parametrize(("cell", "hidden", "channels"), WIDTHS)
-@pytest.mark.parametrize("dtype", (FLOAT32, BFLOAT16, FLOAT16), ids=("float32", "bfloat16", "float16"))
+@pytest.mark.parametrize(
+    "dtype", (FLOAT32, BFLOAT16, FLOAT16), ids=("float32", "bfloat16", "float16")
+)
 def test_kept_and_streamed_results_are_the_same_bits(library, cell, hidden, channels, dtype):
-    case = rollout_case(cell, "states", rows=17, hidden=hidden, channels=channels, horizon=3, dtype=dtype, gathered=False)
+    case = rollout_case(
+        cell,
+        "states",
+        rows=17,
+        hidden=hidden,
+        channels=channels,
+        horizon=3,
+        dtype=dtype,
+        gathered=False,
+    )
     results, shared_bytes = {}, {}
     for kibibytes, order in zip((46, 99, 227), ORDERS, strict=True):
         limit_shared(library.library, kibibytes)
@@ -124,9 +163,13 @@ def test_kept_and_streamed_results_are_the_same_bits(library, cell, hidden, chan
         shared_bytes[kibibytes] = take_counts(library.library).most_shared_bytes
         results[kibibytes] = run_rollout(case, "cuda")
     for name, tensor in results[46].items():
-        assert torch.equal(tensor, results[99][name]) and torch.equal(tensor, results[227][name]), name
+        assert torch.equal(tensor, results[99][name]) and torch.equal(tensor, results[227][name]), (
+            name
+        )
     assert shared_bytes[46] <= 46 * 1024 < shared_bytes[227]
 
 
 def test_every_cell_is_in_the_tables():
-    assert {cell for cell, *_ in WIDTHS} == set(CELLS) == {choice[0].split()[0] for choice in CHOICES}
+    assert (
+        {cell for cell, *_ in WIDTHS} == set(CELLS) == {choice[0].split()[0] for choice in CHOICES}
+    )

@@ -1,4 +1,5 @@
-"""csrc/latent_rollout/cuda.cu on the SIMT executor, called through the CUDA backend: forward and backward against the float64 reference."""
+"""csrc/latent_rollout/cuda.cu on the SIMT executor, called through the CUDA backend: forward and
+backward against the float64 reference."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ WITHOUT_HALF = {"JK_INSTANCES(name)": "name<float>,name<jk::bfloat16>,name<jk::b
 OUTPUTS = ("states", "last", 1.0, 2.5)
 each_cell = pytest.mark.parametrize("cell", CELLS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-two_dtypes = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+two_dtypes = pytest.mark.parametrize(
+    "dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16")
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +73,8 @@ def test_matches_the_reference(cell, output, dtype):
     ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()),
 )
 def test_shapes_and_layouts(cell, options, dtype):
-    # In 16 bits a residual that rounds across zero turns the sign of an L1 gradient: whether one does is luck, in the reference too.
+    # In 16 bits a residual that rounds across zero turns the sign of an L1 gradient: whether one
+    # does is luck, in the reference too.
     for output in ("states", "last", 2.0 if dtype == torch.bfloat16 else 1.0):
         check_rollout(rollout_case(cell, output, **options, dtype=dtype), "cuda")
 
@@ -78,7 +82,19 @@ def test_shapes_and_layouts(cell, options, dtype):
 @each_cell
 @two_dtypes
 def test_error_stays_in_budget_for_long_horizons(cell, dtype):
-    check_rollout(rollout_case(cell, "states", horizon=64, rows=5, gain=0.5, dtype=dtype, gathered=False, seed=int(cell == "gru")), "cuda")
+    check_rollout(
+        rollout_case(
+            cell,
+            "states",
+            horizon=64,
+            rows=5,
+            gain=0.5,
+            dtype=dtype,
+            gathered=False,
+            seed=int(cell == "gru"),
+        ),
+        "cuda",
+    )
 
 
 @each_cell
@@ -114,7 +130,9 @@ def test_a_row_is_the_same_in_any_company(library, dtype):
 @pytest.mark.parametrize("fault", RESULT_FAULTS)
 @pytest.mark.parametrize("phase", ("forward", "backward"))
 def test_comparison_notices_planted_faults(fault, phase):
-    case = rollout_case("residual_mlp", 1.0 if phase == "backward" and fault == "unwritten_row" else "states")
+    case = rollout_case(
+        "residual_mlp", 1.0 if phase == "backward" and fault == "unwritten_row" else "states"
+    )
     check_rollout(case, "cuda")
     with planted_fault("latent_rollout", "cuda", fault, phase), pytest.raises(AssertionError):
         check_rollout(case, "cuda")
@@ -122,14 +140,49 @@ def test_comparison_notices_planted_faults(fault, phase):
 
 KERNEL_FAULTS = {
     "a step without its drift": ("residual_mlp", "cuda_recurrence.cuh", "(v + p.drift[c])", "v"),
-    "a half-step the wrong way": ("hamiltonian", "cuda_recurrence.cuh", "which ? -p.time_step : p.time_step", "p.time_step"),
-    "a gate without its bias": ("gru", "cuda_gru.cuh", "acc[2][b][i] = p.bias_state[2 * d + at]", "acc[2][b][i] = 0.f"),
-    "a product whose left side is not complete": ("residual_mlp", "cuda_recurrence.cuh", "    __syncthreads();\n    multiply(", "    multiply("),
-    "a kept matrix that has not arrived": ("residual_mlp", "cuda_weights.cuh", "jk::cp_async_wait<0>();", ""),
-    "a slot that has not arrived": ("residual_mlp", "cuda_weights.cuh", "jk::cp_async_wait<kManySlots - 2>();", ""),
-    "a slot that other lanes have yet to fill": ("residual_mlp", "cuda_weights.cuh", "__syncwarp();  // every lane's", "// every lane's"),
-    "a slot filled again too early": ("residual_mlp", "cuda_weights.cuh", "int i = 1; i < count; i++", "int i = 0; i < count; i++"),
-}  # fmt: skip
+    "a half-step the wrong way": (
+        "hamiltonian",
+        "cuda_recurrence.cuh",
+        "which ? -p.time_step : p.time_step",
+        "p.time_step",
+    ),
+    "a gate without its bias": (
+        "gru",
+        "cuda_gru.cuh",
+        "acc[2][b][i] = p.bias_state[2 * d + at]",
+        "acc[2][b][i] = 0.f",
+    ),
+    "a product whose left side is not complete": (
+        "residual_mlp",
+        "cuda_recurrence.cuh",
+        "    __syncthreads();\n    multiply(",
+        "    multiply(",
+    ),
+    "a kept matrix that has not arrived": (
+        "residual_mlp",
+        "cuda_weights.cuh",
+        "jk::cp_async_wait<0>();",
+        "",
+    ),
+    "a slot that has not arrived": (
+        "residual_mlp",
+        "cuda_weights.cuh",
+        "jk::cp_async_wait<kManySlots - 2>();",
+        "",
+    ),
+    "a slot that other lanes have yet to fill": (
+        "residual_mlp",
+        "cuda_weights.cuh",
+        "__syncwarp();  // every lane's",
+        "// every lane's",
+    ),
+    "a slot filled again too early": (
+        "residual_mlp",
+        "cuda_weights.cuh",
+        "int i = 1; i < count; i++",
+        "int i = 0; i < count; i++",
+    ),
+}
 
 
 @pytest.mark.parametrize("fault", KERNEL_FAULTS)
@@ -142,22 +195,40 @@ def test_a_fault_in_a_kernel_is_noticed(monkeypatch, tmp_path: Path, fault):
     text = path.read_text()
     assert sound in text
     path.write_text(text.replace(sound, broken))
-    run_cuda_on(monkeypatch, Library(build(tmp_path / "latent_rollout" / "cuda.cu", defines=ONLY_FLOAT)))
+    run_cuda_on(
+        monkeypatch, Library(build(tmp_path / "latent_rollout" / "cuda.cu", defines=ONLY_FLOAT))
+    )
     with pytest.raises(AssertionError):
         check_rollout(rollout_case(cell, "states", hidden=72, horizon=4), "cuda")
 
 
 @pytest.fixture(scope="module")
 def saved_calls(library: Library, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every kernel, in float32 and bfloat16: sizes that fill a tile and sizes that do not, matrices that stay and wide ones that stream."""
+    """Every kernel, in float32 and bfloat16: sizes that fill a tile and sizes that do not, matrices
+    that stay and wide ones that stream."""
     recorder = Recorder(library)
     with pytest.MonkeyPatch.context() as patch:
         run_cuda_on(patch, recorder)
         for cell in CELLS:
             wide = {"residual_mlp": (135, 6), "hamiltonian": (100, 6), "gru": (6, 70)}[cell]
-            sizes = (("last", torch.float32, 19, 33, 34), (1.0, torch.bfloat16, 17, 12, 16), ("last", torch.float32, 2, *wide))
+            sizes = (
+                ("last", torch.float32, 19, 33, 34),
+                (1.0, torch.bfloat16, 17, 12, 16),
+                ("last", torch.float32, 2, *wide),
+            )
             for output, dtype, rows, hidden, channels in sizes:
-                run_rollout(rollout_case(cell, output, rows=rows, hidden=hidden, channels=channels, horizon=3, dtype=dtype), "cuda")
+                run_rollout(
+                    rollout_case(
+                        cell,
+                        output,
+                        rows=rows,
+                        hidden=hidden,
+                        channels=channels,
+                        horizon=3,
+                        dtype=dtype,
+                    ),
+                    "cuda",
+                )
     path = tmp_path_factory.mktemp("calls") / "calls.npz"
     np.savez(path, **recorder.arrays)
     return path
@@ -180,7 +251,17 @@ def _wide(cell: str, width: int, dtype: torch.dtype = torch.float32):
     """A rollout of one row; the second layer of a Hamiltonian is two units wider than its first."""
     hidden = width - 2 if cell == "hamiltonian" else width
     channels = width if cell == "gru" else 4
-    return rollout_case(cell, "last", rows=1, horizon=2, channels=channels, hidden=hidden, gathered=False, split=False, dtype=dtype)
+    return rollout_case(
+        cell,
+        "last",
+        rows=1,
+        horizon=2,
+        channels=channels,
+        hidden=hidden,
+        gathered=False,
+        split=False,
+        dtype=dtype,
+    )
 
 
 @each_cell
@@ -191,9 +272,12 @@ def test_the_widest_cell_that_the_backend_accepts_runs(cell, dtype):
 
 @each_cell
 def test_the_widest_cell_is_what_the_kernels_can_hold(monkeypatch, cell):
-    """In 99 KiB one unit more (of both layers of a Hamiltonian) does not fit, and the backend refuses it too."""
+    """In 99 KiB one unit more (of both layers of a Hamiltonian) does not fit, and the backend
+    refuses it too."""
     widest = backend.WIDEST[cell]
-    with pytest.raises(RuntimeError, match="hidden must be narrow enough for the shared memory of a block"):
+    with pytest.raises(
+        RuntimeError, match="hidden must be narrow enough for the shared memory of a block"
+    ):
         run_rollout(_wide(cell, widest + (3 if cell == "hamiltonian" else 1)), "cuda")
     monkeypatch.undo()
     for width, accepted in ((widest, True), (widest + 1, False)):

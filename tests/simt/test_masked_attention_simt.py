@@ -1,4 +1,5 @@
-"""csrc/masked_attention/cuda.cu on the SIMT executor: forward and backward against the float64 reference."""
+"""csrc/masked_attention/cuda.cu on the SIMT executor: forward and backward against the float64
+reference."""
 
 from __future__ import annotations
 
@@ -10,7 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_kernels.testing import HEAD_DIMS, AttentionCase, assert_within_budget, attention_case, run_attention
+from jepa_kernels.testing import (
+    HEAD_DIMS,
+    AttentionCase,
+    assert_within_budget,
+    attention_case,
+    run_attention,
+)
 from tests.simt.attention_abi import SOURCE, Guarded, describe, open_attention, run
 from tests.simt.build import ORDERS, build, configure, run_sanitized
 
@@ -37,7 +44,10 @@ def rounded(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def arguments(case: AttentionCase) -> dict[str, np.ndarray]:
     """What attention_abi.run takes."""
-    given: dict[str, np.ndarray] = {n: bits(rounded(getattr(case, n), case.dtype)) for n in ("query", "key", "value", "grad_out")}
+    given: dict[str, np.ndarray] = {
+        n: bits(rounded(getattr(case, n), case.dtype))
+        for n in ("query", "key", "value", "grad_out")
+    }
     head_dim = case.query.shape[-1]
     given["dtype"] = np.array(str(case.dtype).removeprefix("torch."))
     given["scale"] = np.array(head_dim**-0.5 if case.scale is None else case.scale)
@@ -53,15 +63,29 @@ def arguments(case: AttentionCase) -> dict[str, np.ndarray]:
 
 
 def as_tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_numpy(array) if array.dtype == np.float32 else torch.from_numpy(array.view(np.int16)).view(dtype)
+    return (
+        torch.from_numpy(array)
+        if array.dtype == np.float32
+        else torch.from_numpy(array.view(np.int16)).view(dtype)
+    )
 
 
 def check(library: ctypes.CDLL, case: AttentionCase, misaligned: bool = False) -> None:
     oracle = run_attention(case, "reference", torch.float64)
     peer = None if case.dtype == torch.float32 else run_attention(case, "reference")
     for name, array in run(library, arguments(case), misaligned=misaligned).items():
-        actual, same_dtype = as_tensor(array, case.dtype), None if peer is None else getattr(peer, name)
-        assert_within_budget(name, actual, getattr(oracle, name), same_dtype, gradient=name.startswith("grad"), dtype=case.dtype)
+        actual, same_dtype = (
+            as_tensor(array, case.dtype),
+            None if peer is None else getattr(peer, name),
+        )
+        assert_within_budget(
+            name,
+            actual,
+            getattr(oracle, name),
+            same_dtype,
+            gradient=name.startswith("grad"),
+            dtype=case.dtype,
+        )
 
 
 @each_dtype
@@ -70,11 +94,25 @@ def check(library: ctypes.CDLL, case: AttentionCase, misaligned: bool = False) -
 def test_every_width_layout_and_form(library, dtype, layout, head_dim):
     shared = {"head_dim": head_dim, "layout": layout, "dtype": dtype}
     check(library, attention_case((37,), **shared))
-    check(library, attention_case((33, 4), (40, 0), packed=True, strided=True, id_dtype=torch.int32, **shared))
+    check(
+        library,
+        attention_case((33, 4), (40, 0), packed=True, strided=True, id_dtype=torch.int32, **shared),
+    )
     if layout == "interleaved":
-        check(library, attention_case((9,), (70,), strided=True, id_dtype=torch.int32, interpolate_from=16, **shared), misaligned=True)
+        check(
+            library,
+            attention_case(
+                (9,), (70,), strided=True, id_dtype=torch.int32, interpolate_from=16, **shared
+            ),
+            misaligned=True,
+        )
     else:
-        check(library, attention_case((5, 0, 68), packed=True, slack=2, cu_dtype=torch.int64, heads=1, **shared))
+        check(
+            library,
+            attention_case(
+                (5, 0, 68), packed=True, slack=2, cu_dtype=torch.int64, heads=1, **shared
+            ),
+        )
 
 
 def test_one_key_gives_its_value_and_no_gradient(library):
@@ -113,13 +151,17 @@ def test_edges(library, kw, dtype):
 def test_large_logits(library, dtype):
     """Logits in the thousands: no overflow, and error like that of the reference in the same dtype.
 
-    The backward pass starts from lse, whose last float32 bit is 2e-4 here, where the reference keeps the weights themselves.
+    The backward pass starts from lse, whose last float32 bit is 2e-4 here, where the reference
+    keeps the weights themselves.
     """
     case = attention_case((70,), dtype=dtype, magnitude=30.0)
     oracle, peer = run_attention(case, "reference", torch.float64), run_attention(case, "reference")
     for name, array in run(library, arguments(case)).items():
         wanted = getattr(oracle, name)
-        error, allowed = ((t.double() - wanted).abs().max() for t in (as_tensor(array, dtype), getattr(peer, name)))
+        error, allowed = (
+            (t.double() - wanted).abs().max()
+            for t in (as_tensor(array, dtype), getattr(peer, name))
+        )
         factor = 10 if dtype == torch.float32 and name.startswith("grad") else 2
         assert error <= factor * allowed + torch.finfo(dtype).eps * wanted.abs().max(), name
 
@@ -127,7 +169,15 @@ def test_large_logits(library, dtype):
 @pytest.mark.parametrize("head_dim", [32, 64, 88])
 @each_dtype
 def test_thread_and_block_order_change_nothing(library, dtype, head_dim):
-    case = attention_case((70, 3, 0, 20), (33, 90, 5, 1), packed=True, slack=3, strided=True, head_dim=head_dim, dtype=dtype)
+    case = attention_case(
+        (70, 3, 0, 20),
+        (33, 90, 5, 1),
+        packed=True,
+        slack=3,
+        strided=True,
+        head_dim=head_dim,
+        dtype=dtype,
+    )
     results = {}
     for order in ORDERS:
         configure(library, order, seed=11)
@@ -135,7 +185,9 @@ def test_thread_and_block_order_change_nothing(library, dtype, head_dim):
     configure(library)
     for name, array in results["forward"].items():
         for order in ORDERS:
-            np.testing.assert_array_equal(array.view(np.uint8), results[order][name].view(np.uint8), err_msg=f"{name} {order}")
+            np.testing.assert_array_equal(
+                array.view(np.uint8), results[order][name].view(np.uint8), err_msg=f"{name} {order}"
+            )
 
 
 @each_dtype
@@ -147,17 +199,27 @@ def test_packing_order_changes_nothing(library, dtype):
     starts = np.concatenate([[0], np.cumsum(lengths)])
     for i in range(len(lengths)):
         part = slice(starts[i], starts[i + 1])
-        alone = {n: v[part] if n in ("query", "key", "value", "grad_out", "ids_q", "ids_k") else v for n, v in case.items()}
+        alone = {
+            n: v[part] if n in ("query", "key", "value", "grad_out", "ids_q", "ids_k") else v
+            for n, v in case.items()
+        }
         alone["cu_q"] = alone["cu_k"] = np.array([0, lengths[i]], np.int32)
         for name, array in run(library, alone).items():
             other = together[name][:, part] if name == "lse" else together[name][part]
-            np.testing.assert_array_equal(array.view(np.uint8), np.ascontiguousarray(other).view(np.uint8), err_msg=name)
+            np.testing.assert_array_equal(
+                array.view(np.uint8), np.ascontiguousarray(other).view(np.uint8), err_msg=name
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("offsets", [(0, 900, 20, 37), (-5, 10, 20, 37), (0, 30, 10, 37), (7, 7, 9, 11), (2**40, -(2**40), 0, 0)], ids=str)
+@pytest.mark.parametrize(
+    "offsets",
+    [(0, 900, 20, 37), (-5, 10, 20, 37), (0, 30, 10, 37), (7, 7, 9, 11), (2**40, -(2**40), 0, 0)],
+    ids=str,
+)
 def test_bad_values_stay_inside_the_tensors(library, dtype, offsets):
-    """run() checks that nothing around the outputs and the scratch space was written; a sanitized run checks reads."""
+    """run() checks that nothing around the outputs and the scratch space was written; a sanitized
+    run checks reads."""
     case = arguments(attention_case((10, 10, 17), packed=True, dtype=dtype, cu_dtype=torch.int64))
     case["cu_q"] = np.array(offsets, np.int64)
     case["cu_k"] = np.array(offsets[::-1], np.int64)
@@ -180,7 +242,8 @@ def test_rows_outside_every_sequence_are_zero(library):
 
 @pytest.mark.parametrize("stride", [0, 1])
 def test_expanded_gradients(library, stride):
-    """out.sum().backward() hands an expanded gradient over: every token or every head at one address."""
+    """out.sum().backward() hands an expanded gradient over: every token or every head at one
+    address."""
     case = attention_case((37,), dtype=torch.bfloat16)
     shape = list(case.grad_out.shape)
     shape[1 + stride] = 1
@@ -190,7 +253,9 @@ def test_expanded_gradients(library, stride):
     reference = run(library, inputs)
     inputs["grad_out"] = bits(grad.to(torch.bfloat16).expand(case.grad_out.shape))
     for name, array in run(library, inputs).items():
-        np.testing.assert_array_equal(array.view(np.uint8), reference[name].view(np.uint8), err_msg=name)
+        np.testing.assert_array_equal(
+            array.view(np.uint8), reference[name].view(np.uint8), err_msg=name
+        )
 
 
 def test_one_id_list_serves_every_sequence_of_a_batch(library):
@@ -199,12 +264,15 @@ def test_one_id_list_serves_every_sequence_of_a_batch(library):
     shared = run(library, inputs)
     inputs["ids_q"], inputs["ids_k"] = (np.stack([inputs[n]] * 2) for n in ("ids_q", "ids_k"))
     for name, array in run(library, inputs).items():
-        np.testing.assert_array_equal(array.view(np.uint8), shared[name].view(np.uint8), err_msg=name)
+        np.testing.assert_array_equal(
+            array.view(np.uint8), shared[name].view(np.uint8), err_msg=name
+        )
 
 
 @pytest.mark.parametrize("grid", [None, (3, 4, 5)], ids=["plain", "rope"])
 def test_offsets_beyond_32_bits(library, grid):
-    """The second sequence lies 2^31 elements behind the first; only the touched pages of that space become memory."""
+    """The second sequence lies 2^31 elements behind the first; only the touched pages of that space
+    become memory."""
     inputs = arguments(attention_case((9, 9), dtype=torch.bfloat16, grid=grid))
     expected = run(library, inputs)
     far = dict(inputs)
@@ -215,7 +283,9 @@ def test_offsets_beyond_32_bits(library, grid):
         far[name] = np.lib.stride_tricks.as_strided(space[i * 2**13 :], array.shape, strides)
         far[name][...] = array
     for name, array in run(library, far).items():
-        np.testing.assert_array_equal(array.view(np.uint8), expected[name].view(np.uint8), err_msg=name)
+        np.testing.assert_array_equal(
+            array.view(np.uint8), expected[name].view(np.uint8), err_msg=name
+        )
 
 
 @pytest.mark.parametrize(
@@ -255,7 +325,9 @@ def test_a_write_around_an_output_is_seen():
         guarded.buffer[place] = 0xFF
 
 
-@pytest.mark.parametrize("fault", ["off_by_one_id", "dropped_scale", "swapped_layout", "late_offset"])
+@pytest.mark.parametrize(
+    "fault", ["off_by_one_id", "dropped_scale", "swapped_layout", "late_offset"]
+)
 @each_dtype
 def test_a_planted_fault_is_noticed(library, monkeypatch, fault, dtype):
     case = attention_case((20, 30), packed=True, dtype=dtype)
@@ -266,7 +338,9 @@ def test_a_planted_fault_is_noticed(library, monkeypatch, fault, dtype):
     elif fault == "dropped_scale":
         faulty["scale"] = np.array(1.0)
     elif fault == "swapped_layout":
-        faulty["rope_table"] = arguments(attention_case((20, 30), packed=True, dtype=dtype, layout="tiled"))["rope_table"]
+        faulty["rope_table"] = arguments(
+            attention_case((20, 30), packed=True, dtype=dtype, layout="tiled")
+        )["rope_table"]
     else:
         faulty["cu_k"] = faulty["cu_k"] + np.array([0, 1, 0], np.int32)
     monkeypatch.setattr(f"{__name__}.arguments", lambda _: faulty)
@@ -282,22 +356,31 @@ def unaligned(array: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("grid", [None, (3, 4, 5)], ids=["plain", "rope"])
-@pytest.mark.parametrize("names", [("query", "key", "value", "grad_out"), ("value",), ("query", "grad_out")], ids="-".join)
+@pytest.mark.parametrize(
+    "names",
+    [("query", "key", "value", "grad_out"), ("value",), ("query", "grad_out")],
+    ids="-".join,
+)
 @each_dtype
 def test_unaligned_inputs_give_the_same_bits(library, dtype, names, grid):
     inputs = arguments(attention_case((37,), head_dim=24, dtype=dtype, grid=grid))
     expected = run(library, inputs)
     for name, array in run(library, {**inputs, **{n: unaligned(inputs[n]) for n in names}}).items():
-        np.testing.assert_array_equal(array.view(np.uint8), expected[name].view(np.uint8), err_msg=name)
+        np.testing.assert_array_equal(
+            array.view(np.uint8), expected[name].view(np.uint8), err_msg=name
+        )
 
 
 @pytest.fixture(scope="module")
 def saved_cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Calls and what the plain library answers, for children without torch: both kernel families, every kind of row."""
+    """Calls and what the plain library answers, for children without torch: both kernel families,
+    every kind of row."""
     library = open_attention(build(SOURCE))
     cases = {
         "dense": attention_case((70,), head_dim=64, dtype=torch.bfloat16, heads=1),
-        "packed": attention_case((40, 0, 3), (5, 7, 70), packed=True, slack=2, head_dim=56, dtype=torch.bfloat16, heads=1),
+        "packed": attention_case(
+            (40, 0, 3), (5, 7, 70), packed=True, slack=2, head_dim=56, dtype=torch.bfloat16, heads=1
+        ),
         "float": attention_case((40, 0, 3), (5, 7, 33), packed=True, slack=2, head_dim=40, heads=1),
     }
     arrays: dict[str, np.ndarray] = {}

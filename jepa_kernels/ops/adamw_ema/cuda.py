@@ -1,4 +1,5 @@
-"""CUDA C++ backend: csrc/adamw_ema/cuda.cu, opened lazily behind its C ABI by the stable-ABI binding."""
+"""CUDA C++ backend: csrc/adamw_ema/cuda.cu, opened lazily behind its C ABI by the stable-ABI
+binding."""
 
 from __future__ import annotations
 
@@ -16,6 +17,20 @@ def unsupported_reasons(call: Call) -> list[str]:
 def forward(lists, hyper, groups, momentum, streams, rounding, seed, grad_scale, found_inf) -> None:
     with lists.flat(row_major=rounding == "stochastic") as flat:
         torch.ops.jepa_kernels_native.adamw_ema_cuda_(
-            flat.params, flat.grads, flat.exp_avgs, flat.exp_avg_sqs, flat.steps, hyper, groups, flat.targets, momentum, flat.copies,
-            flat.compensations, streams, ROUNDINGS.index(rounding), seed, grad_scale, found_inf,
-        )  # fmt: skip
+            flat.params,
+            flat.grads,
+            flat.exp_avgs,
+            flat.exp_avg_sqs,
+            flat.steps,
+            hyper,
+            groups,
+            flat.targets,
+            momentum,
+            flat.copies,
+            flat.compensations,
+            streams,
+            ROUNDINGS.index(rounding),
+            seed,
+            grad_scale,
+            found_inf,
+        )

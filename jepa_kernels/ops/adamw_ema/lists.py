@@ -15,7 +15,8 @@ Tensors = Sequence[torch.Tensor]
 
 @dataclass(frozen=True)
 class Lists:
-    """`targets`, `copies` and `compensations` belong to the first parameters; the others have one entry for each parameter."""
+    """`targets`, `copies` and `compensations` belong to the first parameters; the others have one
+    entry for each parameter."""
 
     params: Tensors
     grads: Tensors
@@ -27,13 +28,25 @@ class Lists:
     compensations: Tensors = ()
 
     def written(self) -> list[torch.Tensor]:
-        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *self.targets, *self.copies, *self.compensations]
+        return [
+            *self.params,
+            *self.exp_avgs,
+            *self.exp_avg_sqs,
+            *self.targets,
+            *self.copies,
+            *self.compensations,
+        ]
 
     @contextlib.contextmanager
     def flat(self, *, row_major: bool) -> Iterator[Lists]:
-        """The same lists as arrays of one memory order; what had to be copied is copied back at the end."""
+        """The same lists as arrays of one memory order; what had to be copied is copied back at the
+        end."""
         written = ("params", "exp_avgs", "exp_avg_sqs", "targets", "copies", "compensations")
-        arrays = Flat(written=tuple(getattr(self, name) for name in written), read=(self.grads,), row_major=row_major)
+        arrays = Flat(
+            written=tuple(getattr(self, name) for name in written),
+            read=(self.grads,),
+            row_major=row_major,
+        )
         with arrays as values:
             yield Lists(steps=self.steps, **dict(zip((*written, "grads"), values, strict=True)))
 

@@ -1,4 +1,5 @@
-"""The specification of adamw_ema in eager PyTorch, one parameter at a time, in float32 (float64 for float64 parameters).
+"""The specification of adamw_ema in eager PyTorch, one parameter at a time, in float32 (float64 for
+float64 parameters).
 
 AdamW as Loshchilov and Hutter 2019, algorithm 2, writes it (and torch.optim.AdamW computes it):
 
@@ -24,11 +25,15 @@ def forward(lists, hyper, groups, momentum, streams, rounding, seed, grad_scale,
     if found_inf is not None and bool(found_inf != 0):
         return
     rows = hyper.tolist()
-    for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, strict=True)):
+    for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(
+        zip(lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, strict=True)
+    ):
         _adamw(param, grad, exp_avg, exp_avg_sq, float(lists.steps[i]), rows[groups[i]], grad_scale)
         if i < len(lists.targets):
             compensation = lists.compensations[i] if rounding == "kahan" else None
-            ema_reference.update(lists.targets[i], param, momentum, compensation, rounding, seed, streams[i])
+            ema_reference.update(
+                lists.targets[i], param, momentum, compensation, rounding, seed, streams[i]
+            )
             if lists.copies:
                 lists.copies[i].copy_(lists.targets[i])
 

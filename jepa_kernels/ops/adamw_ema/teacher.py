@@ -1,4 +1,5 @@
-"""The teacher's side of an adamw_ema call: what ema_update_ takes, without the sources, which are the updated parameters."""
+"""The teacher's side of an adamw_ema call: what ema_update_ takes, without the sources, which are
+the updated parameters."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import torch
 
 @dataclass(frozen=True)
 class TeacherLists:
-    """Targets of the first ``len(targets)`` parameters and how they follow them; every field as in `jepa_kernels.ema_update_`."""
+    """Targets of the first ``len(targets)`` parameters and how they follow them; every field as in
+    `jepa_kernels.ema_update_`."""
 
     targets: Sequence[torch.Tensor] = field(default_factory=list)
     momentum: float | torch.Tensor = 1.0

@@ -1,6 +1,8 @@
-"""Fast eager composition: torch's fused AdamW, one call for each group, then the average by _foreach operations.
+"""Fast eager composition: torch's fused AdamW, one call for each group, then the average by
+_foreach operations.
 
-Nothing here waits for a device: a skipped step is selected, not branched on, when its flag is there.
+Nothing here waits for a device: a skipped step is selected, not branched on, when its flag is
+there.
 """
 
 from __future__ import annotations
@@ -20,14 +22,24 @@ def forward(lists, hyper, groups, momentum, streams, rounding, seed, grad_scale,
         if bool(found_inf != 0):
             return
         found_inf = None
-    # torch's fused AdamW walks raw memory: it is wrong where strides of a parameter and its gradient differ.
+    # torch's fused AdamW walks raw memory: it is wrong where strides of a parameter and its
+    # gradient differ.
     with lists.flat(row_major=False) as flat:
         _step(flat, hyper, groups, grad_scale, found_inf)
     if lists.targets:
         if found_inf is not None:
             momentum = torch.where(found_inf != 0, 1.0, momentum.to(found_inf.device))
         followed = lists.params[: len(lists.targets)]
-        ema_torch.forward(lists.targets, followed, momentum, lists.copies, lists.compensations, streams, rounding, seed)
+        ema_torch.forward(
+            lists.targets,
+            followed,
+            momentum,
+            lists.copies,
+            lists.compensations,
+            streams,
+            rounding,
+            seed,
+        )
 
 
 def _step(lists, hyper, groups, grad_scale, found_inf) -> None:
@@ -37,7 +49,15 @@ def _step(lists, hyper, groups, grad_scale, found_inf) -> None:
         if hyper.device.type == "cpu" and param.dtype == grads[i].dtype == lists.exp_avgs[i].dtype:
             plain.append(i)
         else:
-            _adamw(param, grads[i], lists.exp_avgs[i], lists.exp_avg_sqs[i], lists.steps[i], hyper[groups[i]], found_inf)
+            _adamw(
+                param,
+                grads[i],
+                lists.exp_avgs[i],
+                lists.exp_avg_sqs[i],
+                lists.steps[i],
+                hyper[groups[i]],
+                found_inf,
+            )
     for row in sorted({groups[i] for i in plain}):
         _fused(lists, grads, [i for i in plain if groups[i] == row], hyper[row].tolist(), found_inf)
 
@@ -49,17 +69,32 @@ def _fused(lists, grads, places: list[int], row: list[float], found_inf) -> None
         by_dtype.setdefault(lists.params[i].dtype, []).append(i)
     for chosen in by_dtype.values():
         params, gradients, exp_avgs, exp_avg_sqs, steps = (
-            [values[i] for i in chosen] for values in (lists.params, grads, lists.exp_avgs, lists.exp_avg_sqs, lists.steps)
+            [values[i] for i in chosen]
+            for values in (lists.params, grads, lists.exp_avgs, lists.exp_avg_sqs, lists.steps)
         )
         steps = [s.to(p.device, torch.float32) for s, p in zip(steps, params, strict=True)]
         torch._fused_adamw_(
-            params, gradients, exp_avgs, exp_avg_sqs, [], steps, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps,
-            amsgrad=False, maximize=bool(maximize), grad_scale=None, found_inf=found_inf,
-        )  # fmt: skip
+            params,
+            gradients,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            steps,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=bool(maximize),
+            grad_scale=None,
+            found_inf=found_inf,
+        )
 
 
 def _adamw(param, grad, exp_avg, exp_avg_sq, step, row, found_inf) -> None:
-    """One parameter of mixed dtypes, or with hyperparameters on the device; every scalar stays a tensor."""
+    """One parameter of mixed dtypes, or with hyperparameters on the device; every scalar stays a
+    tensor."""
     work = torch.promote_types(param.dtype, torch.float32)
     lr, beta1, beta2, eps, weight_decay, maximize = row.to(param.device).unbind()
     step = step.to(param.device, torch.float64)
@@ -67,6 +102,8 @@ def _adamw(param, grad, exp_avg, exp_avg_sq, step, row, found_inf) -> None:
     m = exp_avg.to(work).lerp(g, (1 - beta1).to(work))
     v = exp_avg_sq.to(work) * beta2.to(work) + (1 - beta2).to(work) * g * g
     size, inverse = (lr / (1 - beta1**step)).to(work), (1 - beta2**step).rsqrt().to(work)
-    p = param.to(work) * (1 - lr * weight_decay).to(work) - size * (m / (v.sqrt() * inverse + eps.to(work)))
+    p = param.to(work) * (1 - lr * weight_decay).to(work) - size * (
+        m / (v.sqrt() * inverse + eps.to(work))
+    )
     for old, new in ((param, p), (exp_avg, m), (exp_avg_sq, v)):
         old.copy_(new if found_inf is None else torch.where(found_inf != 0, old.to(work), new))

@@ -1,6 +1,8 @@
-"""Triton backend: NVIDIA GPUs from compute capability 8.0, and CPU tensors under TRITON_INTERPRET=1. The kernel is imported on first use.
+"""Triton backend: NVIDIA GPUs from compute capability 8.0, and CPU tensors under
+TRITON_INTERPRET=1. The kernel is imported on first use.
 
-One launch for each combination of dtypes in the list. Nothing reads a device tensor's values on the host.
+One launch for each combination of dtypes in the list. Nothing reads a device tensor's values on the
+host.
 """
 
 from __future__ import annotations
@@ -26,10 +28,12 @@ def forward(lists, hyper, groups, momentum, streams, rounding, seed, grad_scale,
         pointer, keep, take = weights(momentum, device)
         seed = None if seed is None else on_the_device(seed, device)
         scalars = step_scalars(flat.steps, hyper, groups, grad_scale, device)
-        # Parameters without a teacher, and empty ones, complete the lists that belong to the first parameters.
+        # Parameters without a teacher, and empty ones, complete the lists that belong to the first
+        # parameters.
         missing = len(flat.params)
         targets, copies, compensations = (
-            [*values, *[None] * (missing - len(values))] for values in (flat.targets, flat.copies, flat.compensations)
+            [*values, *[None] * (missing - len(values))]
+            for values in (flat.targets, flat.copies, flat.compensations)
         )
         streams = [*streams, *[0] * (missing - len(streams))]
         for places in by_dtypes(flat.params, flat.grads, flat.exp_avgs, targets, copies):
@@ -37,21 +41,65 @@ def forward(lists, hyper, groups, momentum, streams, rounding, seed, grad_scale,
             if not places:
                 continue
             first = places[0]
-            arrays = (flat.params, flat.grads, flat.exp_avgs, flat.exp_avg_sqs, targets, copies, compensations)
-            rows = table([[values[i] for i in places] for values in arrays], [streams[i] for i in places], BLOCK)
-            chosen = scalars if len(places) == missing else scalars.index_select(0, index(tuple(places), device))
+            arrays = (
+                flat.params,
+                flat.grads,
+                flat.exp_avgs,
+                flat.exp_avg_sqs,
+                targets,
+                copies,
+                compensations,
+            )
+            rows = table(
+                [[values[i] for i in places] for values in arrays],
+                [streams[i] for i in places],
+                BLOCK,
+            )
+            chosen = (
+                scalars
+                if len(places) == missing
+                else scalars.index_select(0, index(tuple(places), device))
+            )
             adamw_ema_kernel[(rows.chunks.shape[0],)](
-                rows.rows, rows.chunks, chosen, found_inf, pointer, keep, take, seed, PARAM=dtype_of(flat.params[first]),
-                GRAD=dtype_of(flat.grads[first]), STATE=dtype_of(flat.exp_avgs[first]), TARGET=dtype_of(targets[first]),
-                COPY=dtype_of(copies[first]), ROUNDING=ROUNDINGS.index(rounding), ALIGNED=rows.aligned, BLOCK=BLOCK, num_warps=4, **FUSION,
-            )  # fmt: skip
+                rows.rows,
+                rows.chunks,
+                chosen,
+                found_inf,
+                pointer,
+                keep,
+                take,
+                seed,
+                PARAM=dtype_of(flat.params[first]),
+                GRAD=dtype_of(flat.grads[first]),
+                STATE=dtype_of(flat.exp_avgs[first]),
+                TARGET=dtype_of(targets[first]),
+                COPY=dtype_of(copies[first]),
+                ROUNDING=ROUNDINGS.index(rounding),
+                ALIGNED=rows.aligned,
+                BLOCK=BLOCK,
+                num_warps=4,
+                **FUSION,
+            )
 
 
-def step_scalars(steps, hyper: torch.Tensor, groups: list[int], grad_scale: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """float32 [tensors, 8], the columns of the kernel's `scalars`; computed in float64 where the steps are, host or device."""
-    home = device if hyper.device.type != "cpu" or any(s.device.type != "cpu" for s in steps) else torch.device("cpu")
+def step_scalars(
+    steps,
+    hyper: torch.Tensor,
+    groups: list[int],
+    grad_scale: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """float32 [tensors, 8], the columns of the kernel's `scalars`; computed in float64 where the
+    steps are, host or device."""
+    home = (
+        device
+        if hyper.device.type != "cpu" or any(s.device.type != "cpu" for s in steps)
+        else torch.device("cpu")
+    )
     step = torch.stack([s.to(home, torch.float64) for s in steps])
-    lr, beta1, beta2, eps, weight_decay, maximize = hyper.to(home).index_select(0, index(tuple(groups), home)).unbind(1)
+    lr, beta1, beta2, eps, weight_decay, maximize = (
+        hyper.to(home).index_select(0, index(tuple(groups), home)).unbind(1)
+    )
     columns = (
         1 - lr * weight_decay,
         torch.where(maximize != 0, -1.0, 1.0).to(torch.float64),

@@ -10,13 +10,29 @@ from ..ema_update.triton_kernels import FUSION, array, load, move_target, store
 
 __all__ = ["BLOCK", "FUSION", "adamw_ema_kernel"]
 
-# Elements of one program: two 16-byte accesses of a float32 array for each of 128 threads; five arrays are in flight.
+# Elements of one program: two 16-byte accesses of a float32 array for each of 128 threads; five
+# arrays are in flight.
 BLOCK = 1024
 
 
 @triton.jit
-def step_chunk(row, s, offsets, count, keep, take, seed_ptr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
-               TARGET: tl.constexpr, COPY: tl.constexpr, ROUNDING: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def step_chunk(
+    row,
+    s,
+    offsets,
+    count,
+    keep,
+    take,
+    seed_ptr,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    STATE: tl.constexpr,
+    TARGET: tl.constexpr,
+    COPY: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     mask = offsets < count
     decay, factor, take1, beta2 = tl.load(s), tl.load(s + 1), tl.load(s + 2), tl.load(s + 3)
     take2, size, inverse_sqrt2, eps = tl.load(s + 4), tl.load(s + 5), tl.load(s + 6), tl.load(s + 7)
@@ -36,18 +52,49 @@ def step_chunk(row, s, offsets, count, keep, take, seed_ptr, PARAM: tl.constexpr
     store(param_at, stored, mask, MASKED)
     if TARGET is not None:
         # The teacher follows the parameter as stored.
-        move_target(row, offsets, mask, stored.to(tl.float32), keep, take, seed_ptr, 4, 8, TARGET, COPY, ROUNDING, ALIGNED, MASKED)
+        move_target(
+            row,
+            offsets,
+            mask,
+            stored.to(tl.float32),
+            keep,
+            take,
+            seed_ptr,
+            4,
+            8,
+            TARGET,
+            COPY,
+            ROUNDING,
+            ALIGNED,
+            MASKED,
+        )
 
 
 @triton.jit
-def adamw_ema_kernel(rows, chunks, scalars, found_inf, weights_ptr, keep, take, seed_ptr, PARAM: tl.constexpr, GRAD: tl.constexpr,
-                     STATE: tl.constexpr, TARGET: tl.constexpr, COPY: tl.constexpr, ROUNDING: tl.constexpr, ALIGNED: tl.constexpr,
-                     BLOCK: tl.constexpr):  # fmt: skip
+def adamw_ema_kernel(
+    rows,
+    chunks,
+    scalars,
+    found_inf,
+    weights_ptr,
+    keep,
+    take,
+    seed_ptr,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    STATE: tl.constexpr,
+    TARGET: tl.constexpr,
+    COPY: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One AdamW step, then target <- momentum * target + (1 - momentum) * param.
 
-    A program owns one chunk of BLOCK elements of one parameter; it reads param, grad, both moments and target and writes all but grad.
-    Table columns: param, grad, exp_avg, exp_avg_sq, target, copy, compensation, elements, stream. `scalars` float32 [tensors, 8]:
-    decay, grad factor, 1 - beta1, beta2, 1 - beta2, step size, 1 / sqrt(1 - beta2^step), eps.
+    A program owns one chunk of BLOCK elements of one parameter; it reads param, grad, both moments
+    and target and writes all but grad. Table columns: param, grad, exp_avg, exp_avg_sq, target,
+    copy, compensation, elements, stream. `scalars` float32 [tensors, 8]: decay, grad factor, 1 -
+    beta1, beta2, 1 - beta2, step size, 1 / sqrt(1 - beta2^step), eps.
     """
     program = tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunks + 2 * program).to(tl.int64)
@@ -61,6 +108,38 @@ def adamw_ema_kernel(rows, chunks, scalars, found_inf, weights_ptr, keep, take, 
         keep, take = tl.load(weights_ptr), tl.load(weights_ptr + 1)
     offsets = start + tl.arange(0, BLOCK)
     if start + BLOCK <= count:
-        step_chunk(row, s, offsets, count, keep, take, seed_ptr, PARAM, GRAD, STATE, TARGET, COPY, ROUNDING, ALIGNED, False)
+        step_chunk(
+            row,
+            s,
+            offsets,
+            count,
+            keep,
+            take,
+            seed_ptr,
+            PARAM,
+            GRAD,
+            STATE,
+            TARGET,
+            COPY,
+            ROUNDING,
+            ALIGNED,
+            False,
+        )
     else:
-        step_chunk(row, s, offsets, count, keep, take, seed_ptr, PARAM, GRAD, STATE, TARGET, COPY, ROUNDING, ALIGNED, True)
+        step_chunk(
+            row,
+            s,
+            offsets,
+            count,
+            keep,
+            take,
+            seed_ptr,
+            PARAM,
+            GRAD,
+            STATE,
+            TARGET,
+            COPY,
+            ROUNDING,
+            ALIGNED,
+            True,
+        )

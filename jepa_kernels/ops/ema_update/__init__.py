@@ -1,4 +1,5 @@
-"""ema_update: target <- momentum * target + (1 - momentum) * source over a whole list of tensors at once."""
+"""ema_update: target <- momentum * target + (1 - momentum) * source over a whole list of tensors at
+once."""
 
 from .api import ema_update_
 

@@ -31,36 +31,43 @@ def ema_update_(
 
         target <- momentum * target + (1 - momentum) * source
 
-    The teacher update of BYOL (Grill et al. 2020, arXiv:2006.07733, section 3.1) and of the JEPA papers; evaluated as torch.lerp evaluates it, so
-    that momentum 0 and 1 and source == target are exact.
+    The teacher update of BYOL (Grill et al. 2020, arXiv:2006.07733, section 3.1) and of the JEPA
+    papers; evaluated as torch.lerp evaluates it, so that momentum 0 and 1 and source == target are
+    exact.
 
     Args:
-        targets: tensors to update, float32, bfloat16 or float16 in any mix (float64 on the reference and torch backends), on one
-            device. A tensor that occurs twice is updated once. May be non-contiguous, which costs a copy unless it is dense. Targets
-            must not overlap in part.
+        targets: tensors to update, float32, bfloat16 or float16 in any mix (float64 on the
+            reference and torch backends), on one device. A tensor that occurs twice is updated
+            once. May be non-contiguous, which costs a copy unless it is dense. Targets must not
+            overlap in part.
         sources: one tensor for each target, of its shape, any of the dtypes. Not differentiated.
-        momentum: a number from 0 to 1, or a 0-d float tensor on the CPU or on the targets' device. A device tensor is never read back.
-        copies: None, or one tensor for each target that receives the new target in its own dtype, in the same pass.
-        rounding: of bfloat16 and float16 targets, computed in float32: ``"nearest"`` loses updates below half a unit in the last place
-            (1 - momentum of 1e-3 and less); ``"kahan"`` keeps what was lost in `compensations`; ``"stochastic"`` (bfloat16 only) rounds up with
-            the probability of the lost fraction, so that the mean moves.
-        compensations: with ``"kahan"`` one tensor for each target, of its shape and dtype, zero at first; entries of float32 targets are
-            not read and may be empty.
-        seed: with ``"stochastic"`` an int or a 0-d int64 tensor; give another one at every step. Random bits are a function of
-            (seed, place in the list, element) alone.
+        momentum: a number from 0 to 1, or a 0-d float tensor on the CPU or on the targets' device.
+            A device tensor is never read back.
+        copies: None, or one tensor for each target that receives the new target in its own dtype,
+            in the same pass.
+        rounding: of bfloat16 and float16 targets, computed in float32: ``"nearest"`` loses updates
+            below half a unit in the last place (1 - momentum of 1e-3 and less); ``"kahan"`` keeps
+            what was lost in `compensations`; ``"stochastic"`` (bfloat16 only) rounds up with the
+            probability of the lost fraction, so that the mean moves.
+        compensations: with ``"kahan"`` one tensor for each target, of its shape and dtype, zero at
+            first; entries of float32 targets are not read and may be empty.
+        seed: with ``"stochastic"`` an int or a 0-d int64 tensor; give another one at every step.
+            Random bits are a function of (seed, place in the list, element) alone.
         backend: a backend name, ``"auto"``, or None (see `jepa_kernels.backend`).
 
     Returns:
-        None; `targets`, `copies` and `compensations` are written. Empty lists and empty tensors are left alone.
+        None; `targets`, `copies` and `compensations` are written. Empty lists and empty tensors are
+        left alone.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, dtype, device or value.
         BackendUnsupportedError: the chosen backend cannot run this call; every reason is listed.
 
     Notes:
-        The cpu, triton and cuda backends and the reference give bitwise equal results for any thread count; products and sums are
-        rounded one by one in float32. DTensor lists (FSDP2) are updated shard by shard, without communication; the lists must be
-        sharded alike. Under stochastic rounding element numbers are those of the local shard.
+        The cpu, triton and cuda backends and the reference give bitwise equal results for any
+        thread count; products and sums are rounded one by one in float32. DTensor lists (FSDP2) are
+        updated shard by shard, without communication; the lists must be sharded alike. Under
+        stochastic rounding element numbers are those of the local shard.
 
     Example:
         >>> import torch
@@ -70,21 +77,41 @@ def ema_update_(
         >>> teacher
         [tensor([0.2500, 0.2500, 0.2500])]
     """
-    named = {"targets": targets, "sources": sources, "copies": copies, "compensations": compensations}
+    named = {
+        "targets": targets,
+        "sources": sources,
+        "copies": copies,
+        "compensations": compensations,
+    }
     for argument, values in named.items():
         check_list(_NAME, argument, values, optional=argument in ("copies", "compensations"))
     with torch.no_grad():
         lists = shards.local(_NAME, named)
-        targets, sources, copies, compensations = lists["targets"], lists["sources"], lists.get("copies"), lists.get("compensations")
+        targets, sources, copies, compensations = (
+            lists["targets"],
+            lists["sources"],
+            lists.get("copies"),
+            lists.get("compensations"),
+        )
         call = describe(targets, sources, momentum, copies, rounding, compensations, seed)
         if not targets:
             return
         name = resolve(_op.ROOM, call, backend)
-        _op.run(name, targets, sources, momentum_tensor(momentum), copies or [], compensations or [], seed_tensor(seed), rounding)
+        _op.run(
+            name,
+            targets,
+            sources,
+            momentum_tensor(momentum),
+            copies or [],
+            compensations or [],
+            seed_tensor(seed),
+            rounding,
+        )
 
 
 def momentum_tensor(momentum: float | torch.Tensor) -> torch.Tensor:
-    """A number becomes a tensor before the op, so that a schedule neither recompiles nor synchronises."""
+    """A number becomes a tensor before the op, so that a schedule neither recompiles nor
+    synchronises."""
     if isinstance(momentum, torch.Tensor):
         return momentum.detach().to(torch.float64)
     return torch.tensor(momentum, dtype=torch.float64)
@@ -106,8 +133,14 @@ def prepare(
     compensations: Sequence[torch.Tensor] | None = None,
     seed: int | torch.Tensor | None = None,
 ) -> Call:
-    """Checks every argument (shapes, dtypes, devices; values of plain numbers only) and describes the call."""
-    named = {"targets": targets, "sources": sources, "copies": copies, "compensations": compensations}
+    """Checks every argument (shapes, dtypes, devices; values of plain numbers only) and describes
+    the call."""
+    named = {
+        "targets": targets,
+        "sources": sources,
+        "copies": copies,
+        "compensations": compensations,
+    }
     for argument, values in named.items():
         check_list(_NAME, argument, values, optional=argument in ("copies", "compensations"))
     return describe(targets, sources, momentum, copies, rounding, compensations, seed)
@@ -146,21 +179,38 @@ def check_list(op: str, argument: str, values: object, optional: bool = False) -
     if optional and values is None:
         return
     if not isinstance(values, (list, tuple)):
-        raise TypeError(checks.sentence(op, argument, "be a list of tensors", checks.type_name(values)))
+        raise TypeError(
+            checks.sentence(op, argument, "be a list of tensors", checks.type_name(values))
+        )
     for i, tensor in enumerate(values):
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(checks.sentence(op, f"{argument}[{i}]", "be a tensor", checks.type_name(tensor)))
+            raise TypeError(
+                checks.sentence(op, f"{argument}[{i}]", "be a tensor", checks.type_name(tensor))
+            )
 
 
 def check_entries(
-    op: str, argument: str, values: Sequence[torch.Tensor], like: str, shapes: Sequence[torch.Size], device: torch.device
+    op: str,
+    argument: str,
+    values: Sequence[torch.Tensor],
+    like: str,
+    shapes: Sequence[torch.Size],
+    device: torch.device,
 ) -> list[torch.dtype]:
-    """`values` are strided float tensors on `device` of the shapes of the list `like`. Returns their dtypes, each once."""
+    """`values` are strided float tensors on `device` of the shapes of the list `like`. Returns
+    their dtypes, each once."""
     if len(values) != len(shapes):
-        raise ValueError(checks.sentence(op, argument, f"have one tensor for each of {like} ({len(shapes)})", len(values)))
-    # Whole lists first, entry by entry only to say what is wrong: this runs at every step over hundreds of tensors.
+        raise ValueError(
+            checks.sentence(
+                op, argument, f"have one tensor for each of {like} ({len(shapes)})", len(values)
+            )
+        )
+    # Whole lists first, entry by entry only to say what is wrong: this runs at every step over
+    # hundreds of tensors.
     dtypes = _distinct([t.dtype for t in values])
-    sound = all(d in checks.FLOAT_DTYPES for d in dtypes) and all([t.device == device and t.layout == torch.strided for t in values])
+    sound = all(d in checks.FLOAT_DTYPES for d in dtypes) and all(
+        [t.device == device and t.layout == torch.strided for t in values]
+    )
     if sound and [t.shape for t in values] == shapes:
         return dtypes
     for i, (tensor, shape) in enumerate(zip(values, shapes, strict=True)):
@@ -168,7 +218,14 @@ def check_entries(
         checks.is_strided(op, f"{argument}[{i}]", tensor)
         checks.same_device(op, f"{argument}[{i}]", tensor, device)
         if tensor.shape != shape:
-            raise ValueError(checks.sentence(op, f"{argument}[{i}]", f"have shape {tuple(shape)} like {like}[{i}]", tuple(tensor.shape)))
+            raise ValueError(
+                checks.sentence(
+                    op,
+                    f"{argument}[{i}]",
+                    f"have shape {tuple(shape)} like {like}[{i}]",
+                    tuple(tensor.shape),
+                )
+            )
     return dtypes
 
 
@@ -180,7 +237,9 @@ def check_momentum(op: str, momentum: float | torch.Tensor, device: torch.device
     if isinstance(momentum, torch.Tensor):
         if momentum.dim() != 0 or not momentum.is_floating_point():
             got = f"shape {tuple(momentum.shape)} {checks.dtype_name(momentum.dtype)}"
-            raise ValueError(checks.sentence(op, "momentum", "be a number or a 0-d float tensor", got))
+            raise ValueError(
+                checks.sentence(op, "momentum", "be a number or a 0-d float tensor", got)
+            )
         if momentum.device.type != "cpu":
             checks.same_device(op, "momentum", momentum, device)
         return
@@ -198,13 +257,26 @@ def check_rounding(
     device: torch.device,
 ) -> None:
     if rounding not in ROUNDINGS:
-        raise ValueError(checks.sentence(op, "rounding", f"be one of {', '.join(ROUNDINGS)}", repr(rounding)))
+        raise ValueError(
+            checks.sentence(op, "rounding", f"be one of {', '.join(ROUNDINGS)}", repr(rounding))
+        )
     if (compensations is not None) != (rounding == "kahan"):
         state = "given" if rounding == "kahan" else "None"
-        raise ValueError(checks.sentence(op, "compensations", f"be {state} with rounding {rounding!r}", checks.type_name(compensations)))
+        raise ValueError(
+            checks.sentence(
+                op,
+                "compensations",
+                f"be {state} with rounding {rounding!r}",
+                checks.type_name(compensations),
+            )
+        )
     if (seed is not None) != (rounding == "stochastic"):
         state = "given" if rounding == "stochastic" else "None"
-        raise ValueError(checks.sentence(op, "seed", f"be {state} with rounding {rounding!r}", checks.type_name(seed)))
+        raise ValueError(
+            checks.sentence(
+                op, "seed", f"be {state} with rounding {rounding!r}", checks.type_name(seed)
+            )
+        )
     if compensations is not None:
         _check_compensations(op, targets, compensations, device)
     if seed is not None:
@@ -212,20 +284,48 @@ def check_rounding(
         for i, target in enumerate(targets):
             if target.dtype == torch.float16:
                 hint = "Use rounding 'kahan' for float16."
-                raise ValueError(checks.sentence(op, f"targets[{i}]", "be bfloat16 or float32 with stochastic rounding", "float16", hint))
+                raise ValueError(
+                    checks.sentence(
+                        op,
+                        f"targets[{i}]",
+                        "be bfloat16 or float32 with stochastic rounding",
+                        "float16",
+                        hint,
+                    )
+                )
 
 
-def _check_compensations(op: str, targets: Sequence[torch.Tensor], compensations: Sequence[torch.Tensor], device: torch.device) -> None:
+def _check_compensations(
+    op: str,
+    targets: Sequence[torch.Tensor],
+    compensations: Sequence[torch.Tensor],
+    device: torch.device,
+) -> None:
     if len(compensations) != len(targets):
-        raise ValueError(checks.sentence(op, "compensations", f"have one tensor for each of targets ({len(targets)})", len(compensations)))
+        raise ValueError(
+            checks.sentence(
+                op,
+                "compensations",
+                f"have one tensor for each of targets ({len(targets)})",
+                len(compensations),
+            )
+        )
     for i, (tensor, target) in enumerate(zip(compensations, targets, strict=True)):
         if target.dtype not in _HALF:
             continue
         checks.same_device(op, f"compensations[{i}]", tensor, device)
         if tensor.shape != target.shape or tensor.dtype != target.dtype:
-            requirement = f"have shape {tuple(target.shape)} and dtype {checks.dtype_name(target.dtype)} like targets[{i}]"
+            requirement = (
+                f"have shape {tuple(target.shape)} and dtype "
+                f"{checks.dtype_name(target.dtype)} like targets[{i}]"
+            )
             raise ValueError(
-                checks.sentence(op, f"compensations[{i}]", requirement, f"{tuple(tensor.shape)} {checks.dtype_name(tensor.dtype)}")
+                checks.sentence(
+                    op,
+                    f"compensations[{i}]",
+                    requirement,
+                    f"{tuple(tensor.shape)} {checks.dtype_name(tensor.dtype)}",
+                )
             )
 
 
@@ -237,4 +337,6 @@ def _check_seed(op: str, seed: int | torch.Tensor, device: torch.device) -> None
         if seed.device.type != "cpu":
             checks.same_device(op, "seed", seed, device)
     elif isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(checks.sentence(op, "seed", "be an int or a 0-d int64 tensor", checks.type_name(seed)))
+        raise TypeError(
+            checks.sentence(op, "seed", "be an int or a 0-d int64 tensor", checks.type_name(seed))
+        )

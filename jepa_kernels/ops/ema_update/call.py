@@ -1,4 +1,5 @@
-"""What a backend may look at to accept or refuse an ema_update call: dtypes, sizes, devices and flags."""
+"""What a backend may look at to accept or refuse an ema_update call: dtypes, sizes, devices and
+flags."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ ROUNDINGS = ("nearest", "kahan", "stochastic")
 
 @dataclass(frozen=True)
 class Call:
-    """One call as `resolve` sees it. `dtypes` are those of every tensor of every list, each once."""
+    """One call as `resolve` sees it. `dtypes` are those of every tensor of every list, each
+    once."""
 
     device_type: str
     dtype: torch.dtype
@@ -25,12 +27,16 @@ class Call:
     copies: bool
 
     def size_class(self) -> str:
-        """``small`` below a million elements, where the cost of the call itself counts, else ``large``."""
+        """``small`` below a million elements, where the cost of the call itself counts, else
+        ``large``."""
         return "small" if self.num_elements < 1_000_000 else "large"
 
     def describe(self) -> str:
         dtypes = ", ".join(dtype_name(d) for d in self.dtypes)
-        parts = [f"{self.num_tensors} tensors, {self.num_elements} elements, {dtypes} {self.device_type}; rounding {self.rounding}"]
+        parts = [
+            f"{self.num_tensors} tensors, {self.num_elements} elements, {dtypes} "
+            f"{self.device_type}; rounding {self.rounding}"
+        ]
         if self.copies:
             parts.append("with copies")
         return "; ".join(parts)

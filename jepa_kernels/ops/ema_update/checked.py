@@ -1,6 +1,8 @@
-"""Marks calls of an op whose arguments the public function has just checked, so that lists of hundreds of tensors are not checked twice.
+"""Marks calls of an op whose arguments the public function has just checked, so that lists of
+hundreds of tensors are not checked twice.
 
-A compiled graph calls the op without the public function, and so does a direct caller of torch.ops: those calls are checked in the op.
+A compiled graph calls the op without the public function, and so does a direct caller of torch.ops:
+those calls are checked in the op.
 """
 
 from __future__ import annotations

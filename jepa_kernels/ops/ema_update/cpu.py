@@ -1,4 +1,5 @@
-"""C++ CPU backend: csrc/ema_update/cpu.cpp through the stable-ABI binding, one parallel region over the whole list."""
+"""C++ CPU backend: csrc/ema_update/cpu.cpp through the stable-ABI binding, one parallel region over
+the whole list."""
 
 from __future__ import annotations
 
@@ -14,8 +15,20 @@ def unsupported_reasons(call: Call) -> list[str]:
 
 
 def forward(targets, sources, momentum, copies, compensations, streams, rounding, seed) -> None:
-    flat = Flat(written=(targets, copies, compensations), read=(sources,), row_major=rounding == "stochastic")
+    flat = Flat(
+        written=(targets, copies, compensations),
+        read=(sources,),
+        row_major=rounding == "stochastic",
+    )
     with flat as (targets, copies, compensations, sources):
         torch.ops.jepa_kernels_native.ema_update_cpu_(
-            targets, sources, momentum, copies, compensations, streams, ROUNDINGS.index(rounding), seed, native.isa()
+            targets,
+            sources,
+            momentum,
+            copies,
+            compensations,
+            streams,
+            ROUNDINGS.index(rounding),
+            seed,
+            native.isa(),
         )

@@ -1,4 +1,5 @@
-"""CUDA C++ backend: csrc/ema_update/cuda.cu, opened lazily behind its C ABI by the stable-ABI binding."""
+"""CUDA C++ backend: csrc/ema_update/cuda.cu, opened lazily behind its C ABI by the stable-ABI
+binding."""
 
 from __future__ import annotations
 
@@ -14,8 +15,19 @@ def unsupported_reasons(call: Call) -> list[str]:
 
 
 def forward(targets, sources, momentum, copies, compensations, streams, rounding, seed) -> None:
-    flat = Flat(written=(targets, copies, compensations), read=(sources,), row_major=rounding == "stochastic")
+    flat = Flat(
+        written=(targets, copies, compensations),
+        read=(sources,),
+        row_major=rounding == "stochastic",
+    )
     with flat as (targets, copies, compensations, sources):
         torch.ops.jepa_kernels_native.ema_update_cuda_(
-            targets, sources, momentum, copies, compensations, streams, ROUNDINGS.index(rounding), seed
+            targets,
+            sources,
+            momentum,
+            copies,
+            compensations,
+            streams,
+            ROUNDINGS.index(rounding),
+            seed,
         )

@@ -1,4 +1,5 @@
-"""Lists of tensors as flat arrays in one memory order, which is what the kernels walk. Strided tensors cost a copy; dense ones do not."""
+"""Lists of tensors as flat arrays in one memory order, which is what the kernels walk. Strided
+tensors cost a copy; dense ones do not."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ Lists = tuple[Sequence[torch.Tensor], ...]
 
 
 def unique(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> list[int] | None:
-    """Places of the first occurrence of every tensor with elements, or None when that is all of them. A tied tensor is one tensor.
+    """Places of the first occurrence of every tensor with elements, or None when that is all of
+    them. A tied tensor is one tensor.
 
     Raises:
         ValueError: one target occurs with two sources.
@@ -31,16 +33,23 @@ def unique(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> 
             kept.append(i)
         elif sources[i].data_ptr() != sources[first].data_ptr():
             raise ValueError(
-                sentence("ema_update_", f"targets[{i}]", f"have the source of targets[{first}], which is the same tensor", "another one")
+                sentence(
+                    "ema_update_",
+                    f"targets[{i}]",
+                    f"have the source of targets[{first}], which is the same tensor",
+                    "another one",
+                )
             )
     return kept
 
 
 class Flat:
-    """`lists` as arrays whose elements have one order: ``with Flat(written, read, ...) as (written, read): kernel(...)``.
+    """`lists` as arrays whose elements have one order: ``with Flat(written, read, ...) as (written,
+    read): kernel(...)``.
 
-    Entry i of every list must have the same shape (or no elements). Where the entries are dense with one permutation of axes they are
-    viewed; otherwise they are copied, and those of `written` lists are copied back at the end.
+    Entry i of every list must have the same shape (or no elements). Where the entries are dense
+    with one permutation of axes they are viewed; otherwise they are copied, and those of `written`
+    lists are copied back at the end.
     """
 
     def __init__(self, *, written: Lists, read: Lists, row_major: bool) -> None:
@@ -62,12 +71,18 @@ class Flat:
                 original.copy_(flat)
 
     def _flatten(self, i: int) -> None:
-        entries = [(place, values[i]) for place, values in enumerate(self.lists) if i < len(values) and values[i].numel()]
+        entries = [
+            (place, values[i])
+            for place, values in enumerate(self.lists)
+            if i < len(values) and values[i].numel()
+        ]
         if all(tensor.is_contiguous() for _, tensor in entries):
             return
         first = entries[0][1]
         order = sorted(range(first.dim()), key=first.stride, reverse=True)
-        if not self.row_major and all(t.dim() == first.dim() and t.permute(order).is_contiguous() for _, t in entries):
+        if not self.row_major and all(
+            t.dim() == first.dim() and t.permute(order).is_contiguous() for _, t in entries
+        ):
             for place, tensor in entries:
                 self.lists[place][i] = tensor.permute(order)
             return

@@ -1,4 +1,5 @@
-"""The contract of ema_update: one schema and one fake for every backend, whose name is an argument of the op.
+"""The contract of ema_update: one schema and one fake for every backend, whose name is an argument
+of the op.
 
 There is nothing to differentiate: the op runs under no_grad and writes in place.
 """
@@ -23,7 +24,8 @@ PRIORITY = ("cuda", "triton", "cpu", "torch", "reference")
 _NAME = "ema_update_"
 _library = torch.library.Library("jepa_kernels", "FRAGMENT")
 _library.define(
-    "ema_update_(Tensor(a!)[] targets, Tensor[] sources, Tensor momentum, Tensor(b!)[] copies, Tensor(c!)[] compensations, "
+    "ema_update_(Tensor(a!)[] targets, Tensor[] sources, Tensor momentum, Tensor(b!)[] copies, "
+    "Tensor(c!)[] compensations, "
     "Tensor? seed, str rounding, str backend) -> ()"
 )
 
@@ -43,7 +45,9 @@ def run(
     """Runs a checked call on `backend`."""
     # Not while compiling: a graph must not depend on a state of this process.
     with contextlib.nullcontext() if torch.compiler.is_compiling() else arguments_checked():
-        torch.ops.jepa_kernels.ema_update_(targets, sources, momentum, copies, compensations, seed, rounding, backend)
+        torch.ops.jepa_kernels.ema_update_(
+            targets, sources, momentum, copies, compensations, seed, rounding, backend
+        )
 
 
 def check_momentum(op: str, momentum: torch.Tensor) -> None:
@@ -54,33 +58,56 @@ def check_momentum(op: str, momentum: torch.Tensor) -> None:
             raise ValueError(checks.sentence(op, "momentum", "be from 0 to 1", value))
 
 
-def _check_direct_call(targets, sources, momentum, copies, compensations, seed, rounding, backend) -> None:
+def _check_direct_call(
+    targets, sources, momentum, copies, compensations, seed, rounding, backend
+) -> None:
     """What the public function guarantees and a direct caller of torch.ops could get wrong."""
     from .api import prepare
 
     if backend not in ROOM.modules:
-        raise ValueError(checks.sentence(_NAME, "backend", f"be one of {', '.join(PRIORITY)}", repr(backend)))
-    call = prepare(targets, sources, momentum, copies=copies or None, rounding=rounding, compensations=compensations or None, seed=seed)
+        raise ValueError(
+            checks.sentence(_NAME, "backend", f"be one of {', '.join(PRIORITY)}", repr(backend))
+        )
+    call = prepare(
+        targets,
+        sources,
+        momentum,
+        copies=copies or None,
+        rounding=rounding,
+        compensations=compensations or None,
+        seed=seed,
+    )
     reasons = ROOM.reasons(backend, call)
     if reasons:
-        raise BackendUnsupportedError(f"{_NAME} cannot run on backend '{backend}': {'; '.join(reasons)}")
+        raise BackendUnsupportedError(
+            f"{_NAME} cannot run on backend '{backend}': {'; '.join(reasons)}"
+        )
 
 
 def _update(targets, sources, momentum, copies, compensations, seed, rounding, backend) -> None:
     if not are_arguments_checked():
-        _check_direct_call(targets, sources, momentum, copies, compensations, seed, rounding, backend)
+        _check_direct_call(
+            targets, sources, momentum, copies, compensations, seed, rounding, backend
+        )
     check_momentum(_NAME, momentum)
     written = [*targets, *copies, *compensations]
     streams: Sequence[int] = range(len(targets))
     first = memory.unique(targets, sources)
     if first is not None:
         targets, sources = [targets[i] for i in first], [sources[i] for i in first]
-        copies, compensations = ([values[i] for i in first] if values else [] for values in (copies, compensations))
+        copies, compensations = (
+            [values[i] for i in first] if values else [] for values in (copies, compensations)
+        )
         streams = first
     if targets:
-        ROOM.modules[backend].forward(targets, sources, momentum, copies, compensations, list(streams), rounding, seed)
-    # Kernels write through raw pointers, which autograd's version counters do not see (inference tensors have none).
-    torch.autograd.graph.increment_version(list(itertools.filterfalse(torch.Tensor.is_inference, written)))
+        ROOM.modules[backend].forward(
+            targets, sources, momentum, copies, compensations, list(streams), rounding, seed
+        )
+    # Kernels write through raw pointers, which autograd's version counters do not see (inference
+    # tensors have none).
+    torch.autograd.graph.increment_version(
+        list(itertools.filterfalse(torch.Tensor.is_inference, written))
+    )
 
 
 def _fake(targets, sources, momentum, copies, compensations, seed, rounding, backend) -> None:
@@ -99,7 +126,15 @@ def _prepare(*args, **kwargs):
 
 
 def _example(device_type: str, dtype: torch.dtype) -> Call:
-    return Call(device_type, dtype, (dtype,), num_tensors=150, num_elements=22_000_000, rounding="nearest", copies=False)
+    return Call(
+        device_type,
+        dtype,
+        (dtype,),
+        num_tensors=150,
+        num_elements=22_000_000,
+        rounding="nearest",
+        copies=False,
+    )
 
 
 ROOM = Room("ema_update", PRIORITY, _prepare, _example, PREFERENCES)

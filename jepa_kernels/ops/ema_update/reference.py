@@ -1,4 +1,5 @@
-"""The specification of ema_update in eager PyTorch, one tensor at a time, in float32 (float64 for float64 targets).
+"""The specification of ema_update in eager PyTorch, one tensor at a time, in float32 (float64 for
+float64 targets).
 
     target <- momentum * target + (1 - momentum) * source
 
@@ -26,13 +27,15 @@ def forward(targets, sources, momentum, copies, compensations, streams, rounding
 
 
 def update(target, source, momentum, compensation, rounding, seed, stream) -> None:
-    """One target, in place. 16-bit targets are computed in float32 and rounded as `rounding` says."""
+    """One target, in place. 16-bit targets are computed in float32 and rounded as `rounding`
+    says."""
     work = torch.float64 if target.dtype == torch.float64 else torch.float32
     value, source = target.to(work), source.to(work)
     if target.dtype in (torch.float32, torch.float64):
         target.copy_(average(value, source, momentum))
     elif rounding == "kahan":
-        # target + compensation is the running value; what target cannot hold of it stays in compensation.
+        # target + compensation is the running value; what target cannot hold of it stays in
+        # compensation.
         new = average(value + compensation.to(work), source, momentum)
         target.copy_(new)
         compensation.copy_(new - target.to(work))
@@ -45,7 +48,8 @@ def update(target, source, momentum, compensation, rounding, seed, stream) -> No
 
 
 def average(target: torch.Tensor, source: torch.Tensor, momentum: torch.Tensor) -> torch.Tensor:
-    """momentum * target + (1 - momentum) * source; both weights are rounded once, from the float64 momentum."""
+    """momentum * target + (1 - momentum) * source; both weights are rounded once, from the float64
+    momentum."""
     momentum = momentum.to(target.device, torch.float64)
     keep, take = momentum.to(target.dtype), (1 - momentum).to(target.dtype)
     difference = source - target

@@ -1,4 +1,5 @@
-"""The local shards of FSDP2 parameters (DTensor): an update of matching shards is the update of the whole."""
+"""The local shards of FSDP2 parameters (DTensor): an update of matching shards is the update of the
+whole."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from ... import checks
 
 
 def _module() -> Any:
-    # A DTensor can only exist where this module is loaded; importing it here would cost half a second.
+    # A DTensor can only exist where this module is loaded; importing it here would cost half a
+    # second.
     return sys.modules.get("torch.distributed.tensor")
 
 
@@ -21,22 +23,29 @@ def is_sharded(tensor: object) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def local(op: str, named: dict[str, Sequence[torch.Tensor] | None]) -> dict[str, list[torch.Tensor]]:
+def local(
+    op: str, named: dict[str, Sequence[torch.Tensor] | None]
+) -> dict[str, list[torch.Tensor]]:
     """Every list that is not None, with DTensors replaced by their local shards.
 
     Raises:
-        ValueError: entry i is a DTensor in one list and not in another, or with another mesh or other placements.
+        ValueError: entry i is a DTensor in one list and not in another, or with another mesh or
+            other placements.
     """
     present = {name: values for name, values in named.items() if values is not None}
     module = _module()
-    if module is None or not any(isinstance(t, module.DTensor) for values in present.values() for t in values):
+    if module is None or not any(
+        isinstance(t, module.DTensor) for values in present.values() for t in values
+    ):
         return {name: list(values) for name, values in present.items()}
     first_name, first = next(iter(present.items()))
     for i in range(len(first)):
         for name, values in present.items():
             if i < len(values) and layout(values[i]) != layout(first[i]):
                 requirement = f"be sharded like {first_name}[{i}] ({layout_text(first[i])})"
-                raise ValueError(checks.sentence(op, f"{name}[{i}]", requirement, layout_text(values[i])))
+                raise ValueError(
+                    checks.sentence(op, f"{name}[{i}]", requirement, layout_text(values[i]))
+                )
     return {name: [shard(t) for t in values] for name, values in present.items()}
 
 
@@ -49,4 +58,8 @@ def layout(tensor: torch.Tensor) -> object:
 
 
 def layout_text(tensor: torch.Tensor) -> str:
-    return f"placements {tensor.placements} on {tensor.device_mesh}" if is_sharded(tensor) else "a plain tensor"
+    return (
+        f"placements {tensor.placements} on {tensor.device_mesh}"
+        if is_sharded(tensor)
+        else "a plain tensor"
+    )

@@ -1,6 +1,8 @@
-"""The random numbers of stochastic rounding: 16 bits for each element, a pure function of (seed, stream, element).
+"""The random numbers of stochastic rounding: 16 bits for each element, a pure function of (seed,
+stream, element).
 
-Every backend computes the same numbers, so a result does not depend on threads, launches or the backend.
+Every backend computes the same numbers, so a result does not depend on threads, launches or the
+backend.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ _LONG = 0xFFFFFFFFFFFFFFFF
 
 
 def random_bits(seed: torch.Tensor, stream: int, count: int, device: torch.device) -> torch.Tensor:
-    """int64 ``[count]`` in [0, 65536) for elements 0 .. count - 1 of one target; `seed` is a 0-d int64 tensor."""
+    """int64 ``[count]`` in [0, 65536) for elements 0 .. count - 1 of one target; `seed` is a 0-d
+    int64 tensor."""
     low, high = _key(int(seed), stream)
     element = torch.arange(count, dtype=torch.int64, device=device)
     salt = (high + (element >> 32) * 0x9E3779B9) & _WORD
@@ -21,7 +24,8 @@ def random_bits(seed: torch.Tensor, stream: int, count: int, device: torch.devic
 
 
 def round_bfloat16(value: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """float32 `value` as bfloat16, rounded away from zero with the probability of the discarded fraction."""
+    """float32 `value` as bfloat16, rounded away from zero with the probability of the discarded
+    fraction."""
     pattern = value.contiguous().view(torch.int32).to(torch.int64) & _WORD
     kept = (pattern + bits.reshape(value.shape)) >> 16
     kept = torch.where(value.isnan(), 0x7FC0, kept)
@@ -37,7 +41,8 @@ def _key(seed: int, stream: int) -> tuple[int, int]:
 
 
 def _mix32(x: torch.Tensor) -> torch.Tensor:
-    """A bijection of 32-bit words held in int64; products wrap modulo 2^64, of which the low word is kept."""
+    """A bijection of 32-bit words held in int64; products wrap modulo 2^64, of which the low word
+    is kept."""
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & _WORD
     x = x ^ (x >> 15)

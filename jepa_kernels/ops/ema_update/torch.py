@@ -1,4 +1,5 @@
-"""Fast eager composition: one _foreach call over all targets of a dtype that match their sources, else one tensor at a time."""
+"""Fast eager composition: one _foreach call over all targets of a dtype that match their sources,
+else one tensor at a time."""
 
 from __future__ import annotations
 

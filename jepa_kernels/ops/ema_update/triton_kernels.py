@@ -1,6 +1,8 @@
-"""Triton kernels of ema_update, and the arithmetic that adamw_ema shares with them. Importing this imports triton.
+"""Triton kernels of ema_update, and the arithmetic that adamw_ema shares with them. Importing this
+imports triton.
 
-Products and sums are rounded one by one (FUSION below), so that results equal the other backends' bit for bit.
+Products and sums are rounded one by one (FUSION below), so that results equal the other backends'
+bit for bit.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ def array(row, column: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr)
 
 @triton.jit
 def average(target, source, keep, take):
-    """keep * target + take * source, keep + take = 1, exact where either weight is 0 and where both values are equal."""
+    """keep * target + take * source, keep + take = 1, exact where either weight is 0 and where both
+    values are equal."""
     difference = source - target
     return tl.where(take < 0.5, target + take * difference, source - keep * difference)
 
@@ -61,7 +64,8 @@ def random_bits(seed, stream, element):
 
 @triton.jit
 def narrow_randomly(x, bits):
-    """float32 `x` as bfloat16, rounded away from zero with the probability of the discarded fraction."""
+    """float32 `x` as bfloat16, rounded away from zero with the probability of the discarded
+    fraction."""
     kept = (x.to(tl.uint32, bitcast=True) + bits) >> 16
     kept = tl.where(x == x, kept, 0x7FC0)
     return kept.to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -69,7 +73,8 @@ def narrow_randomly(x, bits):
 
 @triton.jit
 def load(pointer, mask, MASKED: tl.constexpr):
-    """A chunk as float32. A mask keeps the compiler from 16-byte accesses, so that only the last chunk of a tensor has one."""
+    """A chunk as float32. A mask keeps the compiler from 16-byte accesses, so that only the last
+    chunk of a tensor has one."""
     if MASKED:
         return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
     else:
@@ -85,9 +90,24 @@ def store(pointer, value, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
-def move_target(row, offsets, mask, source, keep, take, seed_ptr, FIRST: tl.constexpr, STREAM: tl.constexpr, TARGET: tl.constexpr,
-                COPY: tl.constexpr, ROUNDING: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Averages `source` into one chunk of the target in column FIRST; the copy and the compensation follow it in the table."""
+def move_target(
+    row,
+    offsets,
+    mask,
+    source,
+    keep,
+    take,
+    seed_ptr,
+    FIRST: tl.constexpr,
+    STREAM: tl.constexpr,
+    TARGET: tl.constexpr,
+    COPY: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Averages `source` into one chunk of the target in column FIRST; the copy and the compensation
+    follow it in the table."""
     target = array(row, FIRST, TARGET, ALIGNED) + offsets
     value = load(target, mask, MASKED)
     if ROUNDING == KAHAN and tl.float32 != TARGET:
@@ -95,31 +115,78 @@ def move_target(row, offsets, mask, source, keep, take, seed_ptr, FIRST: tl.cons
         value = value + load(compensation, mask, MASKED)
     value = average(value, source, keep, take)
     if ROUNDING == STOCHASTIC and tl.bfloat16 == TARGET:
-        stored = narrow_randomly(value, random_bits(tl.load(seed_ptr), tl.load(row + STREAM), offsets))
+        stored = narrow_randomly(
+            value, random_bits(tl.load(seed_ptr), tl.load(row + STREAM), offsets)
+        )
     else:
         stored = narrow(value, TARGET)
     store(target, stored, mask, MASKED)
     if ROUNDING == KAHAN and tl.float32 != TARGET:
         store(compensation, narrow(value - stored.to(tl.float32), TARGET), mask, MASKED)
     if COPY is not None:
-        store(array(row, FIRST + 1, COPY, ALIGNED) + offsets, narrow(stored.to(tl.float32), COPY), mask, MASKED)
+        store(
+            array(row, FIRST + 1, COPY, ALIGNED) + offsets,
+            narrow(stored.to(tl.float32), COPY),
+            mask,
+            MASKED,
+        )
 
 
 @triton.jit
-def move_chunk(row, offsets, count, keep, take, seed_ptr, TARGET: tl.constexpr, SOURCE: tl.constexpr, COPY: tl.constexpr,
-               ROUNDING: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def move_chunk(
+    row,
+    offsets,
+    count,
+    keep,
+    take,
+    seed_ptr,
+    TARGET: tl.constexpr,
+    SOURCE: tl.constexpr,
+    COPY: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     mask = offsets < count
     source = load(array(row, 3, SOURCE, ALIGNED) + offsets, mask, MASKED)
-    move_target(row, offsets, mask, source, keep, take, seed_ptr, 0, 5, TARGET, COPY, ROUNDING, ALIGNED, MASKED)
+    move_target(
+        row,
+        offsets,
+        mask,
+        source,
+        keep,
+        take,
+        seed_ptr,
+        0,
+        5,
+        TARGET,
+        COPY,
+        ROUNDING,
+        ALIGNED,
+        MASKED,
+    )
 
 
 @triton.jit
-def ema_update_kernel(rows, chunks, weights_ptr, keep, take, seed_ptr, TARGET: tl.constexpr, SOURCE: tl.constexpr, COPY: tl.constexpr,
-                      ROUNDING: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def ema_update_kernel(
+    rows,
+    chunks,
+    weights_ptr,
+    keep,
+    take,
+    seed_ptr,
+    TARGET: tl.constexpr,
+    SOURCE: tl.constexpr,
+    COPY: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """target <- momentum * target + (1 - momentum) * source.
 
-    A program owns one chunk of BLOCK elements of one target; it reads target, source (and compensation) and writes target (and copy).
-    Table columns: target, copy, compensation, source, elements, stream.
+    A program owns one chunk of BLOCK elements of one target; it reads target, source (and
+    compensation) and writes target (and copy). Table columns: target, copy, compensation, source,
+    elements, stream.
     """
     program = tl.program_id(0).to(tl.int64)
     row = rows + tl.load(chunks + 2 * program).to(tl.int64) * 6
@@ -129,6 +196,21 @@ def ema_update_kernel(rows, chunks, weights_ptr, keep, take, seed_ptr, TARGET: t
         keep, take = tl.load(weights_ptr), tl.load(weights_ptr + 1)
     offsets = start + tl.arange(0, BLOCK)
     if start + BLOCK <= count:
-        move_chunk(row, offsets, count, keep, take, seed_ptr, TARGET, SOURCE, COPY, ROUNDING, ALIGNED, False)
+        move_chunk(
+            row,
+            offsets,
+            count,
+            keep,
+            take,
+            seed_ptr,
+            TARGET,
+            SOURCE,
+            COPY,
+            ROUNDING,
+            ALIGNED,
+            False,
+        )
     else:
-        move_chunk(row, offsets, count, keep, take, seed_ptr, TARGET, SOURCE, COPY, ROUNDING, ALIGNED, True)
+        move_chunk(
+            row, offsets, count, keep, take, seed_ptr, TARGET, SOURCE, COPY, ROUNDING, ALIGNED, True
+        )

@@ -1,6 +1,8 @@
-"""Lists of tensors as device tables for Triton kernels: one row of addresses for each tensor, one entry for each chunk of elements.
+"""Lists of tensors as device tables for Triton kernels: one row of addresses for each tensor, one
+entry for each chunk of elements.
 
-Parameters stay where they are between steps, so tables are kept, keyed by every address and size in them. Importing this needs torch alone.
+Parameters stay where they are between steps, so tables are kept, keyed by every address and size in
+them. Importing this needs torch alone.
 """
 
 from __future__ import annotations
@@ -29,8 +31,11 @@ class Table:
 _tables: OrderedDict[tuple, Table] = OrderedDict()
 
 
-def table(arrays: Sequence[Sequence[torch.Tensor | None]], streams: Sequence[int], block: int) -> Table:
-    """The table of `arrays` (one list for each column; None = absent) in chunks of `block` elements.
+def table(
+    arrays: Sequence[Sequence[torch.Tensor | None]], streams: Sequence[int], block: int
+) -> Table:
+    """The table of `arrays` (one list for each column; None = absent) in chunks of `block`
+    elements.
 
     Every entry is contiguous and has the elements of its first column.
     """

@@ -1,4 +1,5 @@
-"""What the backends compute alike: products with float32 accumulation, rows of a table, powers of residuals."""
+"""What the backends compute alike: products with float32 accumulation, rows of a table, powers of
+residuals."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ def matmul(a: torch.Tensor, b: torch.Tensor, operand: torch.dtype) -> torch.Tens
     return _widened(_product(a, b, operand))
 
 
-def add_matmul(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, operand: torch.dtype) -> torch.Tensor:
+def add_matmul(
+    total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, operand: torch.dtype
+) -> torch.Tensor:
     """total + a @ b, in place where there is a total."""
     if total is None:
         return matmul(a, b, operand)
@@ -41,7 +44,9 @@ def widened_on_cpus(dtype: torch.dtype) -> bool:
     return dtype == torch.float16 or (dtype == torch.bfloat16 and not native.multiplies_bf16())
 
 
-def affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, operand: torch.dtype) -> torch.Tensor:
+def affine(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, operand: torch.dtype
+) -> torch.Tensor:
     """x @ weight.mT + bias, rounded as `matmul` does."""
     if operand not in _EXACT and (x.is_cuda or widened_on_cpus(operand)):
         return matmul(x, weight.mT, operand).add_(bias)
@@ -60,7 +65,8 @@ def _widened(product: torch.Tensor) -> torch.Tensor:
 
 
 def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialised tensor; a large one on a CPU in huge pages, where there are any (csrc/binding.h says why)."""
+    """An uninitialised tensor; a large one on a CPU in huge pages, where there are any
+    (csrc/binding.h says why)."""
     tensor = torch.empty(shape, dtype=dtype, device=device)
     if device.type == "cpu" and native.available():
         torch.ops.jepa_kernels_native.advise_huge_pages(tensor)
@@ -74,9 +80,14 @@ def take(table: torch.Tensor, rows: torch.Tensor | None, start: int, stop: int) 
 
 
 def inside(rows: torch.Tensor | None, table: torch.Tensor) -> torch.Tensor | None:
-    """Row indices of `table` for a kernel that reads it directly. The op checks them on a CPU; a GPU would have to wait, so there they are
-    clamped: a wrong index gives a wrong row, never memory outside of the table."""
-    return rows if rows is None or rows.device.type == "cpu" else rows.clamp(0, max(table.shape[-2] - 1, 0))
+    """Row indices of `table` for a kernel that reads it directly. The op checks them on a CPU; a
+    GPU would have to wait, so there they are clamped: a wrong index gives a wrong row, never memory
+    outside of the table."""
+    return (
+        rows
+        if rows is None or rows.device.type == "cpu"
+        else rows.clamp(0, max(table.shape[-2] - 1, 0))
+    )
 
 
 def power_mean(residual: torch.Tensor, exponent: float) -> torch.Tensor:
@@ -85,7 +96,9 @@ def power_mean(residual: torch.Tensor, exponent: float) -> torch.Tensor:
     return (magnitude if exponent == 1.0 else magnitude.pow(exponent) / exponent).mean(-1)
 
 
-def power_mean_gradient(residual: torch.Tensor, grad: torch.Tensor, exponent: float) -> torch.Tensor:
+def power_mean_gradient(
+    residual: torch.Tensor, grad: torch.Tensor, exponent: float
+) -> torch.Tensor:
     """The gradient of `power_mean` to its residual, 0 where the residual is 0."""
     gradient = residual.sign() * (grad / residual.shape[-1])[..., None]
     return gradient if exponent == 1.0 else gradient * residual.abs().pow(exponent - 1)

@@ -1,4 +1,5 @@
-"""What a backend may look at to accept or refuse a rollout: shapes, dtypes, devices and flags; and what the rollout costs."""
+"""What a backend may look at to accept or refuse a rollout: shapes, dtypes, devices and flags; and
+what the rollout costs."""
 
 from __future__ import annotations
 
@@ -27,12 +28,14 @@ class Call:
     needs_grad: bool
 
     def size_class(self) -> str:
-        """``wide`` where the state has at least 512 channels, else ``narrow``; then the cell and what is returned."""
+        """``wide`` where the state has at least 512 channels, else ``narrow``; then the cell and
+        what is returned."""
         return f"{self.cell}/{self.output}/{'wide' if self.channels >= 512 else 'narrow'}"
 
     def describe(self) -> str:
         parts = [
-            f"states [{self.num_rows}, {self.channels}] {dtype_name(self.dtype)} {self.device_type}",
+            f"states [{self.num_rows}, {self.channels}] {dtype_name(self.dtype)} "
+            f"{self.device_type}",
             f"{self.cell} hidden {' x '.join(map(str, self.hidden))}",
             f"horizon {self.horizon}, returns {self.output}",
         ]
@@ -46,18 +49,39 @@ class Call:
             return ["space      state (a GRU moves its whole state)"]
         hidden, state = self.flop("hidden"), self.flop("state")
         space = self.space()
-        return [f"space      {space} on backend torch; hidden {hidden:.3g} FLOP, state {state:.3g} FLOP forward; kernels always use hidden"]
+        return [
+            f"space      {space} on backend torch; hidden {hidden:.3g} FLOP, state {state:.3g} "
+            "FLOP forward; kernels always use hidden"
+        ]
 
     def space(self) -> str:
         """``hidden`` or ``state``: the cheaper one for this size."""
-        return "hidden" if cost.hidden_is_cheaper(self.cell, self.num_rows, self.in_channels, self.hidden[0], self.horizon) else "state"
+        return (
+            "hidden"
+            if cost.hidden_is_cheaper(
+                self.cell, self.num_rows, self.in_channels, self.hidden[0], self.horizon
+            )
+            else "state"
+        )
 
     def flop(self, space: str) -> float:
         """FLOP of the matrix products of one forward pass in `space`."""
-        return cost.flop(self.cell, space, self.num_rows, self.channels, self.in_channels, self.hidden, self.horizon, self.output)
+        return cost.flop(
+            self.cell,
+            space,
+            self.num_rows,
+            self.channels,
+            self.in_channels,
+            self.hidden,
+            self.horizon,
+            self.output,
+        )
 
 
 def dtype_reasons(call: Call, allowed: tuple[torch.dtype, ...]) -> list[str]:
     if call.dtype not in allowed:
-        return [f"dtype must be {' or '.join(dtype_name(d) for d in allowed)}, got {dtype_name(call.dtype)}"]
+        return [
+            f"dtype must be {' or '.join(dtype_name(d) for d in allowed)}, got "
+            f"{dtype_name(call.dtype)}"
+        ]
     return []

@@ -1,6 +1,8 @@
-"""The cells that can be rolled out: dataclasses of parameters, in torch.nn.Linear and torch.nn.GRUCell layouts.
+"""The cells that can be rolled out: dataclasses of parameters, in torch.nn.Linear and
+torch.nn.GRUCell layouts.
 
-Shape letters: D state channels, A action channels, h hidden units of the layer that reads the state.
+Shape letters: D state channels, A action channels, h hidden units of the layer that reads the
+state.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ class ResidualMLP:
     """x' = x + W2 gelu(W1 x[in_channels] + b1) + b2, with the exact (erf) gelu.
 
     Attributes:
-        weight_in: W1 ``[h, in]``; bias_in: b1 ``[h]``; weight_out: W2 ``[D, h]``; bias_out: b2 ``[D]``.
-        in_channels: the channels the cell reads, as ``(start, stop)`` or a sequence of such pairs in rising order; None is all of them.
+        weight_in: W1 ``[h, in]``; bias_in: b1 ``[h]``; weight_out: W2 ``[D, h]``; bias_out: b2
+            ``[D]``.
+        in_channels: the channels the cell reads, as ``(start, stop)`` or a sequence of such pairs
+            in rising order; None is all of them.
     """
 
     weight_in: torch.Tensor
@@ -28,8 +32,13 @@ class ResidualMLP:
     in_channels: tuple[int, int] | Sequence[tuple[int, int]] | None = None
 
     @classmethod
-    def from_module(cls, module: nn.Sequential, in_channels: tuple[int, int] | Sequence[tuple[int, int]] | None = None) -> ResidualMLP:
-        """The cell of ``nn.Sequential(nn.Linear(in, h), nn.GELU(), nn.Linear(h, D))``, sharing its parameters."""
+    def from_module(
+        cls,
+        module: nn.Sequential,
+        in_channels: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+    ) -> ResidualMLP:
+        """The cell of ``nn.Sequential(nn.Linear(in, h), nn.GELU(), nn.Linear(h, D))``, sharing its
+        parameters."""
         first, _, last = _layers("ResidualMLP", module, 3)
         return cls(first.weight, first.bias, last.weight, last.bias, in_channels)
 
@@ -39,13 +48,16 @@ class ResidualMLP:
 
 @dataclass(frozen=True)
 class Hamiltonian:
-    """One symplectic Euler step of an energy G: q' = q + dt dG/dp(q, p), then p' = p - dt dG/dq(q', p).
+    """One symplectic Euler step of an energy G: q' = q + dt dG/dp(q, p), then p' = p - dt dG/dq(q',
+    p).
 
-    q and p are the first and second half of the channels, G(x) = w3 gelu(W2 gelu(W1 x + b1) + b2) + b3. A constant does not move
-    anything, so b3 is not a parameter here. With a general G (not separable in q and p) the step is not exactly symplectic.
+    q and p are the first and second half of the channels, G(x) = w3 gelu(W2 gelu(W1 x + b1) + b2) +
+    b3. A constant does not move anything, so b3 is not a parameter here. With a general G (not
+    separable in q and p) the step is not exactly symplectic.
 
     Attributes:
-        weight_in: W1 ``[h, D]``, D even; bias_in: b1 ``[h]``; weight_hidden: W2 ``[h2, h]``; bias_hidden: b2 ``[h2]``;
+        weight_in: W1 ``[h, D]``, D even; bias_in: b1 ``[h]``; weight_hidden: W2 ``[h2, h]``;
+            bias_hidden: b2 ``[h2]``;
         weight_energy: w3 ``[1, h2]``.
         time_step: dt.
     """
@@ -59,22 +71,32 @@ class Hamiltonian:
 
     @classmethod
     def from_module(cls, module: nn.Sequential, time_step: float = 0.1) -> Hamiltonian:
-        """The cell of ``nn.Sequential(Linear(D, h), GELU(), Linear(h, h2), GELU(), Linear(h2, 1))``, sharing its parameters."""
+        """The cell of ``nn.Sequential(Linear(D, h), GELU(), Linear(h, h2), GELU(), Linear(h2,
+        1))``, sharing its parameters."""
         first, _, middle, _, last = _layers("Hamiltonian", module, 5)
         return cls(first.weight, first.bias, middle.weight, middle.bias, last.weight, time_step)
 
     def parameters(self) -> list[torch.Tensor]:
-        return [self.weight_in, self.bias_in, self.weight_hidden, self.bias_hidden, self.weight_energy]
+        return [
+            self.weight_in,
+            self.bias_in,
+            self.weight_hidden,
+            self.bias_hidden,
+            self.weight_energy,
+        ]
 
 
 @dataclass(frozen=True)
 class GRU:
-    """z' = LayerNorm(GRUCell(action, z)): gates r, u and candidate n in that order, as in torch.nn.GRUCell.
+    """z' = LayerNorm(GRUCell(action, z)): gates r, u and candidate n in that order, as in
+    torch.nn.GRUCell.
 
-    r, u = sigmoid(W_i a + b_i + W_s z + b_s);  n = tanh(W_i a + b_i + r (W_s z + b_s));  z' = LayerNorm((1 - u) n + u z).
+    r, u = sigmoid(W_i a + b_i + W_s z + b_s);  n = tanh(W_i a + b_i + r (W_s z + b_s));  z' =
+    LayerNorm((1 - u) n + u z).
 
     Attributes:
-        weight_input: W_i ``[3 D, A]``; weight_state: W_s ``[3 D, D]``; bias_input, bias_state: b_i, b_s ``[3 D]``;
+        weight_input: W_i ``[3 D, A]``; weight_state: W_s ``[3 D, D]``; bias_input, bias_state: b_i,
+            b_s ``[3 D]``;
         norm_weight, norm_bias: ``[D]``.
         epsilon: added to the variance in the LayerNorm.
     """
@@ -90,10 +112,25 @@ class GRU:
     @classmethod
     def from_modules(cls, cell: nn.GRUCell, norm: nn.LayerNorm) -> GRU:
         """The cell of ``norm(cell(action, z))``, sharing the parameters of both modules."""
-        return cls(cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh, norm.weight, norm.bias, norm.eps)
+        return cls(
+            cell.weight_ih,
+            cell.weight_hh,
+            cell.bias_ih,
+            cell.bias_hh,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+        )
 
     def parameters(self) -> list[torch.Tensor]:
-        return [self.weight_input, self.weight_state, self.bias_input, self.bias_state, self.norm_weight, self.norm_bias]
+        return [
+            self.weight_input,
+            self.weight_state,
+            self.bias_input,
+            self.bias_state,
+            self.norm_weight,
+            self.norm_bias,
+        ]
 
 
 Cell = ResidualMLP | Hamiltonian | GRU
@@ -104,14 +141,22 @@ KINDS = {ResidualMLP: "residual_mlp", Hamiltonian: "hamiltonian", GRU: "gru"}
 def _layers(cell: str, module: nn.Sequential, count: int) -> list[nn.Module]:
     layers = list(module)
     if len(layers) != count or not all(isinstance(layer, nn.Linear) for layer in layers[::2]):
-        raise ValueError(f"{cell}.from_module: module must be {count} layers, Linear and GELU in turn, got {module}.")
+        raise ValueError(
+            f"{cell}.from_module: module must be {count} layers, Linear and GELU in turn, got "
+            f"{module}."
+        )
     for layer in layers[1::2]:
         if not isinstance(layer, nn.GELU) or layer.approximate != "none":
-            raise ValueError(f"{cell}.from_module: module must have exact nn.GELU layers between its Linear layers, got {layer}.")
+            raise ValueError(
+                f"{cell}.from_module: module must have exact nn.GELU layers between its Linear "
+                f"layers, got {layer}."
+            )
     return layers
 
 
-def channel_ranges(in_channels: tuple[int, int] | Sequence[tuple[int, int]] | None, channels: int) -> list[int]:
+def channel_ranges(
+    in_channels: tuple[int, int] | Sequence[tuple[int, int]] | None, channels: int
+) -> list[int]:
     """`in_channels` flattened to ``[start, stop, start, stop, ...]``."""
     if in_channels is None:
         return [0, channels]

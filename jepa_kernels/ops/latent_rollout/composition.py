@@ -1,4 +1,5 @@
-"""Forward and backward of a problem on given kernels: a GRU steps its state, the other cells step their hidden state."""
+"""Forward and backward of a problem on given kernels: a GRU steps its state, the other cells step
+their hidden state."""
 
 from __future__ import annotations
 
@@ -17,8 +18,13 @@ class Kernels(hidden_space.Kernels, state_space.Kernels, Protocol):
 
 
 def multiplied(problem: Problem) -> Problem:
-    """The problem in the dtype of its products: on a CPU without products of that dtype, float32."""
-    return problem.upcast() if problem.states.device.type == "cpu" and widened_on_cpus(problem.states.dtype) else problem
+    """The problem in the dtype of its products: on a CPU without products of that dtype,
+    float32."""
+    return (
+        problem.upcast()
+        if problem.states.device.type == "cpu" and widened_on_cpus(problem.states.dtype)
+        else problem
+    )
 
 
 def forward(problem: Problem, kernels: Kernels) -> Tensors:
@@ -27,7 +33,9 @@ def forward(problem: Problem, kernels: Kernels) -> Tensors:
     return space.forward(problem, kernels)
 
 
-def backward(problem: Problem, kernels: Kernels, grad_out: torch.Tensor, saved: Tensors, needs_targets: bool) -> Gradients:
+def backward(
+    problem: Problem, kernels: Kernels, grad_out: torch.Tensor, saved: Tensors, needs_targets: bool
+) -> Gradients:
     """The gradients of every input."""
     space = state_space if problem.cell == "gru" else hidden_space
     return space.backward(problem, kernels, grad_out, saved, needs_targets)

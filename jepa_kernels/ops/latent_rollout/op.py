@@ -1,6 +1,8 @@
-"""The contract of latent_rollout: one schema, one fake and one autograd formula for every kernel backend.
+"""The contract of latent_rollout: one schema, one fake and one autograd formula for every kernel
+backend.
 
-The backend's name is an argument of the op and is saved for backward, so a new backend adds its file and its name in PRIORITY.
+The backend's name is an argument of the op and is saved for backward, so a new backend adds its
+file and its name in PRIORITY.
 """
 
 from __future__ import annotations
@@ -22,12 +24,17 @@ PRIORITY = ("cuda", "triton", "cpu", "torch", "reference")
 _NAME = "latent_rollout"
 _library = torch.library.Library("jepa_kernels", "FRAGMENT")
 _INPUTS = (
-    "Tensor states, Tensor? rows, Tensor[] parameters, Tensor? actions, Tensor? anchor, Tensor? anchor_rows, Tensor? targets, "
-    "Tensor? target_rows, str cell, SymInt[] in_channels, float scalar, SymInt horizon, str output, float exponent, bool save, str backend"
+    "Tensor states, Tensor? rows, Tensor[] parameters, Tensor? actions, Tensor? anchor, Tensor? "
+    "anchor_rows, Tensor? targets, "
+    "Tensor? target_rows, str cell, SymInt[] in_channels, float scalar, SymInt horizon, str "
+    "output, float exponent, bool save, str backend"
 )
 _library.define(f"latent_rollout_fwd({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)")
-# needs: which gradients are wanted, in the order states, parameters, actions, anchor, targets; the others come back empty.
-_library.define(f"latent_rollout_bwd(Tensor grad_out, Tensor[] saved, bool[] needs, {_INPUTS}) -> Tensor[]")
+# needs: which gradients are wanted, in the order states, parameters, actions, anchor, targets; the
+# others come back empty.
+_library.define(
+    f"latent_rollout_bwd(Tensor grad_out, Tensor[] saved, bool[] needs, {_INPUTS}) -> Tensor[]"
+)
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -45,17 +52,31 @@ def run(
     target_rows: torch.Tensor | None,
     exponent: float,
 ) -> torch.Tensor:
-    """Runs a checked call on `backend`; `reference` uses its own autograd. Predictions, or errors ``[horizon, rows]`` with targets."""
-    rows, anchor_rows, target_rows = (None if index is None else index.long().contiguous() for index in (rows, anchor_rows, target_rows))
+    """Runs a checked call on `backend`; `reference` uses its own autograd. Predictions, or errors
+    ``[horizon, rows]`` with targets."""
+    rows, anchor_rows, target_rows = (
+        None if index is None else index.long().contiguous()
+        for index in (rows, anchor_rows, target_rows)
+    )
     if backend == "reference":
         reference = ROOM.modules["reference"]
         _check_values(states, rows, anchor, anchor_rows, targets, target_rows)
-        predictions = reference.compose(states, cell, call.horizon, rows, actions, anchor, anchor_rows)
+        predictions = reference.compose(
+            states, cell, call.horizon, rows, actions, anchor, anchor_rows
+        )
         if targets is None:
-            return predictions[-1].to(states.dtype) if call.output == "last" else torch.stack(predictions).to(states.dtype)
-        errors = reference.errors(predictions, targets, target_rows, exponent, call.cell == "hamiltonian")
+            return (
+                predictions[-1].to(states.dtype)
+                if call.output == "last"
+                else torch.stack(predictions).to(states.dtype)
+            )
+        errors = reference.errors(
+            predictions, targets, target_rows, exponent, call.cell == "hamiltonian"
+        )
         return errors if states.dtype == torch.float64 else errors.float()
-    states, anchor, targets = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (states, anchor, targets))
+    states, anchor, targets = (
+        t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (states, anchor, targets)
+    )
     kind, ranges, scalar = _numbers(cell, states.shape[1])
     out, *_ = torch.ops.jepa_kernels.latent_rollout_fwd(
         states,
@@ -88,7 +109,11 @@ def _numbers(cell: Cell, channels: int) -> tuple[str, list[int], float]:
     kind = KINDS[type(cell)]
     if isinstance(cell, ResidualMLP):
         return kind, channel_ranges(cell.in_channels, channels), 0.0
-    return kind, [0, channels], float(cell.time_step if isinstance(cell, Hamiltonian) else cell.epsilon)
+    return (
+        kind,
+        [0, channels],
+        float(cell.time_step if isinstance(cell, Hamiltonian) else cell.epsilon),
+    )
 
 
 def _cell_of(problem: Problem) -> Cell:
@@ -96,40 +121,75 @@ def _cell_of(problem: Problem) -> Cell:
     edges = problem.in_channels
     by_name = {name: kind for kind, name in KINDS.items()}
     if problem.cell not in by_name:
-        raise ValueError(checks.sentence(_NAME, "cell", f"be one of {', '.join(by_name)}", repr(problem.cell)))
+        raise ValueError(
+            checks.sentence(_NAME, "cell", f"be one of {', '.join(by_name)}", repr(problem.cell))
+        )
     kind = by_name[problem.cell]
     count = len(kind.__dataclass_fields__) - 1
     if len(problem.parameters) != count:
-        raise ValueError(checks.sentence(_NAME, "parameters", f"be the {count} tensors of a {kind.__name__}", len(problem.parameters)))
+        raise ValueError(
+            checks.sentence(
+                _NAME,
+                "parameters",
+                f"be the {count} tensors of a {kind.__name__}",
+                len(problem.parameters),
+            )
+        )
     if kind is ResidualMLP:
         if len(edges) < 2 or len(edges) % 2:
-            raise ValueError(checks.sentence(_NAME, "in_channels", "be pairs of start and stop", edges))
-        return kind(*problem.parameters, in_channels=list(zip(edges[::2], edges[1::2], strict=True)))
+            raise ValueError(
+                checks.sentence(_NAME, "in_channels", "be pairs of start and stop", edges)
+            )
+        return kind(
+            *problem.parameters, in_channels=list(zip(edges[::2], edges[1::2], strict=True))
+        )
     return kind(*problem.parameters, problem.scalar)
 
 
 def _check_values(states, rows, anchor, anchor_rows, targets, target_rows) -> None:
     """Row indices must lie in their table."""
-    for argument, index, table in (("rows", rows, states), ("anchor_rows", anchor_rows, anchor), ("target_rows", target_rows, targets)):
+    for argument, index, table in (
+        ("rows", rows, states),
+        ("anchor_rows", anchor_rows, anchor),
+        ("target_rows", target_rows, targets),
+    ):
         if index is not None and index.numel() and checks.values_are_checked(index):
             low, high = (int(value) for value in torch.aminmax(index))
             if low < 0 or high >= table.shape[0]:
-                raise ValueError(checks.sentence(_NAME, argument, f"hold rows from 0 to {table.shape[0] - 1}", low if low < 0 else high))
+                raise ValueError(
+                    checks.sentence(
+                        _NAME,
+                        argument,
+                        f"hold rows from 0 to {table.shape[0] - 1}",
+                        low if low < 0 else high,
+                    )
+                )
 
 
 def _check_direct_call(problem: Problem, backend: str) -> None:
-    """What the public function guarantees and a direct caller of torch.ops could get wrong, plus the checks of values."""
+    """What the public function guarantees and a direct caller of torch.ops could get wrong, plus
+    the checks of values."""
     from .api import prepare
 
     if backend not in ROOM.modules or backend == "reference":
         allowed = ", ".join(name for name in PRIORITY if name != "reference")
         raise ValueError(checks.sentence(_NAME, "backend", f"be one of {allowed}", repr(backend)))
     if (problem.output == "errors") != (problem.targets is not None):
-        raise ValueError(checks.sentence(_NAME, "targets", "be given for output errors and for no other", problem.output))
+        raise ValueError(
+            checks.sentence(
+                _NAME, "targets", "be given for output errors and for no other", problem.output
+            )
+        )
     if problem.targets is not None:
-        implied = (problem.targets if problem.target_rows is None else problem.target_rows).shape[:1]
+        implied = (problem.targets if problem.target_rows is None else problem.target_rows).shape[
+            :1
+        ]
         if list(implied) != [problem.horizon]:
-            raise ValueError(checks.sentence(_NAME, "targets", f"hold {problem.horizon} steps", f"{tuple(implied)}"))
+            raise ValueError(
+                checks.sentence(
+                    _NAME, "targets", f"hold {problem.horizon} steps", f"{tuple(implied)}"
+                )
+            )
     call = prepare(
         problem.states,
         _cell_of(problem),
@@ -150,22 +210,63 @@ def _check_direct_call(problem: Problem, backend: str) -> None:
     for argument in ("states", "anchor", "targets"):
         tensor = getattr(problem, argument)
         if tensor is not None and tensor.stride(-1) != 1:
-            raise ValueError(checks.sentence(_NAME, argument, "have channel stride 1", tensor.stride(-1)))
+            raise ValueError(
+                checks.sentence(_NAME, argument, "have channel stride 1", tensor.stride(-1))
+            )
     reasons = ROOM.reasons(backend, call)
     if reasons:
-        raise BackendUnsupportedError(f"{_NAME} cannot run on backend '{backend}': {'; '.join(reasons)}")
-    _check_values(problem.states, problem.rows, problem.anchor, problem.anchor_rows, problem.targets, problem.target_rows)
+        raise BackendUnsupportedError(
+            f"{_NAME} cannot run on backend '{backend}': {'; '.join(reasons)}"
+        )
+    _check_values(
+        problem.states,
+        problem.rows,
+        problem.anchor,
+        problem.anchor_rows,
+        problem.targets,
+        problem.target_rows,
+    )
 
 
 def _exact(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Autocast off: the public function has cast what it should, and sums in here stay in float32."""
+    """Autocast off: the public function has cast what it should, and sums in here stay in
+    float32."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+    return (
+        torch.autocast(kind, enabled=False)
+        if torch.is_autocast_enabled(kind)
+        else contextlib.nullcontext()
+    )
 
 
 def _problem(inputs) -> tuple[Problem, str]:
-    states, rows, parameters, *middle, cell, in_channels, scalar, horizon, output, exponent, save, backend = inputs
-    return Problem(states, rows, list(parameters), *middle, cell, list(in_channels), scalar, horizon, output, exponent, save), backend
+    (
+        states,
+        rows,
+        parameters,
+        *middle,
+        cell,
+        in_channels,
+        scalar,
+        horizon,
+        output,
+        exponent,
+        save,
+        backend,
+    ) = inputs
+    return Problem(
+        states,
+        rows,
+        list(parameters),
+        *middle,
+        cell,
+        list(in_channels),
+        scalar,
+        horizon,
+        output,
+        exponent,
+        save,
+    ), backend
 
 
 def _fwd(*inputs) -> Tensors:
@@ -188,7 +289,15 @@ def _out_dtype(problem: Problem) -> torch.dtype:
 
 def _one_device(problem: Problem, *more: torch.Tensor) -> None:
     """A direct call with a tensor on "meta" reaches the fake, whatever the other tensors are."""
-    given = (problem.states, problem.rows, *problem.parameters, problem.actions, problem.anchor, problem.anchor_rows, *more)
+    given = (
+        problem.states,
+        problem.rows,
+        *problem.parameters,
+        problem.actions,
+        problem.anchor,
+        problem.anchor_rows,
+        *more,
+    )
     for tensor in (*given, problem.targets, problem.target_rows):
         if tensor is not None:
             checks.same_device(_NAME, "every tensor", tensor, problem.states.device)
@@ -212,26 +321,49 @@ def _inputs_of(problem: Problem) -> list[torch.Tensor | None]:
 
 
 def _is(tensor: torch.Tensor, shape: list[int], dtype: torch.dtype, device: torch.device) -> bool:
-    return list(tensor.shape) == shape and tensor.dtype == dtype and tensor.device == device and tensor.layout == torch.strided
+    return (
+        list(tensor.shape) == shape
+        and tensor.dtype == dtype
+        and tensor.device == device
+        and tensor.layout == torch.strided
+    )
 
 
-def _check_direct_backward(problem: Problem, backend: str, grad_out: torch.Tensor, saved: Tensors, needs: list[bool]) -> None:
+def _check_direct_backward(
+    problem: Problem, backend: str, grad_out: torch.Tensor, saved: Tensors, needs: list[bool]
+) -> None:
     """What a direct caller of backward could get wrong besides the inputs of forward."""
     _check_direct_call(problem, backend)
     wanted, device = _out_shape(problem), problem.states.device
     if not _is(grad_out, wanted, _out_dtype(problem), device):
         raise ValueError(
-            checks.sentence(_NAME, "grad_out", f"be {_out_dtype(problem)} of shape {wanted}", f"{grad_out.dtype} {tuple(grad_out.shape)}")
+            checks.sentence(
+                _NAME,
+                "grad_out",
+                f"be {_out_dtype(problem)} of shape {wanted}",
+                f"{grad_out.dtype} {tuple(grad_out.shape)}",
+            )
         )
     shapes = saved_shapes(problem, ROOM.modules[backend].SAVES_SIGNS)
     dtypes = (torch.uint8, problem.accumulate_dtype, problem.accumulate_dtype)
-    same = len(saved) == 3 and all(_is(t, s, d, device) for t, s, d in zip(saved, shapes, dtypes, strict=True))
+    same = len(saved) == 3 and all(
+        _is(t, s, d, device) for t, s, d in zip(saved, shapes, dtypes, strict=True)
+    )
     if not problem.save or not same:
         got = [(checks.dtype_name(t.dtype), tuple(t.shape)) for t in saved]
-        raise ValueError(checks.sentence(_NAME, "saved", f"be what forward returned with save, shapes {shapes}", got))
+        raise ValueError(
+            checks.sentence(
+                _NAME, "saved", f"be what forward returned with save, shapes {shapes}", got
+            )
+        )
     if len(needs) != len(problem.parameters) + 4:
         raise ValueError(
-            checks.sentence(_NAME, "needs", "have one flag for states, each parameter, actions, anchor and targets", f"{len(needs)} flags")
+            checks.sentence(
+                _NAME,
+                "needs",
+                "have one flag for states, each parameter, actions, anchor and targets",
+                f"{len(needs)} flags",
+            )
         )
 
 
@@ -239,18 +371,28 @@ def _bwd(grad_out, saved, needs, *inputs) -> list[torch.Tensor]:
     problem, backend = _problem(inputs)
     _check_direct_backward(problem, backend, grad_out, tuple(saved), list(needs))
     with _exact(problem.states):
-        states, parameters, actions, anchor, targets = ROOM.modules[backend].backward(problem, grad_out, tuple(saved), needs[-1])
+        states, parameters, actions, anchor, targets = ROOM.modules[backend].backward(
+            problem, grad_out, tuple(saved), needs[-1]
+        )
     per_row = [states, *parameters, actions, anchor, targets]
-    tables = {0: problem.rows, len(per_row) - 2: problem.anchor_rows, len(per_row) - 1: problem.target_rows}
+    tables = {
+        0: problem.rows,
+        len(per_row) - 2: problem.anchor_rows,
+        len(per_row) - 1: problem.target_rows,
+    }
     results = []
-    for i, (gradient, given, needed) in enumerate(zip(per_row, _inputs_of(problem), needs, strict=True)):
+    for i, (gradient, given, needed) in enumerate(
+        zip(per_row, _inputs_of(problem), needs, strict=True)
+    ):
         if given is None or not needed:
             results.append(problem.states.new_empty(0))
             continue
         index = tables.get(i)
         if index is not None:
             table = torch.zeros(given.shape, dtype=problem.accumulate_dtype, device=given.device)
-            gradient = table.index_add_(0, index.flatten(), gradient.reshape(-1, given.shape[1]).to(table.dtype))
+            gradient = table.index_add_(
+                0, index.flatten(), gradient.reshape(-1, given.shape[1]).to(table.dtype)
+            )
         results.append(gradient.reshape(given.shape).to(given.dtype).contiguous())
     return results
 
@@ -259,7 +401,9 @@ def _bwd_fake(grad_out, saved, needs, *inputs) -> list[torch.Tensor]:
     problem, _ = _problem(inputs)
     _one_device(problem, grad_out, *saved)
     return [
-        torch.empty_like(given, memory_format=torch.contiguous_format) if given is not None and needed else problem.states.new_empty(0)
+        torch.empty_like(given, memory_format=torch.contiguous_format)
+        if given is not None and needed
+        else problem.states.new_empty(0)
         for given, needed in zip(_inputs_of(problem), needs, strict=True)
     ]
 
@@ -270,7 +414,15 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)  # or it fills zeros as large as what is saved
     ctx.count = len(problem.parameters)
-    tensors = (problem.states, problem.rows, problem.actions, problem.anchor, problem.anchor_rows, problem.targets, problem.target_rows)
+    tensors = (
+        problem.states,
+        problem.rows,
+        problem.actions,
+        problem.anchor,
+        problem.anchor_rows,
+        problem.targets,
+        problem.target_rows,
+    )
     ctx.save_for_backward(*tensors, *problem.parameters, *saved)
     ctx.numbers = inputs[8:14]
 
@@ -280,7 +432,9 @@ def _backward(ctx, grad_out, *unused):
         return None, None, [None] * ctx.count, *([None] * 13)
     states, rows, actions, anchor, anchor_rows, targets, target_rows, *rest = ctx.saved_tensors
     parameters, saved = rest[: ctx.count], rest[ctx.count :]
-    need_states, _, need_parameters, need_actions, need_anchor, _, need_targets, *_ = ctx.needs_input_grad
+    need_states, _, need_parameters, need_actions, need_anchor, _, need_targets, *_ = (
+        ctx.needs_input_grad
+    )
     needs = [need_states, *need_parameters, need_actions, need_anchor, need_targets]
     grads = torch.ops.jepa_kernels.latent_rollout_bwd(
         grad_out,
@@ -300,19 +454,35 @@ def _backward(ctx, grad_out, *unused):
     )
     wanted = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
     grad_states, *grad_parameters, grad_actions, grad_anchor, grad_targets = wanted
-    return grad_states, None, grad_parameters, grad_actions, grad_anchor, None, grad_targets, *([None] * 9)
+    return (
+        grad_states,
+        None,
+        grad_parameters,
+        grad_actions,
+        grad_anchor,
+        None,
+        grad_targets,
+        *([None] * 9),
+    )
 
 
 def _refuse_double_backward(ctx, *grads):
-    raise NotImplementedError(f"{_NAME}: double backward must not be requested, got a gradient of a gradient. Use backend='reference'.")
+    raise NotImplementedError(
+        f"{_NAME}: double backward must not be requested, got a gradient of a gradient. Use "
+        "backend='reference'."
+    )
 
 
 _library.impl("latent_rollout_fwd", _fwd, "CompositeExplicitAutograd")
 _library.impl("latent_rollout_bwd", _bwd, "CompositeExplicitAutograd")
 torch.library.register_fake("jepa_kernels::latent_rollout_fwd", _fwd_fake, lib=_library)
 torch.library.register_fake("jepa_kernels::latent_rollout_bwd", _bwd_fake, lib=_library)
-torch.library.register_autograd("jepa_kernels::latent_rollout_fwd", _backward, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("jepa_kernels::latent_rollout_bwd", _refuse_double_backward, lib=_library)
+torch.library.register_autograd(
+    "jepa_kernels::latent_rollout_fwd", _backward, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd(
+    "jepa_kernels::latent_rollout_bwd", _refuse_double_backward, lib=_library
+)
 
 
 def _prepare(*args, **kwargs):

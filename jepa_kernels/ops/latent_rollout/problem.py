@@ -11,7 +11,8 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Problem:
-    """The inputs of the op. `save` asks forward for what backward needs; `scalar` is dt of a Hamiltonian, epsilon of a GRU."""
+    """The inputs of the op. `save` asks forward for what backward needs; `scalar` is dt of a
+    Hamiltonian, epsilon of a GRU."""
 
     states: torch.Tensor
     rows: torch.Tensor | None
@@ -56,7 +57,11 @@ class Problem:
 
     def target(self, k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The targets of step k (from 0), and the rows to take of them."""
-        return (self.targets[k], None) if self.target_rows is None else (self.targets, self.target_rows[k])
+        return (
+            (self.targets[k], None)
+            if self.target_rows is None
+            else (self.targets, self.target_rows[k])
+        )
 
     def upcast(self) -> Problem:
         """The same problem in float32, for processors without fast 16-bit products."""
@@ -75,9 +80,11 @@ class Problem:
 
 
 def saved_shapes(problem: Problem, signs: bool) -> tuple[list[int], list[int], list[int]]:
-    """Shapes of the three tensors that forward keeps for backward: residual signs, inputs of each half-step (GRU: gates), sums (states).
+    """Shapes of the three tensors that forward keeps for backward: residual signs, inputs of each
+    half-step (GRU: gates), sums (states).
 
-    `signs` tells whether the backend keeps the sign of each residual (two bit planes) instead of computing it again.
+    `signs` tells whether the backend keeps the sign of each residual (two bit planes) instead of
+    computing it again.
     """
     if not problem.save:
         return [0], [0], [0]
@@ -87,5 +94,9 @@ def saved_shapes(problem: Problem, signs: bool) -> tuple[list[int], list[int], l
     width = problem.parameters[0].shape[0]
     parts = 2 if problem.cell == "hamiltonian" else 1
     plane = (problem.channels // parts + 7) // 8
-    sign_shape = [parts, steps, rows, 2 * plane] if signs and problem.output == "errors" and problem.exponent == 1.0 else [0]
+    sign_shape = (
+        [parts, steps, rows, 2 * plane]
+        if signs and problem.output == "errors" and problem.exponent == 1.0
+        else [0]
+    )
     return sign_shape, [parts * steps, rows, width], [parts, kept, rows, width]

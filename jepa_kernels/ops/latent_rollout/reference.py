@@ -1,7 +1,8 @@
-"""The specification of latent_rollout: the state itself is stepped, as the equations are written, with ordinary autograd, any float dtype.
+"""The specification of latent_rollout: the state itself is stepped, as the equations are written,
+with ordinary autograd, any float dtype.
 
-It shares nothing with the kernels: no hidden-space algebra, no hand-written derivative. The Hamiltonian's forces come from automatic
-differentiation of the energy.
+It shares nothing with the kernels: no hidden-space algebra, no hand-written derivative. The
+Hamiltonian's forces come from automatic differentiation of the energy.
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ def step(cell: Cell, state: torch.Tensor, action: torch.Tensor | None) -> torch.
     """One step of `cell` for states ``[rows, D]``."""
     if isinstance(cell, ResidualMLP):
         edges = channel_ranges(cell.in_channels, state.shape[-1])
-        seen = torch.cat([state[:, a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)], dim=-1)
-        return state + F.linear(F.gelu(F.linear(seen, cell.weight_in, cell.bias_in)), cell.weight_out, cell.bias_out)
+        seen = torch.cat(
+            [state[:, a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)], dim=-1
+        )
+        return state + F.linear(
+            F.gelu(F.linear(seen, cell.weight_in, cell.bias_in)), cell.weight_out, cell.bias_out
+        )
     if isinstance(cell, Hamiltonian):
         q, p = state.chunk(2, dim=-1)
         q = q + cell.time_step * torch.func.grad(_total_energy, argnums=2)(cell, q, p)
@@ -34,7 +39,9 @@ def step(cell: Cell, state: torch.Tensor, action: torch.Tensor | None) -> torch.
 def energy(cell: Hamiltonian, state: torch.Tensor) -> torch.Tensor:
     """G of each row ``[rows]``, up to a constant."""
     first = F.gelu(F.linear(state, cell.weight_in, cell.bias_in))
-    return F.linear(F.gelu(F.linear(first, cell.weight_hidden, cell.bias_hidden)), cell.weight_energy)[:, 0]
+    return F.linear(
+        F.gelu(F.linear(first, cell.weight_hidden, cell.bias_hidden)), cell.weight_energy
+    )[:, 0]
 
 
 def _total_energy(cell: Hamiltonian, q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
@@ -72,9 +79,14 @@ def compose(
 
 
 def errors(
-    predictions: list[torch.Tensor], targets: torch.Tensor, target_rows: torch.Tensor | None, exponent: float, halves: bool
+    predictions: list[torch.Tensor],
+    targets: torch.Tensor,
+    target_rows: torch.Tensor | None,
+    exponent: float,
+    halves: bool,
 ) -> torch.Tensor:
-    """e ``[horizon, rows]``: mean over channels of ``|y - target| ** exponent / exponent``; with `halves` the sum of the two halves' means."""
+    """e ``[horizon, rows]``: mean over channels of ``|y - target| ** exponent / exponent``; with
+    `halves` the sum of the two halves' means."""
     values = []
     for k, prediction in enumerate(predictions):
         target = targets[k] if target_rows is None else targets[target_rows[k]]

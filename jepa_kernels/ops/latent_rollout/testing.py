@@ -1,4 +1,5 @@
-"""Cases of latent_rollout for tests: inputs, the float64 oracle, and the comparison. Public, so that a new backend can be held to it."""
+"""Cases of latent_rollout for tests: inputs, the float64 oracle, and the comparison. Public, so
+that a new backend can be held to it."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ CELLS = ("residual_mlp", "hamiltonian", "gru")
 
 @dataclass(frozen=True)
 class RolloutCase:
-    """Inputs of one rollout, as float64 values that `dtype` represents exactly. A number as `output` is the exponent of an error."""
+    """Inputs of one rollout, as float64 values that `dtype` represents exactly. A number as
+    `output` is the exponent of an error."""
 
     states: torch.Tensor
     cell: Cell
@@ -55,20 +57,29 @@ def rollout_case(
     """A random case.
 
     Args:
-        cell: one of CELLS; `hidden` is its width (a Hamiltonian has a second layer two units wider). action_channels: of a GRU.
+        cell: one of CELLS; `hidden` is its width (a Hamiltonian has a second layer two units
+            wider). action_channels: of a GRU.
         gathered: take initial states, anchor and targets from tables by (repeating) row indices.
-        anchored: give an anchor (never for a GRU). split: a residual MLP that reads two ranges of channels. strided: rows with gaps.
-        magnitude: standard deviation of states, anchor and targets. gain: factor of the weights (large ones make the dynamics chaotic).
+        anchored: give an anchor (never for a GRU). split: a residual MLP that reads two ranges of
+            channels. strided: rows with gaps.
+        magnitude: standard deviation of states, anchor and targets. gain: factor of the weights
+            (large ones make the dynamics chaotic).
     """
     generator = torch.Generator().manual_seed(seed)
 
     def values(*shape: int, spread: float = 1.0, mean: float = 0.0) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * spread + mean).to(dtype).double()
+        return (
+            (torch.randn(shape, generator=generator, dtype=torch.float64) * spread + mean)
+            .to(dtype)
+            .double()
+        )
 
     def table() -> tuple[torch.Tensor, torch.Tensor | None]:
         if not gathered:
             return values(rows, channels, spread=magnitude), None
-        return values(rows + 5, channels, spread=magnitude), torch.randint(0, rows + 5, (rows,), generator=generator).to(index_dtype)
+        return values(rows + 5, channels, spread=magnitude), torch.randint(
+            0, rows + 5, (rows,), generator=generator
+        ).to(index_dtype)
 
     states, index = table()
     if strided:
@@ -83,15 +94,23 @@ def rollout_case(
     if not isinstance(output, str):
         if gathered:
             numbers["targets"] = values(rows + 5, channels, spread=magnitude)
-            numbers["target_rows"] = torch.randint(0, rows + 5, (horizon, rows), generator=generator).to(index_dtype)
+            numbers["target_rows"] = torch.randint(
+                0, rows + 5, (horizon, rows), generator=generator
+            ).to(index_dtype)
         else:
             numbers["targets"] = values(horizon, rows, channels, spread=magnitude)
-    shape = {"states": (horizon, rows, channels), "last": (rows, channels)}.get(output, (horizon, rows))
-    parameters = _cell(cell, values, channels, action_channels if cell == "gru" else hidden, split, time_step, gain)
+    shape = {"states": (horizon, rows, channels), "last": (rows, channels)}.get(
+        output, (horizon, rows)
+    )
+    parameters = _cell(
+        cell, values, channels, action_channels if cell == "gru" else hidden, split, time_step, gain
+    )
     return RolloutCase(states, parameters, horizon, output, dtype, values(*shape), **numbers)
 
 
-def _cell(cell: str, values, channels: int, width: int, split: bool, time_step: float, gain: float) -> Cell:
+def _cell(
+    cell: str, values, channels: int, width: int, split: bool, time_step: float, gain: float
+) -> Cell:
     """`width`: hidden units, or the action channels of a GRU."""
     fan = gain / channels**0.5, gain / width**0.5
     if cell == "residual_mlp":
@@ -106,7 +125,11 @@ def _cell(cell: str, values, channels: int, width: int, split: bool, time_step: 
         return ResidualMLP(*tensors, ranges)
     if cell == "hamiltonian":
         first = values(width, channels, spread=fan[0]), values(width, spread=0.3)
-        second = values(width + 2, width, spread=fan[1]), values(width + 2, spread=0.3), values(1, width + 2)
+        second = (
+            values(width + 2, width, spread=fan[1]),
+            values(width + 2, spread=0.3),
+            values(1, width + 2),
+        )
         return Hamiltonian(*first, *second, time_step)
     gates = 3 * channels
     weights = values(gates, width, spread=0.4), values(gates, channels, spread=fan[0])
@@ -119,40 +142,69 @@ def _cell(cell: str, values, channels: int, width: int, split: bool, time_step: 
     )
 
 
-def run_rollout(case: RolloutCase, backend: str, dtype: torch.dtype | None = None, device: str = "cpu") -> dict[str, torch.Tensor]:
+def run_rollout(
+    case: RolloutCase, backend: str, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> dict[str, torch.Tensor]:
     """The output and the gradient of every floating input, by name, of the case on `backend`."""
     dtype = case.dtype if dtype is None else dtype
 
     def leaf(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.to(device=device, dtype=dtype).detach().requires_grad_()
+        return (
+            None
+            if tensor is None
+            else tensor.to(device=device, dtype=dtype).detach().requires_grad_()
+        )
 
     def index(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor.to(device)
 
     cell = with_parameters(case.cell, [leaf(p) for p in case.cell.parameters()])
     names = list(type(cell).__dataclass_fields__)
-    leaves = {"states": _strided_leaf(case.states, dtype, device), "actions": leaf(case.actions), "anchor": leaf(case.anchor)}
+    leaves = {
+        "states": _strided_leaf(case.states, dtype, device),
+        "actions": leaf(case.actions),
+        "anchor": leaf(case.anchor),
+    }
     leaves |= {"targets": leaf(case.targets), **dict(zip(names, cell.parameters(), strict=False))}
-    options = {"rows": index(case.rows), "actions": leaves["actions"], "anchor": leaves["anchor"], "anchor_rows": index(case.anchor_rows)}
+    options = {
+        "rows": index(case.rows),
+        "actions": leaves["actions"],
+        "anchor": leaves["anchor"],
+        "anchor_rows": index(case.anchor_rows),
+    }
     if isinstance(case.output, str):
-        out = api.latent_rollout(leaves["states"], cell, case.horizon, **options, output=case.output, backend=backend)
+        out = api.latent_rollout(
+            leaves["states"], cell, case.horizon, **options, output=case.output, backend=backend
+        )
     else:
         options |= {"target_rows": index(case.target_rows), "exponent": case.output}
-        out = api.latent_rollout_loss(leaves["states"], cell, leaves["targets"], **options, reduction="none", backend=backend)
+        out = api.latent_rollout_loss(
+            leaves["states"], cell, leaves["targets"], **options, reduction="none", backend=backend
+        )
     wanted = {name: tensor for name, tensor in leaves.items() if tensor is not None}
-    grads = torch.autograd.grad(out, list(wanted.values()), case.grad_out.to(device=device, dtype=out.dtype))
-    return {"out": out.detach().cpu(), **{f"grad_{name}": grad.cpu() for name, grad in zip(wanted, grads, strict=True)}}
+    grads = torch.autograd.grad(
+        out, list(wanted.values()), case.grad_out.to(device=device, dtype=out.dtype)
+    )
+    return {
+        "out": out.detach().cpu(),
+        **{f"grad_{name}": grad.cpu() for name, grad in zip(wanted, grads, strict=True)},
+    }
 
 
 def _strided_leaf(tensor: torch.Tensor, dtype: torch.dtype, device: str) -> torch.Tensor:
     if tensor.is_contiguous():
         return tensor.to(device=device, dtype=dtype).detach().requires_grad_()
     base = tensor._base.to(device=device, dtype=dtype)
-    return base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).detach().requires_grad_()
+    return (
+        base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        .detach()
+        .requires_grad_()
+    )
 
 
 def check_rollout(case: RolloutCase, backend: str, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """Runs `backend` and holds the output and every gradient to the error budget against the float64 reference.
+    """Runs `backend` and holds the output and every gradient to the error budget against the
+    float64 reference.
 
     Raises:
         AssertionError: naming the tensor, its error and the budget.
@@ -161,5 +213,12 @@ def check_rollout(case: RolloutCase, backend: str, device: str = "cpu") -> dict[
     peer = run_rollout(case, "reference") if case.dtype in (torch.bfloat16, torch.float16) else {}
     actual = run_rollout(case, backend, device=device)
     for name, tensor in actual.items():
-        assert_within_budget(f"{backend} {name}", tensor, oracle[name], peer.get(name), gradient=name.startswith("grad"), dtype=case.dtype)
+        assert_within_budget(
+            f"{backend} {name}",
+            tensor,
+            oracle[name],
+            peer.get(name),
+            gradient=name.startswith("grad"),
+            dtype=case.dtype,
+        )
     return actual

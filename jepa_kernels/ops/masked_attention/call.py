@@ -1,4 +1,5 @@
-"""What a backend may look at to accept or refuse a masked_attention call: shapes, dtypes, devices and flags."""
+"""What a backend may look at to accept or refuse a masked_attention call: shapes, dtypes, devices
+and flags."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from ...checks import dtype_name
 
 @dataclass(frozen=True)
 class Call:
-    """One call as `resolve` sees it. Shapes are those of the tensors; None stands for an absent one."""
+    """One call as `resolve` sees it. Shapes are those of the tensors; None stands for an absent
+    one."""
 
     device_type: str
     dtype: torch.dtype
@@ -36,7 +38,10 @@ class Call:
         return "short" if self.key_shape[-3] <= 512 else "long"
 
     def describe(self) -> str:
-        parts = [f"query {list(self.query_shape)} {dtype_name(self.dtype)} {self.device_type}; key {list(self.key_shape)}"]
+        parts = [
+            f"query {list(self.query_shape)} {dtype_name(self.dtype)} {self.device_type}; key "
+            f"{list(self.key_shape)}"
+        ]
         parts.append("packed" if self.packed else "dense")
         parts.append("no RoPE" if self.grid is None else f"grid {self.grid} {self.layout}")
         if self.needs_grad:
@@ -54,5 +59,8 @@ def head_dim_reasons(call: Call) -> list[str]:
 
 def dtype_reasons(call: Call, allowed: tuple[torch.dtype, ...]) -> list[str]:
     if call.dtype not in allowed:
-        return [f"dtype must be {' or '.join(dtype_name(d) for d in allowed)}, got {dtype_name(call.dtype)}"]
+        return [
+            f"dtype must be {' or '.join(dtype_name(d) for d in allowed)}, got "
+            f"{dtype_name(call.dtype)}"
+        ]
     return []

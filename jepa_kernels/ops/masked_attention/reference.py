@@ -1,6 +1,8 @@
-"""The specification of masked_attention in eager PyTorch: the formulas as written, O(N^2) memory, ordinary autograd, any float dtype.
+"""The specification of masked_attention in eager PyTorch: the formulas as written, O(N^2) memory,
+ordinary autograd, any float dtype.
 
-It shares nothing with the kernels: angles come from the formula rather than from the table, and sequences are taken one by one.
+It shares nothing with the kernels: angles come from the formula rather than from the table, and
+sequences are taken one by one.
 """
 
 from __future__ import annotations
@@ -16,7 +18,18 @@ def unsupported_reasons(call: Call) -> list[str]:
     return []
 
 
-def compose(query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope: Rope3D | None, scale: float, return_lse: bool):
+def compose(
+    query,
+    key,
+    value,
+    query_ids,
+    key_ids,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    rope: Rope3D | None,
+    scale: float,
+    return_lse: bool,
+):
     """out and lse of a checked call; shapes as in the public function."""
     if rope is not None:
         checks.token_ids_in_grid("masked_attention", "query_ids", query_ids, rope.num_tokens)
@@ -35,12 +48,15 @@ def compose(query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, r
         lses.append(lse)
     slack = query[starts_q[-1] :]
     outs.append(slack.masked_fill(slack.new_ones((), dtype=torch.bool), 0.0))
-    lses.append(slack.new_full((query.shape[1], slack.shape[0]), -torch.inf, dtype=_lse_dtype(query)))
+    lses.append(
+        slack.new_full((query.shape[1], slack.shape[0]), -torch.inf, dtype=_lse_dtype(query))
+    )
     return torch.cat(outs), torch.cat(lses, dim=-1)
 
 
 def rotate(x: torch.Tensor, ids: torch.Tensor, rope: Rope3D) -> torch.Tensor:
-    """R(x, ids) for ``[..., N, heads, head_dim]`` and ids ``[..., N]``: see `jepa_kernels.rope3d` for the formula."""
+    """R(x, ids) for ``[..., N, heads, head_dim]`` and ids ``[..., N]``: see `jepa_kernels.rope3d`
+    for the formula."""
     m = rope_dim(x.shape[-1])
     _, height, width = rope.grid
     spatial = height * width
@@ -54,7 +70,9 @@ def rotate(x: torch.Tensor, ids: torch.Tensor, rope: Rope3D) -> torch.Tensor:
         angle = position[..., None] * 10000.0 ** (-2.0 * pair / m)
         first, second = _pair_angles(angle, rope.layout)
         # A token without a position (id -1) keeps its channels: angle 0.
-        first, second = (torch.where(ids[..., None] >= 0, a, 0.0)[..., None, :] for a in (first, second))
+        first, second = (
+            torch.where(ids[..., None] >= 0, a, 0.0)[..., None, :] for a in (first, second)
+        )
         a, b = x[..., axis * m : (axis + 1) * m].unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack(
             (
@@ -79,7 +97,9 @@ def _lse_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q k^T) v for ``[..., N, heads, head_dim]`` within one sequence."""
     scores = torch.einsum("...qhd,...khd->...hqk", query, key) * scale
     if key.shape[-3] == 0:

@@ -1,7 +1,8 @@
-"""Triton backend: NVIDIA GPUs from compute capability 8.0, and CPU tensors under TRITON_INTERPRET=1. The kernels are imported on first use.
+"""Triton backend: NVIDIA GPUs from compute capability 8.0, and CPU tensors under
+TRITON_INTERPRET=1. The kernels are imported on first use.
 
-Nothing here reads a tensor's values: the grid is an upper bound of the tiles a ragged batch can need, so a call never waits for the
-device and can be captured in a CUDA graph.
+Nothing here reads a tensor's values: the grid is an upper bound of the tiles a ragged batch can
+need, so a call never waits for the device and can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -22,10 +23,16 @@ _SEARCH_FANOUT = 128  # of triton_tiles.find_sequence
 
 
 def unsupported_reasons(call: Call) -> list[str]:
-    return triton_runtime.unavailable_reasons(call.device_type) + dtype_reasons(call, _DTYPES) + head_dim_reasons(call)
+    return (
+        triton_runtime.unavailable_reasons(call.device_type)
+        + dtype_reasons(call, _DTYPES)
+        + head_dim_reasons(call)
+    )
 
 
-def forward(query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope_table, grid, scale):
+def forward(
+    query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope_table, grid, scale
+):
     from .triton_kernels import masked_attention_fwd_kernel
 
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -34,31 +41,88 @@ def forward(query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, r
     with case.device():
         key = case.turned(key, key_ids) if rope_table is not None else key
         case.launch(
-            masked_attention_fwd_kernel, "fwd", query, (query, key, value, out, lse, query_ids, rope_table, cu_seqlens_q, cu_seqlens_k),
-            {"q": query, "k": key, "v": value, "o": out}, query_ids, log2_scale=_log2_scale(scale), NEGATIVE=scale < 0,
-        )  # fmt: skip
+            masked_attention_fwd_kernel,
+            "fwd",
+            query,
+            (query, key, value, out, lse, query_ids, rope_table, cu_seqlens_q, cu_seqlens_k),
+            {"q": query, "k": key, "v": value, "o": out},
+            query_ids,
+            log2_scale=_log2_scale(scale),
+            NEGATIVE=scale < 0,
+        )
     return out, lse
 
 
-def backward(grad_out, query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope_table, out, lse, grid, scale):
+def backward(
+    grad_out,
+    query,
+    key,
+    value,
+    query_ids,
+    key_ids,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    rope_table,
+    out,
+    lse,
+    grid,
+    scale,
+):
     from .triton_kernels_bwd import masked_attention_bwd_kv_kernel, masked_attention_bwd_q_kernel
 
-    grad_query, grad_key, grad_value = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
+    grad_query, grad_key, grad_value = (
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
+    )
     case = _Case(query, key, cu_seqlens_q, cu_seqlens_k, rope_table, grid)
     delta, log2_lse = torch.empty_like(lse), torch.empty_like(lse)
     with case.device():
         if rope_table is not None:
             query, key = case.turned(query, query_ids), case.turned(key, key_ids)
         case.launch(
-            masked_attention_bwd_q_kernel, "bwd_q", query,
-            (grad_out, query, key, value, out, lse, log2_lse, delta, grad_query, query_ids, rope_table, cu_seqlens_q, cu_seqlens_k),
-            {"q": query, "k": key, "v": value, "g": grad_out, "o": out}, query_ids, scale=float(scale),
-        )  # fmt: skip
+            masked_attention_bwd_q_kernel,
+            "bwd_q",
+            query,
+            (
+                grad_out,
+                query,
+                key,
+                value,
+                out,
+                lse,
+                log2_lse,
+                delta,
+                grad_query,
+                query_ids,
+                rope_table,
+                cu_seqlens_q,
+                cu_seqlens_k,
+            ),
+            {"q": query, "k": key, "v": value, "g": grad_out, "o": out},
+            query_ids,
+            scale=float(scale),
+        )
         case.launch(
-            masked_attention_bwd_kv_kernel, "bwd_kv", key,
-            (grad_out, query, key, value, log2_lse, delta, grad_key, grad_value, key_ids, rope_table, cu_seqlens_q, cu_seqlens_k),
-            {"q": query, "k": key, "v": value, "g": grad_out, "o": grad_key}, key_ids, scale=float(scale),
-        )  # fmt: skip
+            masked_attention_bwd_kv_kernel,
+            "bwd_kv",
+            key,
+            (
+                grad_out,
+                query,
+                key,
+                value,
+                log2_lse,
+                delta,
+                grad_key,
+                grad_value,
+                key_ids,
+                rope_table,
+                cu_seqlens_q,
+                cu_seqlens_k,
+            ),
+            {"q": query, "k": key, "v": value, "g": grad_out, "o": grad_key},
+            key_ids,
+            scale=float(scale),
+        )
     return grad_query, grad_key, grad_value
 
 
@@ -82,10 +146,16 @@ class _Case:
 
     def device(self) -> contextlib.AbstractContextManager[Any]:
         """Triton launches on the current device, which need not be the tensors'."""
-        return torch.cuda.device(self.query.device) if self.query.is_cuda else contextlib.nullcontext()
+        return (
+            torch.cuda.device(self.query.device) if self.query.is_cuda else contextlib.nullcontext()
+        )
 
     def lse(self) -> torch.Tensor:
-        shape = (self.heads, self.rows["q"]) if self.packed else (self.batch, self.heads, self.rows["q"])
+        shape = (
+            (self.heads, self.rows["q"])
+            if self.packed
+            else (self.batch, self.heads, self.rows["q"])
+        )
         return self.query.new_empty(shape, dtype=torch.float32)
 
     def scratch(self, x: torch.Tensor) -> torch.Tensor:
@@ -107,13 +177,37 @@ class _Case:
         align = _alignment(x)
         main, tail = channels(self.query.dtype, self.head_dim)
         rotate_rows_kernel[(tiles * self.batch, -(-self.heads // heads_each))](
-            x, turned, ids, self.rope_table, rows, self.heads, tiles, *(s // align for s in _strides(x)), *_id_strides(ids), *self.grid,
-            HEAD_DIM=self.head_dim, MAIN=main, TAIL=tail, ROPE_DIM=rope_dim(self.head_dim), ALIGN=align, BLOCK=ROTATE_TILE.block_q,
-            HEADS_EACH=heads_each, **launch_options(ROTATE_TILE),
-        )  # fmt: skip
+            x,
+            turned,
+            ids,
+            self.rope_table,
+            rows,
+            self.heads,
+            tiles,
+            *(s // align for s in _strides(x)),
+            *_id_strides(ids),
+            *self.grid,
+            HEAD_DIM=self.head_dim,
+            MAIN=main,
+            TAIL=tail,
+            ROPE_DIM=rope_dim(self.head_dim),
+            ALIGN=align,
+            BLOCK=ROTATE_TILE.block_q,
+            HEADS_EACH=heads_each,
+            **launch_options(ROTATE_TILE),
+        )
         return turned
 
-    def launch(self, kernel, name: str, owned: torch.Tensor, pointers: tuple, panels: dict[str, torch.Tensor], ids, **extra: Any) -> None:
+    def launch(
+        self,
+        kernel,
+        name: str,
+        owned: torch.Tensor,
+        pointers: tuple,
+        panels: dict[str, torch.Tensor],
+        ids,
+        **extra: Any,
+    ) -> None:
         """Runs `kernel` with one program per tile of `owned` and head."""
         if owned.numel() == 0:
             return
@@ -121,18 +215,42 @@ class _Case:
         tiles = self._tiles(owned.shape[-3], shape.block_k if name == "bwd_kv" else shape.block_q)
         align = _alignment(*panels.values())
         strides = {
-            f"{p}_{axis}": s // align for p, x in panels.items() for axis, s in zip(("batch", "row", "head"), _strides(x), strict=True)
+            f"{p}_{axis}": s // align
+            for p, x in panels.items()
+            for axis, s in zip(("batch", "row", "head"), _strides(x), strict=True)
         }
         id_batch, id_row = (0, 0) if self.rope_table is None else _id_strides(ids)
         grid_t, grid_h, grid_w = self.grid
-        fixed = constants(self.query.dtype, self.head_dim, self.rope_table is not None, self.packed, align, self._search_steps(), shape)
+        fixed = constants(
+            self.query.dtype,
+            self.head_dim,
+            self.rope_table is not None,
+            self.packed,
+            align,
+            self._search_steps(),
+            shape,
+        )
         kernel[(tiles * self.batch * self.heads,)](
-            *pointers, **extra, rows_q=self.rows["q"], rows_k=self.rows["k"], num_seqs=self.num_seqs, heads=self.heads, tiles=tiles,
-            grid_t=grid_t, grid_h=grid_h, grid_w=grid_w, **strides, id_batch=id_batch, id_row=id_row, **fixed, **launch_options(shape),
-        )  # fmt: skip
+            *pointers,
+            **extra,
+            rows_q=self.rows["q"],
+            rows_k=self.rows["k"],
+            num_seqs=self.num_seqs,
+            heads=self.heads,
+            tiles=tiles,
+            grid_t=grid_t,
+            grid_h=grid_h,
+            grid_w=grid_w,
+            **strides,
+            id_batch=id_batch,
+            id_row=id_row,
+            **fixed,
+            **launch_options(shape),
+        )
 
     def _tiles(self, rows: int, block: int) -> int:
-        """Tiles of one head and batch entry; for ragged rows the bound that triton_tiles.find_sequence numbers within."""
+        """Tiles of one head and batch entry; for ragged rows the bound that
+        triton_tiles.find_sequence numbers within."""
         return rows // block + self.num_seqs + 1 if self.packed else -(-rows // block)
 
     def _search_steps(self) -> int:
@@ -142,31 +260,54 @@ class _Case:
         return steps
 
 
-def constants(dtype: torch.dtype, head_dim: int, rope: bool, packed: bool, align: int, search_steps: int, shape: Tile) -> dict[str, Any]:
-    """The compile-time arguments that the three attention kernels share; the compile gate builds the same ones."""
+def constants(
+    dtype: torch.dtype,
+    head_dim: int,
+    rope: bool,
+    packed: bool,
+    align: int,
+    search_steps: int,
+    shape: Tile,
+) -> dict[str, Any]:
+    """The compile-time arguments that the three attention kernels share; the compile gate builds
+    the same ones."""
     main, tail = channels(dtype, head_dim)
     return {
-        "HEAD_DIM": head_dim, "MAIN": main, "TAIL": tail, "ROPE_DIM": rope_dim(head_dim) if rope else 0,
-        "CHUNKED": dtype == torch.float32, "ALIGN": align,
-        "PACKED": packed, "SEARCH_STEPS": search_steps, "BLOCK_Q": shape.block_q, "BLOCK_K": shape.block_k,
-    }  # fmt: skip
+        "HEAD_DIM": head_dim,
+        "MAIN": main,
+        "TAIL": tail,
+        "ROPE_DIM": rope_dim(head_dim) if rope else 0,
+        "CHUNKED": dtype == torch.float32,
+        "ALIGN": align,
+        "PACKED": packed,
+        "SEARCH_STEPS": search_steps,
+        "BLOCK_Q": shape.block_q,
+        "BLOCK_K": shape.block_k,
+    }
 
 
 def launch_options(shape: Tile) -> dict[str, Any]:
     """What Triton is told besides the arguments."""
     from ...triton_support import FP_FUSION
 
-    return {"num_warps": shape.warps, "num_stages": shape.stages, "maxnreg": shape.registers, **FP_FUSION}
+    return {
+        "num_warps": shape.warps,
+        "num_stages": shape.stages,
+        "maxnreg": shape.registers,
+        **FP_FUSION,
+    }
 
 
 def _log2_scale(scale: float) -> float:
-    """scale * log2(e). The floor keeps a scale of 0 from making 0 * inf of a masked key; the products it scales then vanish anyway."""
+    """scale * log2(e). The floor keeps a scale of 0 from making 0 * inf of a masked key; the
+    products it scales then vanish anyway."""
     magnitude = max(abs(scale), 1e-30) * math.log2(math.e)
     return -magnitude if scale < 0 else magnitude
 
 
 def _alignment(*panels: torch.Tensor) -> int:
-    """8 where every row of every panel starts on a multiple of 8 elements from its data pointer, else 1."""
+    """8 where every row of every panel starts on a multiple of 8 elements from its data pointer,
+    else 1."""
     return 8 if all(stride % 8 == 0 for x in panels for stride in _strides(x)) else 1
 
 

@@ -1,4 +1,5 @@
-"""Triton kernels of masked_attention: the rotation prologue and the forward. The backward is in triton_kernels_bwd.py."""
+"""Triton kernels of masked_attention: the rotation prologue and the forward. The backward is in
+triton_kernels_bwd.py."""
 
 from __future__ import annotations
 
@@ -6,33 +7,98 @@ import triton
 import triton.language as tl
 
 from ...triton_support import matmul, narrow
-from .triton_tiles import angle_part, chunked_product, load_panel, owned_tile, panel_start, quarter_turn, rotate, store_panel, token_places
+from .triton_tiles import (
+    angle_part,
+    chunked_product,
+    load_panel,
+    owned_tile,
+    panel_start,
+    quarter_turn,
+    rotate,
+    store_panel,
+    token_places,
+)
 
 _SIZES = [
-    "log2_scale", "rows_q", "rows_k", "num_seqs", "heads", "tiles", "grid_t", "grid_h", "grid_w",
-    "q_batch", "q_row", "q_head", "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head", "o_batch", "o_row", "o_head",
-    "id_batch", "id_row",
-]  # fmt: skip
+    "log2_scale",
+    "rows_q",
+    "rows_k",
+    "num_seqs",
+    "heads",
+    "tiles",
+    "grid_t",
+    "grid_h",
+    "grid_w",
+    "q_batch",
+    "q_row",
+    "q_head",
+    "k_batch",
+    "k_row",
+    "k_head",
+    "v_batch",
+    "v_row",
+    "v_head",
+    "o_batch",
+    "o_row",
+    "o_head",
+    "id_batch",
+    "id_row",
+]
 
 
-@triton.jit(do_not_specialize=["rows", "heads", "tiles", "grid_t", "grid_h", "grid_w", "x_batch", "x_row", "x_head", "id_batch", "id_row"])
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "heads",
+        "tiles",
+        "grid_t",
+        "grid_h",
+        "grid_w",
+        "x_batch",
+        "x_row",
+        "x_head",
+        "id_batch",
+        "id_row",
+    ]
+)
 def rotate_rows_kernel(
-    x, turned, ids, table,
-    rows, heads, tiles, x_batch, x_row, x_head, id_batch, id_row, grid_t, grid_h, grid_w,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROPE_DIM: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr, HEADS_EACH: tl.constexpr,
-):  # fmt: skip
+    x,
+    turned,
+    ids,
+    table,
+    rows,
+    heads,
+    tiles,
+    x_batch,
+    x_row,
+    x_head,
+    id_batch,
+    id_row,
+    grid_t,
+    grid_h,
+    grid_w,
+    HEAD_DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEADS_EACH: tl.constexpr,
+):
     """turned = R(x, ids), written head by head as [batch, heads, rows, HEAD_DIM].
 
-    A program owns BLOCK rows of HEADS_EACH heads: it gathers the cosines and sines once and turns all those heads with them, so that
-    the attention kernels, which read each row many times over, find it turned.
+    A program owns BLOCK rows of HEADS_EACH heads: it gathers the cosines and sines once and turns
+    all those heads with them, so that the attention kernels, which read each row many times over,
+    find it turned.
     """
     tile = tl.program_id(0) % tiles
     batch = tl.program_id(0) // tiles
     first_row = tile * BLOCK
     rows_left = rows - first_row
     first_id = ids + batch.to(tl.int64) * id_batch + first_row.to(tl.int64) * id_row
-    row_t, row_y, row_x, turns = token_places(first_id, id_row, rows_left, grid_t, grid_h, grid_w, BLOCK)
+    row_t, row_y, row_x, turns = token_places(
+        first_id, id_row, rows_left, grid_t, grid_h, grid_w, BLOCK
+    )
     sines = table + (grid_t + grid_h + grid_w) * ROPE_DIM
     cos = angle_part(table, row_t, row_y, row_x, turns, 1.0, 0, MAIN, ROPE_DIM)
     sin = angle_part(sines, row_t, row_y, row_x, turns, 0.0, 0, MAIN, ROPE_DIM)
@@ -44,33 +110,71 @@ def rotate_rows_kernel(
         rows_left = tl.where(head < heads, rows - first_row, 0)
         source = panel_start(x, batch, first_row, head, x_batch, x_row, x_head, ALIGN)
         target = turned + ((batch.to(tl.int64) * heads + head) * rows + first_row) * HEAD_DIM
-        part = load_panel(source, x_row, rows_left, 0, MAIN, BLOCK, HEAD_DIM, ALIGN, True).to(tl.float32)
+        part = load_panel(source, x_row, rows_left, 0, MAIN, BLOCK, HEAD_DIM, ALIGN, True).to(
+            tl.float32
+        )
         part = narrow(quarter_turn(part, BLOCK, MAIN) * sin + part * cos, turned.dtype.element_ty)
         store_panel(target, HEAD_DIM // 8, rows_left, part, 0, MAIN, BLOCK, HEAD_DIM, 8)
         if TAIL > 0:
-            part = load_panel(source, x_row, rows_left, MAIN, TAIL, BLOCK, HEAD_DIM, ALIGN, True).to(tl.float32)
-            part = narrow(quarter_turn(part, BLOCK, TAIL) * sin_tail + part * cos_tail, turned.dtype.element_ty)
+            part = load_panel(
+                source, x_row, rows_left, MAIN, TAIL, BLOCK, HEAD_DIM, ALIGN, True
+            ).to(tl.float32)
+            part = narrow(
+                quarter_turn(part, BLOCK, TAIL) * sin_tail + part * cos_tail,
+                turned.dtype.element_ty,
+            )
             store_panel(target, HEAD_DIM // 8, rows_left, part, MAIN, TAIL, BLOCK, HEAD_DIM, 8)
 
 
 @triton.jit
 def _attend(
-    q, q_tail, q_tile, q_row, queries_left, k_tile, v_tile, k_row, v_row, keys_left, log2_scale, best, total, acc, acc_tail,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, CHUNKED: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, NEGATIVE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """One step of the online softmax (Milakov and Gimelshein, arXiv 1805.02867) over BLOCK_K keys, in powers of two."""
+    q,
+    q_tail,
+    q_tile,
+    q_row,
+    queries_left,
+    k_tile,
+    v_tile,
+    k_row,
+    v_row,
+    keys_left,
+    log2_scale,
+    best,
+    total,
+    acc,
+    acc_tail,
+    HEAD_DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One step of the online softmax (Milakov and Gimelshein, arXiv 1805.02867) over BLOCK_K keys,
+    in powers of two."""
     if CHUNKED:
-        scores = chunked_product(q_tile, q_row, queries_left, k_tile, k_row, keys_left, BLOCK_Q, BLOCK_K, HEAD_DIM, ALIGN)
+        scores = chunked_product(
+            q_tile, q_row, queries_left, k_tile, k_row, keys_left, BLOCK_Q, BLOCK_K, HEAD_DIM, ALIGN
+        )
     else:
         k = load_panel(k_tile, k_row, keys_left, 0, MAIN, BLOCK_K, HEAD_DIM, ALIGN, MASKED)
         scores = matmul(q, tl.trans(k), tl.zeros([BLOCK_Q, BLOCK_K], tl.float32))
         if TAIL > 0:
-            k_tail = load_panel(k_tile, k_row, keys_left, MAIN, TAIL, BLOCK_K, HEAD_DIM, ALIGN, MASKED)
+            k_tail = load_panel(
+                k_tile, k_row, keys_left, MAIN, TAIL, BLOCK_K, HEAD_DIM, ALIGN, MASKED
+            )
             scores = matmul(q_tail, tl.trans(k_tail), scores)
     if MASKED:
-        scores = tl.where((tl.arange(0, BLOCK_K) < keys_left)[None, :], scores, float("inf") if NEGATIVE else float("-inf"))
-    # Products are scaled inside the exponential, where the multiplication is free; a negative scale makes the least product the best.
+        scores = tl.where(
+            (tl.arange(0, BLOCK_K) < keys_left)[None, :],
+            scores,
+            float("inf") if NEGATIVE else float("-inf"),
+        )
+    # Products are scaled inside the exponential, where the multiplication is free; a negative scale
+    # makes the least product the best.
     extreme = tl.min(scores, 1) if NEGATIVE else tl.max(scores, 1)
     best_now = tl.maximum(best, extreme * log2_scale)
     weights = tl.exp2(scores * log2_scale - best_now[:, None])
@@ -87,17 +191,57 @@ def _attend(
 
 @triton.jit(do_not_specialize=_SIZES)
 def masked_attention_fwd_kernel(
-    query, key, value, out, lse, query_ids, table, cu_q, cu_k,
-    log2_scale, rows_q, rows_k, num_seqs, heads, tiles, grid_t, grid_h, grid_w,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, o_batch, o_row, o_head, id_batch, id_row,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROPE_DIM: tl.constexpr, ALIGN: tl.constexpr,
-    CHUNKED: tl.constexpr, PACKED: tl.constexpr, SEARCH_STEPS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, NEGATIVE: tl.constexpr,
-):  # fmt: skip
-    """out = softmax(scale * R(query) key^T) value and lse = log sum exp of the scores, for BLOCK_Q queries of one head.
+    query,
+    key,
+    value,
+    out,
+    lse,
+    query_ids,
+    table,
+    cu_q,
+    cu_k,
+    log2_scale,
+    rows_q,
+    rows_k,
+    num_seqs,
+    heads,
+    tiles,
+    grid_t,
+    grid_h,
+    grid_w,
+    q_batch,
+    q_row,
+    q_head,
+    k_batch,
+    k_row,
+    k_head,
+    v_batch,
+    v_row,
+    v_head,
+    o_batch,
+    o_row,
+    o_head,
+    id_batch,
+    id_row,
+    HEAD_DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
+    ALIGN: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    PACKED: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+):
+    """out = softmax(scale * R(query) key^T) value and lse = log sum exp of the scores, for BLOCK_Q
+    queries of one head.
 
-    `key` is turned already (rotate_rows_kernel) or has no positions; queries are read once, so they turn here, in registers
-    (ROPE_DIM = 0: no positions). Reads every key and value row of its sequence, writes its rows of out and lse. `log2_scale` is
-    scale * log2(e), because exp(s) = 2 ** (s log2 e); it is never 0 and NEGATIVE says its sign.
+    `key` is turned already (rotate_rows_kernel) or has no positions; queries are read once, so they
+    turn here, in registers (ROPE_DIM = 0: no positions). Reads every key and value row of its
+    sequence, writes its rows of out and lse. `log2_scale` is scale * log2(e), because exp(s) = 2 **
+    (s log2 e); it is never 0 and NEGATIVE says its sign.
     """
     batch, head, first_row, start_q, length_q, start_k, length_k = owned_tile(
         cu_q, cu_k, num_seqs, rows_q, rows_k, tiles, heads, BLOCK_Q, PACKED, SEARCH_STEPS
@@ -113,21 +257,56 @@ def masked_attention_fwd_kernel(
     if ROPE_DIM > 0:
         dtype = query.dtype.element_ty
         first_id = query_ids + batch.to(tl.int64) * id_batch + row * id_row
-        row_t, row_y, row_x, turns = token_places(first_id, id_row, rows_left, grid_t, grid_h, grid_w, BLOCK_Q)
+        row_t, row_y, row_x, turns = token_places(
+            first_id, id_row, rows_left, grid_t, grid_h, grid_w, BLOCK_Q
+        )
         sines = table + (grid_t + grid_h + grid_w) * ROPE_DIM
-        q = narrow(rotate(q.to(tl.float32), table, sines, row_t, row_y, row_x, turns, BLOCK_Q, 0, MAIN, ROPE_DIM), dtype)
+        q = narrow(
+            rotate(
+                q.to(tl.float32),
+                table,
+                sines,
+                row_t,
+                row_y,
+                row_x,
+                turns,
+                BLOCK_Q,
+                0,
+                MAIN,
+                ROPE_DIM,
+            ),
+            dtype,
+        )
         store_panel(o_tile, o_row, rows_left, q, 0, MAIN, BLOCK_Q, HEAD_DIM, ALIGN)
         if TAIL > 0:
-            q_tail = narrow(rotate(q_tail.to(tl.float32), table, sines, row_t, row_y, row_x, turns, BLOCK_Q, MAIN, TAIL, ROPE_DIM), dtype)
+            q_tail = narrow(
+                rotate(
+                    q_tail.to(tl.float32),
+                    table,
+                    sines,
+                    row_t,
+                    row_y,
+                    row_x,
+                    turns,
+                    BLOCK_Q,
+                    MAIN,
+                    TAIL,
+                    ROPE_DIM,
+                ),
+                dtype,
+            )
             store_panel(o_tile, o_row, rows_left, q_tail, MAIN, TAIL, BLOCK_Q, HEAD_DIM, ALIGN)
-        # The turned queries pass through this program's own rows of out, which the end overwrites. What is loaded goes to the tensor
-        # cores from shared memory; what was computed would sit in registers all through the loop and halve the occupancy.
+        # The turned queries pass through this program's own rows of out, which the end overwrites.
+        # What is loaded goes to the tensor cores from shared memory; what was computed would sit in
+        # registers all through the loop and halve the occupancy.
         tl.debug_barrier()
         q_tile, q_row = o_tile, o_row
         q = load_panel(q_tile, q_row, rows_left, 0, MAIN, BLOCK_Q, HEAD_DIM, ALIGN, True)
         q_tail = q
         if TAIL > 0:
-            q_tail = load_panel(q_tile, q_row, rows_left, MAIN, TAIL, BLOCK_Q, HEAD_DIM, ALIGN, True)
+            q_tail = load_panel(
+                q_tile, q_row, rows_left, MAIN, TAIL, BLOCK_Q, HEAD_DIM, ALIGN, True
+            )
 
     best = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
@@ -140,20 +319,74 @@ def masked_attention_fwd_kernel(
     full = length_k // BLOCK_K
     for _ in range(0, full):
         best, total, acc, acc_tail = _attend(
-            q, q_tail, q_tile, q_row, rows_left, k_tile, v_tile, k_row, v_row, BLOCK_K, log2_scale, best, total, acc, acc_tail,
-            HEAD_DIM, MAIN, TAIL, CHUNKED, ALIGN, BLOCK_Q, BLOCK_K, NEGATIVE, False,
-        )  # fmt: skip
+            q,
+            q_tail,
+            q_tile,
+            q_row,
+            rows_left,
+            k_tile,
+            v_tile,
+            k_row,
+            v_row,
+            BLOCK_K,
+            log2_scale,
+            best,
+            total,
+            acc,
+            acc_tail,
+            HEAD_DIM,
+            MAIN,
+            TAIL,
+            CHUNKED,
+            ALIGN,
+            BLOCK_Q,
+            BLOCK_K,
+            NEGATIVE,
+            False,
+        )
         k_tile += k_step
         v_tile += v_step
     if full * BLOCK_K < length_k:
         best, total, acc, acc_tail = _attend(
-            q, q_tail, q_tile, q_row, rows_left, k_tile, v_tile, k_row, v_row, length_k - full * BLOCK_K, log2_scale, best, total, acc, acc_tail,
-            HEAD_DIM, MAIN, TAIL, CHUNKED, ALIGN, BLOCK_Q, BLOCK_K, NEGATIVE, True,
-        )  # fmt: skip
+            q,
+            q_tail,
+            q_tile,
+            q_row,
+            rows_left,
+            k_tile,
+            v_tile,
+            k_row,
+            v_row,
+            length_k - full * BLOCK_K,
+            log2_scale,
+            best,
+            total,
+            acc,
+            acc_tail,
+            HEAD_DIM,
+            MAIN,
+            TAIL,
+            CHUNKED,
+            ALIGN,
+            BLOCK_Q,
+            BLOCK_K,
+            NEGATIVE,
+            True,
+        )
 
     # Without keys the total is 0: out is 0 and lse -inf.
     inverse = 1.0 / tl.where(total == 0, 1.0, total)
-    store_panel(o_tile, o_row, rows_left, narrow(acc * inverse[:, None], out.dtype.element_ty), 0, MAIN, BLOCK_Q, HEAD_DIM, ALIGN)
+    store_panel(
+        o_tile,
+        o_row,
+        rows_left,
+        narrow(acc * inverse[:, None], out.dtype.element_ty),
+        0,
+        MAIN,
+        BLOCK_Q,
+        HEAD_DIM,
+        ALIGN,
+    )
     if TAIL > 0:
         acc_tail = narrow(acc_tail * inverse[:, None], out.dtype.element_ty)
         store_panel(o_tile, o_row, rows_left, acc_tail, MAIN, TAIL, BLOCK_Q, HEAD_DIM, ALIGN)

@@ -1,8 +1,11 @@
-"""Triton kernels of the masked_attention gradient: one pass over queries, then one over keys. No atomics, so bitwise repeatable.
+"""Triton kernels of the masked_attention gradient: one pass over queries, then one over keys. No
+atomics, so bitwise repeatable.
 
-With P = exp(scale * S - lse), S = q k^T, q and k turned, and delta = sum over channels of grad_out * out (FlashAttention-2, arXiv
-2307.08691, algorithm 2):  grad_v = P^T grad_out,  dS = P * (grad_out v^T - delta),  grad_q = scale * R^T dS k,
-grad_k = scale * R^T dS^T q. The pass over queries runs first: it leaves delta behind for the pass over keys.
+With P = exp(scale * S - lse), S = q k^T, q and k turned, and delta = sum over channels of grad_out
+* out (FlashAttention-2, arXiv 2307.08691, algorithm 2):  grad_v = P^T grad_out,  dS = P * (grad_out
+  v^T - delta),  grad_q = scale * R^T dS k,
+grad_k = scale * R^T dS^T q. The pass over queries runs first: it leaves delta behind for the pass
+over keys.
 """
 
 from __future__ import annotations
@@ -11,36 +14,96 @@ import triton
 import triton.language as tl
 
 from ...triton_support import matmul, narrow
-from .triton_tiles import chunked_product, load_panel, owned_tile, panel_start, rotate_transposed, store_panel, token_places
+from .triton_tiles import (
+    chunked_product,
+    load_panel,
+    owned_tile,
+    panel_start,
+    rotate_transposed,
+    store_panel,
+    token_places,
+)
 
 _SIZES = [
-    "scale", "rows_q", "rows_k", "num_seqs", "heads", "tiles", "grid_t", "grid_h", "grid_w",
-    "q_batch", "q_row", "q_head", "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head", "g_batch", "g_row", "g_head",
-    "o_batch", "o_row", "o_head", "id_batch", "id_row",
-]  # fmt: skip
+    "scale",
+    "rows_q",
+    "rows_k",
+    "num_seqs",
+    "heads",
+    "tiles",
+    "grid_t",
+    "grid_h",
+    "grid_w",
+    "q_batch",
+    "q_row",
+    "q_head",
+    "k_batch",
+    "k_row",
+    "k_head",
+    "v_batch",
+    "v_row",
+    "v_head",
+    "g_batch",
+    "g_row",
+    "g_head",
+    "o_batch",
+    "o_row",
+    "o_head",
+    "id_batch",
+    "id_row",
+]
 
 
 @triton.jit
 def _grad_q_step(
-    q, q_tail, g, g_tail, q_tile, g_tile, q_row, g_row, queries_left, k_tile, v_tile, k_row, v_row, keys_left,
-    log2_scale, lse2, delta, grad, grad_tail,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, CHUNKED: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    q,
+    q_tail,
+    g,
+    g_tail,
+    q_tile,
+    g_tile,
+    q_row,
+    g_row,
+    queries_left,
+    k_tile,
+    v_tile,
+    k_row,
+    v_row,
+    keys_left,
+    log2_scale,
+    lse2,
+    delta,
+    grad,
+    grad_tail,
+    HEAD_DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """grad += dS k for BLOCK_K keys."""
     k = load_panel(k_tile, k_row, keys_left, 0, MAIN, BLOCK_K, HEAD_DIM, ALIGN, MASKED)
     k_tail = k
     if TAIL > 0:
         k_tail = load_panel(k_tile, k_row, keys_left, MAIN, TAIL, BLOCK_K, HEAD_DIM, ALIGN, MASKED)
     if CHUNKED:
-        scores = chunked_product(q_tile, q_row, queries_left, k_tile, k_row, keys_left, BLOCK_Q, BLOCK_K, HEAD_DIM, ALIGN)
-        grad_weights = chunked_product(g_tile, g_row, queries_left, v_tile, v_row, keys_left, BLOCK_Q, BLOCK_K, HEAD_DIM, ALIGN)
+        scores = chunked_product(
+            q_tile, q_row, queries_left, k_tile, k_row, keys_left, BLOCK_Q, BLOCK_K, HEAD_DIM, ALIGN
+        )
+        grad_weights = chunked_product(
+            g_tile, g_row, queries_left, v_tile, v_row, keys_left, BLOCK_Q, BLOCK_K, HEAD_DIM, ALIGN
+        )
     else:
         v = load_panel(v_tile, v_row, keys_left, 0, MAIN, BLOCK_K, HEAD_DIM, ALIGN, MASKED)
         scores = matmul(q, tl.trans(k), tl.zeros([BLOCK_Q, BLOCK_K], tl.float32))
         grad_weights = matmul(g, tl.trans(v), tl.zeros([BLOCK_Q, BLOCK_K], tl.float32))
         if TAIL > 0:
-            v_tail = load_panel(v_tile, v_row, keys_left, MAIN, TAIL, BLOCK_K, HEAD_DIM, ALIGN, MASKED)
+            v_tail = load_panel(
+                v_tile, v_row, keys_left, MAIN, TAIL, BLOCK_K, HEAD_DIM, ALIGN, MASKED
+            )
             scores = matmul(q_tail, tl.trans(k_tail), scores)
             grad_weights = matmul(g_tail, tl.trans(v_tail), grad_weights)
     weights = tl.exp2(scores * log2_scale - lse2[:, None])
@@ -55,16 +118,61 @@ def _grad_q_step(
 
 @triton.jit(do_not_specialize=_SIZES)
 def masked_attention_bwd_q_kernel(
-    grad_out, query, key, value, out, lse, log2_lse, delta, grad_query, query_ids, table, cu_q, cu_k,
-    scale, rows_q, rows_k, num_seqs, heads, tiles, grid_t, grid_h, grid_w,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, g_batch, g_row, g_head, o_batch, o_row, o_head, id_batch, id_row,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROPE_DIM: tl.constexpr, ALIGN: tl.constexpr,
-    CHUNKED: tl.constexpr, PACKED: tl.constexpr, SEARCH_STEPS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """grad_query for BLOCK_Q queries of one head, and what the second pass needs of each row: delta and log2(e) * lse, laid out like lse.
+    grad_out,
+    query,
+    key,
+    value,
+    out,
+    lse,
+    log2_lse,
+    delta,
+    grad_query,
+    query_ids,
+    table,
+    cu_q,
+    cu_k,
+    scale,
+    rows_q,
+    rows_k,
+    num_seqs,
+    heads,
+    tiles,
+    grid_t,
+    grid_h,
+    grid_w,
+    q_batch,
+    q_row,
+    q_head,
+    k_batch,
+    k_row,
+    k_head,
+    v_batch,
+    v_row,
+    v_head,
+    g_batch,
+    g_row,
+    g_head,
+    o_batch,
+    o_row,
+    o_head,
+    id_batch,
+    id_row,
+    HEAD_DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
+    ALIGN: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    PACKED: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """grad_query for BLOCK_Q queries of one head, and what the second pass needs of each row: delta
+    and log2(e) * lse, laid out like lse.
 
-    `query` and `key` are turned already or have no positions. Reads every key and value row of its sequence. `out` and `grad_query`
-    share the strides o_*.
+    `query` and `key` are turned already or have no positions. Reads every key and value row of its
+    sequence. `out` and `grad_query` share the strides o_*.
     """
     batch, head, first_row, start_q, length_q, start_k, length_k = owned_tile(
         cu_q, cu_k, num_seqs, rows_q, rows_k, tiles, heads, BLOCK_Q, PACKED, SEARCH_STEPS
@@ -105,16 +213,66 @@ def masked_attention_bwd_q_kernel(
     full = length_k // BLOCK_K
     for _ in range(0, full):
         grad, grad_tail = _grad_q_step(
-            q, q_tail, g, g_tail, q_tile, g_tile, q_row, g_row, rows_left, k_tile, v_tile, k_row, v_row, BLOCK_K,
-            log2_scale, lse2, delta_row, grad, grad_tail, HEAD_DIM, MAIN, TAIL, CHUNKED, ALIGN, BLOCK_Q, BLOCK_K, False,
-        )  # fmt: skip
+            q,
+            q_tail,
+            g,
+            g_tail,
+            q_tile,
+            g_tile,
+            q_row,
+            g_row,
+            rows_left,
+            k_tile,
+            v_tile,
+            k_row,
+            v_row,
+            BLOCK_K,
+            log2_scale,
+            lse2,
+            delta_row,
+            grad,
+            grad_tail,
+            HEAD_DIM,
+            MAIN,
+            TAIL,
+            CHUNKED,
+            ALIGN,
+            BLOCK_Q,
+            BLOCK_K,
+            False,
+        )
         k_tile += k_step
         v_tile += v_step
     if full * BLOCK_K < length_k:
         grad, grad_tail = _grad_q_step(
-            q, q_tail, g, g_tail, q_tile, g_tile, q_row, g_row, rows_left, k_tile, v_tile, k_row, v_row, length_k - full * BLOCK_K,
-            log2_scale, lse2, delta_row, grad, grad_tail, HEAD_DIM, MAIN, TAIL, CHUNKED, ALIGN, BLOCK_Q, BLOCK_K, True,
-        )  # fmt: skip
+            q,
+            q_tail,
+            g,
+            g_tail,
+            q_tile,
+            g_tile,
+            q_row,
+            g_row,
+            rows_left,
+            k_tile,
+            v_tile,
+            k_row,
+            v_row,
+            length_k - full * BLOCK_K,
+            log2_scale,
+            lse2,
+            delta_row,
+            grad,
+            grad_tail,
+            HEAD_DIM,
+            MAIN,
+            TAIL,
+            CHUNKED,
+            ALIGN,
+            BLOCK_Q,
+            BLOCK_K,
+            True,
+        )
 
     grad_tile = panel_start(grad_query, batch, row, head, o_batch, o_row, o_head, ALIGN)
     grad *= scale
@@ -122,23 +280,65 @@ def masked_attention_bwd_q_kernel(
     if ROPE_DIM > 0:
         first_id = query_ids + batch.to(tl.int64) * id_batch + row * id_row
         sines = table + (grid_t + grid_h + grid_w) * ROPE_DIM
-        row_t, row_y, row_x, turns = token_places(first_id, id_row, rows_left, grid_t, grid_h, grid_w, BLOCK_Q)
-        grad = rotate_transposed(grad, table, sines, row_t, row_y, row_x, turns, BLOCK_Q, 0, MAIN, ROPE_DIM)
+        row_t, row_y, row_x, turns = token_places(
+            first_id, id_row, rows_left, grid_t, grid_h, grid_w, BLOCK_Q
+        )
+        grad = rotate_transposed(
+            grad, table, sines, row_t, row_y, row_x, turns, BLOCK_Q, 0, MAIN, ROPE_DIM
+        )
         if TAIL > 0:
-            grad_tail = rotate_transposed(grad_tail, table, sines, row_t, row_y, row_x, turns, BLOCK_Q, MAIN, TAIL, ROPE_DIM)
+            grad_tail = rotate_transposed(
+                grad_tail, table, sines, row_t, row_y, row_x, turns, BLOCK_Q, MAIN, TAIL, ROPE_DIM
+            )
     store_panel(grad_tile, o_row, rows_left, narrow(grad, dtype), 0, MAIN, BLOCK_Q, HEAD_DIM, ALIGN)
     if TAIL > 0:
-        store_panel(grad_tile, o_row, rows_left, narrow(grad_tail, dtype), MAIN, TAIL, BLOCK_Q, HEAD_DIM, ALIGN)
+        store_panel(
+            grad_tile,
+            o_row,
+            rows_left,
+            narrow(grad_tail, dtype),
+            MAIN,
+            TAIL,
+            BLOCK_Q,
+            HEAD_DIM,
+            ALIGN,
+        )
 
 
 @triton.jit
 def _grad_kv_step(
-    k, k_tail, v, v_tail, k_tile, v_tile, k_row, v_row, keys_left, q_tile, g_tile, lse_row, delta_row, q_row, g_row, queries_left,
-    log2_scale, grad_k, grad_k_tail, grad_v, grad_v_tail,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, CHUNKED: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """grad_v += P^T grad_out and grad_k += dS^T q for BLOCK_Q queries; scores are held keys by queries."""
+    k,
+    k_tail,
+    v,
+    v_tail,
+    k_tile,
+    v_tile,
+    k_row,
+    v_row,
+    keys_left,
+    q_tile,
+    g_tile,
+    lse_row,
+    delta_row,
+    q_row,
+    g_row,
+    queries_left,
+    log2_scale,
+    grad_k,
+    grad_k_tail,
+    grad_v,
+    grad_v_tail,
+    HEAD_DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """grad_v += P^T grad_out and grad_k += dS^T q for BLOCK_Q queries; scores are held keys by
+    queries."""
     rows = tl.arange(0, BLOCK_Q)
     q = load_panel(q_tile, q_row, queries_left, 0, MAIN, BLOCK_Q, HEAD_DIM, ALIGN, MASKED)
     g = load_panel(g_tile, g_row, queries_left, 0, MAIN, BLOCK_Q, HEAD_DIM, ALIGN, MASKED)
@@ -151,11 +351,19 @@ def _grad_kv_step(
         lse2 = tl.load(lse_row + rows)
         delta = tl.load(delta_row + rows)
     if TAIL > 0:
-        q_tail = load_panel(q_tile, q_row, queries_left, MAIN, TAIL, BLOCK_Q, HEAD_DIM, ALIGN, MASKED)
-        g_tail = load_panel(g_tile, g_row, queries_left, MAIN, TAIL, BLOCK_Q, HEAD_DIM, ALIGN, MASKED)
+        q_tail = load_panel(
+            q_tile, q_row, queries_left, MAIN, TAIL, BLOCK_Q, HEAD_DIM, ALIGN, MASKED
+        )
+        g_tail = load_panel(
+            g_tile, g_row, queries_left, MAIN, TAIL, BLOCK_Q, HEAD_DIM, ALIGN, MASKED
+        )
     if CHUNKED:
-        scores = chunked_product(k_tile, k_row, keys_left, q_tile, q_row, queries_left, BLOCK_K, BLOCK_Q, HEAD_DIM, ALIGN)
-        grad_weights = chunked_product(v_tile, v_row, keys_left, g_tile, g_row, queries_left, BLOCK_K, BLOCK_Q, HEAD_DIM, ALIGN)
+        scores = chunked_product(
+            k_tile, k_row, keys_left, q_tile, q_row, queries_left, BLOCK_K, BLOCK_Q, HEAD_DIM, ALIGN
+        )
+        grad_weights = chunked_product(
+            v_tile, v_row, keys_left, g_tile, g_row, queries_left, BLOCK_K, BLOCK_Q, HEAD_DIM, ALIGN
+        )
     else:
         scores = matmul(k, tl.trans(q), tl.zeros([BLOCK_K, BLOCK_Q], tl.float32))
         grad_weights = matmul(v, tl.trans(g), tl.zeros([BLOCK_K, BLOCK_Q], tl.float32))
@@ -175,16 +383,59 @@ def _grad_kv_step(
 
 @triton.jit(do_not_specialize=_SIZES)
 def masked_attention_bwd_kv_kernel(
-    grad_out, query, key, value, log2_lse, delta, grad_key, grad_value, key_ids, table, cu_q, cu_k,
-    scale, rows_q, rows_k, num_seqs, heads, tiles, grid_t, grid_h, grid_w,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, g_batch, g_row, g_head, o_batch, o_row, o_head, id_batch, id_row,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROPE_DIM: tl.constexpr, ALIGN: tl.constexpr,
-    CHUNKED: tl.constexpr, PACKED: tl.constexpr, SEARCH_STEPS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    grad_out,
+    query,
+    key,
+    value,
+    log2_lse,
+    delta,
+    grad_key,
+    grad_value,
+    key_ids,
+    table,
+    cu_q,
+    cu_k,
+    scale,
+    rows_q,
+    rows_k,
+    num_seqs,
+    heads,
+    tiles,
+    grid_t,
+    grid_h,
+    grid_w,
+    q_batch,
+    q_row,
+    q_head,
+    k_batch,
+    k_row,
+    k_head,
+    v_batch,
+    v_row,
+    v_head,
+    g_batch,
+    g_row,
+    g_head,
+    o_batch,
+    o_row,
+    o_head,
+    id_batch,
+    id_row,
+    HEAD_DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
+    ALIGN: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    PACKED: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """grad_key and grad_value (both with the strides o_*) for BLOCK_K keys of one head.
 
-    `query` and `key` are turned already or have no positions. Reads every query and grad_out row of its sequence, and what the first
-    pass left of them.
+    `query` and `key` are turned already or have no positions. Reads every query and grad_out row of
+    its sequence, and what the first pass left of them.
     """
     batch, head, first_row, start_k, length_k, start_q, length_q = owned_tile(
         cu_k, cu_q, num_seqs, rows_k, rows_q, tiles, heads, BLOCK_K, PACKED, SEARCH_STEPS
@@ -217,34 +468,117 @@ def masked_attention_bwd_kv_kernel(
     full = length_q // BLOCK_Q
     for _ in range(0, full):
         grad_k, grad_k_tail, grad_v, grad_v_tail = _grad_kv_step(
-            k, k_tail, v, v_tail, k_tile, v_tile, k_row, v_row, rows_left, q_tile, g_tile, lse_row, delta_row, q_row, g_row, BLOCK_Q,
-            log2_scale, grad_k, grad_k_tail, grad_v, grad_v_tail, HEAD_DIM, MAIN, TAIL, CHUNKED, ALIGN, BLOCK_Q, BLOCK_K, False,
-        )  # fmt: skip
+            k,
+            k_tail,
+            v,
+            v_tail,
+            k_tile,
+            v_tile,
+            k_row,
+            v_row,
+            rows_left,
+            q_tile,
+            g_tile,
+            lse_row,
+            delta_row,
+            q_row,
+            g_row,
+            BLOCK_Q,
+            log2_scale,
+            grad_k,
+            grad_k_tail,
+            grad_v,
+            grad_v_tail,
+            HEAD_DIM,
+            MAIN,
+            TAIL,
+            CHUNKED,
+            ALIGN,
+            BLOCK_Q,
+            BLOCK_K,
+            False,
+        )
         q_tile += q_step
         g_tile += g_step
         lse_row += BLOCK_Q
         delta_row += BLOCK_Q
     if full * BLOCK_Q < length_q:
         grad_k, grad_k_tail, grad_v, grad_v_tail = _grad_kv_step(
-            k, k_tail, v, v_tail, k_tile, v_tile, k_row, v_row, rows_left, q_tile, g_tile, lse_row, delta_row, q_row, g_row,
-            length_q - full * BLOCK_Q, log2_scale, grad_k, grad_k_tail, grad_v, grad_v_tail,
-            HEAD_DIM, MAIN, TAIL, CHUNKED, ALIGN, BLOCK_Q, BLOCK_K, True,
-        )  # fmt: skip
+            k,
+            k_tail,
+            v,
+            v_tail,
+            k_tile,
+            v_tile,
+            k_row,
+            v_row,
+            rows_left,
+            q_tile,
+            g_tile,
+            lse_row,
+            delta_row,
+            q_row,
+            g_row,
+            length_q - full * BLOCK_Q,
+            log2_scale,
+            grad_k,
+            grad_k_tail,
+            grad_v,
+            grad_v_tail,
+            HEAD_DIM,
+            MAIN,
+            TAIL,
+            CHUNKED,
+            ALIGN,
+            BLOCK_Q,
+            BLOCK_K,
+            True,
+        )
 
     grad_v_tile = panel_start(grad_value, batch, row, head, o_batch, o_row, o_head, ALIGN)
-    store_panel(grad_v_tile, o_row, rows_left, narrow(grad_v, dtype), 0, MAIN, BLOCK_K, HEAD_DIM, ALIGN)
+    store_panel(
+        grad_v_tile, o_row, rows_left, narrow(grad_v, dtype), 0, MAIN, BLOCK_K, HEAD_DIM, ALIGN
+    )
     if TAIL > 0:
-        store_panel(grad_v_tile, o_row, rows_left, narrow(grad_v_tail, dtype), MAIN, TAIL, BLOCK_K, HEAD_DIM, ALIGN)
+        store_panel(
+            grad_v_tile,
+            o_row,
+            rows_left,
+            narrow(grad_v_tail, dtype),
+            MAIN,
+            TAIL,
+            BLOCK_K,
+            HEAD_DIM,
+            ALIGN,
+        )
     grad_k_tile = panel_start(grad_key, batch, row, head, o_batch, o_row, o_head, ALIGN)
     grad_k *= scale
     grad_k_tail *= scale
     if ROPE_DIM > 0:
         first_id = key_ids + batch.to(tl.int64) * id_batch + row * id_row
-        row_t, row_y, row_x, turns = token_places(first_id, id_row, rows_left, grid_t, grid_h, grid_w, BLOCK_K)
+        row_t, row_y, row_x, turns = token_places(
+            first_id, id_row, rows_left, grid_t, grid_h, grid_w, BLOCK_K
+        )
         sines = table + (grid_t + grid_h + grid_w) * ROPE_DIM
-        grad_k = rotate_transposed(grad_k, table, sines, row_t, row_y, row_x, turns, BLOCK_K, 0, MAIN, ROPE_DIM)
+        grad_k = rotate_transposed(
+            grad_k, table, sines, row_t, row_y, row_x, turns, BLOCK_K, 0, MAIN, ROPE_DIM
+        )
         if TAIL > 0:
-            grad_k_tail = rotate_transposed(grad_k_tail, table, sines, row_t, row_y, row_x, turns, BLOCK_K, MAIN, TAIL, ROPE_DIM)
-    store_panel(grad_k_tile, o_row, rows_left, narrow(grad_k, dtype), 0, MAIN, BLOCK_K, HEAD_DIM, ALIGN)
+            grad_k_tail = rotate_transposed(
+                grad_k_tail, table, sines, row_t, row_y, row_x, turns, BLOCK_K, MAIN, TAIL, ROPE_DIM
+            )
+    store_panel(
+        grad_k_tile, o_row, rows_left, narrow(grad_k, dtype), 0, MAIN, BLOCK_K, HEAD_DIM, ALIGN
+    )
     if TAIL > 0:
-        store_panel(grad_k_tile, o_row, rows_left, narrow(grad_k_tail, dtype), MAIN, TAIL, BLOCK_K, HEAD_DIM, ALIGN)
+        store_panel(
+            grad_k_tile,
+            o_row,
+            rows_left,
+            narrow(grad_k_tail, dtype),
+            MAIN,
+            TAIL,
+            BLOCK_K,
+            HEAD_DIM,
+            ALIGN,
+        )

@@ -1,6 +1,8 @@
-"""Tile shapes of the Triton kernels: a static table, so that results never depend on a timing. Host code, does not import triton.
+"""Tile shapes of the Triton kernels: a static table, so that results never depend on a timing. Host
+code, does not import triton.
 
-Every GPU row is compiled offline by tests/gates/test_triton_gate.py: no spills, tensor-core instructions present.
+Every GPU row is compiled offline by tests/gates/test_triton_gate.py: no spills, tensor-core
+instructions present.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import torch
 
 
 class Tile(NamedTuple):
-    """Queries and keys per tile, warps, depth of the load pipeline, and the most registers a thread may take (None: what it likes)."""
+    """Queries and keys per tile, warps, depth of the load pipeline, and the most registers a thread
+    may take (None: what it likes)."""
 
     block_q: int
     block_k: int
@@ -21,16 +24,19 @@ class Tile(NamedTuple):
 
 
 class Channels(NamedTuple):
-    """How a head is held: `main` channels and a `tail`, both powers of two (tail 0: none), of which `head_dim` are real."""
+    """How a head is held: `main` channels and a `tail`, both powers of two (tail 0: none), of which
+    `head_dim` are real."""
 
     main: int
     tail: int
 
 
 def channels(dtype: torch.dtype, head_dim: int) -> Channels:
-    """The cheapest split. Tensor cores need 16 channels; a tail pays where the next power of two would be a quarter or more padding.
+    """The cheapest split. Tensor cores need 16 channels; a tail pays where the next power of two
+    would be a quarter or more padding.
 
-    Beyond 96 the halves save nothing in arithmetic, but the rotation in the backward's last step then needs half the registers at a time.
+    Beyond 96 the halves save nothing in arithmetic, but the rotation in the backward's last step
+    then needs half the registers at a time.
     """
     if 32 < head_dim <= 48:
         return Channels(32, 16)
@@ -45,10 +51,11 @@ def channels(dtype: torch.dtype, head_dim: int) -> Channels:
 
 # Per kernel and architecture: tiles for heads held in at most 64, 96 and 128 channels.
 #
-# Hopper: what decides is how many programs a multiprocessor holds, since one program's exponentials hide behind another's products.
-# 128 registers leave room for two programs of 8 warps, 168 for three of 4; the wider heads get one program with large tiles.
-# Ampere and consumer Blackwell hold operands of mma.sync in registers and spill early, so their tiles are smaller; the latter has
-# 99 KiB of shared memory a block. Data-centre Blackwell keeps accumulators in tensor memory.
+# Hopper: what decides is how many programs a multiprocessor holds, since one program's exponentials
+# hide behind another's products. 128 registers leave room for two programs of 8 warps, 168 for
+# three of 4; the wider heads get one program with large tiles. Ampere and consumer Blackwell hold
+# operands of mma.sync in registers and spill early, so their tiles are smaller; the latter has 99
+# KiB of shared memory a block. Data-centre Blackwell keeps accumulators in tensor memory.
 _HALF: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
     "fwd": {
         80: (Tile(64, 64, 4, 3), Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
@@ -70,24 +77,27 @@ _HALF: dict[str, dict[int, tuple[Tile, Tile, Tile]]] = {
     },
 }
 
-# float32 uses no tensor cores and is the same everywhere. Named, the limit keeps ptxas from spilling a little for the sake of
-# occupancy; in one kernel it does the opposite.
+# float32 uses no tensor cores and is the same everywhere. Named, the limit keeps ptxas from
+# spilling a little for the sake of occupancy; in one kernel it does the opposite.
 _FLOAT: dict[str, tuple[Tile, Tile, Tile]] = {
     "fwd": (Tile(64, 32, 8, 2, 255), Tile(64, 32, 8, 2, 255), Tile(64, 64, 8, 2, 255)),
     "bwd_q": (Tile(32, 32, 4, 2, 255), Tile(64, 32, 8, 2, 255), Tile(64, 32, 8, 2, 255)),
     "bwd_kv": (Tile(16, 64, 8, 2, 255), Tile(16, 64, 8, 2, 255), Tile(16, 32, 8, 1)),
 }
 
-# The rotation prologue: rows a program turns, and heads that reuse one gather of the angles. More of either would leave a GPU idle.
+# The rotation prologue: rows a program turns, and heads that reuse one gather of the angles. More
+# of either would leave a GPU idle.
 ROTATE_TILE = Tile(32, 1, 4, 1)
 ROTATE_HEADS = 4
 
-# The interpreter's cost is per operation, whatever the tile; a small one lets short test sequences fill a tile and leave a rest.
+# The interpreter's cost is per operation, whatever the tile; a small one lets short test sequences
+# fill a tile and leave a rest.
 _INTERPRETED = Tile(32, 32, 4, 1)
 
 
 def tile(kernel: str, architecture: int, dtype: torch.dtype, head_dim: int) -> Tile:
-    """The tile of `kernel` ("fwd", "bwd_q" or "bwd_kv") on a GPU architecture (80, 90, 100, 120; 0 for the interpreter)."""
+    """The tile of `kernel` ("fwd", "bwd_q" or "bwd_kv") on a GPU architecture (80, 90, 100, 120; 0
+    for the interpreter)."""
     if architecture == 0:
         return _INTERPRETED
     width = sum(channels(dtype, head_dim))

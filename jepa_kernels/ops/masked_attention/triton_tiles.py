@@ -1,7 +1,9 @@
-"""What the masked_attention kernels share: which rows a program owns, how panels of head vectors are read, and the rotation.
+"""What the masked_attention kernels share: which rows a program owns, how panels of head vectors
+are read, and the rotation.
 
-A panel is a block of token rows of one head. The head's channels are held as a main part of MAIN channels and, where that wastes
-less than padding to the next power of two, a tail of TAIL channels: 80 is 64 + 16, 88 and 96 are 64 + 32.
+A panel is a block of token rows of one head. The head's channels are held as a main part of MAIN
+channels and, where that wastes less than padding to the next power of two, a tail of TAIL channels:
+80 is 64 + 16, 88 and 96 are 64 + 32.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ def bounded_offset(cu, index, rows):
 def find_sequence(cu, num_seqs, rows, tile, BLOCK: tl.constexpr, SEARCH_STEPS: tl.constexpr):
     """The sequence that owns `tile`, and the number of its first tile.
 
-    Tiles of sequence s are numbered from floor(cu[s] / BLOCK) + s, which leaves room for every partly filled tile and needs no prefix
-    sum. Sequence num_seqs stands for the rows past the last offset.
+    Tiles of sequence s are numbered from floor(cu[s] / BLOCK) + s, which leaves room for every
+    partly filled tile and needs no prefix sum. Sequence num_seqs stands for the rows past the last
+    offset.
     """
     seq = 0
     for step in tl.static_range(SEARCH_STEPS):
@@ -43,13 +46,23 @@ def find_sequence(cu, num_seqs, rows, tile, BLOCK: tl.constexpr, SEARCH_STEPS: t
 
 @triton.jit
 def owned_tile(
-    cu_own, cu_other, num_seqs, rows_own, rows_other, tiles, heads,
-    BLOCK: tl.constexpr, PACKED: tl.constexpr, SEARCH_STEPS: tl.constexpr,
-):  # fmt: skip
-    """Maps the program to (batch entry, head, first row of its tile, start and length of its sequence on both sides).
+    cu_own,
+    cu_other,
+    num_seqs,
+    rows_own,
+    rows_other,
+    tiles,
+    heads,
+    BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr,
+):
+    """Maps the program to (batch entry, head, first row of its tile, start and length of its
+    sequence on both sides).
 
-    Tiles of one head run side by side, so that they share its other side in L2. A surplus program gets an empty sequence and an empty
-    other side: its loops do not run and its stores are masked off.
+    Tiles of one head run side by side, so that they share its other side in L2. A surplus program
+    gets an empty sequence and an empty other side: its loops do not run and its stores are masked
+    off.
     """
     tile = tl.program_id(0) % tiles
     rest = tl.program_id(0) // tiles
@@ -73,20 +86,29 @@ def owned_tile(
 
 @triton.jit
 def panel_start(base, batch, row, head, stride_batch, stride_row, stride_head, ALIGN: tl.constexpr):
-    """Address of row `row` of one head. Strides come in units of ALIGN elements, which tells the compiler how wide loads may be."""
-    offset = batch.to(tl.int64) * stride_batch + row.to(tl.int64) * stride_row + head.to(tl.int64) * stride_head
+    """Address of row `row` of one head. Strides come in units of ALIGN elements, which tells the
+    compiler how wide loads may be."""
+    offset = (
+        batch.to(tl.int64) * stride_batch
+        + row.to(tl.int64) * stride_row
+        + head.to(tl.int64) * stride_head
+    )
     return base + offset * ALIGN
 
 
 @triton.jit
-def panel_offsets(stride_row, C0: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
+def panel_offsets(
+    stride_row, C0: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr
+):
     """[BLOCK, WIDTH] offsets of channels C0 ... C0 + WIDTH - 1 from a panel's start."""
     rows = tl.arange(0, BLOCK).to(tl.int64) * stride_row * ALIGN
     return rows[:, None] + (C0 + tl.arange(0, WIDTH))[None, :]
 
 
 @triton.jit
-def panel_mask(rows_left, C0: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
+def panel_mask(
+    rows_left, C0: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr
+):
     mask = (tl.arange(0, BLOCK) < rows_left)[:, None]
     if C0 + WIDTH > HEAD_DIM:
         mask = mask & (C0 + tl.arange(0, WIDTH) < HEAD_DIM)[None, :]
@@ -95,54 +117,88 @@ def panel_mask(rows_left, C0: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def load_panel(
-    start, stride_row, rows_left,
-    C0: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, MASK_ROWS: tl.constexpr,
-):  # fmt: skip
-    """Channels C0 ... of BLOCK rows, zeros past `rows_left` and past the head. Full tiles of full width carry no mask at all."""
+    start,
+    stride_row,
+    rows_left,
+    C0: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+):
+    """Channels C0 ... of BLOCK rows, zeros past `rows_left` and past the head. Full tiles of full
+    width carry no mask at all."""
     offsets = panel_offsets(stride_row, C0, WIDTH, BLOCK, ALIGN)
     if MASK_ROWS:
-        return tl.load(start + offsets, mask=panel_mask(rows_left, C0, WIDTH, BLOCK, HEAD_DIM), other=0.0)
+        return tl.load(
+            start + offsets, mask=panel_mask(rows_left, C0, WIDTH, BLOCK, HEAD_DIM), other=0.0
+        )
     elif C0 + WIDTH > HEAD_DIM:
-        return tl.load(start + offsets, mask=(C0 + tl.arange(0, WIDTH) < HEAD_DIM)[None, :], other=0.0)
+        return tl.load(
+            start + offsets, mask=(C0 + tl.arange(0, WIDTH) < HEAD_DIM)[None, :], other=0.0
+        )
     else:
         return tl.load(start + offsets)
 
 
 @triton.jit
 def chunked_product(
-    a_start, a_row, a_left, b_start, b_row, b_left,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
+    a_start,
+    a_row,
+    a_left,
+    b_start,
+    b_row,
+    b_left,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
     """[BLOCK_A, BLOCK_B] products of the rows of two panels, 16 channels at a time, for float32.
 
-    Without tensor cores a thread holds its rows of both operands over all channels that it sums, which spills for a whole head; panels
-    come back from L1 instead.
+    Without tensor cores a thread holds its rows of both operands over all channels that it sums,
+    which spills for a whole head; panels come back from L1 instead.
     """
     acc = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
     for c in range(0, HEAD_DIM, 16):
         in_head = (c + tl.arange(0, 16) < HEAD_DIM)[None, :]
         a_mask = (tl.arange(0, BLOCK_A) < a_left)[:, None] & in_head
         b_mask = (tl.arange(0, BLOCK_B) < b_left)[:, None] & in_head
-        a = tl.load(a_start + c + panel_offsets(a_row, 0, 16, BLOCK_A, ALIGN), mask=a_mask, other=0.0)
-        b = tl.load(b_start + c + panel_offsets(b_row, 0, 16, BLOCK_B, ALIGN), mask=b_mask, other=0.0)
+        a = tl.load(
+            a_start + c + panel_offsets(a_row, 0, 16, BLOCK_A, ALIGN), mask=a_mask, other=0.0
+        )
+        b = tl.load(
+            b_start + c + panel_offsets(b_row, 0, 16, BLOCK_B, ALIGN), mask=b_mask, other=0.0
+        )
         acc = matmul(a, tl.trans(b), acc)
     return acc
 
 
 @triton.jit
 def store_panel(
-    start, stride_row, rows_left, values,
-    C0: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
+    start,
+    stride_row,
+    rows_left,
+    values,
+    C0: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
     offsets = panel_offsets(stride_row, C0, WIDTH, BLOCK, ALIGN)
     tl.store(start + offsets, values, mask=panel_mask(rows_left, C0, WIDTH, BLOCK, HEAD_DIM))
 
 
 @triton.jit
 def token_places(ids, stride_id, rows_left, grid_t, grid_h, grid_w, BLOCK: tl.constexpr):
-    """Table rows of t, y and x for BLOCK token ids, and whether each token turns at all (id -1 does not). Ids are clamped to the grid."""
+    """Table rows of t, y and x for BLOCK token ids, and whether each token turns at all (id -1 does
+    not). Ids are clamped to the grid."""
     rows = tl.arange(0, BLOCK)
-    token = tl.load(ids + rows.to(tl.int64) * stride_id, mask=rows < rows_left, other=-1).to(tl.int64)
+    token = tl.load(ids + rows.to(tl.int64) * stride_id, mask=rows < rows_left, other=-1).to(
+        tl.int64
+    )
     turns = token >= 0
     last = grid_t.to(tl.int64) * grid_h * grid_w - 1
     token = tl.minimum(tl.maximum(token, 0), last).to(tl.int32)
@@ -154,9 +210,18 @@ def token_places(ids, stride_id, rows_left, grid_t, grid_h, grid_w, BLOCK: tl.co
 
 @triton.jit
 def angle_part(
-    table, row_t, row_y, row_x, turns, unturned, C0: tl.constexpr, WIDTH: tl.constexpr, ROPE_DIM: tl.constexpr
-):  # fmt: skip
-    """[BLOCK, WIDTH] cosines (or sines) of channels C0 ..., `unturned` where nothing turns. A few KB of table: these loads hit L1."""
+    table,
+    row_t,
+    row_y,
+    row_x,
+    turns,
+    unturned,
+    C0: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
+):
+    """[BLOCK, WIDTH] cosines (or sines) of channels C0 ..., `unturned` where nothing turns. A few
+    KB of table: these loads hit L1."""
     channel = C0 + tl.arange(0, WIDTH)
     axis = (channel // ROPE_DIM)[None, :]
     row = tl.where(axis == 0, row_t[:, None], tl.where(axis == 1, row_y[:, None], row_x[:, None]))
@@ -166,24 +231,50 @@ def angle_part(
 
 @triton.jit
 def quarter_turn(x, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """(x[2i], x[2i+1]) -> (-x[2i+1], x[2i]): registers only, both channels of a pair live in one thread."""
+    """(x[2i], x[2i+1]) -> (-x[2i+1], x[2i]): registers only, both channels of a pair live in one
+    thread."""
     even, odd = tl.split(tl.reshape(x, (BLOCK, WIDTH // 2, 2)))
     return tl.reshape(tl.join(-odd, even), (BLOCK, WIDTH))
 
 
 @triton.jit
 def rotate(
-    x, table, sines, row_t, row_y, row_x, turns, BLOCK: tl.constexpr, C0: tl.constexpr, WIDTH: tl.constexpr, ROPE_DIM: tl.constexpr
-):  # fmt: skip
-    """R x in float32, for channels C0 ... `sines` is the second half of the table. Cosines are loaded last: registers are scarce."""
-    turned = quarter_turn(x, BLOCK, WIDTH) * angle_part(sines, row_t, row_y, row_x, turns, 0.0, C0, WIDTH, ROPE_DIM)
+    x,
+    table,
+    sines,
+    row_t,
+    row_y,
+    row_x,
+    turns,
+    BLOCK: tl.constexpr,
+    C0: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
+):
+    """R x in float32, for channels C0 ... `sines` is the second half of the table. Cosines are
+    loaded last: registers are scarce."""
+    turned = quarter_turn(x, BLOCK, WIDTH) * angle_part(
+        sines, row_t, row_y, row_x, turns, 0.0, C0, WIDTH, ROPE_DIM
+    )
     return turned + x * angle_part(table, row_t, row_y, row_x, turns, 1.0, C0, WIDTH, ROPE_DIM)
 
 
 @triton.jit
 def rotate_transposed(
-    g, table, sines, row_t, row_y, row_x, turns, BLOCK: tl.constexpr, C0: tl.constexpr, WIDTH: tl.constexpr, ROPE_DIM: tl.constexpr
-):  # fmt: skip
+    g,
+    table,
+    sines,
+    row_t,
+    row_y,
+    row_x,
+    turns,
+    BLOCK: tl.constexpr,
+    C0: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
+):
     """R^T g, the gradient of `rotate`: not its inverse, because the tiled layout is no rotation."""
-    turned = quarter_turn(g * angle_part(sines, row_t, row_y, row_x, turns, 0.0, C0, WIDTH, ROPE_DIM), BLOCK, WIDTH)
+    turned = quarter_turn(
+        g * angle_part(sines, row_t, row_y, row_x, turns, 0.0, C0, WIDTH, ROPE_DIM), BLOCK, WIDTH
+    )
     return g * angle_part(table, row_t, row_y, row_x, turns, 1.0, C0, WIDTH, ROPE_DIM) - turned
