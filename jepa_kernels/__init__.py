@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .backend import BACKENDS, BackendUnsupportedError, explain, use_backend
+from .backend import (
+    BackendUnsupportedError,
+    check_environment,
+    explain,
+    names,
+    use_backend,
+)
 from .ops.adamw_ema import TeacherLists, adamw_ema_
 from .ops.ema_update import ema_update_
 from .ops.latent_rollout import (
@@ -22,6 +28,9 @@ from .ops.latent_rollout import (
 from .ops.masked_attention import masked_attention
 from .profile import profile
 from .rope3d import Rope3D
+
+check_environment()
+BACKENDS = names()
 
 try:
     __version__ = version("jepa-kernels")

@@ -10,7 +10,8 @@ from importlib import metadata
 
 import torch
 
-from . import __version__, backend, native
+from . import __version__, backend, native, support
+from .checks import dtype_name
 
 
 def _installed(package: str) -> str:
@@ -57,38 +58,23 @@ def _machine() -> list[tuple[str, str]]:
     return rows
 
 
-def _example_calls(room: backend.Room) -> list[tuple[str, object]]:
-    """One small call per kind of device and dtype, as the room itself describes them."""
-    calls = []
-    for device in ("cpu", "cuda"):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            calls.append(
-                (f"{device} {str(dtype).removeprefix('torch.')}", room.example(device, dtype))
-            )
-    return calls
-
-
 def report() -> str:
     """The whole report as text."""
     lines = [f"{name:14s} {value}" for name, value in _machine()]
-    for room in backend.ROOMS.values():
-        lines += ["", room.name]
-        for title, call in _example_calls(room):
-            marks, notes = [], []
-            for name in room.priority:
-                reasons = room.reasons(name, call)
-                marks.append(f"{name} {'yes' if not reasons else 'no'}")
-                if reasons and not _wrong_place(call, name):
-                    notes += [f"      {name}: {reason}" for reason in reasons]
-            lines.append(f"  {title:14s} {'  '.join(marks)}")
-            lines += [n for n in notes if n not in lines]
+    for op in backend.OPS.values():
+        lines += ["", op.name]
+        for device in ("cpu", "cuda"):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                inputs = support.example(op, device, dtype)
+                marks, notes = [], []
+                for name, record in op.backends.items():
+                    reasons = op.reasons(name, inputs)
+                    marks.append(f"{name} {'yes' if not reasons else 'no'}")
+                    if record.takes(device):  # a kernel of another device needs no fix
+                        notes += [f"      {name}: {reason}" for reason in reasons]
+                lines.append(f"  {device + ' ' + dtype_name(dtype):14s} {'  '.join(marks)}")
+                lines += [n for n in notes if n not in lines]
     return "\n".join(lines)
-
-
-def _wrong_place(call: object, name: str) -> bool:
-    """A CPU kernel for CUDA tensors, or the other way round, needs no fix."""
-    device = call.device_type  # type: ignore[attr-defined]
-    return (device == "cpu" and name in ("cuda", "triton")) or (device == "cuda" and name == "cpu")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -104,9 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.command == "doctor":
         print(report())
     else:
-        from .support import table
-
-        print(table())
+        print(support.table())
     return 0
 
 

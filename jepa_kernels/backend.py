@@ -11,15 +11,15 @@ import importlib
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
-BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
-CHOICES = ("auto", *BACKENDS)
+from .checks import dtype_name, sentence
+
+ANY_DEVICE = ("any",)
 
 
 class BackendUnsupportedError(NotImplementedError):
@@ -27,8 +27,36 @@ class BackendUnsupportedError(NotImplementedError):
     each reason."""
 
 
-class Call(Protocol):
-    """What backends may look at to decide: shapes, dtypes, devices and flags, never values."""
+@dataclass(frozen=True)
+class Reason:
+    """Why a backend cannot run a call.
+
+    Attributes:
+        text: one clause, with the fix where one is known.
+        kind: ``"call"`` for what no machine could run, ``"machine"`` for what this one lacks.
+    """
+
+    text: str
+    kind: Literal["call", "machine"] = "call"
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def dtype_reasons(
+    dtypes: tuple[torch.dtype, ...], allowed: tuple[torch.dtype, ...]
+) -> list[Reason]:
+    """Why a backend that takes `allowed` cannot take these dtypes; empty when it can."""
+    refused = [d for d in dtypes if d not in allowed]
+    if not refused:
+        return []
+    wanted = " or ".join(map(dtype_name, allowed))
+    return [Reason(f"dtype must be {wanted}, got {', '.join(map(dtype_name, refused))}")]
+
+
+class Inputs(Protocol):
+    """The checked inputs of one call. Backends decide by shapes, dtypes, devices and flags, never
+    by values."""
 
     @property
     def device_type(self) -> str: ...
@@ -41,20 +69,134 @@ class Call(Protocol):
         ...
 
     def size_class(self) -> str:
-        """The row of the preference table that this call belongs to, such as ``short`` or
-        ``long``."""
+        """The row of the preference table that this call belongs to, such as ``short``."""
         ...
 
 
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one op. The last lines of ``ops/<op>/<backend>.py`` make it.
+
+    Attributes:
+        name: the word that users choose it by.
+        devices: device types whose tensors it takes, the most usual one first; `ANY_DEVICE` for
+            what PyTorch itself runs.
+        unsupported: inputs -> the reasons why this backend cannot run them, device included.
+        forward: inputs -> the op's outputs. None for a backend that only composes.
+        backward: (inputs, saved, grad_out, needs) -> one gradient for each differentiable input.
+        compose: inputs -> the op's outputs from PyTorch operations, with PyTorch's own autograd.
+        composes: inputs -> whether `compose` serves this call; None is always, where there is one.
+        checks_values: the kernel itself checks ids, offsets and row numbers on a CPU, so that
+            nothing reads them twice.
+        facts: more that the op's contract asks of a backend, by name.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    unsupported: Callable[[Any], list[Reason]]
+    forward: Callable[..., Any] | None = None
+    backward: Callable[..., Any] | None = None
+    compose: Callable[..., Any] | None = None
+    composes: Callable[[Any], bool] | None = None
+    checks_values: bool = False
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def takes(self, device_type: str) -> bool:
+        """Whether tensors of this device type are its usual ones."""
+        return self.devices == ANY_DEVICE or device_type in self.devices
+
+    def runs_composed(self, inputs: Any) -> bool:
+        """Whether PyTorch's own autograd differentiates this call."""
+        return self.compose is not None and (self.composes is None or self.composes(inputs))
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A case in which `auto` takes `faster` before `slower`, wherever `faster` can run."""
+
+    op: str
+    device: str  # an instruction set of CPUs ("avx2", "amx") or an architecture ("sm_90")
+    dtype: str
+    size_class: str
+    slower: str
+    faster: str
+    why: str  # the measured ratio and its record, as `explain` prints it
+
+
+class Op:
+    """One op: its backends in the order `auto` tries them, and how to read its calls.
+
+    Args:
+        name: the op's name, also that of its folder below `package`.
+        package: the package whose modules are the backends.
+        priority: backend names, in the order in which `auto` tries them.
+        prepare: the public function's arguments -> checked inputs.
+        examples: size class -> (device type, dtype) -> inputs of an ordinary call of that class,
+            the usual one first; made under a fake mode for devices that are not here.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        package: str,
+        priority: tuple[str, ...],
+        prepare: Callable[..., Inputs],
+        examples: Mapping[str, Callable[[str, torch.dtype], Inputs]],
+    ) -> None:
+        self.name, self.priority, self.prepare, self.examples = name, priority, prepare, examples
+        self.backends: dict[str, Backend] = {}
+        for word in priority:
+            backend = importlib.import_module(f"{package}.{word}").BACKEND
+            if backend.name != word:
+                raise ValueError(sentence(name, "BACKEND.name", f"be {word!r}", backend.name))
+            self.backends[word] = backend
+        OPS[name] = self
+
+    signature: Any  # of the op's inputs; see `contract.Signature`
+
+    def reasons(self, backend: str, inputs: Inputs) -> list[Reason]:
+        """Why `backend` cannot run these inputs; empty when it can."""
+        if backend not in self.backends:
+            return [Reason(f"{self.name} has no {backend} backend")]
+        return self.backends[backend].unsupported(inputs)
+
+    def passed_by(self, backend: str, inputs: Inputs) -> Preference | None:
+        """Why `auto` passes `backend` by for these inputs, if it does."""
+        from .preferences import found
+
+        preference = found(self.name, backend, inputs)
+        if preference is None or self.reasons(preference.faster, inputs):
+            return None
+        return preference
+
+
+OPS: dict[str, Op] = {}
+_warned: set[str] = set()
+
+
+def names() -> tuple[str, ...]:
+    """Every backend that some op has, the plainest first."""
+    found: dict[str, None] = {}
+    for op in OPS.values():
+        found.update(dict.fromkeys(reversed(op.priority)))
+    return tuple(found)
+
+
 def _validated(name: str, source: str) -> str:
-    if name not in CHOICES:
+    choices = ("auto", *names())
+    if name not in choices:
         raise ValueError(
-            f"jepa_kernels: {source} must be one of {', '.join(CHOICES)}, got {name!r}."
+            f"jepa_kernels: {source} must be one of {', '.join(choices)}, got {name!r}."
         )
     return name
 
 
-_environment = _validated(os.environ.get("JEPA_KERNELS_BACKEND", "auto"), "JEPA_KERNELS_BACKEND")
+_environment = os.environ.get("JEPA_KERNELS_BACKEND", "auto")
+
+
+def check_environment() -> None:
+    """JEPA_KERNELS_BACKEND names a backend; asked once all ops are known."""
+    _validated(_environment, "JEPA_KERNELS_BACKEND")
 
 
 class _Overrides(threading.local):
@@ -98,118 +240,64 @@ def requested(backend: str | None) -> tuple[str, str]:
     return _environment, "forced by JEPA_KERNELS_BACKEND"
 
 
-@dataclass(frozen=True)
-class Preference:
-    """A measured case in which `auto` passes a backend by, with the committed record that shows
-    why."""
-
-    backend: str
-    device_type: str
-    dtype: torch.dtype
-    size_class: str
-    reason: str
-    record: str
-    isa: str | None = None  # CPU only: the instruction set on which it was measured
-
-
-@dataclass(frozen=True)
-class Room:
-    """One op: its name, its backends in the order `auto` tries them, and how to read a call.
-
-    A backend is the module ``jepa_kernels.ops.<name>.<backend>`` with
-    ``unsupported_reasons(call)``, ``forward`` and ``backward``. `prepare` checks arguments as the
-    public function does and describes the call; `example` describes a small ordinary call on a
-    device kind and dtype, for the support table and for `doctor`.
-    """
-
-    name: str
-    priority: tuple[str, ...]
-    prepare: Callable[..., Call]
-    example: Callable[[str, torch.dtype], Call]
-    preferences: tuple[Preference, ...] = ()
-    modules: dict[str, ModuleType] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for backend in self.priority:
-            self.modules[backend] = importlib.import_module(
-                f"jepa_kernels.ops.{self.name}.{backend}"
-            )
-        ROOMS[self.name] = self
-
-    def reasons(self, backend: str, call: Call) -> list[str]:
-        """Why `backend` cannot run `call`; empty when it can."""
-        if backend not in self.modules:
-            return [f"{self.name} has no {backend} backend"]
-        return self.modules[backend].unsupported_reasons(call)
-
-    def slower(self, backend: str, call: Any) -> Preference | None:
-        """The committed measurement that makes `auto` pass `backend` by for this call, if there is
-        one."""
-        if not self.preferences:
-            return None
-        from . import native
-
-        for preference in self.preferences:
-            if (
-                preference.backend == backend
-                and preference.device_type == call.device_type
-                and preference.dtype == call.dtype
-                and preference.size_class in ("any", call.size_class())
-                and preference.isa in (None, native.isa_name())
-            ):
-                return preference
-        return None
-
-
-ROOMS: dict[str, Room] = {}
-_warned: set[str] = set()
-
-
-def resolve(room: Room, call: Call, backend: str | None = None) -> str:
-    """The backend that will run `call`.
+def resolve(op: Op, inputs: Inputs, backend: str | None = None) -> Backend:
+    """The backend that will run these inputs.
 
     Raises:
         ValueError: `backend` is not a backend name.
-        BackendUnsupportedError: the chosen backend (or, for ``auto``, every backend) cannot run the
-            call.
+        BackendUnsupportedError: the chosen backend (or, for ``auto``, every backend) cannot run
+            them.
     """
     name, source = requested(backend)
     if name != "auto":
-        reasons = room.reasons(name, call)
+        reasons = op.reasons(name, inputs)
         if reasons:
-            raise BackendUnsupportedError(_refusal(room, call, {name: reasons}, name, source))
-        return name
-    refused: dict[str, list[str]] = {}
-    for candidate in room.priority:
-        reasons = room.reasons(candidate, call)
-        if not reasons and room.slower(candidate, call) is None:
-            if candidate == "torch" and call.device_type == "cuda":
-                _warn_slow(room, refused)
-            return candidate
-        refused[candidate] = reasons
-    raise BackendUnsupportedError(_refusal(room, call, refused, "auto", source))
+            raise BackendUnsupportedError(_refusal(op, inputs, {name: reasons}, name, source))
+        return op.backends[name]
+    device_type = inputs.device_type
+    for candidate in op.priority:
+        record = op.backends[candidate]
+        # A backend of another device is passed over before it spells out its reasons: this runs at
+        # every call.
+        if (
+            record.takes(device_type)
+            and not record.unsupported(inputs)
+            and op.passed_by(candidate, inputs) is None
+        ):
+            if device_type == "cuda" and record.devices == ANY_DEVICE:
+                _warn_slow(op, inputs)
+            return record
+    refused = {candidate: op.reasons(candidate, inputs) for candidate in op.priority}
+    raise BackendUnsupportedError(_refusal(op, inputs, refused, "auto", source))
 
 
-def _warn_slow(room: Room, refused: dict[str, list[str]]) -> None:
-    if torch.compiler.is_compiling() or room.name in _warned:
+def joined(reasons: list[Reason], separator: str = "; ") -> str:
+    return separator.join(reason.text for reason in reasons)
+
+
+def _warn_slow(op: Op, inputs: Inputs) -> None:
+    if torch.compiler.is_compiling() or op.name in _warned:
         return
-    _warned.add(room.name)
-    why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items() if reasons)
+    _warned.add(op.name)
+    refused = {name: op.reasons(name, inputs) for name in op.priority}
+    why = "; ".join(f"{name}: {joined(why, ', ')}" for name, why in refused.items() if why)
     warnings.warn(
-        f"{room.name} runs on the torch backend on this GPU. {why}", RuntimeWarning, stacklevel=4
+        f"{op.name} runs on the torch backend on this GPU. {why}", RuntimeWarning, stacklevel=4
     )
 
 
-def _refusal(room: Room, call: Call, refused: dict[str, list[str]], name: str, source: str) -> str:
+def _refusal(
+    op: Op, inputs: Inputs, refused: dict[str, list[Reason]], name: str, source: str
+) -> str:
     if name == "auto":
-        head = f"{room.name} cannot run on any backend."
+        head = f"{op.name} cannot run on any backend."
     else:
-        head = f"{room.name} cannot run on backend '{name}' ({source})."
-    lines = [head, f"  call    {call.describe()}"]
+        head = f"{op.name} cannot run on backend '{name}' ({source})."
+    lines = [head, f"  call    {inputs.describe()}"]
     for backend, reasons in refused.items():
         for i, reason in enumerate(reasons):
-            lines.append(f"  {backend if i == 0 else '':7s} {reason}")
-    others = [b for b in room.priority if b not in refused and not room.reasons(b, call)]
+            lines.append(f"  {backend if i == 0 else '':7s} {reason.text}")
+    others = [b for b in op.priority if b not in refused and not op.reasons(b, inputs)]
     if others:
         lines.append("  try     " + ", ".join(f'backend="{b}"' for b in (*others, "auto")))
     return "\n".join(lines)
@@ -230,28 +318,28 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
         ValueError: `op` is not the name of an op. TypeError and ValueError of the op itself for a
             bad call.
     """
-    if op not in ROOMS:
-        raise ValueError(f"explain: op must be one of {', '.join(ROOMS)}, got {op!r}.")
-    room = ROOMS[op]
+    if op not in OPS:
+        raise ValueError(sentence("explain", "op", f"be one of {', '.join(OPS)}", repr(op)))
+    record = OPS[op]
     backend = kwargs.pop("backend", None)
-    call = room.prepare(*args, **kwargs)
+    inputs = record.prepare(*args, **kwargs)
     name, source = requested(backend)
-    lines = [f"{op}  {call.describe()}"]
+    lines = [f"{op}  {inputs.describe()}"]
     chosen = None
-    for candidate in room.priority:
-        reasons = room.reasons(candidate, call)
-        slower = room.slower(candidate, call) if not reasons else None
+    for candidate in record.priority:
+        reasons = record.reasons(candidate, inputs)
+        slower = record.passed_by(candidate, inputs) if not reasons else None
         if reasons:
-            lines.append(f"  {candidate:10s} no     {'; '.join(reasons)}")
+            lines.append(f"  {candidate:10s} no     {joined(reasons)}")
         elif slower is not None and name != candidate:
-            lines.append(f"  {candidate:10s} slower {slower.reason} ({slower.record})")
+            lines.append(f"  {candidate:10s} slower than {slower.faster} here: {slower.why}")
         else:
             if chosen is None and name in ("auto", candidate):
                 chosen = candidate
             lines.append(f"  {candidate:10s} yes")
     note = "auto" if name == "auto" else source
     lines.append(f"  runs on    {chosen or 'nothing: the call would be refused'} ({note})")
-    details = getattr(call, "details", None)
+    details = getattr(inputs, "details", None)
     if details is not None:
         lines.extend(f"  {line}" for line in details())
     return "\n".join(lines)

@@ -3,13 +3,21 @@ module never compiles anything."""
 
 from __future__ import annotations
 
+import functools
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from .backend import Reason
+
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 ABI_VERSION = 1
+# The one wording of refusals; the stable ABI knows no ValueError.
+_SENTENCE = re.compile(r"^\w+: .+ must .+", re.MULTILINE)
 
 _here = Path(__file__).parent
 _library = _here / "_native.so"
@@ -58,21 +66,34 @@ def cuda_reason() -> str | None:
     return None
 
 
-def cpu_unavailable_reasons(device_type: str) -> list[str]:
+@functools.cache
+def _reasons(missing: str | None, device_type: str, wanted: str) -> tuple[Reason, ...]:
+    reasons = [] if missing is None else [Reason(missing, "machine")]
+    if device_type != wanted:
+        place = "a CPU" if wanted == "cpu" else "a CUDA device"
+        reasons.append(Reason(f"tensors must be on {place}, got {device_type}", "machine"))
+    return tuple(reasons)
+
+
+def cpu_unavailable_reasons(device_type: str) -> list[Reason]:
     """Why the C++ kernels cannot run on tensors of `device_type` here; empty when they can."""
-    reasons = [] if _reason is None else [_reason]
-    if device_type != "cpu":
-        reasons.append(f"tensors must be on a CPU, got {device_type}")
-    return reasons
+    return list(_reasons(_reason, device_type, "cpu"))
 
 
-def cuda_unavailable_reasons(device_type: str) -> list[str]:
+def cuda_unavailable_reasons(device_type: str) -> list[Reason]:
     """Why the CUDA C++ kernels cannot run on tensors of `device_type` here; empty when they can."""
-    missing = cuda_reason()
-    reasons = [] if missing is None else [missing]
-    if device_type != "cuda":
-        reasons.append(f"tensors must be on a CUDA device, got {device_type}")
-    return reasons
+    return list(_reasons(cuda_reason(), device_type, "cuda"))
+
+
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a native op. What it says about a value is a ValueError, as if Python had read it."""
+    try:
+        return function(*arguments)
+    except RuntimeError as error:
+        said = _SENTENCE.search(str(error))
+        if said is None:
+            raise
+        raise ValueError(said[0]) from None
 
 
 def _validated_isa() -> int:
@@ -104,6 +125,24 @@ def isa() -> int:
 def isa_name() -> str:
     """The instruction set CPU kernels use here, by name."""
     return ISAS[_machine_isa if _forced_isa < 0 else _forced_isa]
+
+
+@functools.cache
+def cpu_kind() -> str:
+    """What preferences call this CPU: ``amx`` where the processor has bfloat16 tiles, else the
+    instruction set that the kernels use."""
+    if isa_name() == ISAS[-1] and "amx_bf16" in _processor_flags():
+        return "amx"
+    return isa_name()
+
+
+def _processor_flags() -> frozenset[str]:
+    """The features that the system lists for the first processor; empty where it lists none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def multiplies_bf16() -> bool:

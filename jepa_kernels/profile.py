@@ -7,17 +7,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
 
-from .backend import ROOMS
+from .backend import OPS, Backend
 from .checks import sentence, type_name
 
-# What a backend module runs; `compose` is the traceable form of `torch` and `reference`, whose
+# What a backend runs; `compose` is the traceable form of `torch` and `reference`, whose
 # backward is ordinary autograd.
 _PASSES = {"forward": "forward", "backward": "backward", "compose": "forward"}
 
@@ -43,27 +43,6 @@ class _Open:
     device: str
     start: Any
     stop: Any = None
-
-
-class _RangedBackend:
-    """Stands in for a backend module inside the context: the same names, its passes inside a
-    range."""
-
-    def __init__(self, module: ModuleType, op: str, backend: str, session: profile) -> None:
-        self._module, self._op, self._backend, self._session = module, op, backend, session
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._module, name)
-        return self._ranged(value, _PASSES[name]) if name in _PASSES else value
-
-    def _ranged(self, call: Callable[..., Any], pass_name: str) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():
-                return call(*args, **kwargs)
-            with self._session._range(self._op, pass_name, self._backend, args):
-                return call(*args, **kwargs)
-
-        return run
 
 
 @dataclass
@@ -135,10 +114,10 @@ class profile:
             raise RuntimeError(sentence("profile", "a session", "be entered once", "a second time"))
         self.spans.clear()
         self._stack = ExitStack()
-        for room in ROOMS.values():
-            for backend, module in list(room.modules.items()):
-                room.modules[backend] = _RangedBackend(module, room.name, backend, self)  # type: ignore[assignment]
-                self._stack.callback(room.modules.__setitem__, backend, module)
+        for op in OPS.values():
+            for name, backend in list(op.backends.items()):
+                op.backends[name] = self._ranged_backend(op.name, backend)
+                self._stack.callback(op.backends.__setitem__, name, backend)
         if self.trace is not None:
             kinds = [torch.profiler.ProfilerActivity.CPU]
             if torch.cuda.is_available():
@@ -176,13 +155,33 @@ class profile:
                 )
             self._open.clear()
 
+    def _ranged_backend(self, op: str, backend: Backend) -> Backend:
+        """The same backend, its passes inside a range."""
+        passes = {
+            name: self._ranged(op, _PASSES[name], backend.name, call)
+            for name in _PASSES
+            if (call := getattr(backend, name)) is not None
+        }
+        return replace(backend, **passes)
+
+    def _ranged(
+        self, op: str, pass_name: str, backend: str, call: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        def run(inputs: Any, *more: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return call(inputs, *more)
+            with self._range(op, pass_name, backend, inputs):
+                return call(inputs, *more)
+
+        return run
+
     @contextmanager
     def _range(
-        self, op: str, pass_name: str, backend: str, args: tuple[Any, ...]
+        self, op: str, pass_name: str, backend: str, inputs: Any
     ) -> Iterator[None]:
-        tensor = _first_tensor(args)
-        device = "cpu" if tensor is None else tensor.device.type
-        shape = "" if tensor is None else "x".join(map(str, tensor.shape))
+        signature = OPS[op].signature
+        first = signature.given(signature.values(inputs))[0]
+        device, shape = first.device.type, "x".join(map(str, first.shape))
         name = f"jepa_kernels::{op}.{pass_name} [{backend}]"
         on_gpu = device == "cuda"
         if self.nvtx and on_gpu:
@@ -254,17 +253,6 @@ class profile:
 
     def _share(self, seconds: float) -> str:
         return f"{100 * seconds / self.wall_s:.1f} %" if self.wall_s > 0 else "-"
-
-
-def _first_tensor(values: Any) -> torch.Tensor | None:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            return value
-        if isinstance(value, (list, tuple)):
-            found = _first_tensor(value)
-            if found is not None:
-                return found
-    return None
 
 
 def _stamp(on_gpu: bool) -> Any:

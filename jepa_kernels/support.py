@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .backend import ROOMS, Room
+from .backend import ANY_DEVICE, OPS, Inputs, Op, Reason
+from .checks import dtype_name
 
-# Reasons that are about this machine, not about the backend: they do not make a gap in the table.
-_LOCAL = (
-    "is not built",
-    "is not installed",
-    "must be on",
-    "does not load",
-    "TRITON_INTERPRET",
-    "another version",
-    "ROCm",
-    "compute capability",
-)
-_DEVICE = {"reference": "cpu", "torch": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def gap(room: Room, backend: str, dtype: torch.dtype) -> str | None:
-    """Why `backend` does not take `dtype` on any machine, or None."""
-    reasons = room.reasons(backend, room.example(_DEVICE[backend], dtype))
-    lasting = [r for r in reasons if not any(mark in r for mark in _LOCAL)]
-    return "; ".join(lasting) or None
+def example(op: Op, device_type: str, dtype: torch.dtype) -> Inputs:
+    """Inputs of an ordinary call on a device that need not be here."""
+    build = next(iter(op.examples.values()))
+    with FakeTensorMode():
+        return build(device_type, dtype)
+
+
+def gap(op: Op, backend: str, dtype: torch.dtype) -> list[Reason]:
+    """Why `backend` does not take `dtype` on any machine; empty where some machine can."""
+    devices = op.backends[backend].devices
+    inputs = example(op, "cpu" if devices == ANY_DEVICE else devices[0], dtype)
+    return [reason for reason in op.reasons(backend, inputs) if reason.kind == "call"]
 
 
 def table() -> str:
     """Markdown: one row per op and backend, one column per dtype."""
-    names = [str(d).removeprefix("torch.") for d in _DTYPES]
-    lines = [f"| op | backend | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
-    for room in ROOMS.values():
-        for backend in room.priority:
-            cells = ["yes" if gap(room, backend, dtype) is None else "no" for dtype in _DTYPES]
-            lines.append(f"| {room.name} | {backend} | {' | '.join(cells)} |")
+    lines = [
+        f"| op | backend | {' | '.join(map(dtype_name, DTYPES))} |",
+        f"|---|---|{'---|' * len(DTYPES)}",
+    ]
+    for op in OPS.values():
+        for backend in op.priority:
+            cells = ["no" if gap(op, backend, dtype) else "yes" for dtype in DTYPES]
+            lines.append(f"| {op.name} | {backend} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -11,10 +11,11 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from .backend import ROOMS
+from .backend import OPS
 from .rope3d import Rope3D
 
 HEAD_DIMS = (8, 24, 32, 64, 80, 88, 96, 128)
@@ -316,28 +317,35 @@ def planted_fault(op: str, backend: str, fault: str, phase: str = "forward") -> 
         op, backend: whose ``forward`` or ``backward`` (`phase`) is broken.
         fault: one of RESULT_FAULTS, or for masked_attention one of ATTENTION_FAULTS.
     """
-    module = ROOMS[op].modules[backend]
-    sound = getattr(module, phase)
+    sound = getattr(OPS[op].backends[backend], phase)
 
-    def faulty(*args):
+    def faulty(inputs, *more):
         if fault in RESULT_FAULTS:
-            return RESULT_FAULTS[fault](sound(*args))
-        args = list(args)
-        first = 0 if phase == "forward" else 1  # backward starts with grad_out
+            return RESULT_FAULTS[fault](sound(inputs, *more))
         if fault == "off_by_one_id":
-            args[first + 3] = (args[first + 3] - 1).clamp(min=-1)
+            inputs = replace(inputs, query_ids=(inputs.query_ids - 1).clamp(min=-1))
         elif fault == "dropped_scale":
-            args[-1] = 1.0
+            inputs = replace(inputs, scale=1.0)
         elif fault == "swapped_layout":
-            args[first + 7] = args[first + 7].flip(-1).contiguous()
+            inputs = replace(inputs, rope_table=inputs.rope_table.flip(-1).contiguous())
         else:
             raise ValueError(
                 f"planted_fault: fault must be one of {', '.join(ATTENTION_FAULTS)}, got {fault!r}."
             )
-        return sound(*args)
+        return sound(inputs, *more)
 
-    setattr(module, phase, faulty)
+    with patched_backend(op, backend, **{phase: faulty}):
+        yield
+
+
+@contextlib.contextmanager
+def patched_backend(op: str, backend: str, **changes: Any) -> Iterator[None]:
+    """One backend of one op with other attributes, such as another ``forward``, inside the
+    context."""
+    backends = OPS[op].backends
+    sound = backends[backend]
+    backends[backend] = replace(sound, **changes)
     try:
         yield
     finally:
-        setattr(module, phase, sound)
+        backends[backend] = sound

@@ -9,6 +9,8 @@ import os
 
 import torch
 
+from .backend import Reason
+
 # Triton releases this package is written for; torch picks the exact one.
 SUPPORTED = "3.6 to 3.9"
 _OLDEST_CAPABILITY = (8, 0)
@@ -30,31 +32,34 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def unavailable_reasons(device_type: str) -> list[str]:
+# Device types whose tensors Triton takes in this process.
+DEVICES = ("cuda", "cpu") if interpreting() else ("cuda",)
+
+
+def unavailable_reasons(device_type: str) -> list[Reason]:
     """Why Triton kernels cannot run on tensors of `device_type` here; empty when they can. Reads no
     values and launches nothing."""
-    reasons = []
+    said = []
     if not installed():
-        reasons.append(
+        said.append(
             f"triton is not installed ({SUPPORTED}; pip install triton, in the version that this "
             "torch names)"
         )
     if device_type == "cpu":
         if not interpreting():
-            reasons.append(
+            said.append(
                 "tensors must be on a CUDA device (a CPU runs Triton only under "
                 "TRITON_INTERPRET=1), got cpu"
             )
-        return reasons
-    if device_type != "cuda":
-        reasons.append(f"tensors must be on a CUDA device, got {device_type}")
+    elif device_type != "cuda":
+        said.append(f"tensors must be on a CUDA device, got {device_type}")
     elif torch.version.hip is not None:
-        reasons.append("the tile table knows NVIDIA GPUs only, got a ROCm build of torch")
+        said.append("the tile table knows NVIDIA GPUs only, got a ROCm build of torch")
     elif not interpreting() and _capability() < _OLDEST_CAPABILITY:
-        reasons.append(
+        said.append(
             "the GPU must have compute capability 8.0 or later, got {}.{}".format(*_capability())
         )
-    return reasons
+    return [Reason(text, "machine") for text in said]
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The public function: checks, choice of backend, and the call."""
+"""The public function of masked_attention."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import torch
 
 from ... import checks
 from ...backend import resolve
-from ...rope3d import Rope3D, rope_dim
-from . import op as _op
-from .call import Call
-
-_NAME = "masked_attention"
+from ...rope3d import Rope3D
+from .contract import OP, prepare
+from .inputs import NAME
 
 
 def masked_attention(
@@ -76,7 +74,7 @@ def masked_attention(
         torch.Size([2, 5, 4, 32])
     """
     query, key, value = _autocast(query, key, value)
-    call = prepare(
+    inputs = prepare(
         query,
         key,
         value,
@@ -88,211 +86,23 @@ def masked_attention(
         scale=scale,
         return_lse=return_lse,
     )
-    name = resolve(_op.ROOM, call, backend)
-    if rope is not None and key_ids is None:
-        key_ids = query_ids
-    if cu_seqlens_q is not None and cu_seqlens_k is None:
-        cu_seqlens_k = cu_seqlens_q
-    scale = call.head_dim**-0.5 if scale is None else float(scale)
-    out, lse = _op.run(
-        name,
-        query,
-        key,
-        value,
-        query_ids,
-        key_ids,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        rope,
-        scale,
-        return_lse,
-    )
-    if not return_lse:
-        return out
-    assert lse is not None  # every backend returns it when asked
-    return out, lse
+    out, lse = OP.run(inputs, resolve(OP, inputs, backend))
+    return (out, lse) if return_lse else out
 
 
 def _autocast(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What torch's autocast does to scaled_dot_product_attention: float inputs take the autocast
-    dtype."""
-    for argument, tensor in (("query", query), ("key", key), ("value", value)):
-        checks.is_tensor(_NAME, argument, tensor)
+    """What torch's autocast does to scaled_dot_product_attention: float inputs take its dtype."""
+    checks.is_tensor(NAME, "query", query)
     kind = query.device.type
     if not torch.is_autocast_enabled(kind):
         return query, key, value
+    for argument, tensor in (("key", key), ("value", value)):
+        checks.is_tensor(NAME, argument, tensor)
     dtype = torch.get_autocast_dtype(kind)
     query, key, value = (
         t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
         for t in (query, key, value)
     )
     return query, key, value
-
-
-def prepare(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    query_ids: torch.Tensor | None = None,
-    key_ids: torch.Tensor | None = None,
-    rope: Rope3D | None = None,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
-    scale: float | None = None,
-    return_lse: bool = False,
-) -> Call:
-    """Checks every argument (shapes, dtypes, devices; never values) and describes the call."""
-    for argument, tensor in (("query", query), ("key", key), ("value", value)):
-        checks.is_tensor(_NAME, argument, tensor)
-        checks.is_strided(_NAME, argument, tensor)
-        checks.has_dtype(_NAME, argument, tensor, checks.FLOAT_DTYPES)
-        checks.same_device(_NAME, argument, tensor, query.device)
-        if tensor.dtype != query.dtype:
-            raise ValueError(
-                checks.sentence(
-                    _NAME,
-                    argument,
-                    f"have the dtype of query ({checks.dtype_name(query.dtype)})",
-                    checks.dtype_name(tensor.dtype),
-                )
-            )
-    packed = cu_seqlens_q is not None
-    if not packed and cu_seqlens_k is not None:
-        raise ValueError(
-            checks.sentence(_NAME, "cu_seqlens_k", "be None without cu_seqlens_q", "a tensor")
-        )
-    _check_rows(query, key, value, packed)
-    if cu_seqlens_q is not None:
-        _check_offsets("cu_seqlens_q", cu_seqlens_q, query)
-        if cu_seqlens_k is not None:
-            _check_offsets("cu_seqlens_k", cu_seqlens_k, query)
-            if cu_seqlens_k.shape != cu_seqlens_q.shape:
-                raise ValueError(
-                    checks.sentence(
-                        _NAME,
-                        "cu_seqlens_k",
-                        f"have the shape of cu_seqlens_q {tuple(cu_seqlens_q.shape)}",
-                        tuple(cu_seqlens_k.shape),
-                    )
-                )
-    _check_positions(query, key, query_ids, key_ids, rope, packed)
-    if scale is not None:
-        checks.is_finite_number(_NAME, "scale", scale)
-    checks.is_bool(_NAME, "return_lse", return_lse)
-    return Call(
-        device_type=query.device.type,
-        dtype=query.dtype,
-        query_shape=tuple(query.shape),
-        key_shape=tuple(key.shape),
-        packed=packed,
-        grid=None if rope is None else rope.grid,
-        layout=None if rope is None else rope.layout,
-        needs_grad=torch.is_grad_enabled()
-        and (query.requires_grad or key.requires_grad or value.requires_grad),
-        return_lse=return_lse,
-    )
-
-
-def _check_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: bool) -> None:
-    rank, meaning = (
-        (3, "[tokens, heads, head_dim] with cu_seqlens_q")
-        if packed
-        else (4, "[B, N, heads, head_dim] without cu_seqlens_q")
-    )
-    for argument, tensor in (("query", query), ("key", key), ("value", value)):
-        checks.has_rank(_NAME, argument, tensor, rank, meaning)
-    if query.shape[-1] < 1 or query.shape[-2] < 1:
-        raise ValueError(
-            checks.sentence(
-                _NAME,
-                "query",
-                "have at least one head and one channel",
-                f"shape {tuple(query.shape)}",
-            )
-        )
-    if key.shape[-2:] != query.shape[-2:] or (not packed and key.shape[0] != query.shape[0]):
-        wanted = "[heads, head_dim]" if packed else "B, heads and head_dim"
-        raise ValueError(
-            checks.sentence(
-                _NAME,
-                "key",
-                f"have the {wanted} of query {tuple(query.shape)}",
-                f"shape {tuple(key.shape)}",
-            )
-        )
-    if value.shape != key.shape:
-        raise ValueError(
-            checks.sentence(
-                _NAME,
-                "value",
-                f"have the shape of key {tuple(key.shape)}",
-                f"shape {tuple(value.shape)}",
-            )
-        )
-
-
-def _check_offsets(argument: str, offsets: torch.Tensor, query: torch.Tensor) -> None:
-    checks.is_tensor(_NAME, argument, offsets)
-    checks.has_dtype(_NAME, argument, offsets, checks.ID_DTYPES)
-    checks.has_rank(_NAME, argument, offsets, 1, "[sequences + 1]")
-    checks.same_device(_NAME, argument, offsets, query.device)
-    if offsets.shape[0] < 1:
-        raise ValueError(checks.sentence(_NAME, argument, "have at least one offset", "none"))
-
-
-def _check_positions(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    query_ids: torch.Tensor | None,
-    key_ids: torch.Tensor | None,
-    rope: Rope3D | None,
-    packed: bool,
-) -> None:
-    if rope is None:
-        for argument, ids in (("query_ids", query_ids), ("key_ids", key_ids)):
-            if ids is not None:
-                raise ValueError(
-                    checks.sentence(_NAME, argument, "be None without rope", checks.type_name(ids))
-                )
-        return
-    if not isinstance(rope, Rope3D):
-        raise TypeError(
-            checks.sentence(_NAME, "rope", "be a Rope3D or None", checks.type_name(rope))
-        )
-    if query_ids is None:
-        raise TypeError(checks.sentence(_NAME, "query_ids", "be given with rope", "None"))
-    _check_ids("query_ids", query_ids, query, packed)
-    if key_ids is not None:
-        _check_ids("key_ids", key_ids, key, packed)
-    elif key.shape[-3] != query.shape[-3]:
-        raise ValueError(
-            checks.sentence(
-                _NAME,
-                "key_ids",
-                f"be given when key has other tokens ({key.shape[-3]}) than query "
-                f"({query.shape[-3]})",
-                "None",
-            )
-        )
-    if rope_dim(query.shape[-1]) == 0:
-        raise ValueError(
-            checks.sentence(
-                _NAME, "query", "have a head_dim of at least 6 with rope", query.shape[-1]
-            )
-        )
-
-
-def _check_ids(argument: str, ids: torch.Tensor, rows: torch.Tensor, packed: bool) -> None:
-    checks.is_tensor(_NAME, argument, ids)
-    checks.has_dtype(_NAME, argument, ids, checks.ID_DTYPES)
-    checks.same_device(_NAME, argument, ids, rows.device)
-    shapes = [tuple(rows.shape[:1])] if packed else [tuple(rows.shape[:2]), tuple(rows.shape[1:2])]
-    if tuple(ids.shape) not in shapes:
-        raise ValueError(
-            checks.sentence(
-                _NAME, argument, f"have shape {' or '.join(map(str, shapes))}", tuple(ids.shape)
-            )
-        )

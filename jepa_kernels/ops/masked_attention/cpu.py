@@ -1,67 +1,56 @@
-"""C++ CPU backend: csrc/masked_attention/cpu.cpp through the stable-ABI binding."""
+"""C++ CPU backend: csrc/masked_attention/cpu through the stable-ABI binding."""
 
 from __future__ import annotations
 
 import torch
 
 from ... import native
-from .call import Call, dtype_reasons, head_dim_reasons
+from ...backend import Backend, Reason
+from .inputs import Inputs, rows_of_channels, shape_reasons
+
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def unsupported_reasons(call: Call) -> list[str]:
-    return (
-        native.cpu_unavailable_reasons(call.device_type)
-        + dtype_reasons(call, (torch.float32, torch.bfloat16))
-        + head_dim_reasons(call)
-    )
+def unsupported(inputs: Inputs) -> list[Reason]:
+    return native.cpu_unavailable_reasons(inputs.device_type) + shape_reasons(inputs, _DTYPES)
 
 
-def forward(
-    query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope_table, grid, scale
-):
-    return torch.ops.jepa_kernels_native.masked_attention_cpu_fwd(
-        query,
-        key,
-        value,
-        query_ids,
-        key_ids,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        rope_table,
-        grid,
-        scale,
+def forward(inputs: Inputs):
+    return native.call(
+        torch.ops.jepa_kernels_native.masked_attention_cpu_fwd,
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        inputs.query_ids,
+        inputs.key_ids,
+        inputs.cu_seqlens_q,
+        inputs.cu_seqlens_k,
+        inputs.rope_table,
+        inputs.grid,
+        inputs.scale,
         native.isa(),
     )
 
 
-def backward(
-    grad_out,
-    query,
-    key,
-    value,
-    query_ids,
-    key_ids,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    rope_table,
-    out,
-    lse,
-    grid,
-    scale,
-):
-    return torch.ops.jepa_kernels_native.masked_attention_cpu_bwd(
-        grad_out,
-        query,
-        key,
-        value,
-        query_ids,
-        key_ids,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        rope_table,
+def backward(inputs: Inputs, saved, grad_out, needs):
+    out, lse = saved
+    return native.call(
+        torch.ops.jepa_kernels_native.masked_attention_cpu_bwd,
+        rows_of_channels(grad_out),
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        inputs.query_ids,
+        inputs.key_ids,
+        inputs.cu_seqlens_q,
+        inputs.cu_seqlens_k,
+        inputs.rope_table,
         out,
         lse,
-        grid,
-        scale,
+        inputs.grid,
+        inputs.scale,
         native.isa(),
     )
+
+
+BACKEND = Backend("cpu", ("cpu",), unsupported, forward, backward, checks_values=True)

@@ -9,41 +9,28 @@ from __future__ import annotations
 
 import torch
 
-from ... import checks
+from ...backend import ANY_DEVICE, Backend, Reason
 from ...rope3d import Rope3D, rope_dim
-from .call import Call
+from .inputs import Inputs
 
 
-def unsupported_reasons(call: Call) -> list[str]:
+def unsupported(inputs: Inputs) -> list[Reason]:
     return []
 
 
-def compose(
-    query,
-    key,
-    value,
-    query_ids,
-    key_ids,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    rope: Rope3D | None,
-    scale: float,
-    return_lse: bool,
-):
-    """out and lse of a checked call; shapes as in the public function."""
-    if rope is not None:
-        checks.token_ids_in_grid("masked_attention", "query_ids", query_ids, rope.num_tokens)
-        checks.token_ids_in_grid("masked_attention", "key_ids", key_ids, rope.num_tokens)
-        query, key = rotate(query, query_ids, rope), rotate(key, key_ids, rope)
-    if cu_seqlens_q is None:
-        return _attend(query, key, value, scale)
-    checks.offsets_valid("masked_attention", "cu_seqlens_q", cu_seqlens_q, query.shape[0])
-    checks.offsets_valid("masked_attention", "cu_seqlens_k", cu_seqlens_k, key.shape[0])
-    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+def compose(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse; shapes as in the public function."""
+    query, key, value = inputs.query, inputs.key, inputs.value
+    if inputs.rope is not None:
+        query = rotate(query, inputs.query_ids, inputs.rope)
+        key = rotate(key, inputs.key_ids, inputs.rope)
+    if inputs.cu_seqlens_q is None:
+        return _attend(query, key, value, inputs.scale)
+    starts_q, starts_k = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
     outs, lses = [], []
     for i in range(len(starts_q) - 1):
         rows_q, rows_k = slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1])
-        out, lse = _attend(query[rows_q], key[rows_k], value[rows_k], scale)
+        out, lse = _attend(query[rows_q], key[rows_k], value[rows_k], inputs.scale)
         outs.append(out)
         lses.append(lse)
     slack = query[starts_q[-1] :]
@@ -107,3 +94,6 @@ def _attend(
     weights = scores.softmax(-1)
     out = torch.einsum("...hqk,...khd->...qhd", weights, value)
     return out, scores.detach().to(_lse_dtype(query)).logsumexp(-1)
+
+
+BACKEND = Backend("reference", ANY_DEVICE, unsupported, compose=compose)

@@ -13,103 +13,65 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from ... import checks
-from ...rope3d import Rope3D
-from .call import Call
+from ...backend import ANY_DEVICE, Backend, Reason
+from .inputs import Inputs
 
 
-def unsupported_reasons(call: Call) -> list[str]:
+def unsupported(inputs: Inputs) -> list[Reason]:
     return []
 
 
-def traceable(cu_seqlens_q: torch.Tensor | None) -> bool:
+def composes(inputs: Inputs) -> bool:
     """True where `compose` may run in the caller's graph: always when dense, outside torch.compile
     when packed."""
-    return cu_seqlens_q is None or not torch.compiler.is_compiling()
+    return not inputs.packed or not torch.compiler.is_compiling()
 
 
-def compose(
-    query,
-    key,
-    value,
-    query_ids,
-    key_ids,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    rope: Rope3D | None,
-    scale: float,
-    return_lse: bool,
-):
-    """out and lse (None unless asked for) of a checked call, with ordinary autograd."""
-    table = None if rope is None else rope.table(query.shape[-1], query.device)
-    grid = (0, 0, 0) if rope is None else rope.grid
-    if not torch.compiler.is_compiling():
-        _check_values(query, key, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope)
-    return _compose(
-        query,
-        key,
-        value,
-        query_ids,
-        key_ids,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        table,
-        grid,
-        scale,
-        return_lse,
-    )
+def compose(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """out and lse (None unless asked for), with ordinary autograd."""
+    query, key, value = inputs.query, inputs.key, inputs.value
+    if inputs.rope_table is not None:
+        query = rotate(query, inputs.query_ids, inputs.rope_table, inputs.grid)
+        key = rotate(key, inputs.key_ids, inputs.rope_table, inputs.grid)
+    if inputs.cu_seqlens_q is None:
+        return _attend(query, key, value, inputs.scale, inputs.return_lse)
+    lengths_q = _lengths(inputs.cu_seqlens_q, query.shape[0])
+    lengths_k = _lengths(inputs.cu_seqlens_k, key.shape[0])
+    pieces = zip(query.split(lengths_q), key.split(lengths_k), value.split(lengths_k), strict=True)
+    results = [
+        _attend(q[None], k[None], v[None], inputs.scale, inputs.return_lse)
+        for q, k, v in list(pieces)[:-1]
+    ]
+    # The rows past the last offset belong to no sequence.
+    slack = query[query.shape[0] - lengths_q[-1] :]
+    slack = slack.masked_fill(slack.new_ones((), dtype=torch.bool), 0.0)
+    out = torch.cat([out[0] for out, _ in results] + [slack])
+    if not inputs.return_lse:
+        return out, None
+    lse_slack = slack.new_full((query.shape[1], lengths_q[-1]), -torch.inf, dtype=torch.float32)
+    return out, torch.cat([lse[0] for _, lse in results] + [lse_slack], dim=-1)
 
 
-def forward(
-    query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope_table, grid, scale
-):
-    out, lse = _compose(
-        query,
-        key,
-        value,
-        query_ids,
-        key_ids,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        rope_table,
-        tuple(grid),
-        scale,
-        True,
-    )
+def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = compose(inputs)
     return out.contiguous(), lse.contiguous()
 
 
-def backward(
-    grad_out,
-    query,
-    key,
-    value,
-    query_ids,
-    key_ids,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    rope_table,
-    out,
-    lse,
-    grid,
-    scale,
-):
+def backward(inputs: Inputs, saved, grad_out, needs):
     """The softmax gradient written out: inside an op there is no autograd to ask. O(Nq * Nk) memory
     for one sequence at a time."""
-    grid = tuple(grid)
-    if rope_table is not None:
-        query, key = (
-            rotate(query, query_ids, rope_table, grid),
-            rotate(key, key_ids, rope_table, grid),
-        )
+    query, key, value, scale = inputs.query, inputs.key, inputs.value, inputs.scale
+    out, lse = saved
+    table, grid = inputs.rope_table, inputs.grid
+    if table is not None:
+        query = rotate(query, inputs.query_ids, table, grid)
+        key = rotate(key, inputs.key_ids, table, grid)
     delta = (grad_out.float() * out.float()).sum(-1).movedim(-1, -2)
-    if cu_seqlens_q is None:
+    if inputs.cu_seqlens_q is None:
         grads = _attend_backward(grad_out, query, key, value, delta, lse, scale)
     else:
-        lengths_q, lengths_k = (
-            _lengths(cu_seqlens_q, query.shape[0]),
-            _lengths(cu_seqlens_k, key.shape[0]),
-        )
+        lengths_q = _lengths(inputs.cu_seqlens_q, query.shape[0])
+        lengths_k = _lengths(inputs.cu_seqlens_k, key.shape[0])
         by_query = [t.split(lengths_q) for t in (grad_out, query)] + [
             t.split(lengths_q, dim=-1) for t in (delta, lse)
         ]
@@ -122,19 +84,13 @@ def backward(
             t.new_zeros((n, *t.shape[1:]))
             for t, n in ((query, lengths_q[-1]), (key, lengths_k[-1]), (value, lengths_k[-1]))
         ]
-        grads = (
-            tuple(
-                torch.cat([*parts, end])
-                for parts, end in zip(zip(*pieces, strict=True), slack, strict=True)
-            )
-            if pieces
-            else slack
-        )
+        parts = zip(*pieces, strict=True) if pieces else ((), (), ())
+        grads = [torch.cat([*part, end]) for part, end in zip(parts, slack, strict=True)]
     grad_query, grad_key, grad_value = grads
-    if rope_table is not None:
-        grad_query = _rotate_transposed(grad_query, query_ids, rope_table, grid)
-        grad_key = _rotate_transposed(grad_key, key_ids, rope_table, grid)
-    return tuple(g.contiguous() for g in (grad_query, grad_key, grad_value))
+    if table is not None:
+        grad_query = _rotate_transposed(grad_query, inputs.query_ids, table, grid)
+        grad_key = _rotate_transposed(grad_key, inputs.key_ids, table, grid)
+    return [g.contiguous() for g in (grad_query, grad_key, grad_value)]
 
 
 def _attend_backward(grad_out, query, key, value, delta, lse, scale: float):
@@ -157,7 +113,7 @@ def _attend_backward(grad_out, query, key, value, delta, lse, scale: float):
 
 
 def rotate(
-    x: torch.Tensor, ids: torch.Tensor, table: torch.Tensor, grid: tuple[int, int, int]
+    x: torch.Tensor, ids: torch.Tensor, table: torch.Tensor, grid: list[int]
 ) -> torch.Tensor:
     """R(x, ids) by the table of `Rope3D.table`, for ``[..., N, heads, head_dim]`` and ids ``[...,
     N]``."""
@@ -170,7 +126,7 @@ def rotate(
 
 
 def _rotate_transposed(
-    grad: torch.Tensor, ids: torch.Tensor, table: torch.Tensor, grid: tuple[int, int, int]
+    grad: torch.Tensor, ids: torch.Tensor, table: torch.Tensor, grid: list[int]
 ) -> torch.Tensor:
     """The gradient of `rotate`: the transpose, which is the inverse only for the interleaved
     layout."""
@@ -181,7 +137,7 @@ def _rotate_transposed(
 
 
 def _angles(
-    ids: torch.Tensor, table: torch.Tensor, grid: tuple[int, int, int], dtype: torch.dtype
+    ids: torch.Tensor, table: torch.Tensor, grid: list[int], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of every rotated channel of every token, ``[..., N, 1, 3 m]``; 1 and 0 where
     the id is -1."""
@@ -194,52 +150,6 @@ def _angles(
     return cos.masked_fill(unrotated, 1.0)[..., None, :], sin.masked_fill(unrotated, 0.0)[
         ..., None, :
     ]
-
-
-def _check_values(
-    query, key, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope: Rope3D | None
-) -> None:
-    if rope is not None:
-        checks.token_ids_in_grid("masked_attention", "query_ids", query_ids, rope.num_tokens)
-        if key_ids is not query_ids:
-            checks.token_ids_in_grid("masked_attention", "key_ids", key_ids, rope.num_tokens)
-    if cu_seqlens_q is not None:
-        checks.offsets_valid("masked_attention", "cu_seqlens_q", cu_seqlens_q, query.shape[0])
-        if cu_seqlens_k is not cu_seqlens_q:
-            checks.offsets_valid("masked_attention", "cu_seqlens_k", cu_seqlens_k, key.shape[0])
-
-
-def _compose(
-    query,
-    key,
-    value,
-    query_ids,
-    key_ids,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    table,
-    grid,
-    scale,
-    return_lse,
-):
-    if table is not None:
-        query, key = rotate(query, query_ids, table, grid), rotate(key, key_ids, table, grid)
-    if cu_seqlens_q is None:
-        return _attend(query, key, value, scale, return_lse)
-    lengths_q = _lengths(cu_seqlens_q, query.shape[0])
-    lengths_k = _lengths(cu_seqlens_k, key.shape[0])
-    pieces = zip(query.split(lengths_q), key.split(lengths_k), value.split(lengths_k), strict=True)
-    results = [
-        _attend(q[None], k[None], v[None], scale, return_lse) for q, k, v in list(pieces)[:-1]
-    ]
-    # The rows past the last offset belong to no sequence.
-    slack = query[query.shape[0] - lengths_q[-1] :]
-    slack = slack.masked_fill(slack.new_ones((), dtype=torch.bool), 0.0)
-    out = torch.cat([out[0] for out, _ in results] + [slack])
-    if not return_lse:
-        return out, None
-    lse_slack = slack.new_full((query.shape[1], lengths_q[-1]), -torch.inf, dtype=torch.float32)
-    return out, torch.cat([lse[0] for _, lse in results] + [lse_slack], dim=-1)
 
 
 def _lengths(offsets: torch.Tensor, total: int) -> list[int]:
@@ -261,3 +171,8 @@ def _attend(query, key, value, scale: float, return_lse: bool):
     with torch.no_grad():
         scores = (q.float() @ k.float().transpose(-1, -2)) * scale
     return out.contiguous(), scores.logsumexp(-1)
+
+
+BACKEND = Backend(
+    "torch", ANY_DEVICE, unsupported, forward, backward, compose=compose, composes=composes
+)

@@ -14,70 +14,69 @@ from typing import Any
 import torch
 
 from ... import triton_runtime
+from ...backend import Backend, Reason
 from ...rope3d import rope_dim
-from .call import Call, dtype_reasons, head_dim_reasons
+from .inputs import Inputs, rows_of_channels, shape_reasons
 from .triton_table import ROTATE_HEADS, ROTATE_TILE, Tile, channels, tile
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SEARCH_FANOUT = 128  # of triton_tiles.find_sequence
 
 
-def unsupported_reasons(call: Call) -> list[str]:
-    return (
-        triton_runtime.unavailable_reasons(call.device_type)
-        + dtype_reasons(call, _DTYPES)
-        + head_dim_reasons(call)
-    )
+def unsupported(inputs: Inputs) -> list[Reason]:
+    return triton_runtime.unavailable_reasons(inputs.device_type) + shape_reasons(inputs, _DTYPES)
 
 
-def forward(
-    query, key, value, query_ids, key_ids, cu_seqlens_q, cu_seqlens_k, rope_table, grid, scale
-):
+def forward(inputs: Inputs):
     from .triton_kernels import masked_attention_fwd_kernel
 
+    query, key, value = inputs.query, inputs.key, inputs.value
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    case = _Case(query, key, cu_seqlens_q, cu_seqlens_k, rope_table, grid)
-    lse = case.lse()
+    case = _Case(inputs)
+    lse = query.new_empty(inputs.lse_shape(), dtype=torch.float32)
     with case.device():
-        key = case.turned(key, key_ids) if rope_table is not None else key
+        if inputs.rope_table is not None:
+            key = case.rotated(key, inputs.key_ids)
         case.launch(
             masked_attention_fwd_kernel,
             "fwd",
             query,
-            (query, key, value, out, lse, query_ids, rope_table, cu_seqlens_q, cu_seqlens_k),
+            (
+                query,
+                key,
+                value,
+                out,
+                lse,
+                inputs.query_ids,
+                inputs.rope_table,
+                inputs.cu_seqlens_q,
+                inputs.cu_seqlens_k,
+            ),
             {"q": query, "k": key, "v": value, "o": out},
-            query_ids,
-            log2_scale=_log2_scale(scale),
-            NEGATIVE=scale < 0,
+            inputs.query_ids,
+            log2_scale=_log2_scale(inputs.scale),
+            NEGATIVE=inputs.scale < 0,
         )
     return out, lse
 
 
-def backward(
-    grad_out,
-    query,
-    key,
-    value,
-    query_ids,
-    key_ids,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    rope_table,
-    out,
-    lse,
-    grid,
-    scale,
-):
+def backward(inputs: Inputs, saved, grad_out, needs):
     from .triton_kernels_bwd import masked_attention_bwd_kv_kernel, masked_attention_bwd_q_kernel
 
+    query, key, value = inputs.query, inputs.key, inputs.value
+    out, lse = saved
+    grad_out = rows_of_channels(grad_out)
     grad_query, grad_key, grad_value = (
         torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
     )
-    case = _Case(query, key, cu_seqlens_q, cu_seqlens_k, rope_table, grid)
+    case = _Case(inputs)
     delta, log2_lse = torch.empty_like(lse), torch.empty_like(lse)
+    places = (inputs.rope_table, inputs.cu_seqlens_q, inputs.cu_seqlens_k)
     with case.device():
-        if rope_table is not None:
-            query, key = case.turned(query, query_ids), case.turned(key, key_ids)
+        if inputs.rope_table is not None:
+            query = case.rotated(query, inputs.query_ids)
+            key = case.rotated(key, inputs.key_ids)
+        read = {"q": query, "k": key, "v": value, "g": grad_out}
         case.launch(
             masked_attention_bwd_q_kernel,
             "bwd_q",
@@ -92,14 +91,12 @@ def backward(
                 log2_lse,
                 delta,
                 grad_query,
-                query_ids,
-                rope_table,
-                cu_seqlens_q,
-                cu_seqlens_k,
+                inputs.query_ids,
+                *places,
             ),
-            {"q": query, "k": key, "v": value, "g": grad_out, "o": out},
-            query_ids,
-            scale=float(scale),
+            {**read, "o": out},
+            inputs.query_ids,
+            scale=inputs.scale,
         )
         case.launch(
             masked_attention_bwd_kv_kernel,
@@ -114,14 +111,12 @@ def backward(
                 delta,
                 grad_key,
                 grad_value,
-                key_ids,
-                rope_table,
-                cu_seqlens_q,
-                cu_seqlens_k,
+                inputs.key_ids,
+                *places,
             ),
-            {"q": query, "k": key, "v": value, "g": grad_out, "o": grad_key},
-            key_ids,
-            scale=float(scale),
+            {**read, "o": grad_key},
+            inputs.key_ids,
+            scale=inputs.scale,
         )
     return grad_query, grad_key, grad_value
 
@@ -134,14 +129,15 @@ def _strides(x: torch.Tensor) -> tuple[int, int, int]:
 class _Case:
     """One call's sizes, and the launches that share them."""
 
-    def __init__(self, query, key, cu_seqlens_q, cu_seqlens_k, rope_table, grid) -> None:
-        self.query, self.rope_table = query, rope_table
-        self.packed = cu_seqlens_q is not None
+    def __init__(self, inputs: Inputs) -> None:
+        query, key = inputs.query, inputs.key
+        self.query, self.rope_table = query, inputs.rope_table
+        self.packed = inputs.packed
         self.batch = 1 if self.packed else query.shape[0]
         self.rows = {"q": query.shape[-3], "k": key.shape[-3]}
         self.heads, self.head_dim = query.shape[-2:]
-        self.num_seqs = cu_seqlens_q.shape[0] - 1 if self.packed else 0
-        self.grid = [int(size) for size in grid]
+        self.num_seqs = inputs.cu_seqlens_q.shape[0] - 1 if self.packed else 0
+        self.grid = [int(size) for size in inputs.grid]
         self.architecture = triton_runtime.architecture(query.device)
 
     def device(self) -> contextlib.AbstractContextManager[Any]:
@@ -150,27 +146,19 @@ class _Case:
             torch.cuda.device(self.query.device) if self.query.is_cuda else contextlib.nullcontext()
         )
 
-    def lse(self) -> torch.Tensor:
-        shape = (
-            (self.heads, self.rows["q"])
-            if self.packed
-            else (self.batch, self.heads, self.rows["q"])
-        )
-        return self.query.new_empty(shape, dtype=torch.float32)
-
     def scratch(self, x: torch.Tensor) -> torch.Tensor:
         """Like `x`, with the rows of one head side by side in memory."""
         if self.packed:
             return x.new_empty((x.shape[1], x.shape[0], x.shape[2])).transpose(0, 1)
         return x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2)
 
-    def turned(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def rotated(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """R(x, ids), computed once because the attention kernels read every row many times."""
         from .triton_kernels import rotate_rows_kernel
 
-        turned = self.scratch(x)
+        rotated = self.scratch(x)
         if x.numel() == 0:
-            return turned
+            return rotated
         rows = x.shape[-3]
         tiles = -(-rows // ROTATE_TILE.block_q)
         heads_each = min(ROTATE_HEADS, self.heads)
@@ -178,7 +166,7 @@ class _Case:
         main, tail = channels(self.query.dtype, self.head_dim)
         rotate_rows_kernel[(tiles * self.batch, -(-self.heads // heads_each))](
             x,
-            turned,
+            rotated,
             ids,
             self.rope_table,
             rows,
@@ -196,7 +184,7 @@ class _Case:
             HEADS_EACH=heads_each,
             **launch_options(ROTATE_TILE),
         )
-        return turned
+        return rotated
 
     def launch(
         self,
@@ -314,3 +302,6 @@ def _alignment(*panels: torch.Tensor) -> int:
 def _id_strides(ids: torch.Tensor) -> tuple[int, int]:
     """Strides of (batch, row) of token ids [N], [B, N] or packed [tokens]."""
     return (0, ids.stride(0)) if ids.dim() == 1 else (ids.stride(0), ids.stride(1))
+
+
+BACKEND = Backend("triton", triton_runtime.DEVICES, unsupported, forward, backward)
