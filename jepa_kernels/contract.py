@@ -1,11 +1,11 @@
 """What every op has in common: a torch schema, a fake, an autograd formula and a guard of direct
 calls, made once from the op's `Inputs` dataclass.
 
-The public function checks its arguments, resolves a backend and calls `run`. A plain eager call goes
-straight to the backend (`_Eager` carries its gradient). Inside a compiled graph, under a dispatch
-mode or a transform, and with tensor subclasses, it goes through ``torch.ops.jepa_kernels``, where an
-op has one schema for all backends: the fields of `Inputs`, then the backend's name. Whoever calls
-that op directly meets the same checks.
+The public function checks its arguments, resolves a backend and calls `run`. A plain eager call
+goes straight to the backend (`_Eager` carries its gradient). Inside a compiled graph, under a
+dispatch mode or a transform, and with tensor subclasses, it goes through ``torch.ops.jepa_kernels``,
+where an op has one schema for all backends: the fields of `Inputs`, then the backend's name.
+Whoever calls that op directly meets the same checks.
 """
 
 from __future__ import annotations
@@ -240,10 +240,19 @@ class Function(Contract):
 
 class InPlace(Contract):
     """An op that writes lists of tensors and returns nothing. There is nothing to differentiate:
-    the public function runs it under no_grad."""
+    the public function runs it under no_grad.
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    Args:
+        distinct: inputs -> the same without tensors that occur twice, or None when nothing is left
+            to do.
+        Other arguments: as for `Contract`.
+    """
+
+    def __init__(
+        self, *arguments: Any, distinct: Callable[[Any], Any | None], **options: Any
+    ) -> None:
         super().__init__(*arguments, **options)
+        self.distinct = distinct
         _register_in_place(self)
         self.update_op = getattr(torch.ops.jepa_kernels, f"{self.name}_").default
 
@@ -257,8 +266,10 @@ class InPlace(Contract):
 
     def update(self, inputs: Any, backend: Backend) -> None:
         self._check_values(inputs, backend)
-        assert backend.forward is not None
-        backend.forward(inputs)
+        kernel_inputs = self.distinct(inputs)
+        if kernel_inputs is not None:
+            assert backend.forward is not None
+            backend.forward(kernel_inputs)
         # Kernels write through raw pointers, which autograd's version counters do not see
         # (inference tensors have none).
         for name in self.signature.written:

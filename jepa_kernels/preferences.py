@@ -21,7 +21,11 @@ Table = dict[tuple[str, str, str, str, str], Preference]
 
 def read(path: Path) -> Table:
     """The rows of a preference file."""
-    rows = [Preference(**row) for row in json.loads(path.read_text())["preferences"]]
+    return indexed([Preference(**row) for row in json.loads(path.read_text())["preferences"]])
+
+
+def indexed(rows: list[Preference]) -> Table:
+    """The rows by the case in which `slower` is passed by."""
     return {(r.op, r.slower, r.device, r.dtype, r.size_class): r for r in rows}
 
 

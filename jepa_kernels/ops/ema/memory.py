@@ -4,6 +4,8 @@ tensors cost a copy; dense ones do not."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -91,3 +93,23 @@ class Flat:
             self.lists[place][i] = flat
             if place < self.num_written and flat is not tensor:
                 self.back.append((tensor, flat))
+
+
+class FlatInputs:
+    """The inputs of a call with some of their lists as `Flat` gives them."""
+
+    def __init__(
+        self, inputs: Any, *, written: tuple[str, ...], read: tuple[str, ...], row_major: bool
+    ) -> None:
+        self.inputs, self.names = inputs, (*written, *read)
+        self.flat = Flat(
+            written=tuple(getattr(inputs, name) for name in written),
+            read=tuple(getattr(inputs, name) for name in read),
+            row_major=row_major,
+        )
+
+    def __enter__(self) -> Any:
+        return replace(self.inputs, **dict(zip(self.names, self.flat.__enter__(), strict=True)))
+
+    def __exit__(self, *exception: Any) -> None:
+        self.flat.__exit__(*exception)
