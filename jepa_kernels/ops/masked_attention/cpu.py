@@ -1,4 +1,4 @@
-"""C++ CPU backend: csrc/masked_attention/cpu.cpp through the stable-ABI binding."""
+"""C++ CPU backend: csrc/masked_attention/cpu through the stable-ABI binding."""
 
 from __future__ import annotations
 
