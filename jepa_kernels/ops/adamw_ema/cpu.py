@@ -1,4 +1,4 @@
-"""C++ CPU backend: csrc/adamw_ema/cpu.cpp through the stable-ABI binding, one parallel region over
+"""C++ CPU backend: csrc/adamw_ema/cpu through the stable-ABI binding, one parallel region over
 the whole list."""
 
 from __future__ import annotations

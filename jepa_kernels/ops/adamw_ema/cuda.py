@@ -1,4 +1,4 @@
-"""CUDA C++ backend: csrc/adamw_ema/cuda.cu, opened lazily behind its C ABI by the stable-ABI
+"""CUDA C++ backend: csrc/adamw_ema/cuda, opened lazily behind its C ABI by the stable-ABI
 binding."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""C++ CPU backend: csrc/ema_update/cpu.cpp through the stable-ABI binding, one parallel region over
+"""C++ CPU backend: csrc/ema_update/cpu through the stable-ABI binding, one parallel region over
 the whole list."""
 
 from __future__ import annotations
