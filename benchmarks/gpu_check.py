@@ -95,9 +95,7 @@ def attention(case: AttentionCase, backend: str, device: str, direction: str) ->
     ]
 
 
-def _attention_forward(
-    case: AttentionCase, backend: str, device: str
-) -> dict[str, torch.Tensor]:
+def _attention_forward(case: AttentionCase, backend: str, device: str) -> dict[str, torch.Tensor]:
     from jepa_kernels import masked_attention
 
     inputs = (t.to(device=device, dtype=case.dtype) for t in (case.query, case.key, case.value))

@@ -1,8 +1,8 @@
 """What a rented GPU is asked, in three commands of at most 200 s: check, time, test.
 
-    python -m benchmarks.gpu_run check    build; every op x backend x dtype x direction against float64
+    python -m benchmarks.gpu_run check    build; every op, backend, dtype, direction against float64
     python -m benchmarks.gpu_run time     seconds under CUDA-graph replay, ours and everyone else's
-    python -m benchmarks.gpu_run test     device tests, sanitizers, whole training steps by the sweep
+    python -m benchmarks.gpu_run test     device tests, sanitizers, whole steps by the sweep
 
 The commands need neither one another nor a network. Each step writes its log as it runs, its
 records as they are made, and its exit status as it ends, all under ``$OUT/<command>``; so a kill at
@@ -14,6 +14,7 @@ committed records.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -103,10 +104,8 @@ def _record(step: Step, folder: Path, status: str, code: int | None, seconds: fl
 
 def _stop(running: _Running) -> None:
     """Ends a step and what it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(running.process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     running.process.wait()
 
 
