@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from . import capability
+
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 ABI_VERSION = 1
 
@@ -72,6 +74,8 @@ def cuda_unavailable_reasons(device_type: str) -> list[str]:
     reasons = [] if missing is None else [missing]
     if device_type != "cuda":
         reasons.append(f"tensors must be on a CUDA device, got {device_type}")
+    else:
+        reasons += capability.reasons()
     return reasons
 
 

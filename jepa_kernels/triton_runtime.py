@@ -9,9 +9,10 @@ import os
 
 import torch
 
+from . import capability
+
 # Triton releases this package is written for; torch picks the exact one.
 SUPPORTED = "3.6 to 3.9"
-_OLDEST_CAPABILITY = (8, 0)
 
 
 # Asked at import, not behind functools.cache: Dynamo of torch 2.11 traces through the cache and
@@ -50,18 +51,9 @@ def unavailable_reasons(device_type: str) -> list[str]:
         reasons.append(f"tensors must be on a CUDA device, got {device_type}")
     elif torch.version.hip is not None:
         reasons.append("the tile table knows NVIDIA GPUs only, got a ROCm build of torch")
-    elif not interpreting() and _capability() < _OLDEST_CAPABILITY:
-        reasons.append(
-            "the GPU must have compute capability 8.0 or later, got {}.{}".format(*_capability())
-        )
+    elif not interpreting():
+        reasons += capability.reasons()
     return reasons
-
-
-@functools.cache
-def _capability() -> tuple[int, int]:
-    # Of the first device: a machine with GPUs of two generations is out of scope, and a fake tensor
-    # has no index.
-    return torch.cuda.get_device_capability(0) if torch.cuda.is_available() else _OLDEST_CAPABILITY
 
 
 def architecture(device: torch.device) -> int:

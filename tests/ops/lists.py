@@ -9,13 +9,11 @@ import pytest
 import torch
 
 from jepa_kernels import native, triton_runtime
+from tests.ops.devices import GPU_BACKENDS, on_a_gpu
 
 GPU = torch.cuda.is_available()
-BACKENDS = (
-    "torch",
-    *(("cpu",) if native.available() else ()),
-    *(("triton", "cuda") if GPU else ()),
-)
+HERE = ("torch", *(("cpu",) if native.available() else ()))
+BACKENDS = (*HERE, *(on_a_gpu(name) for name in GPU_BACKENDS))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from jepa_kernels import BackendUnsupportedError, TeacherLists, adamw_ema_, explain, native
 from jepa_kernels.ops.adamw_ema.op import ROOM
 from jepa_kernels.testing import assert_within_budget
-from tests.ops.lists import BACKENDS, GPU, one_thread, run_here, tensors  # noqa: F401
+from tests.ops.lists import BACKENDS, one_thread, run_here, tensors  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -263,10 +263,7 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bits():
     )
 
 
-@pytest.mark.parametrize(
-    "backend",
-    ["torch", *(("triton", "cuda") if GPU else ()), *(("cpu",) if native.available() else ())],
-)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_steps_and_hyperparameters_on_the_device(backend):
     values = case()
     device = run_here(backend, values["params"])[0].device

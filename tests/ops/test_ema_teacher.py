@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from jepa_kernels.nn import CosineMomentum, EMATeacher, LinearMomentum
-from tests.ops.lists import BACKENDS, one_thread  # noqa: F401
+from tests.ops.lists import HERE, one_thread  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,9 +41,7 @@ def shift(module: nn.Module, by: float = 1.0) -> None:
             tensor.add_(by if tensor.is_floating_point() else 1)
 
 
-@pytest.mark.parametrize(
-    "backend", [None, "reference", *(b for b in BACKENDS if b in ("torch", "cpu"))]
-)
+@pytest.mark.parametrize("backend", [None, "reference", *HERE])
 def test_follows_parameters_and_buffers(backend):
     student = Net()
     teacher = EMATeacher(student, momentum=0.75, backend=backend)

@@ -16,7 +16,8 @@ from jepa_kernels import BackendUnsupportedError, ema_update_, explain, native
 from jepa_kernels.ops.ema_update import stochastic
 from jepa_kernels.ops.ema_update.op import ROOM
 from jepa_kernels.testing import assert_within_budget
-from tests.ops.lists import BACKENDS, GPU, one_thread, run_here, tensors  # noqa: F401
+from tests.ops.devices import GPU_BACKENDS
+from tests.ops.lists import BACKENDS, GPU, HERE, one_thread, run_here, tensors  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -132,7 +133,7 @@ def test_limits_and_fixed_point_are_exact(backend, dtype):
     sizes=st.lists(st.integers(0, 70), min_size=1, max_size=6),
     momentum=st.floats(0, 1),
     steps=st.integers(1, 4),
-    backend=st.sampled_from(["reference", *BACKENDS]),
+    backend=st.sampled_from(["reference", *HERE, *(GPU_BACKENDS if GPU else ())]),
 )
 def test_repeated_updates_are_one_with_the_product_of_momenta(sizes, momentum, steps, backend):
     targets, sources = case(
@@ -375,7 +376,7 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bits():
 def test_momentum_as_a_tensor_of_any_float_dtype(backend):
     targets, sources = case()
     expected, _ = run(backend, targets, sources, 0.75)
-    devices = ["cpu", "cuda"] if GPU and backend not in ("cpu",) else ["cpu"]
+    devices = {"cpu", run_here(backend, targets[:1])[0].device.type}
     for dtype, device in itertools.product((torch.float32, torch.float64, torch.bfloat16), devices):
         actual, _ = run(backend, targets, sources, torch.tensor(0.75, dtype=dtype, device=device))
         assert all(torch.allclose(a, e, rtol=1e-6) for a, e in zip(actual, expected, strict=True))
