@@ -254,18 +254,22 @@ def made(check: Check, device: str) -> Row:
     return row | {"seconds": round(time.perf_counter() - began, 3)}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_check",
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backend", action="append", default=[], help="default: all of the device")
-    parser.add_argument("--share", default="0/1", help="i/n: of n shares, the one numbered i")
-    parser.add_argument("--limit", type=int, help="the first so many checks of the share")
-    parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args(argv)
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--backend", action="append", default=[], help="default: all of the device")
+    made.add_argument("--share", default="0/1", help="i/n: of n shares, the one numbered i")
+    made.add_argument("--limit", type=int, help="the first so many checks of the share")
+    made.add_argument("--output", type=Path, required=True)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
     torch.set_num_threads(1)
     number, count = (int(part) for part in arguments.share.split("/"))
     known = {_key(row) for row in gpu_lines.read(arguments.output) if row["status"] == "ok"}

@@ -241,6 +241,8 @@ def time_steps(folder: Path, dry: bool, cores: int) -> list[Step]:
     ]
 
 
+# Side by side, every process must not take every core for its float64 reference.
+_FEW_THREADS = {"OMP_NUM_THREADS": "2"}
 # Sanitizers look at single allocations: torch's caching allocator would hide an overrun in a block.
 _UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
@@ -248,7 +250,8 @@ _UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 def test_steps(folder: Path, dry: bool, cores: int) -> list[Step]:
     """(c) Does all of it hold, and what does a training step gain?"""
     shares = _shares(2 if dry else max(2, cores // 2))
-    chosen = ["tests/ops/test_device.py"] if dry else ["tests", "-m", "gpu"]
+    # Device tests first. Other folders import what a rented machine may lack.
+    chosen = ["tests/ops/test_device.py", *([] if dry else ["tests/ops", "-m", "gpu"])]
     steps = []
     for share in shares:
         name = f"tests-{share.split('/')[0]}"
@@ -256,7 +259,7 @@ def test_steps(folder: Path, dry: bool, cores: int) -> list[Step]:
         command = _python(
             "pytest", *chosen, "-p", "benchmarks.gpu_outcomes", outcomes, f"--share={share}"
         )
-        steps.append(Step(name, command, 150))
+        steps.append(Step(name, command, 150, environment=_FEW_THREADS))
     sweep = ("benchmarks.sweep", "--modes", "pretrain", "--data", "tensors", "--no-report")
     if dry:
         small = ("--variants", "baseline", "--resolutions", "32", "--frames", "8", "--rounds", "1")

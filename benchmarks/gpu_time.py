@@ -144,28 +144,30 @@ def warm(share: str, device: str, quick: bool) -> None:
                 print(f"{names} {side.name}: {note} {seconds:.1f} s", flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_time",
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--topic", choices=TOPICS, action="append", default=[])
-    parser.add_argument("--quick", action="store_true", help="tiny cases: a look, not a record")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--warm", action="store_true", help="compile what would be timed, and stop")
-    parser.add_argument("--share", default="0/1", help="with --warm, i/n")
-    parser.add_argument(
-        "--output", type=Path, help="rows that are there already are not made again"
-    )
-    arguments = parser.parse_args(argv)
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--topic", choices=TOPICS, action="append", default=[])
+    made.add_argument("--quick", action="store_true", help="tiny cases: a look, not a record")
+    made.add_argument("--rounds", type=int, default=ROUNDS)
+    made.add_argument("--warm", action="store_true", help="compile what would be timed, and stop")
+    made.add_argument("--share", default="0/1", help="with --warm, i/n")
+    made.add_argument("--output", type=Path, help="rows that are there already are not made again")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
     torch.set_float32_matmul_precision("highest")
     if arguments.warm:
         warm(arguments.share, arguments.device, arguments.quick)
         return 0
     if arguments.output is None:
-        parser.error("--output must be given")
+        parser().error("--output must be given")
     # What others cannot do here, they cannot do a second time either.
     earlier = gpu_lines.read(arguments.output)
     done = {_key(row) for row in earlier if row["status"] == "ok" or not row["ours"]}
