@@ -110,6 +110,8 @@ class Preference:
     reason: str
     record: str
     isa: str | None = None  # CPU only: the instruction set on which it was measured
+    capability: tuple[int, int] | None = None  # GPU only: the generation it holds for
+    faster: str | None = None  # it holds only where this backend can run the call
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class Room:
         one."""
         if not self.preferences:
             return None
-        from . import native
+        from . import capability, native
 
         for preference in self.preferences:
             if (
@@ -156,6 +158,8 @@ class Room:
                 and preference.dtype == call.dtype
                 and preference.size_class in ("any", call.size_class())
                 and preference.isa in (None, native.isa_name())
+                and preference.capability in (None, capability.first_device())
+                and (preference.faster is None or not self.reasons(preference.faster, call))
             ):
                 return preference
         return None
