@@ -286,11 +286,14 @@ class InPlace(Contract):
 def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether nothing but a backend needs to see this call: no graph, mode, transform or
     subclass."""
-    return not (
-        torch.compiler.is_compiling()
-        or _get_current_dispatch_mode() is not None
-        or torch._C._are_functorch_transforms_active()
-    ) and set(map(type, tensors)) <= PLAIN
+    return (
+        not (
+            torch.compiler.is_compiling()
+            or _get_current_dispatch_mode() is not None
+            or torch._C._are_functorch_transforms_active()
+        )
+        and set(map(type, tensors)) <= PLAIN
+    )
 
 
 def _exact(call: Callable[..., Any] | None, inputs: Any, *more: Any) -> Any:
