@@ -1,0 +1,20 @@
+"""CUDA C++ backend of a GRU's rollout, plain matrix products through torch.
+
+A block owns 16 rows and takes them through every step in one launch; their state stays in shared
+memory. So does W_s wherever it fits what the device lends to a block.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from ..kernel_backend import kernel_backend
+from ..native_ops import cuda_unsupported
+from . import rollout
+from .native import Native
+
+WIDEST = 640
+
+BACKEND = kernel_backend(
+    "cuda", ("cuda",), partial(cuda_unsupported, widest=WIDEST), rollout, Native()
+)
