@@ -33,9 +33,9 @@ CUDA_ARCHS = "80;90a;100a;120"
 # Only these files may use instructions beyond baseline x86-64; the kernels choose among them at run
 # time.
 ISA_FLAGS = {
-    "_avx2": "-mavx2 -mfma -mf16c",
-    "_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
-    "_avx512_bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mavx512vbmi -mavx2 "
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
+    "avx512_bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mavx512vbmi -mavx2 "
     "-mfma -mf16c",
 }
 
@@ -83,8 +83,7 @@ def find_nvcc() -> str | None:
 def isa_flags(source: Path) -> str:
     if platform.machine() not in ("x86_64", "AMD64"):
         return ""
-    matches = [suffix for suffix in ISA_FLAGS if source.stem.endswith(suffix)]
-    return ISA_FLAGS[max(matches, key=len)] if matches else ""
+    return ISA_FLAGS.get(source.stem, "")
 
 
 def gencode() -> str:
@@ -162,7 +161,7 @@ class Ninja:
 
 
 def cuda_sources() -> list[Path]:
-    return sorted(CSRC.glob("*/cuda.cu"))
+    return sorted(CSRC.glob("*/cuda/launch.cu"))
 
 
 def plan(ninja: Ninja, nvcc: str | None) -> dict[str, Path]:
@@ -193,11 +192,7 @@ def plan(ninja: Ninja, nvcc: str | None) -> dict[str, Path]:
 
     libraries = {}
     host_sources = [CSRC / "host.cpp", *sorted((CSRC / "host").glob("*.cpp"))]
-    native_sources = [
-        s
-        for s in (*sorted(CSRC.glob("*.cpp")), *sorted(CSRC.glob("*/*.cpp")))
-        if s not in host_sources
-    ]
+    native_sources = [s for s in sorted(CSRC.rglob("*.cpp")) if s not in host_sources]
     objects = ninja.objects("native", native_sources)
     link_torch = f"-L{ninja.escape(torch / 'lib')} -ltorch_cpu -lc10 -ldl"
     libraries["_native"] = ninja.build(ninja.folder / "_native.so", "link", objects, link_torch)

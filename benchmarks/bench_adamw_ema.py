@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from benchmarks import harness, parameter_lists
-from jepa_kernels.backend import ROOMS
+from jepa_kernels.backend import OPS
 from jepa_kernels.nn import EMATeacher
 from jepa_kernels.optim import AdamWEMA
+from jepa_kernels.support import example
 
 OP = "adamw_ema"
 MOMENTUM = 0.99925
@@ -117,13 +118,13 @@ def gate(encoder: str, device: str, backend: str) -> Callable[[], None]:
 
 
 def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
-    room = ROOMS[OP]
+    op = OPS[OP]
     for encoder in ("vit_s",) if options.quick else tuple(parameter_lists.ENCODERS):
         if not options.wants(dtype="float32", pass_name="step"):
             continue
-        for backend in options.backends or room.priority:
-            if backend == "reference" or room.reasons(
-                backend, room.example(torch.device(options.device).type, torch.float32)
+        for backend in options.backends or op.priority:
+            if backend == "reference" or op.reasons(
+                backend, example(op, torch.device(options.device).type, torch.float32)
             ):
                 continue
             for name in BASELINES:

@@ -16,7 +16,7 @@ import torch
 
 import jepa_kernels
 from benchmarks import harness, parameter_lists
-from jepa_kernels.backend import ROOMS
+from jepa_kernels.backend import OPS
 
 OP = "ema_update"
 MOMENTUM = 0.99925
@@ -121,13 +121,11 @@ def gate(case: Case, backend: str) -> Callable[[], None]:
 
 
 def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
-    wanted = options.backends or ROOMS[OP].priority
+    wanted = options.backends or OPS[OP].priority
     for case in cases(options):
-        call = jepa_kernels.ops.ema_update.api.prepare(
-            case.targets, case.sources, MOMENTUM, copies=case.copies or None
-        )
+        call = OPS[OP].prepare(case.targets, case.sources, MOMENTUM, copies=case.copies or None)
         for backend in wanted:
-            if backend == "reference" or ROOMS[OP].reasons(backend, call):
+            if backend == "reference" or OPS[OP].reasons(backend, call):
                 continue
             for name in BASELINES:
                 if not options.wants(baseline=name, pass_name="update") or (

@@ -22,7 +22,7 @@ from benchmarks import eager_attention, harness
 from benchmarks.resolutions import Resolution, parse_resolution
 from jepa.masks import mask_policy, sample_masks
 from jepa_kernels import Rope3D
-from jepa_kernels.backend import ROOMS
+from jepa_kernels.backend import OPS
 
 OP = "masked_attention"
 FRAMES = 16
@@ -308,13 +308,13 @@ def backends(case: Case, options: harness.Options) -> list[str]:
         return list(options.backends)
     query, key, value = case.qkv.unbind(-3)
     rope = Rope3D(case.grid)
-    call = ROOMS[OP].prepare(
+    call = OPS[OP].prepare(
         query, key, value, query_ids=case.ids, rope=rope, cu_seqlens_q=case.offsets
     )
     return [
         name
-        for name in ROOMS[OP].priority
-        if name not in ("reference", "torch") and not ROOMS[OP].reasons(name, call)
+        for name in OPS[OP].priority
+        if name not in ("reference", "torch") and not OPS[OP].reasons(name, call)
     ] or ["torch"]
 
 

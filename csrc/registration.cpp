@@ -5,7 +5,7 @@
 #include <mutex>
 
 #include "binding.h"
-#include "cpu_dispatch.h"
+#include "cpu/dispatch.h"
 
 namespace jk {
 namespace {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import preferences  # noqa: F401 (tells auto what was measured)
 from .backend import (
     BackendUnsupportedError,
     check_environment,

@@ -162,12 +162,24 @@ class Op:
 
     def passed_by(self, backend: str, inputs: Inputs) -> Preference | None:
         """Why `auto` passes `backend` by for these inputs, if it does."""
-        from .preferences import found
-
-        preference = found(self.name, backend, inputs)
+        preference = _preferred(self.name, backend, inputs)
         if preference is None or self.reasons(preference.faster, inputs):
             return None
         return preference
+
+
+def _nothing_preferred(op: str, backend: str, inputs: Inputs) -> Preference | None:
+    return None
+
+
+# What looks preferences up; `preferences`, which reads them from files, puts itself here.
+_preferred: Callable[[str, str, Inputs], Preference | None] = _nothing_preferred
+
+
+def prefer_by(look_up: Callable[[str, str, Inputs], Preference | None]) -> None:
+    """Makes `auto` ask `look_up` which backends it should pass by."""
+    global _preferred
+    _preferred = look_up
 
 
 OPS: dict[str, Op] = {}

@@ -1,16 +1,15 @@
 """What every op has in common: a torch schema, a fake, an autograd formula and a guard of direct
 calls, made once from the op's `Inputs` dataclass.
 
-The public function checks its arguments, resolves a backend and calls `run`. A plain eager call goes
-straight to the backend (`_Eager` carries its gradient). Inside a compiled graph, under a dispatch
-mode or a transform, and with tensor subclasses, it goes through ``torch.ops.jepa_kernels``, where an
-op has one schema for all backends: the fields of `Inputs`, then the backend's name. Whoever calls
-that op directly meets the same checks.
+The public function checks its arguments, resolves a backend and calls `run`. A plain eager call
+goes straight to the backend (`_Eager` carries its gradient). Inside a compiled graph, under a
+dispatch mode or a transform, and with tensor subclasses, it goes through
+``torch.ops.jepa_kernels``, where an op has one schema for all backends: the fields of `Inputs`,
+then the backend's name. Whoever calls that op directly meets the same checks.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import types
@@ -73,6 +72,7 @@ class Signature:
         )
         self.written = tuple(f.name for f in fields if f.metadata.get("written", False))
         self.tensors = tuple(i for i, kind in enumerate(self.types) if kind in _TENSOR_TYPES)
+        self.has_lists = any(self.types[i] == "Tensor[]" for i in self.tensors)
         self._values = attrgetter(*self.names)
 
     def schema(self) -> str:
@@ -92,6 +92,8 @@ class Signature:
 
     def given(self, values: Sequence[Any]) -> list[torch.Tensor]:
         """Every tensor of a call."""
+        if not self.has_lists:
+            return [values[i] for i in self.tensors if values[i] is not None]
         found: list[torch.Tensor] = []
         for i in self.tensors:
             value = values[i]
@@ -103,6 +105,8 @@ class Signature:
 
     def leaves(self, values: Sequence[Any]) -> list[torch.Tensor | None]:
         """The differentiable tensors in order, lists entry by entry."""
+        if not self.has_lists:
+            return [values[i] for i in self.differentiable]
         found: list[torch.Tensor | None] = []
         for i in self.differentiable:
             value = values[i]
@@ -225,7 +229,7 @@ class Function(Contract):
         if torch.is_grad_enabled():
             leaves = self.signature.leaves(values)
             if any([t is not None and t.requires_grad for t in leaves]):
-                return _Eager.apply(self, backend, values, *leaves)
+                return _Eager.apply(self, backend, inputs, values, *leaves)
         return _exact(backend.forward, inputs)
 
     def _refuse_forward_mode(self, values: Sequence[Any], backend: Backend) -> None:
@@ -240,10 +244,19 @@ class Function(Contract):
 
 class InPlace(Contract):
     """An op that writes lists of tensors and returns nothing. There is nothing to differentiate:
-    the public function runs it under no_grad."""
+    the public function runs it under no_grad.
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    Args:
+        distinct: inputs -> the same without tensors that occur twice, or None when nothing is left
+            to do.
+        Other arguments: as for `Contract`.
+    """
+
+    def __init__(
+        self, *arguments: Any, distinct: Callable[[Any], Any | None], **options: Any
+    ) -> None:
         super().__init__(*arguments, **options)
+        self.distinct = distinct
         _register_in_place(self)
         self.update_op = getattr(torch.ops.jepa_kernels, f"{self.name}_").default
 
@@ -257,8 +270,10 @@ class InPlace(Contract):
 
     def update(self, inputs: Any, backend: Backend) -> None:
         self._check_values(inputs, backend)
-        assert backend.forward is not None
-        backend.forward(inputs)
+        kernel_inputs = self.distinct(inputs)
+        if kernel_inputs is not None:
+            assert backend.forward is not None
+            backend.forward(kernel_inputs)
         # Kernels write through raw pointers, which autograd's version counters do not see
         # (inference tensors have none).
         for name in self.signature.written:
@@ -281,12 +296,10 @@ def _exact(call: Callable[..., Any] | None, inputs: Any, *more: Any) -> Any:
     """Calls a backend with autocast off: the public function has cast what it should."""
     assert call is not None
     kind = inputs.device_type
-    with (
-        torch.autocast(kind, enabled=False)
-        if torch.is_autocast_enabled(kind)
-        else contextlib.nullcontext()
-    ):
-        return call(inputs, *more)
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return call(inputs, *more)
+    return call(inputs, *more)
 
 
 class _Eager(torch.autograd.Function):
@@ -294,9 +307,14 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, op: Function, backend: Backend, values: tuple[Any, ...], *leaves: Any
+        ctx: Any,
+        op: Function,
+        backend: Backend,
+        inputs: Any,
+        values: tuple[Any, ...],
+        *leaves: Any,
     ) -> Tensors:
-        outputs = _exact(backend.forward, op.signature.inputs(*values))
+        outputs = _exact(backend.forward, inputs)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)  # or it fills zeros as large as what is saved
         _save(ctx, op, values, outputs)
@@ -305,9 +323,9 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Any, *unused: Any) -> tuple[Any, ...]:
-        needs = list(ctx.needs_input_grad[3:])
+        needs = list(ctx.needs_input_grad[4:])
         if grad_out is None:
-            return (None, None, None, *[None] * len(needs))
+            return (None, None, None, None, *[None] * len(needs))
         values, saved = _saved(ctx)
         if torch.is_grad_enabled() or not is_plain([grad_out]):
             # A gradient that is itself differentiated: the op refuses that, in one sentence.
@@ -316,14 +334,22 @@ class _Eager(torch.autograd.Function):
             inputs = ctx.op.signature.inputs(*values)
             backend = ctx.op.backends[ctx.backend_name]
             grads = _exact(backend.backward, inputs, saved, grad_out, needs)
-        return (None, None, None, *(g if n else None for g, n in zip(grads, needs, strict=True)))
+        wanted = [g if n else None for g, n in zip(grads, needs, strict=True)]
+        return (None, None, None, None, *wanted)
 
 
 def _save(ctx: Any, op: Function, values: Sequence[Any], outputs: Sequence[torch.Tensor]) -> None:
     """Tensors go where autograd counts their versions and hooks see them, the rest beside."""
-    tensors: list[Any] = []
-    rest, counts = list(values), []
-    for i in op.signature.tensors:
+    signature, rest = op.signature, list(values)
+    ctx.op, ctx.rest, ctx.counts = op, rest, None
+    if not signature.has_lists:
+        tensors = [values[i] for i in signature.tensors]
+        for i in signature.tensors:
+            rest[i] = None
+        ctx.save_for_backward(*tensors, *[outputs[i] for i in op.saved])
+        return
+    tensors, counts = [], []
+    for i in signature.tensors:
         value = values[i]
         if isinstance(value, (list, tuple)):
             tensors += value
@@ -332,15 +358,15 @@ def _save(ctx: Any, op: Function, values: Sequence[Any], outputs: Sequence[torch
             tensors.append(value)
             counts.append(-1)
         rest[i] = None
-    ctx.op, ctx.rest, ctx.counts = op, rest, counts
+    ctx.counts = counts
     ctx.save_for_backward(*tensors, *[outputs[i] for i in op.saved])
 
 
 def _saved(ctx: Any) -> tuple[list[Any], list[torch.Tensor]]:
     """The arguments of the op, and the outputs that backward needs."""
     tensors: Iterator[Any] = iter(ctx.saved_tensors)
-    values = list(ctx.rest)
-    for i, count in zip(ctx.op.signature.tensors, ctx.counts, strict=True):
+    places, values = ctx.op.signature.tensors, list(ctx.rest)
+    for i, count in zip(places, ctx.counts or [-1] * len(places), strict=True):
         values[i] = next(tensors) if count < 0 else [next(tensors) for _ in range(count)]
     return values, list(tensors)
 

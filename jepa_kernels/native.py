@@ -66,23 +66,22 @@ def cuda_reason() -> str | None:
     return None
 
 
-@functools.cache
-def _reasons(missing: str | None, device_type: str, wanted: str) -> tuple[Reason, ...]:
+def _reasons(missing: str | None, device_type: str, wanted: str) -> list[Reason]:
     reasons = [] if missing is None else [Reason(missing, "machine")]
     if device_type != wanted:
         place = "a CPU" if wanted == "cpu" else "a CUDA device"
         reasons.append(Reason(f"tensors must be on {place}, got {device_type}", "machine"))
-    return tuple(reasons)
+    return reasons
 
 
 def cpu_unavailable_reasons(device_type: str) -> list[Reason]:
     """Why the C++ kernels cannot run on tensors of `device_type` here; empty when they can."""
-    return list(_reasons(_reason, device_type, "cpu"))
+    return _reasons(_reason, device_type, "cpu")
 
 
 def cuda_unavailable_reasons(device_type: str) -> list[Reason]:
     """Why the CUDA C++ kernels cannot run on tensors of `device_type` here; empty when they can."""
-    return list(_reasons(cuda_reason(), device_type, "cuda"))
+    return _reasons(cuda_reason(), device_type, "cuda")
 
 
 def call(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -1,5 +1,5 @@
-"""Measured cases in which `auto` passes a backend by: committed ones (preferences.json, derived from
-the records under benchmarks/results) and those of this machine (`python -m jepa_kernels
+"""Measured cases in which `auto` passes a backend by: committed ones (preferences.json, derived
+from the records under benchmarks/results) and those of this machine (`python -m jepa_kernels
 calibrate`)."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import native
-from .backend import Preference
+from .backend import Preference, prefer_by
 from .checks import dtype_name
 
 _COMMITTED = Path(__file__).with_name("preferences.json")
@@ -21,7 +21,11 @@ Table = dict[tuple[str, str, str, str, str], Preference]
 
 def read(path: Path) -> Table:
     """The rows of a preference file."""
-    rows = [Preference(**row) for row in json.loads(path.read_text())["preferences"]]
+    return indexed([Preference(**row) for row in json.loads(path.read_text())["preferences"]])
+
+
+def indexed(rows: list[Preference]) -> Table:
+    """The rows by the case in which `slower` is passed by."""
     return {(r.op, r.slower, r.device, r.dtype, r.size_class): r for r in rows}
 
 
@@ -49,3 +53,6 @@ def device_kind(device_type: str) -> str:
 def _architecture() -> str:
     major, minor = torch.cuda.get_device_capability()
     return f"sm_{major}{minor}"
+
+
+prefer_by(found)

@@ -176,9 +176,7 @@ class profile:
         return run
 
     @contextmanager
-    def _range(
-        self, op: str, pass_name: str, backend: str, inputs: Any
-    ) -> Iterator[None]:
+    def _range(self, op: str, pass_name: str, backend: str, inputs: Any) -> Iterator[None]:
         signature = OPS[op].signature
         first = signature.given(signature.values(inputs))[0]
         device, shape = first.device.type, "x".join(map(str, first.shape))

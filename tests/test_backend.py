@@ -17,10 +17,11 @@ from jepa_kernels import (
     explain,
     masked_attention,
     native,
+    preferences,
     use_backend,
 )
-from jepa_kernels.ops.masked_attention.op import ROOM
-from jepa_kernels.testing import attention_case
+from jepa_kernels.ops.masked_attention.contract import OP
+from jepa_kernels.testing import attention_case, patched_backend
 from tests.conftest import missing
 
 CPU_BACKENDS = ["torch", "cpu"]
@@ -87,16 +88,18 @@ def test_a_forced_backend_never_falls_back_and_lists_every_reason():
     assert masked_attention(x, x, x).shape == x.shape  # auto finds torch
 
 
-def test_explain_tells_without_running(monkeypatch):
+def test_explain_tells_without_running():
     (q, k, v), options, _ = _arguments(lengths=(6,))
-    monkeypatch.setattr(
-        ROOM.modules["torch"], "compose", lambda *a: pytest.fail("explain ran the op")
-    )
-    monkeypatch.setattr(
-        ROOM.modules["cpu"], "forward", lambda *a: pytest.fail("explain ran the op")
-    )
-    text = explain("masked_attention", q, k, v, **options)
-    for name in ROOM.priority:
+
+    def ran(*given):
+        pytest.fail("explain ran the op")
+
+    with (
+        patched_backend("masked_attention", "torch", compose=ran),
+        patched_backend("masked_attention", "cpu", forward=ran),
+    ):
+        text = explain("masked_attention", q, k, v, **options)
+    for name in OP.priority:
         assert f"  {name}" in text
     assert "runs on" in text
     assert "cuda:0" not in text
@@ -107,19 +110,20 @@ def test_explain_tells_without_running(monkeypatch):
 def test_auto_follows_committed_preferences(monkeypatch):
     _need("cpu")
     (q, k, v), options, _ = _arguments(lengths=(6,))
+    kind = preferences.device_kind("cpu")
     loss = backend.Preference(
-        "cpu", "cpu", torch.float32, "short", "measured slower", "benchmarks/results/x.json"
+        "masked_attention", kind, "float32", "tiny", "cpu", "torch", "0.31x in a record"
     )
-    object.__setattr__(ROOM, "preferences", (loss,))
-    try:
-        assert "runs on    torch" in explain("masked_attention", q, k, v, **options)
-        assert "measured slower" in explain("masked_attention", q, k, v, **options)
-        with use_backend("cpu"):  # a forced backend runs all the same
-            assert "runs on    cpu" in explain("masked_attention", q, k, v, **options)
-    finally:
-        from jepa_kernels.ops.masked_attention.preferences import PREFERENCES
-
-        object.__setattr__(ROOM, "preferences", PREFERENCES)
+    monkeypatch.setattr(preferences, "_table", preferences.indexed([loss]))
+    text = explain("masked_attention", q, k, v, **options)
+    assert "runs on    torch" in text
+    assert "slower than torch here: 0.31x in a record" in text
+    with use_backend("cpu"):  # a forced backend runs all the same
+        assert "runs on    cpu" in explain("masked_attention", q, k, v, **options)
+    # Where the faster one cannot run, the slower one does.
+    gone = backend.Reason("is not here", "machine")
+    with patched_backend("masked_attention", "torch", unsupported=lambda inputs: [gone]):
+        assert "runs on    cpu" in explain("masked_attention", q, k, v, **options)
 
 
 @pytest.mark.parametrize("name", CPU_BACKENDS)

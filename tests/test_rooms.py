@@ -42,7 +42,10 @@ def test_a_room_has_its_files(op):
         f"jepa_kernels/ops/{op}/{name}.py"
         for name in ("__init__", "api", "op", "reference", *room.priority)
     ]
-    native = [f"csrc/{op}/{name}" for name in ("params.h", "cpu.cpp", "cuda.cu", "binding.cpp")]
+    native = [
+        f"csrc/{op}/{name}"
+        for name in ("params.h", "binding.cpp", "cpu/launch.cpp", "cuda/launch.cu")
+    ]
     tests = [
         f"tests/ops/test_{op}.py",
         f"tests/ops/fuzz_{op}.py",

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from .. import checks
+from ..ops.ema.lists import ROUNDINGS
+from ..ops.ema.shards import is_sharded
 from ..ops.ema_update import ema_update_
-from ..ops.ema_update.call import ROUNDINGS
-from ..ops.ema_update.shards import is_sharded
 
 _NAME = "EMATeacher"
 _HALF = (torch.bfloat16, torch.float16)

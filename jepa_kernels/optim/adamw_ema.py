@@ -10,7 +10,7 @@ import torch
 from .. import checks
 from ..nn.ema import EMATeacher, Pair
 from ..ops.adamw_ema import TeacherLists, adamw_ema_
-from ..ops.adamw_ema.op import COLUMNS
+from ..ops.adamw_ema.inputs import COLUMNS
 
 _NAME = "AdamWEMA"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import jepa_kernels
-from jepa_kernels.backend import ROOMS
+from jepa_kernels.backend import OPS
 from jepa_kernels.profile import profile
 
 
@@ -82,11 +82,11 @@ def test_trace_holds_the_ranges(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_behind_even_after_an_error() -> None:
-    before = {name: dict(room.modules) for name, room in ROOMS.items()}
+    before = {name: dict(op.backends) for name, op in OPS.items()}
     with pytest.raises(RuntimeError, match="inside"), profile():
         attention("torch", gradient=False)
         raise RuntimeError("inside")
-    assert {name: dict(room.modules) for name, room in ROOMS.items()} == before
+    assert {name: dict(op.backends) for name, op in OPS.items()} == before
 
 
 def test_sessions_nest_and_can_be_reused() -> None:

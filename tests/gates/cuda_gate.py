@@ -1,4 +1,4 @@
-"""What nvcc makes of every kernel in csrc/*/cuda.cu, on each shipped architecture, without a GPU.
+"""What nvcc makes of every kernel in csrc/*/cuda, on each shipped architecture, without a GPU.
 
     python -m tests.gates.cuda_gate [op ...]    compiles the named ops (none: those whose sources
     changed) and writes cuda_gate.json
@@ -73,23 +73,26 @@ def nvcc_version() -> str:
 
 
 def ops() -> list[str]:
-    return sorted(path.parent.name for path in CSRC.glob("*/cuda.cu"))
+    return sorted(path.parents[1].name for path in CSRC.glob("*/cuda/launch.cu"))
 
 
 def digest(op: str) -> str:
-    """Of the code that the op's kernels are made of; comments and layout do not count."""
-    total = hashlib.sha256()
-    sources = [
-        CSRC / "device.cuh",
-        *(
-            p
-            for p in sorted((CSRC / op).iterdir())
-            if p.suffix in (".cu", ".cuh") or p.name == "params.h"
-        ),
-    ]
-    for path in sources:
-        code = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
-        total.update("".join(code.split()).encode())
+    """Of the code that the op's kernels are made of, with what it includes; comments, layout and
+    the places of files do not count."""
+    total, seen = hashlib.sha256(), set()
+
+    def add(path: Path) -> None:
+        if path in seen or not path.exists():  # the executor's own header is not under csrc
+            return
+        seen.add(path)
+        for line in path.read_text().splitlines():
+            included = re.match(r'#include "(.*)"', line)
+            if included:
+                add((path.parent / included[1]).resolve())
+            else:
+                total.update("".join(line.partition("//")[0].split()).encode())
+
+    add(CSRC / op / "cuda" / "launch.cu")
     return total.hexdigest()[:12]
 
 
@@ -145,7 +148,7 @@ def compile_op(
                 "-O3",
                 "-arch=compute_80",
                 "-ptx",
-                CSRC / op / "cuda.cu",
+                CSRC / op / "cuda" / "launch.cu",
                 "-o",
                 ptx,
             ]

@@ -59,7 +59,7 @@ def recompile(op: str, architectures: tuple[str, ...]) -> None:
 
 
 def test_every_op_is_in_the_table() -> None:
-    assert sorted(TABLE["ops"]) == cuda_gate.ops(), f"csrc/*/cuda.cu has changed: {REFRESH}"
+    assert sorted(TABLE["ops"]) == cuda_gate.ops(), f"csrc/*/cuda/launch.cu has changed: {REFRESH}"
 
 
 @pytest.mark.parametrize("op", sorted(TABLE["ops"]))

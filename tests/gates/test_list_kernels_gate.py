@@ -117,7 +117,7 @@ def test_cuda_kernels(op, architecture, tmp_path: Path):
         "-cubin",
         "-o",
         str(cubin),
-        str(ROOT / "csrc" / op / "cuda.cu"),
+        str(ROOT / "csrc" / op / "cuda" / "launch.cu"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     spills = re.findall(

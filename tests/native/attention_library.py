@@ -28,9 +28,9 @@ BASE_FLAGS = [
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 NATIVE_FLAGS = {
-    "cpu_avx2": AVX2_FLAGS,
-    "cpu_avx512": AVX512_FLAGS,
-    "cpu_avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vbmi"],
+    "avx2": AVX2_FLAGS,
+    "avx512": AVX512_FLAGS,
+    "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vbmi"],
 }
 BODY = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
 PARALLEL_FOR = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, BODY, ctypes.c_void_p)
@@ -81,7 +81,7 @@ def _flags(stem: str, emulated: bool) -> list[str]:
     return [
         "-O2",
         *NATIVE_FLAGS.get(stem, []),
-        *(["-DJK_EMULATED_ISA=3"] if emulated and stem == "cpu" else []),
+        *(["-DJK_EMULATED_ISA=3"] if emulated and stem == "launch" else []),
     ]
 
 
@@ -97,10 +97,10 @@ def make(command: list[str], target: Path) -> Path:
 def build(folder: Path, emulated: bool) -> Path:
     """A shared library of the kernels; `emulated` compiles the AVX-512 files against SIMDe, so that
     they run on any x86-64 with AVX2."""
-    sources = sorted((CSRC / "masked_attention").glob("cpu*.cpp"))
+    sources = sorted((CSRC / "masked_attention" / "cpu").glob("*.cpp"))
     headers = [
-        *(CSRC / "masked_attention").glob("*.h"),
-        *(CSRC / "simd").glob("*.h"),
+        *(CSRC / "masked_attention").rglob("*.h"),
+        *(CSRC / "cpu").rglob("*.h"),
         *CSRC.glob("*.h"),
         SHIM,
     ]

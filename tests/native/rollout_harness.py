@@ -17,13 +17,13 @@ from tests.simt.rollout_abi import SimtOps, Table
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-UNITS = ("cpu", "cpu_portable", "cpu_avx2", "cpu_avx512", "cpu_avx512_bf16")
+UNITS = ("launch", "portable", "avx2", "avx512", "avx512_bf16")
 # Always against the emulation: on a machine with AVX-512, the tests of the op run the real
 # instructions.
-EMULATED = ("cpu_avx512", "cpu_avx512_bf16")
+EMULATED = ("avx512", "avx512_bf16")
 _UNIT_FLAGS = {
-    "cpu": ["-DJK_EMULATED_ISA=3"],
-    "cpu_avx2": AVX2_FLAGS,
+    "launch": ["-DJK_EMULATED_ISA=3"],
+    "avx2": AVX2_FLAGS,
     **{
         unit: [*AVX2_FLAGS, "-Wno-psabi", "-include", str(HERE / "emulate_rollout.h")]
         for unit in EMULATED
@@ -43,11 +43,11 @@ _SANITIZERS = {
 
 
 def _compile(source: Path, folder: Path, flags: list[str]) -> Path:
-    root = source.parents[1]
+    root = source.parents[2]
     headers = [
         *root.glob("*.h"),
-        *root.glob("simd/*.h"),
-        *root.glob("latent_rollout/*.h"),
+        *root.glob("cpu/**/*.h"),
+        *root.glob("latent_rollout/**/*.h"),
         *HERE.glob("*.h"),
     ]
     command = ["g++", *BASE_FLAGS, *flags, *_UNIT_FLAGS.get(source.stem, [])]
@@ -72,8 +72,10 @@ def build(
         patched: units to take from another copy of csrc, by name.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    quick = {"cpu", *(patched or ())}
-    sources = [(patched or {}).get(unit, CSRC) / "latent_rollout" / f"{unit}.cpp" for unit in UNITS]
+    quick = {"launch", *(patched or ())}
+    sources = [
+        (patched or {}).get(unit, CSRC) / "latent_rollout" / "cpu" / f"{unit}.cpp" for unit in UNITS
+    ]
 
     def compile_one(source: Path) -> Path:
         # The emulation takes long to compile: UBSan would judge it as well, and threads do nothing
@@ -100,11 +102,9 @@ def build(
 
 
 def patch(folder: Path, file: str, sound: str, broken: str) -> Path:
-    """A copy of csrc in `folder` with a fault in one file of latent_rollout."""
-    for part in ("abi.h", "cpu_dispatch.h", "simd", "latent_rollout"):
-        source = CSRC / part
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / part)
-    path = folder / "latent_rollout" / file
+    """A copy of csrc in `folder` with a fault in one file of latent_rollout/cpu."""
+    shutil.copytree(CSRC, folder, dirs_exist_ok=True)
+    path = folder / "latent_rollout" / "cpu" / file
     text = path.read_text()
     assert sound in text
     path.write_text(text.replace(sound, broken))

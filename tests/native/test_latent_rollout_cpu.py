@@ -250,57 +250,57 @@ FAULTS = {
     "a step without its drift": (
         "residual_mlp",
         {},
-        "cpu_recurrence.h",
+        "recurrence.h",
         "V::add(left, V::load(drift + c))",
         "left",
     ),
     "a half-step the wrong way": (
         "hamiltonian",
         {},
-        "cpu_recurrence.h",
+        "recurrence.h",
         "which ? -p.time_step : p.time_step",
         "p.time_step",
     ),
     "gates with the bias of one": (
         "gru",
         {},
-        "cpu_gru.h",
+        "gru.h",
         "p.bias_state + g * d, d",
         "p.bias_state, d",
     ),
-    "old numbers beyond the edge": ("gru", {}, "cpu_gru.h", EDGE, ""),
+    "old numbers beyond the edge": ("gru", {}, "gru.h", EDGE, ""),
     "sums that start with old ones": (
         "residual_mlp",
         {},
-        "cpu_recurrence.h",
+        "recurrence.h",
         "memset(sum, 0, sizeof(float) * count);",
         "",
     ),
     "negative signs from the positive": (
         "residual_mlp",
         {"output": 1.0},
-        "cpu_readout.h",
+        "readout.h",
         "negate<V>(residual[0])",
         "residual[0]",
     ),
     "a step of the depth twice": (
         "residual_mlp",
         {"hidden": 300},
-        "cpu_multiply.h",
+        "multiply.h",
         "panel += step * kColumns;",
         "",
     ),
     "every tile the first piece": (
         "gru",
         {"rows": 49},
-        "cpu_gru.h",
+        "gru.h",
         "p.grad_norm + piece * 2 * d",
         "p.grad_norm",
     ),
     "a row too many": (
         "hamiltonian",
         {},
-        "cpu_recurrence.h",
+        "recurrence.h",
         "r < rows; ++r) memcpy(to",
         "r <= rows; ++r) memcpy(to",
     ),
@@ -308,7 +308,7 @@ FAULTS = {
 
 
 def with_fault(name: str, folder: Path, copy: Path, sanitizer: str | None = None) -> Path:
-    return build(folder, sanitizer, {"cpu_portable": patch(copy, *FAULTS[name][2:])})
+    return build(folder, sanitizer, {"portable": patch(copy, *FAULTS[name][2:])})
 
 
 @pytest.mark.parametrize("fault", FAULTS)

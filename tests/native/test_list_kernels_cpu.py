@@ -17,17 +17,17 @@ pytestmark = pytest.mark.skipif(
 )
 SCRIPT = str(ROOT / "tests" / "native" / "list_sanitized.py")
 SOURCES = tuple(
-    ROOT / "csrc" / op / f"{name}.cpp"
+    ROOT / "csrc" / op / "cpu" / f"{name}.cpp"
     for op in ("ema_update", "adamw_ema")
-    for name in ("cpu", "cpu_avx2")
+    for name in ("launch", "avx2")
 )
 
 
 def build(folder: Path, sanitizer: str) -> str:
     objects = []
     for source in (*SOURCES, Path(__file__).with_name("list_parallel.cpp")):
-        isa = ["-mavx2", "-mfma", "-mf16c"] if source.stem.endswith("_avx2") else []
-        objects.append(str(folder / f"{source.parent.name}-{source.stem}.o"))
+        isa = ["-mavx2", "-mfma", "-mf16c"] if source.stem == "avx2" else []
+        objects.append(str(folder / f"{source.parents[1].name}-{source.stem}.o"))
         subprocess.run(
             [
                 compiler(),

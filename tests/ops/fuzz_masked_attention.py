@@ -277,9 +277,16 @@ def direct_forward(call) -> object:
 
 
 def direct_backward(call) -> object:
-    rows = (call.grad_out, call.query, call.key, call.value)
+    rows = (call.query, call.key, call.value)
     return torch.ops.jepa_kernels.masked_attention_bwd(
-        *rows, *_common(call), call.out, call.lse, call.grid, call.scale, call.backend
+        call.grad_out,
+        [call.out, call.lse],
+        [True] * 3,
+        *rows,
+        *_common(call),
+        call.grid,
+        call.scale,
+        call.backend,
     )
 
 

@@ -1,5 +1,4 @@
-"""What the tests of list ops share: which backends run here, and lists of tensors on the device of
-a backend."""
+"""What the tests of list ops share: lists of tensors on the device of a backend."""
 
 from __future__ import annotations
 
@@ -8,14 +7,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from jepa_kernels import native, triton_runtime
-
-GPU = torch.cuda.is_available()
-BACKENDS = (
-    "torch",
-    *(("cpu",) if native.available() else ()),
-    *(("triton", "cuda") if GPU else ()),
-)
+from tests.ops.backends import device_of
 
 
 @pytest.fixture
@@ -37,9 +29,9 @@ def tensors(
     ]
 
 
-def run_here(backend: str | None, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def run_here(
+    backend: str | None, values: Sequence[torch.Tensor], op: str = "ema_update"
+) -> list[torch.Tensor]:
     """Copies of `values`, strides kept, on the device that `backend` needs."""
-    device = (
-        "cuda" if backend in ("triton", "cuda") and not triton_runtime.interpreting() else "cpu"
-    )
+    device = "cpu" if backend is None else device_of(op, backend)
     return [v.detach().clone().to(device) for v in values]

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from jepa_kernels import BackendUnsupportedError, TeacherLists, adamw_ema_, explain, native
-from jepa_kernels.ops.adamw_ema.op import ROOM
-from jepa_kernels.testing import assert_within_budget
-from tests.ops.lists import BACKENDS, GPU, one_thread, run_here, tensors  # noqa: F401
+from jepa_kernels.ops.adamw_ema.contract import OP
+from jepa_kernels.testing import assert_within_budget, patched_backend
+from tests.ops.backends import GPU, runnable
+from tests.ops.lists import one_thread, run_here, tensors  # noqa: F401
+
+BACKENDS = runnable("adamw_ema")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -426,40 +430,23 @@ def test_a_forced_backend_refuses_with_every_reason():
 
 
 FAULTS = {
-    "gradient sign": lambda a: {
-        **a,
-        "lists": a["lists"].__class__(
-            **{**vars(a["lists"]), "grads": [-g for g in a["lists"].grads]}
-        ),
-    },
-    "no weight decay": lambda a: {
-        **a,
-        "hyper": a["hyper"] * torch.tensor([1, 1, 1, 1, 0, 1.0], dtype=torch.float64),
-    },
-    "step off by one": lambda a: {
-        **a,
-        "lists": a["lists"].__class__(
-            **{**vars(a["lists"]), "steps": [s + 1 for s in a["lists"].steps]}
-        ),
-    },
-    "groups swapped": lambda a: {**a, "groups": [1 - g for g in a["groups"]]},
-    "momentum swapped": lambda a: {**a, "momentum": 1 - a["momentum"]},
-    "teacher forgotten": lambda a: {**a, "momentum": torch.ones_like(a["momentum"])},
+    "gradient sign": lambda a: replace(a, grads=[-g for g in a.grads]),
+    "no weight decay": lambda a: replace(
+        a, hyper=a.hyper * torch.tensor([1, 1, 1, 1, 0, 1.0], dtype=torch.float64)
+    ),
+    "step off by one": lambda a: replace(a, steps=[s + 1 for s in a.steps]),
+    "groups swapped": lambda a: replace(a, groups=[1 - g for g in a.groups]),
+    "momentum swapped": lambda a: replace(a, momentum=1 - a.momentum),
+    "teacher forgotten": lambda a: replace(a, momentum=torch.ones_like(a.momentum)),
 }
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_noticed(backend, fault, monkeypatch):
+def test_a_planted_fault_is_noticed(backend, fault):
     values = case(sizes=((40,), (9, 3), (4,), (5,)))
     expected = oracle(values)
-    sound = ROOM.modules[backend].forward
-
-    def faulty(lists, hyper, groups, momentum, *rest):
-        changed = FAULTS[fault](
-            {"lists": lists, "hyper": hyper, "groups": groups, "momentum": momentum}
-        )
-        sound(changed["lists"], changed["hyper"], changed["groups"], changed["momentum"], *rest)
+    sound = OP.backends[backend].forward
 
     def compare():
         actual = run(backend, values)
@@ -468,6 +455,8 @@ def test_a_planted_fault_is_noticed(backend, fault, monkeypatch):
                 assert_within_budget(name, a, e)
 
     compare()
-    monkeypatch.setattr(ROOM.modules[backend], "forward", faulty)
-    with pytest.raises(AssertionError):
+    with (
+        patched_backend("adamw_ema", backend, forward=lambda a: sound(FAULTS[fault](a))),
+        pytest.raises(AssertionError),
+    ):
         compare()

@@ -15,7 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from jepa_kernels.nn import EMATeacher, LinearMomentum
 from jepa_kernels.optim import AdamWEMA
 from tests.conftest import missing
-from tests.ops.lists import BACKENDS, GPU, one_thread  # noqa: F401
+from tests.ops.backends import GPU, runnable
+from tests.ops.lists import one_thread  # noqa: F401
+
+BACKENDS = runnable("adamw_ema")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

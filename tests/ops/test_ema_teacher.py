@@ -12,7 +12,10 @@ import torch
 from torch import nn
 
 from jepa_kernels.nn import CosineMomentum, EMATeacher, LinearMomentum
-from tests.ops.lists import BACKENDS, one_thread  # noqa: F401
+from tests.ops.backends import runnable
+from tests.ops.lists import one_thread  # noqa: F401
+
+BACKENDS = runnable("ema_update")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

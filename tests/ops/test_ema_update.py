@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jepa_kernels import BackendUnsupportedError, ema_update_, explain, native
-from jepa_kernels.ops.ema_update import stochastic
-from jepa_kernels.ops.ema_update.op import ROOM
-from jepa_kernels.testing import assert_within_budget
-from tests.ops.lists import BACKENDS, GPU, one_thread, run_here, tensors  # noqa: F401
+from jepa_kernels.ops.ema import stochastic
+from jepa_kernels.ops.ema_update.contract import OP
+from jepa_kernels.testing import assert_within_budget, patched_backend
+from tests.ops.backends import GPU, runnable
+from tests.ops.lists import one_thread, run_here, tensors  # noqa: F401
+
+BACKENDS = runnable("ema_update")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -544,28 +548,22 @@ FAULTS = {
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_noticed(backend, fault, monkeypatch):
+def test_a_planted_fault_is_noticed(backend, fault):
     targets, sources = case(sizes=[(40,), (9, 3)])
     expected = [0.9 * t.double() + 0.1 * s.double() for t, s in zip(targets, sources, strict=True)]
     for good, wanted in zip(run(backend, targets, sources, 0.9)[0], expected, strict=True):
         assert_within_budget("target", good, wanted)
-    sound = ROOM.modules[backend].forward
+    sound = OP.backends[backend].forward
 
-    def faulty(targets, sources, momentum, copies, compensations, streams, rounding, seed):
-        (targets, sources), momentum = FAULTS[fault]((targets, sources), momentum)
-        sound(
-            targets,
-            sources,
-            momentum,
-            copies,
-            compensations,
-            streams[: len(targets)],
-            rounding,
-            seed,
+    def faulty(inputs):
+        (targets, sources), momentum = FAULTS[fault](
+            (inputs.targets, inputs.sources), inputs.momentum
         )
+        streams = inputs.streams[: len(targets)]
+        sound(replace(inputs, targets=targets, sources=sources, momentum=momentum, streams=streams))
 
-    monkeypatch.setattr(ROOM.modules[backend], "forward", faulty)
-    actual, _ = run(backend, targets, sources, 0.9)
+    with patched_backend("ema_update", backend, forward=faulty):
+        actual, _ = run(backend, targets, sources, 0.9)
     with pytest.raises(AssertionError):
         for bad, wanted in zip(actual, expected, strict=True):
             assert_within_budget("target", bad, wanted)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from jepa_kernels import BackendUnsupportedError, Rope3D, masked_attention, native
-from jepa_kernels.ops.masked_attention.op import ROOM
+from jepa_kernels.ops.masked_attention.inputs import NAME
 from jepa_kernels.testing import (
     ATTENTION_FAULTS,
     HEAD_DIMS,
@@ -22,19 +22,9 @@ from jepa_kernels.testing import (
     run_attention,
 )
 from tests.conftest import missing
+from tests.ops.backends import device_of, runnable
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-
-def backends(device: str, dtype: torch.dtype, head_dim: int = 64) -> list[str]:
-    from jepa_kernels.ops.masked_attention.call import Call
-
-    shape = (1, 4, 2, head_dim)
-    call = Call(device, dtype, shape, shape, False, (1, 2, 2), "interleaved", True, False)
-    return [b for b in ROOM.priority if b != "reference" and not ROOM.reasons(b, call)]
-
-
-RUNNABLE = [(device, backend) for device in DEVICES for backend in backends(device, torch.float32)]
+RUNNABLE = [(device_of(NAME, backend), backend) for backend in runnable(NAME)]
 each_backend = pytest.mark.parametrize(
     ("device", "backend"), RUNNABLE, ids=[f"{d}-{b}" for d, b in RUNNABLE]
 )
@@ -223,18 +213,20 @@ def test_opcheck(device, backend, packed):
     )
     leaves = tuple(t.clone().requires_grad_() for t in (q, k, v))
     torch.library.opcheck(forward, (*leaves, *rest, grid, scale, backend))
-    out, lse = forward(q, k, v, *rest, grid, scale, backend)
+    inputs = (q, k, v, *rest, grid, scale, backend)
+    saved, needs = list(forward(*inputs)), [True] * 3
+    out = saved[0]
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(
         backward,
-        (torch.ones_like(out), q, k, v, *rest, out, lse, grid, scale, backend),
+        (torch.ones_like(out), saved, needs, *inputs),
         test_utils=checks,
     )
     # A sum's gradient arrives expanded, with strides 0.
     expanded = torch.ones((), device=device).expand(out.shape)
     for a, b in zip(
-        backward(expanded, q, k, v, *rest, out, lse, grid, scale, backend),
-        backward(torch.ones_like(out), q, k, v, *rest, out, lse, grid, scale, backend),
+        backward(expanded, saved, needs, *inputs),
+        backward(torch.ones_like(out), saved, needs, *inputs),
         strict=True,
     ):
         assert torch.equal(a, b)

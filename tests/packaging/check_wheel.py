@@ -165,8 +165,8 @@ def main() -> None:
         for source in (
             "csrc/registration.cpp",
             "csrc/abi.h",
-            "csrc/device.cuh",
-            "csrc/masked_attention/cuda.cu",
+            "csrc/cuda/device.cuh",
+            "csrc/masked_attention/cuda/launch.cu",
             "LICENSE",
             "setup.py",
         ):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-SOURCE = "csrc/masked_attention/cuda.cu"
+SOURCE = "csrc/masked_attention/cuda/launch.cu"
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _GUARD = 64
 

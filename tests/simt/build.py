@@ -1,7 +1,7 @@
 """Builds a .cu source for the SIMT executor: g++, no GPU, no nvcc. Also a command: `python -m
 tests.simt.build FILE.cu`.
 
-    library = ctypes.CDLL(build("csrc/ema_update/cuda.cu"))
+    library = ctypes.CDLL(build("csrc/ema_update/cuda/launch.cu"))
 
 A build is cached under build/simt/ by the hash of the compiler, the flags and every file the source
 includes.
@@ -111,10 +111,8 @@ def build(
     digest = hashlib.sha256("\0".join([_run([cxx, "--version"]), *flags]).encode())
     for path in sorted(includes):
         digest.update(Path(path).read_bytes())
-    library = (
-        CACHE
-        / f"{source.parent.name}-{source.stem}-{sanitizer or 'plain'}-{digest.hexdigest()[:16]}.so"
-    )
+    name = f"{source.parents[1].name}-{source.stem}-{sanitizer or 'plain'}"
+    library = CACHE / f"{name}-{digest.hexdigest()[:16]}.so"
     CACHE.mkdir(parents=True, exist_ok=True)
     # Two test processes may want the same library: the second one waits for the first.
     with open(library.with_suffix(".lock"), "w") as lock:

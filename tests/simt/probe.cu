@@ -1,7 +1,7 @@
 // Small kernels that exercise the executor itself; test_executor.py runs them right and with
 // planted faults.
 #include "../../csrc/abi.h"
-#include "../../csrc/device.cuh"
+#include "../../csrc/cuda/device.cuh"
 
 namespace {
 

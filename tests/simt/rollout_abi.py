@@ -98,7 +98,7 @@ _FUNCTIONS = {
 
 class Library:
     """The C ABI of latent_rollout's kernels for one kind of device; a refusal becomes a
-    RuntimeError. This one: cuda.cu, built for the executor."""
+    RuntimeError. This one: launch.cu, built for the executor."""
 
     device = "cuda"
     more_types: tuple = (Pointer,)  # of a function's arguments behind its parameters

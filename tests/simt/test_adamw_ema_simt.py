@@ -16,7 +16,7 @@ from tests.simt.ema_lists import CHUNK, ROUNDINGS, draw, view
 
 @pytest.fixture(scope="module")
 def adamw_library():
-    return ema_abi.open_library(build("csrc/adamw_ema/cuda.cu"))
+    return ema_abi.open_library(build("csrc/adamw_ema/cuda/launch.cu"))
 
 
 def adamw_lists(param, state, target, sizes, shift=0):
@@ -167,7 +167,7 @@ def test_scalars_on_the_device_and_a_skipped_step(adamw_library):
 
 @pytest.mark.parametrize("sanitizer", ["asan_ubsan", "tsan"])
 def test_sanitizers_find_nothing(sanitizer):
-    library = build("csrc/adamw_ema/cuda.cu", sanitizer)
+    library = build("csrc/adamw_ema/cuda/launch.cu", sanitizer)
     done = run_sanitized(
         [str(ROOT / "tests" / "simt" / "ema_sanitized.py"), "adamw_ema", str(library)], sanitizer
     )

@@ -18,7 +18,7 @@ from tests.simt.ema_lists import CHUNK, DTYPES, ROUNDINGS, draw, view
 
 @pytest.fixture(scope="module")
 def ema_library():
-    return ema_abi.open_library(build("csrc/ema_update/cuda.cu"))
+    return ema_abi.open_library(build("csrc/ema_update/cuda/launch.cu"))
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
@@ -106,15 +106,13 @@ def test_lists_of_any_length(ema_library, count):
 
 def test_a_planted_fault_is_noticed(tmp_path):
     """The same comparison with one sign of the kernel flipped."""
-    for part in ("abi.h", "device.cuh", "ema_update"):
-        source = ROOT / "csrc" / part
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / part)
-    lanes = tmp_path / "ema_update" / "cuda_lanes.h"
+    shutil.copytree(ROOT / "csrc", tmp_path, dirs_exist_ok=True)
+    lanes = tmp_path / "ema_update" / "cuda" / "lanes.h"
     text = lanes.read_text()
     sound = "__fadd_rn(target, __fmul_rn(w.take, difference))"
     assert sound in text
     lanes.write_text(text.replace(sound, sound.replace("__fadd_rn", "__fsub_rn", 1)))
-    library = ema_abi.open_library(build(tmp_path / "ema_update" / "cuda.cu"))
+    library = ema_abi.open_library(build(tmp_path / "ema_update" / "cuda" / "launch.cu"))
     target, source = draw((33,), torch.float32, 0)[0], draw((33,), torch.float32, 1)[0]
     expected = target + 0.25 * (source - target)
     assert (
@@ -125,7 +123,7 @@ def test_a_planted_fault_is_noticed(tmp_path):
 
 @pytest.mark.parametrize("sanitizer", ["asan_ubsan", "tsan"])
 def test_sanitizers_find_nothing(sanitizer):
-    library = build("csrc/ema_update/cuda.cu", sanitizer)
+    library = build("csrc/ema_update/cuda/launch.cu", sanitizer)
     done = run_sanitized(
         [str(ROOT / "tests" / "simt" / "ema_sanitized.py"), "ema_update", str(library)], sanitizer
     )

@@ -15,7 +15,7 @@ FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 
 @pytest.fixture(scope="module")
 def library() -> Library:
-    return Library(build("csrc/latent_rollout/cuda.cu"))
+    return Library(build("csrc/latent_rollout/cuda/launch.cu"))
 
 
 @pytest.fixture(autouse=True)

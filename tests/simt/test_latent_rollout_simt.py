@@ -1,4 +1,4 @@
-"""csrc/latent_rollout/cuda.cu on the SIMT executor, called through the CUDA backend: forward and
+"""csrc/latent_rollout/cuda on the SIMT executor, called through the CUDA backend: forward and
 backward against the float64 reference."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.simt.build import ORDERS, ROOT, build, configure, run_sanitized
 from tests.simt.rollout_abi import Library, SimtOps, run_cuda_on
 from tests.simt.rollout_saved import Recorder
 
-SOURCE = "csrc/latent_rollout/cuda.cu"
+SOURCE = "csrc/latent_rollout/cuda/launch.cu"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Fewer instances compile faster.
 ONLY_FLOAT = {"JK_INSTANCES(name)": "name<float>,name<float>,name<float>"}
@@ -139,46 +139,46 @@ def test_comparison_notices_planted_faults(fault, phase):
 
 
 KERNEL_FAULTS = {
-    "a step without its drift": ("residual_mlp", "cuda_recurrence.cuh", "(v + p.drift[c])", "v"),
+    "a step without its drift": ("residual_mlp", "recurrence.cuh", "(v + p.drift[c])", "v"),
     "a half-step the wrong way": (
         "hamiltonian",
-        "cuda_recurrence.cuh",
+        "recurrence.cuh",
         "which ? -p.time_step : p.time_step",
         "p.time_step",
     ),
     "a gate without its bias": (
         "gru",
-        "cuda_gru.cuh",
+        "gru.cuh",
         "acc[2][b][i] = p.bias_state[2 * d + at]",
         "acc[2][b][i] = 0.f",
     ),
     "a product whose left side is not complete": (
         "residual_mlp",
-        "cuda_recurrence.cuh",
+        "recurrence.cuh",
         "    __syncthreads();\n    multiply(",
         "    multiply(",
     ),
     "a kept matrix that has not arrived": (
         "residual_mlp",
-        "cuda_weights.cuh",
+        "weights.cuh",
         "jk::cp_async_wait<0>();",
         "",
     ),
     "a slot that has not arrived": (
         "residual_mlp",
-        "cuda_weights.cuh",
+        "weights.cuh",
         "jk::cp_async_wait<kManySlots - 2>();",
         "",
     ),
     "a slot that other lanes have yet to fill": (
         "residual_mlp",
-        "cuda_weights.cuh",
+        "weights.cuh",
         "__syncwarp();  // every lane's",
         "// every lane's",
     ),
     "a slot filled again too early": (
         "residual_mlp",
-        "cuda_weights.cuh",
+        "weights.cuh",
         "int i = 1; i < count; i++",
         "int i = 0; i < count; i++",
     ),
@@ -188,16 +188,13 @@ KERNEL_FAULTS = {
 @pytest.mark.parametrize("fault", KERNEL_FAULTS)
 def test_a_fault_in_a_kernel_is_noticed(monkeypatch, tmp_path: Path, fault):
     cell, file, sound, broken = KERNEL_FAULTS[fault]
-    for part in ("abi.h", "device.cuh", "latent_rollout"):
-        source = ROOT / "csrc" / part
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / part)
-    path = tmp_path / "latent_rollout" / file
+    shutil.copytree(ROOT / "csrc", tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "latent_rollout" / "cuda"
+    path = folder / file
     text = path.read_text()
     assert sound in text
     path.write_text(text.replace(sound, broken))
-    run_cuda_on(
-        monkeypatch, Library(build(tmp_path / "latent_rollout" / "cuda.cu", defines=ONLY_FLOAT))
-    )
+    run_cuda_on(monkeypatch, Library(build(folder / "launch.cu", defines=ONLY_FLOAT)))
     with pytest.raises(AssertionError):
         check_rollout(rollout_case(cell, "states", hidden=72, horizon=4), "cuda")
 

@@ -1,4 +1,4 @@
-"""csrc/masked_attention/cuda.cu on the SIMT executor: forward and backward against the float64
+"""csrc/masked_attention/cuda on the SIMT executor: forward and backward against the float64
 reference."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""C++ CPU backend: csrc/adamw_ema/cpu.cpp through the stable-ABI binding, one parallel region over
+"""C++ CPU backend: csrc/adamw_ema/cpu through the stable-ABI binding, one parallel region over
 the whole list."""
 
 from __future__ import annotations
@@ -6,32 +6,37 @@ from __future__ import annotations
 import torch
 
 from ... import native
-from ..ema_update.call import ROUNDINGS, dtype_reasons
-from .call import Call
+from ...backend import Backend, Reason
+from ..ema.lists import ROUNDINGS
+from .inputs import Inputs, kernel_reasons
 
 
-def unsupported_reasons(call: Call) -> list[str]:
-    return native.cpu_unavailable_reasons(call.device_type) + dtype_reasons(call.dtypes)
+def unsupported(inputs: Inputs) -> list[Reason]:
+    return native.cpu_unavailable_reasons(inputs.device_type) + kernel_reasons(inputs)
 
 
-def forward(lists, hyper, groups, momentum, streams, rounding, seed, grad_scale, found_inf) -> None:
-    with lists.flat(row_major=rounding == "stochastic") as flat:
-        torch.ops.jepa_kernels_native.adamw_ema_cpu_(
+def forward(inputs: Inputs) -> None:
+    with inputs.flat() as flat:
+        native.call(
+            torch.ops.jepa_kernels_native.adamw_ema_cpu_,
             flat.params,
             flat.grads,
             flat.exp_avgs,
             flat.exp_avg_sqs,
             flat.steps,
-            hyper,
-            groups,
+            flat.hyper,
+            flat.groups,
             flat.targets,
-            momentum,
+            flat.momentum,
             flat.copies,
             flat.compensations,
-            streams,
-            ROUNDINGS.index(rounding),
-            seed,
-            grad_scale,
-            found_inf,
+            flat.streams,
+            ROUNDINGS.index(flat.rounding),
+            flat.seed,
+            flat.grad_scale,
+            flat.found_inf,
             native.isa(),
         )
+
+
+BACKEND = Backend("cpu", ("cpu",), unsupported, forward)

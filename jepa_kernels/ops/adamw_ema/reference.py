@@ -13,29 +13,41 @@ from __future__ import annotations
 
 import torch
 
-from ..ema_update import reference as ema_reference
-from .call import Call
+from ...backend import ANY_DEVICE, Backend, Reason
+from ..ema.average import update
+from .inputs import Inputs
 
 
-def unsupported_reasons(call: Call) -> list[str]:
+def unsupported(inputs: Inputs) -> list[Reason]:
     return []
 
 
-def forward(lists, hyper, groups, momentum, streams, rounding, seed, grad_scale, found_inf) -> None:
-    if found_inf is not None and bool(found_inf != 0):
+def forward(inputs: Inputs) -> None:
+    if inputs.found_inf is not None and bool(inputs.found_inf != 0):
         return
-    rows = hyper.tolist()
-    for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(
-        zip(lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, strict=True)
-    ):
-        _adamw(param, grad, exp_avg, exp_avg_sq, float(lists.steps[i]), rows[groups[i]], grad_scale)
-        if i < len(lists.targets):
-            compensation = lists.compensations[i] if rounding == "kahan" else None
-            ema_reference.update(
-                lists.targets[i], param, momentum, compensation, rounding, seed, streams[i]
+    rows = inputs.hyper.tolist()
+    for i, param in enumerate(inputs.params):
+        _adamw(
+            param,
+            inputs.grads[i],
+            inputs.exp_avgs[i],
+            inputs.exp_avg_sqs[i],
+            float(inputs.steps[i]),
+            rows[inputs.groups[i]],
+            inputs.grad_scale,
+        )
+        if i < len(inputs.targets):
+            update(
+                inputs.targets[i],
+                param,
+                inputs.momentum,
+                inputs.compensations[i] if inputs.rounding == "kahan" else None,
+                inputs.rounding,
+                inputs.seed,
+                i,
             )
-            if lists.copies:
-                lists.copies[i].copy_(lists.targets[i])
+            if inputs.copies:
+                inputs.copies[i].copy_(inputs.targets[i])
 
 
 def _adamw(param, grad, exp_avg, exp_avg_sq, step: float, row: list[float], grad_scale) -> None:
@@ -54,3 +66,6 @@ def _adamw(param, grad, exp_avg, exp_avg_sq, step: float, row: list[float], grad
     param.copy_(p)
     exp_avg.copy_(m)
     exp_avg_sq.copy_(v)
+
+
+BACKEND = Backend("reference", ANY_DEVICE, unsupported, forward)

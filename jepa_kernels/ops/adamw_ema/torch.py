@@ -9,41 +9,45 @@ from __future__ import annotations
 
 import torch
 
-from ..ema_update import torch as ema_torch
-from .call import Call
+from ...backend import ANY_DEVICE, Backend, Reason
+from ..ema.average import update_lists
+from .inputs import Inputs
 
 
-def unsupported_reasons(call: Call) -> list[str]:
+def unsupported(inputs: Inputs) -> list[Reason]:
     return []
 
 
-def forward(lists, hyper, groups, momentum, streams, rounding, seed, grad_scale, found_inf) -> None:
+def forward(inputs: Inputs) -> None:
+    found_inf, momentum = inputs.found_inf, inputs.momentum
     if found_inf is not None and found_inf.device.type == "cpu":
         if bool(found_inf != 0):
             return
         found_inf = None
     # torch's fused AdamW walks raw memory: it is wrong where strides of a parameter and its
     # gradient differ.
-    with lists.flat(row_major=False) as flat:
-        _step(flat, hyper, groups, grad_scale, found_inf)
-    if lists.targets:
+    with inputs.flat(row_major=False) as flat:
+        _step(flat, found_inf)
+    if inputs.targets:
         if found_inf is not None:
             momentum = torch.where(found_inf != 0, 1.0, momentum.to(found_inf.device))
-        followed = lists.params[: len(lists.targets)]
-        ema_torch.forward(
-            lists.targets,
-            followed,
+        update_lists(
+            inputs.targets,
+            inputs.params[: len(inputs.targets)],
             momentum,
-            lists.copies,
-            lists.compensations,
-            streams,
-            rounding,
-            seed,
+            inputs.copies,
+            inputs.compensations,
+            inputs.streams,
+            inputs.rounding,
+            inputs.seed,
         )
 
 
-def _step(lists, hyper, groups, grad_scale, found_inf) -> None:
-    grads = lists.grads if grad_scale is None else torch._foreach_div(lists.grads, grad_scale)
+def _step(lists: Inputs, found_inf: torch.Tensor | None) -> None:
+    hyper, groups = lists.hyper, lists.groups
+    grads = lists.grads
+    if lists.grad_scale is not None:
+        grads = torch._foreach_div(grads, lists.grad_scale)
     plain = []
     for i, param in enumerate(lists.params):
         if hyper.device.type == "cpu" and param.dtype == grads[i].dtype == lists.exp_avgs[i].dtype:
@@ -107,3 +111,6 @@ def _adamw(param, grad, exp_avg, exp_avg_sq, step, row, found_inf) -> None:
     )
     for old, new in ((param, p), (exp_avg, m), (exp_avg_sq, v)):
         old.copy_(new if found_inf is None else torch.where(found_inf != 0, old.to(work), new))
+
+
+BACKEND = Backend("torch", ANY_DEVICE, unsupported, forward)

@@ -10,24 +10,25 @@ from __future__ import annotations
 import torch
 
 from ... import triton_runtime
-from ..ema_update.call import ROUNDINGS, dtype_reasons
-from ..ema_update.triton import by_dtypes, dtype_of, on_device, on_the_device, weights
-from ..ema_update.triton_table import table
-from .call import Call
+from ...backend import Backend, Reason
+from ..ema.lists import ROUNDINGS
+from ..ema.triton_launch import by_dtypes, dtype_of, on_device, on_the_device, weights
+from ..ema.triton_table import table
+from .inputs import Inputs, kernel_reasons
 
 
-def unsupported_reasons(call: Call) -> list[str]:
-    return triton_runtime.unavailable_reasons(call.device_type) + dtype_reasons(call.dtypes)
+def unsupported(inputs: Inputs) -> list[Reason]:
+    return triton_runtime.unavailable_reasons(inputs.device_type) + kernel_reasons(inputs)
 
 
-def forward(lists, hyper, groups, momentum, streams, rounding, seed, grad_scale, found_inf) -> None:
+def forward(inputs: Inputs) -> None:
     from .triton_kernels import BLOCK, FUSION, adamw_ema_kernel
 
-    device = lists.params[0].device
-    with lists.flat(row_major=rounding == "stochastic") as flat, on_device(lists.params[0]):
-        pointer, keep, take = weights(momentum, device)
-        seed = None if seed is None else on_the_device(seed, device)
-        scalars = step_scalars(flat.steps, hyper, groups, grad_scale, device)
+    device = inputs.params[0].device
+    with inputs.flat() as flat, on_device(inputs.params[0]):
+        pointer, keep, take = weights(flat.momentum, device)
+        seed = None if flat.seed is None else on_the_device(flat.seed, device)
+        scalars = step_scalars(flat.steps, flat.hyper, flat.groups, flat.grad_scale, device)
         # Parameters without a teacher, and empty ones, complete the lists that belong to the first
         # parameters.
         missing = len(flat.params)
@@ -35,7 +36,7 @@ def forward(lists, hyper, groups, momentum, streams, rounding, seed, grad_scale,
             [*values, *[None] * (missing - len(values))]
             for values in (flat.targets, flat.copies, flat.compensations)
         )
-        streams = [*streams, *[0] * (missing - len(streams))]
+        streams = [*flat.streams, *[0] * (missing - len(flat.streams))]
         for places in by_dtypes(flat.params, flat.grads, flat.exp_avgs, targets, copies):
             places = [i for i in places if flat.params[i].numel()]
             if not places:
@@ -64,7 +65,7 @@ def forward(lists, hyper, groups, momentum, streams, rounding, seed, grad_scale,
                 rows.rows,
                 rows.chunks,
                 chosen,
-                found_inf,
+                inputs.found_inf,
                 pointer,
                 keep,
                 take,
@@ -74,7 +75,7 @@ def forward(lists, hyper, groups, momentum, streams, rounding, seed, grad_scale,
                 STATE=dtype_of(flat.exp_avgs[first]),
                 TARGET=dtype_of(targets[first]),
                 COPY=dtype_of(copies[first]),
-                ROUNDING=ROUNDINGS.index(rounding),
+                ROUNDING=ROUNDINGS.index(flat.rounding),
                 ALIGNED=rows.aligned,
                 BLOCK=BLOCK,
                 num_warps=4,
@@ -127,3 +128,6 @@ def index(places: tuple[int, ...], device: torch.device) -> torch.Tensor:
             _indices.clear()
         _indices[key] = torch.tensor(places, dtype=torch.int64, device=device)
     return _indices[key]
+
+
+BACKEND = Backend("triton", triton_runtime.DEVICES, unsupported, forward)

@@ -1,4 +1,4 @@
-"""C++ CPU backend: csrc/ema_update/cpu.cpp through the stable-ABI binding, one parallel region over
+"""C++ CPU backend: csrc/ema_update/cpu through the stable-ABI binding, one parallel region over
 the whole list."""
 
 from __future__ import annotations
@@ -6,29 +6,29 @@ from __future__ import annotations
 import torch
 
 from ... import native
-from .call import ROUNDINGS, Call, dtype_reasons
-from .memory import Flat
+from ...backend import Backend, Reason
+from ..ema.lists import ROUNDINGS
+from .inputs import Inputs, kernel_reasons
 
 
-def unsupported_reasons(call: Call) -> list[str]:
-    return native.cpu_unavailable_reasons(call.device_type) + dtype_reasons(call.dtypes)
+def unsupported(inputs: Inputs) -> list[Reason]:
+    return native.cpu_unavailable_reasons(inputs.device_type) + kernel_reasons(inputs)
 
 
-def forward(targets, sources, momentum, copies, compensations, streams, rounding, seed) -> None:
-    flat = Flat(
-        written=(targets, copies, compensations),
-        read=(sources,),
-        row_major=rounding == "stochastic",
-    )
-    with flat as (targets, copies, compensations, sources):
-        torch.ops.jepa_kernels_native.ema_update_cpu_(
+def forward(inputs: Inputs) -> None:
+    with inputs.flat() as (targets, copies, compensations, sources):
+        native.call(
+            torch.ops.jepa_kernels_native.ema_update_cpu_,
             targets,
             sources,
-            momentum,
+            inputs.momentum,
             copies,
             compensations,
-            streams,
-            ROUNDINGS.index(rounding),
-            seed,
+            inputs.streams,
+            ROUNDINGS.index(inputs.rounding),
+            inputs.seed,
             native.isa(),
         )
+
+
+BACKEND = Backend("cpu", ("cpu",), unsupported, forward)

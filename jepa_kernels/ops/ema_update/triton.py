@@ -6,32 +6,28 @@ One launch for each combination of dtypes in the list. Nothing reads a tensor's 
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
-import torch
-
 from ... import triton_runtime
-from .call import ROUNDINGS, Call, dtype_reasons
-from .memory import Flat
-from .triton_table import table
+from ...backend import Backend, Reason
+from ..ema.lists import ROUNDINGS
+from ..ema.triton_launch import by_dtypes, dtype_of, on_device, on_the_device, weights
+from ..ema.triton_table import table
+from .inputs import Inputs, kernel_reasons
 
 
-def unsupported_reasons(call: Call) -> list[str]:
-    return triton_runtime.unavailable_reasons(call.device_type) + dtype_reasons(call.dtypes)
+def unsupported(inputs: Inputs) -> list[Reason]:
+    return triton_runtime.unavailable_reasons(inputs.device_type) + kernel_reasons(inputs)
 
 
-def forward(targets, sources, momentum, copies, compensations, streams, rounding, seed) -> None:
+def forward(inputs: Inputs) -> None:
     from .triton_kernels import BLOCK, FUSION, ema_update_kernel
 
-    flat = Flat(
-        written=(targets, copies, compensations),
-        read=(sources,),
-        row_major=rounding == "stochastic",
-    )
-    with flat as (targets, copies, compensations, sources), on_device(targets[0]):
-        pointer, keep, take = weights(momentum, targets[0].device)
-        seed = None if seed is None else on_the_device(seed, targets[0].device)
+    device, seed = inputs.targets[0].device, inputs.seed
+    with (
+        inputs.flat() as (targets, copies, compensations, sources),
+        on_device(inputs.targets[0]),
+    ):
+        pointer, keep, take = weights(inputs.momentum, device)
+        seed = None if seed is None else on_the_device(seed, device)
         none = [None] * len(targets)
         copies, compensations = copies or none, compensations or none
         for places in by_dtypes(targets, sources, copies):
@@ -39,7 +35,7 @@ def forward(targets, sources, momentum, copies, compensations, streams, rounding
             chosen = [
                 [values[i] for i in places] for values in (targets, copies, compensations, sources)
             ]
-            lists = table(chosen, [streams[i] for i in places], BLOCK)
+            lists = table(chosen, [inputs.streams[i] for i in places], BLOCK)
             ema_update_kernel[(lists.chunks.shape[0],)](
                 lists.rows,
                 lists.chunks,
@@ -50,7 +46,7 @@ def forward(targets, sources, momentum, copies, compensations, streams, rounding
                 TARGET=dtype_of(targets[first]),
                 SOURCE=dtype_of(sources[first]),
                 COPY=dtype_of(copies[first]),
-                ROUNDING=ROUNDINGS.index(rounding),
+                ROUNDING=ROUNDINGS.index(inputs.rounding),
                 ALIGNED=lists.aligned,
                 BLOCK=BLOCK,
                 num_warps=4,
@@ -58,45 +54,4 @@ def forward(targets, sources, momentum, copies, compensations, streams, rounding
             )
 
 
-def by_dtypes(*lists) -> list[list[int]]:
-    """Places of the entries of each combination of dtypes."""
-    places: dict[tuple, list[int]] = {}
-    for i, entry in enumerate(zip(*lists, strict=True)):
-        places.setdefault(tuple(None if t is None else t.dtype for t in entry), []).append(i)
-    return list(places.values())
-
-
-def dtype_of(tensor: torch.Tensor | None) -> Any:
-    """The Triton type of a tensor's elements."""
-    import triton.language as tl
-
-    return (
-        None
-        if tensor is None
-        else {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[
-            tensor.dtype
-        ]
-    )
-
-
-def weights(
-    momentum: torch.Tensor, device: torch.device
-) -> tuple[torch.Tensor | None, float, float]:
-    """Both weights of the average: by value for a momentum on the host, as a pointer for one on the
-    device."""
-    if momentum.device.type == "cpu" and device.type != "cpu":
-        return None, float(momentum), 1.0 - float(momentum)
-    return torch.stack((momentum, 1.0 - momentum)).to(torch.float32), 0.0, 0.0
-
-
-def on_the_device(scalar: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A 0-d tensor on `device`; one from the host travels as a kernel argument, so nothing
-    waits."""
-    if scalar.device == device:
-        return scalar
-    return torch.full((), scalar.item(), dtype=scalar.dtype, device=device)
-
-
-def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+BACKEND = Backend("triton", triton_runtime.DEVICES, unsupported, forward)

@@ -1,4 +1,4 @@
-"""C++ CPU backend: csrc/latent_rollout/cpu.cpp through the stable-ABI binding, plain matrix
+"""C++ CPU backend: csrc/latent_rollout/cpu through the stable-ABI binding, plain matrix
 products through torch.
 
 Where the processor multiplies bfloat16 (AVX512_BF16), that is what products of such inputs read;

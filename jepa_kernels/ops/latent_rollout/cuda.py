@@ -1,4 +1,4 @@
-"""CUDA C++ backend: csrc/latent_rollout/cuda.cu behind its C ABI, plain matrix products through
+"""CUDA C++ backend: csrc/latent_rollout/cuda behind its C ABI, plain matrix products through
 torch.
 
 A block owns 16 rows and takes them through every step in one launch (the backward pass of a

@@ -66,11 +66,7 @@ def _ids_of_keys(
     query: torch.Tensor, key: torch.Tensor, query_ids: torch.Tensor | None
 ) -> torch.Tensor | None:
     """Self-attention: the keys are the queries' tokens."""
-    if (
-        query_ids is not None
-        and query.dim() == key.dim() >= 3
-        and key.shape[-3] != query.shape[-3]
-    ):
+    if query_ids is not None and query.dim() == key.dim() >= 3 and key.shape[-3] != query.shape[-3]:
         raise ValueError(
             checks.sentence(
                 NAME,

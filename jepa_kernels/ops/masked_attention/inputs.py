@@ -279,8 +279,6 @@ def example(tokens: int, batch: int = 2, heads: int = 3, head_dim: int = 64) -> 
         ids = torch.arange(tokens, device=device_type)
         table = rope.table(head_dim, rows.device)
         query, key, value = (torch.zeros_like(rows) for _ in range(3))
-        return Inputs(
-            query, key, value, ids, ids, None, None, table, list(rope.grid), 0.125, rope
-        )
+        return Inputs(query, key, value, ids, ids, None, None, table, list(rope.grid), 0.125, rope)
 
     return build

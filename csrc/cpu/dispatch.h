@@ -1,0 +1,57 @@
+// Run-time choice of the instruction set a CPU kernel uses. Include it from baseline translation
+// units only: a header function compiled with AVX flags could be the copy that the linker keeps for
+// every caller.
+#pragma once
+#include "../abi.h"
+
+namespace jk {
+
+inline const char* isa_name(int isa) {
+  switch (isa) {
+    case JK_ISA_PORTABLE:
+      return "portable";
+    case JK_ISA_AVX2:
+      return "avx2";
+    case JK_ISA_AVX512:
+      return "avx512";
+    case JK_ISA_AVX512_BF16:
+      return "avx512_bf16";
+    default:
+      return "unknown";
+  }
+}
+
+// Whether this machine can run kernels of the given instruction set. JK_EMULATED_ISA is defined by
+// test builds whose AVX-512 kernels are compiled against an emulation of the intrinsics.
+inline bool cpu_supports(int isa) {
+  if (isa == JK_ISA_PORTABLE) return true;
+#ifdef JK_EMULATED_ISA
+  if (isa <= JK_EMULATED_ISA) return isa > JK_ISA_PORTABLE;
+#endif
+#ifdef __x86_64__
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  switch (isa) {
+    case JK_ISA_AVX2:
+      return avx2;
+    case JK_ISA_AVX512:
+      return avx512;
+    case JK_ISA_AVX512_BF16:
+      return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+  }
+#endif
+  return false;
+}
+
+inline int best_isa() {
+  static const int best = [] {
+    int isa = JK_ISA_AVX512_BF16;
+    while (!cpu_supports(isa)) --isa;
+    return isa;
+  }();
+  return best;
+}
+
+}  // namespace jk

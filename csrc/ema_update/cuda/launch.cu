@@ -1,0 +1,73 @@
+// ema_update on a GPU: one launch over the list (up to 470 tensors; longer lists take more
+// launches). A block owns one chunk of one target: it reads target, source (and compensation) once
+// and writes target (and copy) once.
+#include "lanes.h"
+#include "launch.h"
+
+namespace {
+
+// Two rounds of kLanes elements for each thread keep four 16-byte loads of each thread in flight.
+constexpr int64_t kChunk = 2 * kThreads * kLanes;
+
+struct Entry {
+  jk_ema_tensor tensor;
+  bool wide;
+};
+
+struct Scalars {
+  double momentum;
+  const double* momentum_device;
+  int64_t seed;
+  const int64_t* seed_device;
+  int rounding;
+};
+
+template <int kCapacity>
+using List = Chunks<Entry, Scalars, kCapacity>;
+
+// target <- momentum * target + (1 - momentum) * source for one chunk of elements.
+template <int kCapacity>
+__global__ void __launch_bounds__(kThreads)
+    ema_update_kernel(const __grid_constant__ List<kCapacity> list) {
+  const int which = entry_of(list, blockIdx.x);
+  const Entry& entry = list.entries[which];
+  const jk_ema_tensor& t = entry.tensor;
+  const Scalars& s = list.scalars;
+  const EmaWeights w = ema_weights(s.momentum_device == nullptr ? s.momentum : *s.momentum_device);
+  const RandomKey key =
+      random_key(uint64_t(s.seed_device == nullptr ? s.seed : *s.seed_device), uint64_t(t.index));
+  const int64_t chunk = blockIdx.x - (which == 0 ? 0 : list.chunk_ends[which - 1]);
+#pragma unroll
+  for (int round = 0; round < 2; round++) {
+    const int64_t first = chunk * kChunk + (int64_t(round) * kThreads + threadIdx.x) * kLanes;
+    if (first >= t.numel) continue;
+    const int n = t.numel - first < kLanes ? int(t.numel - first) : kLanes;
+    Lanes source;
+    load_lanes(source, t.source, t.source_dtype, first, n, entry.wide);
+    average_lanes(t, source, first, n, entry.wide, w, s.rounding, key);
+  }
+}
+
+template <int kCapacity>
+const char* update(const jk_ema_update_params& p, void* stream) {
+  const Scalars scalars{p.momentum, p.momentum_device, p.seed, p.seed_device, int(p.rounding)};
+  return for_each_launch<kCapacity, Entry>(
+      p.num_tensors, scalars, kChunk, [&](int64_t i) { return p.tensors[i].numel; },
+      [&](Entry& entry, int64_t i) {
+        const jk_ema_tensor& t = p.tensors[i];
+        entry = {t, aligned16(t.target) && aligned16(t.source) && aligned16(t.copy) &&
+                        aligned16(t.compensation)};
+      },
+      [&](const List<kCapacity>& list, unsigned chunks) {
+        JK_LAUNCH((ema_update_kernel<kCapacity>), dim3(chunks), dim3(kThreads), 0, stream, list);
+        return jk::launch_error();
+      });
+}
+
+}  // namespace
+
+JK_EXPORT const char* jk_ema_update_cuda_fwd(const jk_ema_update_params* p, void* stream) {
+  if (p->momentum_device == nullptr && !(p->momentum >= 0.0 && p->momentum <= 1.0))
+    return "ema_update_: momentum must be from 0 to 1.";
+  return p->num_tensors <= 48 ? update<48>(*p, stream) : update<470>(*p, stream);
+}

@@ -1,0 +1,2 @@
+"""What the list ops share: checks of tensor lists, memory orders, shards, the average itself,
+stochastic rounding."""

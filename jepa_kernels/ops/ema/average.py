@@ -1,0 +1,92 @@
+"""The average of one tensor, as the specification writes it and as eager PyTorch computes it over
+lists."""
+
+from __future__ import annotations
+
+import torch
+
+from . import stochastic
+from .lists import Tensors
+
+
+def update(target, source, momentum, compensation, rounding, seed, stream) -> None:
+    """One target, in place. 16-bit targets are computed in float32 and rounded as `rounding`
+    says."""
+    work = torch.float64 if target.dtype == torch.float64 else torch.float32
+    value, source = target.to(work), source.to(work)
+    if target.dtype in (torch.float32, torch.float64):
+        target.copy_(average(value, source, momentum))
+    elif rounding == "kahan":
+        # target + compensation is the running value; what target cannot hold of it stays in
+        # compensation.
+        new = average(value + compensation.to(work), source, momentum)
+        target.copy_(new)
+        compensation.copy_(new - target.to(work))
+    elif rounding == "stochastic":
+        new = average(value, source, momentum)
+        bits = stochastic.random_bits(seed, stream, target.numel(), target.device)
+        target.copy_(stochastic.round_bfloat16(new, bits))
+    else:
+        target.copy_(average(value, source, momentum))
+
+
+def average(target: torch.Tensor, source: torch.Tensor, momentum: torch.Tensor) -> torch.Tensor:
+    """momentum * target + (1 - momentum) * source; both weights are rounded once, from the float64
+    momentum."""
+    momentum = momentum.to(target.device, torch.float64)
+    keep, take = momentum.to(target.dtype), (1 - momentum).to(target.dtype)
+    difference = source - target
+    return torch.where(take < 0.5, target + take * difference, source - keep * difference)
+
+
+def update_lists(
+    targets: Tensors,
+    sources: Tensors,
+    momentum: torch.Tensor,
+    copies: Tensors,
+    compensations: Tensors,
+    streams: list[int],
+    rounding: str,
+    seed: torch.Tensor | None,
+) -> None:
+    """Every target by _foreach operations: one call over all that match their sources in dtype,
+    else one tensor at a time."""
+    plain = [
+        t.dtype == s.dtype and (rounding == "nearest" or t.dtype in (torch.float32, torch.float64))
+        for t, s in zip(targets, sources, strict=True)
+    ]
+    matching = [(t, s) for t, s, same in zip(targets, sources, plain, strict=True) if same]
+    if matching:
+        _lerp(*map(list, zip(*matching, strict=True)), momentum)
+    for i, same in enumerate(plain):
+        if not same:
+            compensation = compensations[i] if rounding == "kahan" else None
+            _mixed(targets[i], sources[i], momentum, compensation, rounding, seed, streams[i])
+    if copies:
+        torch._foreach_copy_(copies, targets)
+
+
+def _lerp(targets, sources, momentum) -> None:
+    if momentum.device.type == "cpu":
+        torch._foreach_lerp_(targets, sources, 1.0 - float(momentum))
+        return
+    # A weight on the device is never read back: difference, scale, add.
+    difference = torch._foreach_sub(sources, targets)
+    torch._foreach_mul_(difference, (1.0 - momentum.double()).float())
+    torch._foreach_add_(targets, difference)
+
+
+def _mixed(target, source, momentum, compensation, rounding, seed, stream) -> None:
+    work = torch.promote_types(target.dtype, torch.float32)
+    value = target.to(work)
+    keep_in_16_bits = target.dtype in (torch.bfloat16, torch.float16)
+    if compensation is not None and keep_in_16_bits:
+        value = value + compensation
+    take = (1.0 - momentum.to(target.device, torch.float64)).to(work)
+    value = torch.lerp(value, source.to(work), take)
+    if rounding == "stochastic" and keep_in_16_bits:
+        bits = stochastic.random_bits(seed, stream, target.numel(), target.device)
+        value = stochastic.round_bfloat16(value, bits)
+    target.copy_(value)
+    if compensation is not None and keep_in_16_bits:
+        compensation.copy_(value - target)
