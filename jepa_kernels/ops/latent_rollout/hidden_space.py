@@ -17,7 +17,7 @@ from ... import checks
 from ...backend import Backend
 from ...contract import differentiable
 from .arithmetic import add_matmul, affine, matmul
-from .readout import ReadoutGradients
+from .readout.parts import ReadoutGradients
 from .rollout import Rollout, fail
 
 

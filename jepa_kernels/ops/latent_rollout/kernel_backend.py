@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from ... import checks
-from ...backend import Backend, Reason
+from ...backend import ANY_DEVICE, Backend, Reason
 from .arithmetic import widened_on_cpus
 from .rollout import NAME, Rollout
 
 
-def nothing(inputs: Rollout) -> list[Reason]:
-    """What speaks against a backend that takes every call."""
+def takes_all(inputs: Rollout) -> list[Reason]:
+    """What speaks against a call that every machine runs: nothing."""
     return []
 
 
@@ -63,6 +63,11 @@ def kernel_backend(
 
     facts = {"saves_signs": getattr(kernels, "saves_signs", False)}
     return Backend(name, devices, unsupported, forward, backward, facts=facts)
+
+
+def eager_backend(rollout: Any, kernels: Any) -> Backend:
+    """What runs where no kernel does."""
+    return kernel_backend("torch", ANY_DEVICE, takes_all, rollout, kernels, widens=True)
 
 
 def _placed(

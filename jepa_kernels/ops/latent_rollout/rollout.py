@@ -76,7 +76,12 @@ class Rollout:
     @property
     def kept_steps(self) -> int:
         """Steps whose prediction is returned or compared."""
-        return 1 if self.output == "last" else self.horizon
+        return self.horizon if self.keeps_all else 1
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the prediction of every step counts, or the last one alone."""
+        return self.output != "last"
 
     def start(self) -> torch.Tensor:
         """The initial states ``[rows, D]``."""
@@ -311,9 +316,7 @@ def rollout_op(
         cell, actions = example(channels, 4, 512, zeros)
         targets = zeros(4, 512, channels) if output == "errors" else None
         how = {} if targets is not None else {"output": output}
-        return prepare(
-            kind, zeros(512, channels), cell, 4, actions=actions, targets=targets, **how
-        )
+        return prepare(kind, zeros(512, channels), cell, 4, actions=actions, targets=targets, **how)
 
     op = Function(
         name,

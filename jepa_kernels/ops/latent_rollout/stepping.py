@@ -19,12 +19,13 @@ def stepped(
     start, anchor = inputs.start(), getattr(inputs, "anchor", None)
     if anchor is not None and inputs.anchor_rows is not None:
         anchor = anchor[inputs.anchor_rows]
-    state, kept = start, []
+    state, predictions = start, []
     for k in range(inputs.horizon):
         state = step(inputs, state, k)
-        y = state if anchor is None else anchor + (state - start)
-        kept.append(_error(inputs, y, k) if inputs.output == "errors" else y)
-    out = kept[-1] if inputs.output == "last" else torch.stack(kept)
+        predictions.append(state if anchor is None else anchor + (state - start))
+    if inputs.output == "errors":
+        predictions = [_error(inputs, y, k) for k, y in enumerate(predictions)]
+    out = torch.stack(predictions) if inputs.keeps_all else predictions[-1]
     return (out.to(inputs.out()[1]),)
 
 

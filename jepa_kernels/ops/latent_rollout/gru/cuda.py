@@ -6,15 +6,10 @@ memory. So does W_s wherever it fits what the device lends to a block.
 
 from __future__ import annotations
 
-from functools import partial
-
-from ..kernel_backend import kernel_backend
-from ..native_ops import cuda_unsupported
+from ..native_ops import cuda_backend
 from . import rollout
 from .native import Native
 
 WIDEST = 640
 
-BACKEND = kernel_backend(
-    "cuda", ("cuda",), partial(cuda_unsupported, widest=WIDEST), rollout, Native()
-)
+BACKEND = cuda_backend(rollout, Native(), WIDEST)

@@ -11,32 +11,33 @@ from .rollout import GateGradients, with_action_products
 class Native:
     """See `rollout.Kernels`."""
 
-    def recurrence(self, start, actions, weights, epsilon, keep_all, save):
+    def recurrence(self, inputs, start, actions, keep_all, save):
         return native_ops.OPS.latent_rollout_gru_fwd(
-            start, floats(actions), _given(weights), epsilon, keep_all, save, native.isa()
+            start, floats(actions), _given(inputs), inputs.epsilon, keep_all, save, native.isa()
         )
 
-    def recurrence_backward(
-        self, start, actions, states, gates, weights, epsilon, grad_states, every_step
-    ):
+    def recurrence_backward(self, inputs, start, actions, states, gates, grad_states):
         grad_gates, grad_start, grad_norm, grad_actions, grad_small = (
             native_ops.OPS.latent_rollout_gru_bwd(
                 start,
                 floats(actions),
                 states,
                 gates,
-                _given(weights),
-                epsilon,
+                _given(inputs),
+                inputs.epsilon,
                 grad_states.contiguous(),
-                every_step,
+                inputs.keeps_all,
                 native.isa(),
             )
         )
         norms = grad_norm[:, 0].sum(0), grad_norm[:, 1].sum(0)
         if grad_gates.shape[-1] == 4 * start.shape[1]:  # on a GPU
-            return with_action_products(grad_gates, grad_start, *norms, actions, weights[0])
+            return with_action_products(
+                grad_gates, grad_start, *norms, actions, inputs.weight_input
+            )
         return GateGradients([grad_gates], grad_start, grad_actions, grad_small.sum(0), *norms)
 
 
-def _given(weights):
+def _given(inputs):
+    weights = inputs.weights
     return [*(w.contiguous() for w in weights[:2]), *(floats(w) for w in weights[2:])]

@@ -39,33 +39,31 @@ class GateGradients(NamedTuple):
 
 
 class Kernels(Protocol):
-    """What a backend computes for a GRU, in the accumulation dtype. Weights are `Inputs.weights`,
-    gates r, u, n and m_n ``[horizon, rows, 4 D]``."""
+    """What a backend computes for a GRU, in the accumulation dtype, over the steps of the given
+    actions. Gates are r, u, n and m_n ``[steps, rows, 4 D]``."""
 
     def recurrence(
         self,
+        inputs: Inputs,
         start: torch.Tensor,
         actions: torch.Tensor,
-        weights: list[torch.Tensor],
-        epsilon: float,
         keep_all: bool,
         save: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """States ``[horizon, rows, D]`` (``[1, rows, D]``, the last one, without `keep_all`), and
+        """States ``[steps, rows, D]`` (``[1, rows, D]``, the last one, without `keep_all`), and
         gates (empty without `save`)."""
 
     def recurrence_backward(
         self,
+        inputs: Inputs,
         start: torch.Tensor,
         actions: torch.Tensor,
         states: torch.Tensor,
         gates: torch.Tensor,
-        weights: list[torch.Tensor],
-        epsilon: float,
         grad_states: torch.Tensor,
-        every_step: bool,
     ) -> GateGradients:
-        """The gradients, from those of every state or, without `every_step`, of the last one."""
+        """The gradients, from those of every state or, where the result is the last one, of
+        that."""
 
 
 def with_action_products(
@@ -90,14 +88,12 @@ def with_action_products(
 
 def forward(inputs: Inputs, kernels: Kernels) -> tuple[torch.Tensor, ...]:
     """The result, then what backward needs: gates and states."""
-    keep_all, save = inputs.output != "last", inputs.save
+    keep_all, save = inputs.keeps_all, inputs.save
     start = inputs.start().to(inputs.accumulate_dtype)
     nothing = start.new_empty(0)
     if inputs.output == "errors" and not save:
         return _errors_alone(inputs, kernels, start), nothing, nothing.clone()
-    states, gates = kernels.recurrence(
-        start, inputs.actions, inputs.weights, inputs.epsilon, keep_all or save, save
-    )
+    states, gates = kernels.recurrence(inputs, start, inputs.actions, keep_all or save, save)
     if inputs.output == "errors":
         out = torch.stack(_errors(inputs, states, 0))
     else:
@@ -128,19 +124,17 @@ def backward(
     new = start.new_zeros
     grad_weight_state, grad_small = new(3 * width, width), new(1 + actions.shape[-1], 4 * width)
     grad_actions, grad_norm = new(actions.shape), (new(width), new(width))
-    every_step = inputs.output != "last"
-    carried = None if every_step else grad_states
+    carried = None if inputs.keeps_all else grad_states
     for begin, end in _chunks(inputs, start):
         before = states[begin - 1] if begin else start
         given = carried
-        if every_step:
+        if inputs.keeps_all:
             given = grad_states[begin:end]
             if carried is not None:
                 given = given.clone()
                 given[-1] += carried
         step = kernels.recurrence_backward(
-            *(before, actions[begin:end], states[begin:end], gates[begin:end]),
-            *(inputs.weights, inputs.epsilon, given, every_step),
+            inputs, before, actions[begin:end], states[begin:end], gates[begin:end], given
         )
         carried = step.start
         grad_actions[begin:end] = step.actions
@@ -192,7 +186,7 @@ def _errors_alone(inputs: Inputs, kernels: Kernels, state: torch.Tensor) -> torc
     size, errors = _steps_at_once(inputs, 4 * inputs.channels), []
     for begin in range(0, inputs.horizon, size):
         actions = inputs.actions[begin : begin + size]
-        states, _ = kernels.recurrence(state, actions, inputs.weights, inputs.epsilon, True, False)
+        states, _ = kernels.recurrence(inputs, state, actions, True, False)
         errors += _errors(inputs, states, begin)
         state = states[-1]
     return torch.stack(errors)

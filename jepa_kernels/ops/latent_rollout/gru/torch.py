@@ -8,17 +8,16 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ....backend import ANY_DEVICE
 from ..arithmetic import matmul
-from ..kernel_backend import kernel_backend, nothing
+from ..kernel_backend import eager_backend
 from . import rollout
 
 
 class Eager:
     """See `rollout.Kernels`."""
 
-    def recurrence(self, start, actions, weights, epsilon, keep_all, save):
-        weight_input, weight_state, bias_input, bias_state, norm_weight, norm_bias = weights
+    def recurrence(self, inputs, start, actions, keep_all, save):
+        weight_input, weight_state, bias_input, bias_state, norm_weight, norm_bias = inputs.weights
         width, operand = start.shape[1], weight_state.dtype
         state, states, gates = start, [], []
         for action in actions:
@@ -31,7 +30,11 @@ class Eager:
             candidate = torch.tanh(torch.addcmul(from_action[2], reset, from_state[2]))
             mixed = torch.lerp(candidate, state, update)
             state = F.layer_norm(
-                mixed, (width,), norm_weight.to(mixed.dtype), norm_bias.to(mixed.dtype), epsilon
+                mixed,
+                (width,),
+                norm_weight.to(mixed.dtype),
+                norm_bias.to(mixed.dtype),
+                inputs.epsilon,
             )
             if keep_all:
                 states.append(state)
@@ -41,22 +44,20 @@ class Eager:
             gates
         ) if save else start.new_empty(0)
 
-    def recurrence_backward(
-        self, start, actions, states, gates, weights, epsilon, grad_states, every_step
-    ):
-        _, weight_state, _, _, norm_weight, _ = weights
+    def recurrence_backward(self, inputs, start, actions, states, gates, grad_states):
+        weight_state, norm_weight = inputs.weight_state, inputs.norm_weight
         width, operand = start.shape[1], weight_state.dtype
         grad_gates = torch.empty_like(gates)
         grad_norm_weight, grad_norm_bias = start.new_zeros(width), start.new_zeros(width)
         horizon = gates.shape[0]
-        carried = torch.zeros_like(start) if every_step else grad_states
+        carried = torch.zeros_like(start) if inputs.keeps_all else grad_states
         for k in reversed(range(horizon)):
-            grad = carried + grad_states[k] if every_step else carried
+            grad = carried + grad_states[k] if inputs.keeps_all else carried
             before = states[k - 1] if k else start
             reset, update, candidate, from_state = gates[k].split(width, dim=-1)
             mixed = torch.lerp(candidate, before, update)
             variance, mean = torch.var_mean(mixed, dim=-1, correction=0, keepdim=True)
-            inverse = torch.rsqrt(variance + epsilon)
+            inverse = torch.rsqrt(variance + inputs.epsilon)
             normal = (mixed - mean) * inverse
             grad_norm_weight += (grad * normal).sum(0)
             grad_norm_bias += grad.sum(0)
@@ -77,8 +78,8 @@ class Eager:
             )
             carried = carried + matmul(into_state, weight_state[2 * width :], operand)
         return rollout.with_action_products(
-            grad_gates, carried, grad_norm_weight, grad_norm_bias, actions, weights[0]
+            grad_gates, carried, grad_norm_weight, grad_norm_bias, actions, inputs.weight_input
         )
 
 
-BACKEND = kernel_backend("torch", ANY_DEVICE, nothing, rollout, Eager(), widens=True)
+BACKEND = eager_backend(rollout, Eager())

@@ -7,19 +7,10 @@ than once, wherever they fit what the device lends to a block.
 
 from __future__ import annotations
 
-from functools import partial
-
-from ..kernel_backend import kernel_backend
-from ..native_ops import cuda_unsupported
+from ..native_ops import cuda_backend
 from . import rollout
 from .native import Native
 
 WIDEST = 448
 
-BACKEND = kernel_backend(
-    "cuda",
-    ("cuda",),
-    partial(cuda_unsupported, widest=WIDEST),
-    rollout,
-    Native(saves_signs=False),
-)
+BACKEND = cuda_backend(rollout, Native(saves_signs=False), WIDEST)

@@ -37,6 +37,11 @@ class Inputs(HiddenRollout):
         return (self.weight_in.shape[0], self.weight_hidden.shape[0])
 
     @property
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """W2, b2 and w3."""
+        return self.weight_hidden, self.bias_hidden, self.weight_energy
+
+    @property
     def ranges(self) -> list[int]:
         return [0, self.channels]
 

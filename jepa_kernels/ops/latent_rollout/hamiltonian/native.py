@@ -12,20 +12,14 @@ from .rollout import half_steps_backward
 class Native(NativeReadout):
     """See `rollout.Kernels`."""
 
-    def recurrence(self, a, weights, coupling, time_step, horizon, keep_all, save):
+    def recurrence(self, inputs, a, coupling):
+        how = inputs.time_step, inputs.horizon, inputs.keeps_all, inputs.save, native.isa()
         return native_ops.OPS.latent_rollout_hamiltonian_fwd(
-            a,
-            *_given(weights),
-            coupling.rounded(),
-            time_step,
-            horizon,
-            keep_all,
-            save,
-            native.isa(),
+            a, *_given(inputs), coupling.rounded(), *how
         )
 
-    def recurrence_backward(self, hidden, weights, coupling, time_step, grad_sums):
-        given, matrix = _given(weights), coupling.rounded()
+    def recurrence_backward(self, inputs, hidden, coupling, grad_sums):
+        given, matrix = _given(inputs), coupling.rounded()
 
         def launch(a, step, transposed, moves, following, carried):
             return native_ops.OPS.latent_rollout_hamiltonian_bwd(
@@ -39,9 +33,9 @@ class Native(NativeReadout):
                 native.isa(),
             )
 
-        return half_steps_backward(hidden, given, coupling, time_step, grad_sums, launch)
+        return half_steps_backward(inputs, hidden, given, coupling, grad_sums, launch)
 
 
-def _given(weights):
-    weight, bias, energy = weights
+def _given(inputs):
+    weight, bias, energy = inputs.weights
     return weight.contiguous(), floats(bias), floats(energy)

@@ -1,7 +1,7 @@
 """The rollout of a Hamiltonian in its hidden space, forward and backward through time, around the
 kernels of a backend.
 
-It only reads a = W1 x + b1. With u(a) = dG/da, W1 = [Wq Wp] and C = Wq Wp^T it steps twice per step:
+It only reads a = W1 x + b1. With u(a) = dG/da, W1 = [Wq Wp] and C = Wq Wp^T a step is two halves:
     b_i = a_i + dt C u(a_i),   a_{i+1} = b_i - dt C^T u(b_i),   q_k = q_0 + dt Wp^T sum u(a_i),
     p_k = p_0 - dt Wq^T sum u(b_i).
 Backward is the transpose of these lines, last half-step first.
@@ -17,37 +17,21 @@ import torch
 from ..arithmetic import add_matmul
 from ..coupling import Coupling
 from ..hidden_space import enter, leave
-from ..readout import Part, Readout, read_out, read_out_backward
+from ..readout.parts import Part, Readout, read_out, read_out_backward
 from .inputs import Inputs
 
 Tensors = tuple[torch.Tensor, ...]
 
 
 class Kernels(Readout, Protocol):
-    """What a backend computes for a Hamiltonian, in the accumulation dtype. Weights are W2, b2 and
-    w3."""
+    """What a backend computes for a Hamiltonian, in the accumulation dtype."""
 
-    def recurrence(
-        self,
-        a: torch.Tensor,
-        weights: Tensors,
-        coupling: Coupling,
-        time_step: float,
-        horizon: int,
-        keep_all: bool,
-        save: bool,
-    ) -> Tensors:
-        """a_0, b_0, a_1, ... ``[2 horizon, rows, h]`` (empty without `save`), and the sums of u(a_i)
-        and of u(b_i) ``[2, horizon, rows, h]`` (``[2, 1, rows, h]``, the last ones, without
-        `keep_all`)."""
+    def recurrence(self, inputs: Inputs, a: torch.Tensor, coupling: Coupling) -> Tensors:
+        """a_0, b_0, a_1, ... ``[2 horizon, rows, h]`` (empty unless saved), and the kept sums of
+        u(a_i) and of u(b_i) ``[2, kept steps, rows, h]``."""
 
     def recurrence_backward(
-        self,
-        hidden: torch.Tensor,
-        weights: Tensors,
-        coupling: Coupling,
-        time_step: float,
-        grad_sums: torch.Tensor,
+        self, inputs: Inputs, hidden: torch.Tensor, coupling: Coupling, grad_sums: torch.Tensor
     ) -> Tensors:
         """The gradients of a_0, W2, b2 and w3; adds that of C to the coupling."""
 
@@ -55,15 +39,7 @@ class Kernels(Readout, Protocol):
 def forward(inputs: Inputs, kernels: Kernels) -> Tensors:
     """The result, then what backward needs: residual signs, hidden states and sums."""
     a = enter(inputs)
-    hidden, sums = kernels.recurrence(
-        a,
-        _weights(inputs),
-        _coupling(inputs, kernels),
-        inputs.time_step,
-        inputs.horizon,
-        inputs.output != "last",
-        inputs.save,
-    )
+    hidden, sums = kernels.recurrence(inputs, a, _coupling(inputs, kernels))
     out, signs = read_out(inputs, kernels, _parts(inputs), sums)
     return out, signs, hidden, sums if inputs.save else a.new_empty(0)
 
@@ -79,7 +55,7 @@ def backward(
     hidden, half, dt = saved[1], inputs.channels // 2, inputs.time_step
     read = read_out_backward(inputs, kernels, _parts(inputs), saved, grad_out, needs_targets)
     coupling = _coupling(inputs, kernels)
-    grad_a, *grads = kernels.recurrence_backward(hidden, _weights(inputs), coupling, dt, read.sums)
+    grad_a, *grads = kernels.recurrence_backward(inputs, hidden, coupling, read.sums)
     grad_weight_in = torch.empty(
         inputs.weight_in.shape, dtype=inputs.accumulate_dtype, device=hidden.device
     )
@@ -92,14 +68,15 @@ def backward(
 
 
 def half_steps_backward(
+    inputs: Inputs,
     hidden: torch.Tensor,
     weights: Tensors,
     coupling: Coupling,
-    time_step: float,
     grad_sums: torch.Tensor,
     launch: Callable[..., Tensors],
 ) -> Tensors:
-    """`Kernels.recurrence_backward` by one launch for each half-step.
+    """`Kernels.recurrence_backward` by one launch for each half-step, with the weights as the
+    kernel reads them.
 
     ``launch(a, step, transposed, moves, following, carried)`` adds to `carried` and returns u(a),
     [pulled; grad_middle], [grad_returned; gelu(a)], whose product is the gradient of W2, and rows
@@ -110,10 +87,12 @@ def half_steps_backward(
     carried = torch.zeros_like(hidden[0])
     last = hidden.shape[0] - 1
     every_step = 2 * grad_sums.shape[1] > last
-    following = [torch.zeros_like(carried) for _ in range(2)] if every_step else list(grad_sums[:, 0])
+    following = (
+        [torch.zeros_like(carried) for _ in range(2)] if every_step else list(grad_sums[:, 0])
+    )
     for j in reversed(range(hidden.shape[0])):
         which, moves = j % 2, j < last
-        step = -time_step if which else time_step
+        step = -inputs.time_step if which else inputs.time_step
         if every_step:
             following[which] += grad_sums[which][j // 2]
         moved_by = carried * step if moves else None
@@ -128,10 +107,6 @@ def half_steps_backward(
         if moved_by is not None:
             coupling.add_gradient(moved_by, force, transposed=which == 1)
     return carried, grad_weight, grad_bias, grad_energy
-
-
-def _weights(inputs: Inputs) -> Tensors:
-    return inputs.weight_hidden, inputs.bias_hidden, inputs.weight_energy
 
 
 def _parts(inputs: Inputs) -> list[Part]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ....backend import ANY_DEVICE
 from ..arithmetic import add_matmul, matmul
-from ..kernel_backend import kernel_backend, nothing
+from ..kernel_backend import eager_backend
 from ..readout.torch import EagerReadout
 from . import rollout
 
@@ -54,7 +53,8 @@ def _force_backward(a, grad_force, weights, gradients, operand) -> torch.Tensor:
 class Eager(EagerReadout):
     """See `rollout.Kernels`."""
 
-    def recurrence(self, a, weights, coupling, time_step, horizon, keep_all, save):
+    def recurrence(self, inputs, a, coupling):
+        horizon, time_step, weights = inputs.horizon, inputs.time_step, inputs.weights
         hidden, kept, running = [], ([], []), [None, None]
         for j in range(2 * horizon):
             which = j % 2
@@ -65,11 +65,13 @@ class Eager(EagerReadout):
             if j + 1 < 2 * horizon:
                 moved = coupling.move(force, transposed=which == 1)
                 a = a + moved * (-time_step if which else time_step)
-        sums = torch.stack([torch.stack(steps if keep_all else steps[-1:]) for steps in kept])
-        return torch.stack(hidden) if save else a.new_empty(0), sums
+        sums = torch.stack(
+            [torch.stack(steps if inputs.keeps_all else steps[-1:]) for steps in kept]
+        )
+        return torch.stack(hidden) if inputs.save else a.new_empty(0), sums
 
-    def recurrence_backward(self, hidden, weights, coupling, time_step, grad_sums):
-        operand = coupling.operand
+    def recurrence_backward(self, inputs, hidden, coupling, grad_sums):
+        time_step, weights, operand = inputs.time_step, inputs.weights, coupling.operand
         gradients = [
             None,
             *(torch.zeros(w.shape, dtype=hidden.dtype, device=hidden.device) for w in weights[1:]),
@@ -91,4 +93,4 @@ class Eager(EagerReadout):
         return carried, *gradients
 
 
-BACKEND = kernel_backend("torch", ANY_DEVICE, nothing, rollout, Eager(), widens=True)
+BACKEND = eager_backend(rollout, Eager())

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from ..kernel_backend import kernel_backend
-from ..native_ops import cpu_unsupported
+from ..native_ops import cpu_backend
 from . import rollout
 from .native import Native
 
-BACKEND = kernel_backend(
-    "cpu", ("cpu",), cpu_unsupported, rollout, Native(saves_signs=True), widens=True
-)
+BACKEND = cpu_backend(rollout, Native(saves_signs=True))

@@ -7,19 +7,10 @@ units in 16 bits on 227 KiB, 128 on 99 KiB.
 
 from __future__ import annotations
 
-from functools import partial
-
-from ..kernel_backend import kernel_backend
-from ..native_ops import cuda_unsupported
+from ..native_ops import cuda_backend
 from . import rollout
 from .native import Native
 
 WIDEST = 448
 
-BACKEND = kernel_backend(
-    "cuda",
-    ("cuda",),
-    partial(cuda_unsupported, widest=WIDEST),
-    rollout,
-    Native(saves_signs=False),
-)
+BACKEND = cuda_backend(rollout, Native(saves_signs=False), WIDEST)

@@ -56,7 +56,7 @@ class Inputs(HiddenRollout):
     def check(self) -> None:
         super().check()
         edges, width, channels = self.in_channels, self.weight_in.shape[0], self.channels
-        ordered = len(edges) > 1 and len(edges) % 2 == 0 and 0 <= edges[0] and edges[-1] <= channels
+        ordered = len(edges) > 1 and len(edges) % 2 == 0 and edges[0] >= 0 and edges[-1] <= channels
         ordered = ordered and all([a < b for a, b in zip(edges[::2], edges[1::2])])
         if not ordered or any([a > b for a, b in zip(edges[1:-1:2], edges[2::2])]):
             _refuse_ranges(channels, tuple(edges))

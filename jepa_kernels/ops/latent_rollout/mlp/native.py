@@ -12,12 +12,11 @@ from ..readout.native import NativeReadout
 class Native(NativeReadout):
     """See `rollout.Kernels`."""
 
-    def recurrence(self, a, coupling, drift, horizon, keep_all, save):
-        if horizon == 1:
-            return a[None] if save else a.new_empty(0), F.gelu(a)[None]
-        return native_ops.OPS.latent_rollout_mlp_fwd(
-            a, coupling.rounded(), drift, horizon, keep_all, save, native.isa()
-        )
+    def recurrence(self, inputs, a, coupling, drift):
+        if inputs.horizon == 1:
+            return a[None] if inputs.save else a.new_empty(0), F.gelu(a)[None]
+        how = inputs.horizon, inputs.keeps_all, inputs.save, native.isa()
+        return native_ops.OPS.latent_rollout_mlp_fwd(a, coupling.rounded(), drift, *how)
 
     def recurrence_backward(self, hidden, coupling, grad_sums):
         return native_ops.OPS.latent_rollout_mlp_bwd(

@@ -16,7 +16,7 @@ import torch
 from ..arithmetic import matmul
 from ..coupling import Coupling
 from ..hidden_space import add_columns, columns, enter, leave
-from ..readout import Part, Readout, read_out, read_out_backward
+from ..readout.parts import Part, Readout, read_out, read_out_backward
 from .inputs import Inputs
 
 
@@ -24,16 +24,10 @@ class Kernels(Readout, Protocol):
     """What a backend computes for a residual MLP, in the accumulation dtype."""
 
     def recurrence(
-        self,
-        a: torch.Tensor,
-        coupling: Coupling,
-        drift: torch.Tensor | None,
-        horizon: int,
-        keep_all: bool,
-        save: bool,
+        self, inputs: Inputs, a: torch.Tensor, coupling: Coupling, drift: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """a_0 .. a_{horizon-1} ``[horizon, rows, h]`` (empty without `save`), and s_1 .. s_horizon
-        (``[1, rows, h]``, the last one, without `keep_all`)."""
+        """a_0 .. a_{horizon-1} ``[horizon, rows, h]`` (empty unless saved), and the kept ones of
+        s_1 .. s_horizon ``[kept steps, rows, h]``."""
 
     def recurrence_backward(
         self, hidden: torch.Tensor, coupling: Coupling, grad_sums: torch.Tensor
@@ -47,14 +41,7 @@ def forward(inputs: Inputs, kernels: Kernels) -> tuple[torch.Tensor, ...]:
     if inputs.horizon > 1:  # W1 b2, by which every step moves the hidden state
         bias = columns(inputs.bias_out, inputs.in_channels, 0)
         drift = matmul(inputs.weight_in, bias[:, None], inputs.accumulate_dtype)[:, 0]
-    hidden, sums = kernels.recurrence(
-        a,
-        _coupling(inputs, kernels),
-        drift,
-        inputs.horizon,
-        inputs.output != "last",
-        inputs.save,
-    )
+    hidden, sums = kernels.recurrence(inputs, a, _coupling(inputs, kernels), drift)
     out, signs = read_out(inputs, kernels, _parts(inputs), sums[None])
     return out, signs, hidden, sums[None] if inputs.save else a.new_empty(0)
 

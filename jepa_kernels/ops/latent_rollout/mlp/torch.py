@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ....backend import ANY_DEVICE
-from ..kernel_backend import kernel_backend, nothing
+from ..kernel_backend import eager_backend
 from ..readout.torch import EagerReadout
 from . import rollout
 
@@ -17,16 +16,16 @@ from . import rollout
 class Eager(EagerReadout):
     """See `rollout.Kernels`."""
 
-    def recurrence(self, a, coupling, drift, horizon, keep_all, save):
+    def recurrence(self, inputs, a, coupling, drift):
         hidden, sums = [a], [F.gelu(a)]
         activation = sums[0]
-        for _ in range(horizon - 1):
+        for _ in range(inputs.horizon - 1):
             a = a + coupling.move(activation) + drift
             activation = F.gelu(a)
             hidden.append(a)
             sums.append(sums[-1] + activation)
-        kept = torch.stack(sums if keep_all else sums[-1:])
-        return torch.stack(hidden) if save else a.new_empty(0), kept
+        kept = torch.stack(sums if inputs.keeps_all else sums[-1:])
+        return torch.stack(hidden) if inputs.save else a.new_empty(0), kept
 
     def recurrence_backward(self, hidden, coupling, grad_sums):
         horizon = hidden.shape[0]
@@ -43,4 +42,4 @@ class Eager(EagerReadout):
         return grad_hidden, F.gelu(hidden[:-1])
 
 
-BACKEND = kernel_backend("torch", ANY_DEVICE, nothing, rollout, Eager(), widens=True)
+BACKEND = eager_backend(rollout, Eager())

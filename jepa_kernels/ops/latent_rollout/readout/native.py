@@ -18,7 +18,7 @@ class NativeReadout:
         self.saves_signs = saves_signs
 
     def readout(self, inputs, part, sums, out):
-        step = inputs.horizon if inputs.output == "last" else 1
+        step = 1 if inputs.keeps_all else inputs.horizon
         read = self._read(inputs, part, sums)
         native_ops.OPS.latent_rollout_readout(*read, step, out, native.isa())
 

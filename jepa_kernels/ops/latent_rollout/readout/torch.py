@@ -16,7 +16,7 @@ class EagerReadout:
     def readout(self, inputs, part, sums, out):
         base = self._base(inputs, part)
         for k in range(sums.shape[0]):
-            step = inputs.horizon if inputs.output == "last" else k + 1
+            step = k + 1 if inputs.keeps_all else inputs.horizon
             self._predict(inputs, part, base, sums[k], step, out[k])
 
     def errors(self, inputs, part, sums):
