@@ -248,7 +248,7 @@ print(json.dumps(out))
 
 def test_a_new_backend_is_collected_by_its_own_op_and_turns_no_other_red(with_toys):
     files = [f"tests/ops/test_{op}.py" for op in (*TOYS, "adamw_ema")]
-    listed = run(with_toys, "-m", "pytest", "--collect-only", "-q", *files)
+    listed = run(with_toys, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=", *files)
     found = {op: listed.count("toy") for op in TOYS}
     assert all(re.search(rf"test_{op}\.py::\S+\[\S*toy", listed) for op in TOYS), found
     assert not re.search(r"test_adamw_ema\.py::\S+\[\S*toy", listed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from jepa_kernels.ops.latent_rollout.op import with_parameters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jepa_kernels import BackendUnsupportedError
@@ -13,9 +14,8 @@ from jepa_kernels.ops.latent_rollout import (
     latent_rollout,
     latent_rollout_loss,
 )
-from jepa_kernels.ops.latent_rollout.op import with_parameters
-from jepa_kernels.ops.latent_rollout.testing import CELLS, check_rollout, rollout_case, run_rollout
 from jepa_kernels.testing import RESULT_FAULTS, planted_fault
+from jepa_kernels.testing.rollout import CELLS, check_rollout, rollout_case, run_rollout
 
 # Rows that fill one tile and part of the next; widths that are no power of two.
 ROWS = 19

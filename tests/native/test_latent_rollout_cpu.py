@@ -12,7 +12,7 @@ import torch
 
 from jepa_kernels import native
 from jepa_kernels.ops.latent_rollout import cpu as backend
-from jepa_kernels.ops.latent_rollout.testing import (
+from jepa_kernels.testing.rollout import (
     CELLS,
     RolloutCase,
     check_rollout,

@@ -15,7 +15,7 @@ from jepa_kernels.ops.latent_rollout import (
     state_space,
 )
 from jepa_kernels.ops.latent_rollout import torch as eager
-from jepa_kernels.ops.latent_rollout.testing import check_rollout, rollout_case
+from jepa_kernels.testing.rollout import check_rollout, rollout_case
 from tests.conftest import missing
 
 HERE = [name for name in op.PRIORITY if name in ("cpu", "torch")]

@@ -26,8 +26,8 @@ from jepa_kernels.ops.latent_rollout import (
     reference,
 )
 from jepa_kernels.ops.latent_rollout.arithmetic import inside
-from jepa_kernels.ops.latent_rollout.testing import CELLS, check_rollout, rollout_case, run_rollout
 from jepa_kernels.testing import RESULT_FAULTS, assert_within_budget, planted_fault
+from jepa_kernels.testing.rollout import CELLS, check_rollout, rollout_case, run_rollout
 from tests.conftest import missing
 
 HERE = [name for name in op.PRIORITY if name in ("cpu", "torch")]

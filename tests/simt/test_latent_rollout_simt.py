@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jepa_kernels.ops.latent_rollout.op import with_parameters
 
 from jepa_kernels.ops.latent_rollout import cuda as backend
 from jepa_kernels.ops.latent_rollout import latent_rollout
 from jepa_kernels.ops.latent_rollout.api import prepare
-from jepa_kernels.ops.latent_rollout.op import with_parameters
-from jepa_kernels.ops.latent_rollout.testing import CELLS, check_rollout, rollout_case, run_rollout
 from jepa_kernels.testing import RESULT_FAULTS, planted_fault
+from jepa_kernels.testing.rollout import CELLS, check_rollout, rollout_case, run_rollout
 from tests.simt.build import ORDERS, ROOT, build, configure, run_sanitized
 from tests.simt.rollout_abi import Library, SimtOps, run_cuda_on
 from tests.simt.rollout_saved import Recorder
