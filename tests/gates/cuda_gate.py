@@ -36,6 +36,7 @@ _USAGE = re.compile(
     r"bytes spill loads.*?Used (\d+) registers",
     re.DOTALL,
 )
+_INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)")
 
 
@@ -76,18 +77,23 @@ def ops() -> list[str]:
     return sorted(path.parent.name for path in CSRC.glob("*/cuda.cu"))
 
 
+def sources(op: str) -> list[Path]:
+    """The op's cuda.cu and every file of csrc that it includes, however indirectly."""
+    found: list[Path] = []
+    waiting = [CSRC / op / "cuda.cu"]
+    while waiting:
+        path = waiting.pop().resolve()
+        if path in found or not path.exists():
+            continue  # a header of CUDA or of the executor
+        found.append(path)
+        waiting += [path.parent / name for name in _INCLUDE.findall(path.read_text())]
+    return sorted(found)
+
+
 def digest(op: str) -> str:
     """Of the code that the op's kernels are made of; comments and layout do not count."""
     total = hashlib.sha256()
-    sources = [
-        CSRC / "device.cuh",
-        *(
-            p
-            for p in sorted((CSRC / op).iterdir())
-            if p.suffix in (".cu", ".cuh") or p.name == "params.h"
-        ),
-    ]
-    for path in sources:
+    for path in sources(op):
         code = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
         total.update("".join(code.split()).encode())
     return total.hexdigest()[:12]
