@@ -12,6 +12,7 @@ from . import api
 from .cells import GRU, Cell, Hamiltonian, ResidualMLP, with_parameters
 
 CELLS = ("residual_mlp", "hamiltonian", "gru")
+OP_NAMES = dict(zip(CELLS, ("rollout_mlp", "rollout_hamiltonian", "rollout_gru"), strict=True))
 
 
 @dataclass(frozen=True)
