@@ -38,7 +38,7 @@ SHARED = (
 
 
 def arguments(call):
-    """The arguments of the cell's op by name. What is given but is not of that op, torch refuses."""
+    """The arguments of the cell's op by name. Torch refuses what is given and not of that op."""
     kind = KINDS[call["cell"]]
     *parameters, last = kind.__dataclass_fields__
     given = dict(zip(parameters, call["parameters"], strict=False))
