@@ -12,6 +12,7 @@ from ..ops.latent_rollout.cells import GRU, Cell, Hamiltonian, ResidualMLP, with
 from . import assert_within_budget
 
 CELLS = ("residual_mlp", "hamiltonian", "gru")
+OP_NAMES = dict(zip(CELLS, ("rollout_mlp", "rollout_hamiltonian", "rollout_gru"), strict=True))
 
 
 @dataclass(frozen=True)
