@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from jepa_kernels.ops.latent_rollout.op import with_parameters
 
 from jepa_kernels.backend import OPS
 from jepa_kernels.ops.latent_rollout import latent_rollout
