@@ -19,7 +19,9 @@ from rich.table import Table
 
 import jepa_kernels
 from jepa.conformance import modules, objectives, steps
-from jepa.conformance.report import Golden, Report, Row, worst
+from jepa.conformance.golden import Golden, Run
+from jepa.conformance.report import Report, Row, worst
+from jepa.conformance.sensitivity import check_measured
 
 __all__ = ["Golden", "Report", "check_file", "check_folder", "print_report"]
 
@@ -59,7 +61,7 @@ def check_folder(folder: Path, backend: str = "auto") -> Report:
         known = {*CHECKS, *IGNORED}
         for path in sorted(folder.iterdir()):
             if path.name not in known:
-                report.file = path.name
+                report.open(path.name)
                 report.miss("(file)", "not read: no check for files of this name")
     if not report.rows:
         raise FileNotFoundError(
@@ -70,18 +72,23 @@ def check_folder(folder: Path, backend: str = "auto") -> Report:
 
 def check_file(path: Path, report: Report, backend: str = "auto") -> None:
     """Checks one file; its folder's name says what it is."""
-    report.file = f"{path.parent.name}/{path.stem}"
+    report.open(f"{path.parent.name}/{path.stem}")
     if path.suffix != ".npz":
         report.miss("(file)", "not read: not an .npz file")
         return
+
+    def check(run: Run, report: Report) -> Golden:
+        golden = Golden(path, run)
+        # float64 is the oracle's.
+        with jepa_kernels.use_backend("reference" if run.dtype == torch.float64 else backend):
+            CHECKS[path.parent.name](golden, report)
+        return golden
+
     # One thread: the arrays are small, and sums then have one order.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        golden = Golden(path)
-        with jepa_kernels.use_backend(backend):
-            CHECKS[path.parent.name](golden, report)
-        report.finish(golden)
+        report.finish(check_measured(check, report))
     except UNREADABLE as failure:
         report.miss("(file)", f"{type(failure).__name__}: {failure}")
     finally:
