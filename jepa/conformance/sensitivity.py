@@ -4,7 +4,7 @@ Two right implementations round differently, and so do two processors. Most arra
 1e-7, a few by much more: sums whose terms cancel, AdamW's first moves g / |g| on gradients that are
 nothing but rounding, gradients of |x| at x = 0. Which ones depends on the numbers, so it is
 measured. Where an array misses its fixed tolerance, the check is run again in float32 with every
-input, every weight and the gradients of the features moved by a few units in the last place, one
+input, every weight and every gradient that the check passes on moved by a few units in the last place, one
 seed after another and with both signs, and once in float64 (after the stochastic arithmetic of
 Parker, "Monte Carlo Arithmetic", 1997, with the moves at the inputs alone).
 
@@ -31,7 +31,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from jepa.conformance.golden import Run
 from jepa.conformance.report import (
@@ -190,14 +189,3 @@ class _Recorder(Report):
 
     def miss(self, array: str, note: str) -> None:
         pass
-
-
-def aligned(gradient: Tensor, expected: NDArray[Any]) -> Tensor:
-    """A gradient with the published elements where it falls to another side of a kink.
-
-    What flows on from it can then be compared: one flipped sign would reach every weight below and,
-    through AdamW, the next step. The gradient itself is compared before.
-    """
-    wanted = torch.from_numpy(expected).to(gradient)
-    away = (gradient - wanted).abs() > KINK * wanted.square().mean().sqrt()
-    return torch.where(away, wanted, gradient)
