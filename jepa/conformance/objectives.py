@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from jepa.conformance.masks import pack, read_masks
 from jepa.conformance.golden import Golden
+from jepa.conformance.masks import pack, read_masks
 from jepa.conformance.report import Report
 from jepa.objectives import (
     Denominators,
@@ -274,7 +274,5 @@ def _read_heads(
             continue
         state = {key.removeprefix(f"param_{published}."): golden.tensor(key) for key in keys}
         heads[name].load_state_dict(state)
-        parameters |= {
-            f"{published}.{key}": value for key, value in heads[name].named_parameters()
-        }
+        parameters |= {f"{published}.{key}": value for key, value in heads[name].named_parameters()}
     return heads, parameters

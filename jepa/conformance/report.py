@@ -116,7 +116,7 @@ class Report:
             self.miss(array, f"expected shape {wanted.shape}, got {value.shape}")
             return
         scale = error_scale(wanted)
-        self._add(array, Comparison(value.ravel(), wanted.ravel(), tolerance, scale, "elements"))
+        self.add(array, Comparison(value.ravel(), wanted.ravel(), tolerance, scale, "elements"))
 
     def compare_norm(
         self, array: str, actual: Tensor, expected: float, tolerance: float = GRADIENT_TOLERANCE
@@ -150,9 +150,10 @@ class Report:
         if statistic == "sum":
             scale *= math.sqrt(value.size)
         wanted = np.array([expected], dtype=np.float64)
-        self._add(array, Comparison(value, wanted, tolerance, scale, statistic))
+        self.add(array, Comparison(value, wanted, tolerance, scale, statistic))
 
-    def _add(self, array: str, comparison: Comparison) -> None:
+    def add(self, array: str, comparison: Comparison) -> None:
+        """Judges a comparison by its fixed tolerance."""
         row = Row(self.file, array, comparison.error(), comparison.tolerance)
         self.rows.append(row)
         if not row.passed:
