@@ -27,6 +27,12 @@ def explained(report: Report) -> str:
     )
 
 
+@pytest.fixture
+def two_seeds(monkeypatch):
+    """Two instead of eight, to save time: a miss is run with all of them."""
+    monkeypatch.setattr("jepa.conformance.sensitivity.SEEDS", 2)
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_published_copy_agrees(backend):
     report = check_folder(PUBLISHED, backend)
@@ -56,9 +62,7 @@ def test_planted_faults_are_seen(path):
 
 
 @pytest.mark.slow
-def test_planted_faults_are_seen_in_every_golden_file(shared_dir, monkeypatch):
-    """With two seeds instead of eight, to save time."""
-    monkeypatch.setattr("jepa.conformance.sensitivity.SEEDS", 2)
+def test_planted_faults_are_seen_in_every_golden_file(shared_dir, two_seeds):
     paths = sorted(shared_dir.glob("golden/*/*.npz"))
     assert len(paths) == 85
     unseen = [
@@ -137,15 +141,18 @@ def test_a_wrong_number_is_a_miss(tmp_path, part, name, key):
 
 
 @pytest.mark.parametrize("key", ["step1_term_loss_pred", "step2_loss", "grad_z_pred_1", "h"])
-def test_a_wrong_number_of_a_step_is_a_miss(tmp_path, key):
+def test_a_wrong_number_of_a_step_is_a_miss(tmp_path, key, two_seeds):
     path = changed(PUBLISHED / "steps" / "baseline.npz", tmp_path, **{key: shifted(key)})
     shutil.copy(PUBLISHED / "steps" / "init_state.npz", path.parent)
     report = Report()
     check_file(path, report)
-    assert [row.array for row in report.failures] == [key]
+    failures = [row.array for row in report.failures]
+    assert failures[0] == key
+    # What is below a gradient is computed from the file's.
+    assert key.startswith("grad_") or len(failures) == 1
 
 
-def test_a_wrong_weight_after_a_step_is_a_miss(tmp_path):
+def test_a_wrong_weight_after_a_step_is_a_miss(tmp_path, two_seeds):
     def moved(data):
         sums = data["param_sum_after_step2"].copy()
         sums[3] += 1e-2
@@ -233,7 +240,7 @@ def test_a_planted_fault_in_the_code_is_seen(monkeypatch):
     ("attribute", "factor"),
     [("learning_rate", 1.002), ("ema_momentum", 0.999)],
 )
-def test_a_planted_fault_in_the_update_is_seen(monkeypatch, attribute, factor):
+def test_a_planted_fault_in_the_update_is_seen(monkeypatch, attribute, factor, two_seeds):
     """What rounding decides in AdamW must not cover for a wrong rate or momentum."""
     from jepa.schedules import ScheduleConfig
 
