@@ -38,15 +38,16 @@ def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:
 
 
 def projection(features: Tensor, slices: int, seed: int) -> Tensor:
-    """[D, slices] unit columns, the same for every rank at a step."""
+    """[D, slices] unit columns, the same for every rank at a step and, up to rounding, for every
+    dtype of the features."""
     generator = torch.Generator(device=features.device).manual_seed(seed)
     directions = torch.randn(
         features.shape[-1],
         slices,
         generator=generator,
         device=features.device,
-        dtype=features.dtype,
-    )
+        dtype=torch.float32,
+    ).to(features.dtype)
     # A sum of squares down the columns runs along rows in memory; vector_norm over that axis takes
     # 15 times as long on a CPU.
     return directions.div_(directions.square().sum(0).sqrt_())
