@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jepa.batch import Batch
 from jepa.checkpoint import Checkpoints, load_model, load_model_tensors
 from jepa.config import ConfigError
 from jepa.data.clip import ClipDataset, ClipSpec
@@ -69,8 +68,9 @@ class InputSpec:
 
     def batches(
         self, dataset: ClipDataset, batch_size: int, workers: int, device: torch.device
-    ) -> Iterator[Batch]:
-        """Every clip once, in order, its middle part, normalised on the device."""
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(clips [B, 3, frames, height, width] float32, labels [B] int64): every clip once, in
+        order, its middle part, normalised on the device."""
         canvas = (self.height, self.width) if self.whole else self.views.canvas()
         config = LoaderConfig(
             batch_size=batch_size,
@@ -84,8 +84,7 @@ class InputSpec:
         picker = InOrder(dataset)
         for fetched in Loader(picker, config, 0, picker.steps(batch_size)):
             batch = fetched.batch.to(device, non_blocking=True)
-            batch.clips = model_input(batch, self.views)
-            yield batch
+            yield model_input(batch, self.views), batch.labels
 
 
 def checkpoint_folder(run: Path, which: Which = "newest") -> Path:
@@ -149,8 +148,8 @@ def cached_features(
         temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
         table: NDArray[np.float16] | None = None
         done = 0
-        for batch in spec.batches(dataset, batch_size, workers, device):
-            features = encoder(batch.clips, levels=levels).to("cpu", torch.float16).numpy()
+        for clips, _ in spec.batches(dataset, batch_size, workers, device):
+            features = encoder(clips, levels=levels).to("cpu", torch.float16).numpy()
             if table is None:
                 table = np.lib.format.open_memmap(
                     temporary, "w+", np.float16, (len(dataset), *features.shape[1:])
