@@ -336,7 +336,8 @@ def update(state: TrainState, loss: Tensor | None = None) -> dict[str, Tensor]:
         )
     optimizer = state.optimizer
     optimizer.found_inf, optimizer.grad_scale = skipped, None
-    teacher, follows = getattr(optimizer, "teacher", None), state.cfg.variant.target.kind == "ema"
+    teacher = optimizer.teacher if isinstance(optimizer, AdamWEMA) else None
+    follows = state.cfg.variant.target.kind == "ema"
     if teacher is not None:
         teacher.momentum = schedule.ema_momentum(step)
     optimizer.step()
