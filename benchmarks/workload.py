@@ -21,14 +21,11 @@ from torch import Tensor, nn
 
 from benchmarks.harness import timer
 from benchmarks.resolutions import Resolution
-from jepa import finetune
 from jepa import step as training
 from jepa.batch import Batch, LoadedBatch, MaskBatch
 from jepa.data.transforms import ViewSpec, model_input
 from jepa.masks import MaskPolicy, motion_maps, sample_masks
-from jepa.models.encoder import Encoder
 from jepa.models.sizes import ModelConfig
-from jepa.probe import Probe
 from jepa.schedules import ScheduleConfig
 from jepa.variants import TargetConfig, VariantConfig, variant
 from jepa_kernels import use_backend
@@ -278,6 +275,10 @@ class Finetuning:
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
+        from jepa import finetune
+        from jepa.models.encoder import Encoder
+        from jepa.probe import Probe
+
         torch.manual_seed(self.workload.seed)
         model, device, own = self.workload.model, self.workload.device, self.workload.encoder
         self.encoder = (Encoder(model) if own is None else load_encoder(own, model)).to(device)
@@ -294,6 +295,8 @@ class Finetuning:
 
     def step(self, clips: Tensor, labels: Tensor, backend: str) -> dict[str, float]:
         """Seconds by phase of one step."""
+        from jepa import finetune  # not at the top: a sweep of pre-training needs no data libraries
+
         with use_backend(backend):
             mark = Marks(self.workload)
             with torch.set_grad_enabled(not self.frozen):

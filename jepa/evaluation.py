@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jepa.atomic import replacing
 from jepa.checkpoint import Checkpoints, load_model, load_model_tensors
 from jepa.config import ConfigError
 from jepa.data.clip import ClipDataset, ClipSpec
@@ -145,21 +145,20 @@ def cached_features(
         device = torch.device("cpu") if device is None else device
         encoder = encoder.to(device).eval()
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
-        table: NDArray[np.float16] | None = None
-        done = 0
-        for clips, _ in spec.batches(dataset, batch_size, workers, device):
-            features = encoder(clips, levels=levels).to("cpu", torch.float16).numpy()
+        with replacing(path) as scratch:
+            table: NDArray[np.float16] | None = None
+            done = 0
+            for clips, _ in spec.batches(dataset, batch_size, workers, device):
+                features = encoder(clips, levels=levels).to("cpu", torch.float16).numpy()
+                if table is None:
+                    table = np.lib.format.open_memmap(
+                        scratch, "w+", np.float16, (len(dataset), *features.shape[1:])
+                    )
+                table[done : done + len(features)] = features
+                done += len(features)
             if table is None:
-                table = np.lib.format.open_memmap(
-                    temporary, "w+", np.float16, (len(dataset), *features.shape[1:])
-                )
-            table[done : done + len(features)] = features
-            done += len(features)
-        if table is None:
-            raise ValueError("cached_features: dataset must have clips, got none.")
-        table.flush()
-        os.replace(temporary, path)
+                raise ValueError("cached_features: dataset must have clips, got none.")
+            table.flush()
     return np.load(path, mmap_mode="r")
 
 

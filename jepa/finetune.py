@@ -16,13 +16,13 @@ from torch.nn import functional
 
 from jepa import distributed
 from jepa.allocator import keep_freed_memory
+from jepa.atomic import write_json
 from jepa.checkpoint import (
     Checkpoints,
     load_training_tensors,
     read_state,
     training_tensors,
     warn_of_differences,
-    write_json,
 )
 from jepa.config import ConfigError, changed_keys, to_json
 from jepa.data.build import DataConfig, build_dataset

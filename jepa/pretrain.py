@@ -16,6 +16,7 @@ from torch import Tensor
 
 from jepa import distributed
 from jepa.allocator import keep_freed_memory
+from jepa.atomic import write_json
 from jepa.batch import Batch, LoadedBatch
 from jepa.checkpoint import (
     Checkpoints,
@@ -23,7 +24,6 @@ from jepa.checkpoint import (
     training_tensors,
     warn_of_differences,
     whole,
-    write_json,
 )
 from jepa.config import ConfigError, changed_keys, load, to_json, to_yaml
 from jepa.data.build import DataConfig, build_picker
