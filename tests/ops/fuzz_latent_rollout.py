@@ -18,7 +18,6 @@ from jepa_kernels import native
 from jepa_kernels.ops.latent_rollout import (
     GRU,
     Hamiltonian,
-    HardRegion,
     ResidualMLP,
     latent_rollout,
     latent_rollout_loss,
@@ -78,9 +77,6 @@ def valid(rng):
     call |= {
         "reduction": "mean",
         "weights": None,
-        "sample_ids": torch.arange(ROWS) % 2,
-        "samples": 2,
-        "temperature": 0.5,
     }
     out, *saved = torch.ops.jepa_kernels.latent_rollout_fwd(*(call[name] for name in INPUTS))
     given = (call["actions"], call["anchor"], call["targets"])
@@ -311,41 +307,17 @@ def weights_wrong(call, rng):
     if call["targets"] is None:
         output_wrong(call, rng)
         return
-    fault = rng.randrange(4)
-    if fault == 0:
-        bad = (
-            3,
-            "x",
-            torch.ones(ROWS + 1),
-            torch.ones(1),
-            torch.ones(ROWS, 1),
-            torch.ones(ROWS, device="meta"),
-        )
-        call["weights"] = rng.choice(
-            (*bad, torch.ones(ROWS, dtype=torch.complex64), torch.ones(ROWS).to_sparse())
-        )
-        return
-    call["weights"] = "region"
-    if fault == 1:
-        bad = (
-            torch.arange(ROWS + 1),
-            torch.arange(ROWS).int(),
-            torch.arange(ROWS).float(),
-            torch.zeros(ROWS, 1).long(),
-            3,
-        )
-        call["sample_ids"] = rng.choice(
-            (
-                *bad,
-                torch.tensor([0, 1, 2, 0, 0]),
-                torch.tensor([0, -1, 1, 0, 0]),
-                torch.arange(ROWS).to("meta"),
-            )
-        )
-    elif fault == 2:
-        call["samples"] = rng.choice((0, -1, 1, 2.0, "2", None))
-    else:
-        call["temperature"] = rng.choice((float("nan"), float("inf"), "1", None))
+    bad = (
+        3,
+        "x",
+        torch.ones(ROWS + 1),
+        torch.ones(1),
+        torch.ones(ROWS, 1),
+        torch.ones(ROWS, device="meta"),
+        torch.ones(ROWS, dtype=torch.complex64),
+        torch.ones(ROWS).to_sparse(),
+    )
+    call["weights"] = rng.choice(bad)
 
 
 def reduction_wrong(call, rng):
@@ -471,13 +443,10 @@ def public(call):
             return latent_rollout(
                 call["states"], cell, call["horizon"], output=call["output"], **options
             )
-        weights = call["weights"]
-        if isinstance(weights, str) and weights == "region":
-            weights = HardRegion(call["sample_ids"], call["samples"], call["temperature"])
         options |= {
             "target_rows": call["target_rows"],
             "exponent": call["exponent"],
-            "weights": weights,
+            "weights": call["weights"],
             "reduction": call["reduction"],
         }
         return latent_rollout_loss(call["states"], cell, call["targets"], **options)

@@ -18,7 +18,6 @@ from jepa_kernels import BackendUnsupportedError, native
 from jepa_kernels.ops.latent_rollout import (
     GRU,
     Hamiltonian,
-    HardRegion,
     ResidualMLP,
     latent_rollout,
     latent_rollout_loss,
@@ -197,9 +196,9 @@ def test_compiles_without_graph_breaks(backend, cell):
             "anchor": anchor,
             "anchor_rows": case.anchor_rows,
         }
-        region = HardRegion(torch.arange(7) % 2, 2, 0.5)
+        weights = torch.arange(1.0, 8.0)
         return (
-            latent_rollout_loss(states, now, targets, **options, weights=region, backend=backend)
+            latent_rollout_loss(states, now, targets, **options, weights=weights, backend=backend)
             + last.square().mean()
         )
 
@@ -472,17 +471,7 @@ def test_published_objectives(shared_dir, name, objective):
 # Weights.
 
 
-def test_hard_region_weights_are_a_softmax_per_sample():
-    errors, ids = torch.rand(2, 7), torch.tensor([0, 2, 0, 2, 2, 3, 0])
-    weights = HardRegion(ids, 5, 0.2).weights(errors)
-    for sample in (0, 2, 3):
-        inside = ids == sample
-        torch.testing.assert_close(
-            weights[:, inside], torch.softmax(errors[:, inside] / 0.2, -1) * int(inside.sum())
-        )
-
-
-@pytest.mark.parametrize("form", ("rows", "steps", "region", "none"))
+@pytest.mark.parametrize("form", ("rows", "steps", "none"))
 def test_weighted_losses(backend, form):
     case = rollout_case("residual_mlp", 1.0, rows=8)
     cell = op.with_parameters(case.cell, [p.float() for p in case.cell.parameters()])
@@ -490,14 +479,13 @@ def test_weighted_losses(backend, form):
     weights = {
         "rows": torch.rand(8),
         "steps": torch.rand(3, 8),
-        "region": HardRegion(torch.arange(8) // 3, 3, 0.1),
         "none": None,
     }[form]
     leaves = [case.states.float().requires_grad_(), case.targets.float()]
     errors = latent_rollout_loss(
         leaves[0], cell, leaves[1], **options, reduction="none", backend="reference"
     )
-    factors = weights.weights(errors) if form == "region" else 1.0 if weights is None else weights
+    factors = 1.0 if weights is None else weights
     wanted = torch.autograd.grad((errors * factors).mean(), leaves[0])[0]
     loss = latent_rollout_loss(
         leaves[0], cell, leaves[1], **options, weights=weights, backend=backend
@@ -747,9 +735,6 @@ def test_wrong_losses_get_one_sentence():
             "target_rows": torch.zeros(2, 3, dtype=torch.int64)
         },
         "weights must have shape (3,) or (2, 3), got (2,)": {"weights": torch.zeros(2)},
-        "weights.sample_ids must have shape (3,), got (4,)": {
-            "weights": HardRegion(torch.zeros(4, dtype=torch.int64), 1)
-        },
     }.items():
         with pytest.raises(ValueError) as raised:
             latent_rollout_loss(states, HEAD, targets, **options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,35 +16,6 @@ from .cells import GRU, KINDS, Cell, Hamiltonian, ResidualMLP, channel_ranges
 _NAME = "latent_rollout"
 _OUTPUTS = ("states", "last")
 _REDUCTIONS = ("mean", "none")
-
-
-@dataclass(frozen=True)
-class HardRegion:
-    """Weights that favour the rows of a sample that are predicted worst: its row count times
-    softmax(e / temperature) over its rows.
-
-    Attributes:
-        sample_ids: int64 ``[rows]``, the sample of each row, from 0 to ``samples - 1``.
-        samples: the number of samples.
-        temperature: of the softmax, over errors e ``[horizon, rows]``, each step on its own; at
-            least 1e-6 is used.
-    """
-
-    sample_ids: torch.Tensor
-    samples: int
-    temperature: float = 1.0
-
-    def weights(self, errors: torch.Tensor) -> torch.Tensor:
-        """Weights of mean 1 within each sample, ``[horizon, rows]``, without gradient."""
-        with torch.no_grad():
-            logits = errors / max(self.temperature, 1e-6)
-            samples = self.sample_ids.expand(errors.shape)
-            per_sample = logits.new_full((errors.shape[0], self.samples), -torch.inf)
-            highest = per_sample.scatter_reduce(1, samples, logits, "amax").gather(1, samples)
-            powers = torch.exp(logits - highest)
-            totals = torch.zeros_like(per_sample).scatter_add(1, samples, powers)
-            counts = torch.zeros_like(per_sample).scatter_add(1, samples, torch.ones_like(powers))
-            return powers * (counts / totals).gather(1, samples)
 
 
 def latent_rollout(
@@ -132,7 +102,7 @@ def latent_rollout_loss(
     anchor: torch.Tensor | None = None,
     anchor_rows: torch.Tensor | None = None,
     exponent: float = 1.0,
-    weights: torch.Tensor | HardRegion | None = None,
+    weights: torch.Tensor | None = None,
     reduction: str = "mean",
     backend: str | None = None,
 ) -> torch.Tensor:
@@ -150,8 +120,7 @@ def latent_rollout_loss(
         target_rows: int32 or int64 ``[horizon, rows]``, rows of `targets`: no gathered copy is made
             by the kernels. None without a table.
         exponent: 1 for an L1 loss, 2 for half the squared error, any number of at least 1.
-        weights: float32 ``[rows]`` or ``[horizon, rows]``, a `HardRegion`, or None for 1. A tensor
-            is differentiated.
+        weights: float32 ``[rows]`` or ``[horizon, rows]``, or None for 1. Differentiated.
         reduction: ``"mean"`` over steps and rows, or ``"none"`` for weights * e.
 
     Returns:
@@ -207,9 +176,7 @@ def latent_rollout_loss(
         target_rows,
         float(exponent),
     )
-    if isinstance(weights, HardRegion):
-        errors = errors * weights.weights(errors)
-    elif weights is not None:
+    if weights is not None:
         errors = errors * weights
     return errors if reduction == "none" else errors.sum() / max(errors.numel(), 1)
 
@@ -487,21 +454,7 @@ def _check_targets(targets: Any, target_rows: Any, states: torch.Tensor, count: 
 
 
 def _check_weights(weights: Any, call: Call, states: torch.Tensor) -> None:
-    if isinstance(weights, HardRegion):
-        _check_index("weights.sample_ids", weights.sample_ids, states, (call.num_rows,))
-        checks.has_dtype(_NAME, "weights.sample_ids", weights.sample_ids, (torch.int64,))
-        checks.is_finite_number(_NAME, "weights.temperature", weights.temperature)
-        if isinstance(weights.samples, bool) or not isinstance(
-            weights.samples, (int, torch.SymInt)
-        ):
-            raise TypeError(
-                checks.sentence(
-                    _NAME, "weights.samples", "be an int", checks.type_name(weights.samples)
-                )
-            )
-        if weights.samples < 1:
-            _fail("weights.samples", "be at least 1", weights.samples)
-    elif weights is not None:
+    if weights is not None:
         checks.is_tensor(_NAME, "weights", weights)
         checks.is_strided(_NAME, "weights", weights)
         checks.has_dtype(_NAME, "weights", weights, checks.FLOAT_DTYPES)
