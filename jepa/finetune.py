@@ -50,48 +50,58 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """What to fine-tune and how.
-
-    Args:
-        run, checkpoint: whose evaluation encoder to start from; `scratch` starts from random
-            weights of its architecture.
-        data: labelled data; None means the run's own (moving_shapes asks for `data.target`).
-            train_clips, test_clips: of moving_shapes.
-        frames, height, width: of the input, None for the run's.
-        steps, batch_size, warmup_steps, rate, layer_decay, weight_decay: AdamW; block i of n trains
-        at rate * layer_decay^(n - i). objective_weight: 0 trains on labels alone; otherwise the
-        variant's whole loss is added with this weight, EMA included. heads: of the pooler. seed: of
-        the new weights, data order, crops and masks. output: JSON file of the results, None for
-            `finetune.json` in the run's folder. Checkpoints lie beside it, in a folder of its name.
-        checkpoint_every: in steps. resume: go on from the newest checkpoint where it is of this
-            configuration and these weights; those of another one are removed, as its results are.
-    """
+    """What to fine-tune and how."""
 
     run: Path = Path("runs/pretrain")
+    """Folder of the pre-training run whose encoder to start from."""
     checkpoint: Which = "newest"
+    """newest, best, or a step."""
     scratch: bool = False
+    """Start from random weights of the run's architecture instead."""
     data: DataConfig | None = None
+    """Labelled data; null: the run's own (moving_shapes asks for data.target)."""
     train_clips: int = 512
+    """Training clips of moving_shapes."""
     test_clips: int = 256
+    """Test clips of moving_shapes."""
     frames: int | None = None
+    """Frames of a clip; null: the run's."""
     height: int | None = None
+    """Height in pixels; null: the run's."""
     width: int | None = None
+    """Width in pixels; null: the run's."""
     steps: int = 100
+    """Optimiser steps."""
     batch_size: int = 8
+    """Clips per step."""
     warmup_steps: int = 10
+    """Steps over which the rate rises from 0."""
     rate: float = 1e-3
+    """Learning rate of the head after the warm-up."""
     layer_decay: float = 0.75
+    """Block i of n trains at rate * layer_decay^(n - i)."""
     weight_decay: float = 0.05
+    """Of AdamW, for matrices."""
     clip_gradient: float | None = 1.0
+    """The norm that gradients are scaled down to; null: no limit."""
     objective_weight: float = 0.0
+    """Weight of the variant's whole loss, EMA included; 0 trains on labels alone."""
     heads: int = 3
+    """Of the attentive pooler."""
     seed: int = 0
+    """Of the new weights, data order, crops and masks."""
     workers: int = 0
+    """Loader processes; 0 reads in the main process."""
     device: str = "auto"
+    """auto, cpu or cuda."""
     threads: int | None = None
+    """CPU threads; null: torch's choice."""
     output: Path | None = None
+    """JSON file of the results, checkpoints beside it; null: finetune.json in the run's folder."""
     checkpoint_every: int = 50
+    """Steps from one checkpoint to the next."""
     resume: bool = True
+    """Go on from the newest checkpoint of this configuration and these weights."""
 
     def __post_init__(self) -> None:
         for name in (

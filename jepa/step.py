@@ -20,7 +20,7 @@ from jepa.config import parsed_by
 from jepa.models.encoder import Encoder
 from jepa.models.patches import is_image
 from jepa.models.predictor import Predictor
-from jepa.models.sizes import SIZES, ModelConfig, parse_model
+from jepa.models.sizes import DEFAULT_SIZE, SIZES, ModelConfig, parse_model
 from jepa.objectives import (
     Denominators,
     FeatureDims,
@@ -46,21 +46,24 @@ def unmarked(phase: str) -> None:
 
 @dataclass(frozen=True)
 class StepConfig:
-    """Everything a step depends on besides the weights and the batch.
-
-    `optimizer`: ``adamw_ema`` moves parameters and EMA target in one pass over memory; ``adamw`` is
-    torch's fused AdamW, then the EMA.
-    """
+    """Everything a step depends on besides the weights and the batch."""
 
     model: ModelConfig = field(
-        default_factory=lambda: SIZES["micro"], metadata=parsed_by(parse_model)
+        default_factory=lambda: SIZES[DEFAULT_SIZE], metadata=parsed_by(parse_model)
     )
+    """A size (micro, tiny, small, base, large, huge, giant) or what differs from one."""
     variant: VariantConfig = field(default_factory=VariantConfig, metadata=parsed_by(parse_variant))
+    """A named variant (`jepa variants` lists them), or `base` and what differs from it."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Length of training, rates and the momentum of the EMA target."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs the networks under autocast to bfloat16; losses and weights stay float32."""
     loss_exponent: float = 1.0
+    """r of |error|^r / r in the prediction and context losses."""
     clip_gradient: float | None = None
+    """The norm that gradients are scaled down to; null: no limit."""
     optimizer: Literal["adamw_ema", "adamw"] = "adamw_ema"
+    """adamw_ema moves weights and EMA in one pass over memory; adamw is torch's, then the EMA."""
 
 
 class ModelBundle(nn.Module):

@@ -39,6 +39,7 @@ __all__ = [
     "WeightSchedule",
     "build_heads",
     "compute_all",
+    "configurations",
     "get",
     "names",
     "parse_objectives",
@@ -74,6 +75,11 @@ def get(name: str) -> ObjectiveModule:
     if name not in names():
         raise ConfigError(f"config: unknown objective {name!r}; {nearest(name, names())}")
     return cast(ObjectiveModule, importlib.import_module(f"jepa.objectives.{name}"))
+
+
+def configurations() -> dict[str, type[ObjectiveConfig]]:
+    """The `Config` of every objective."""
+    return {name: get(name).Config for name in names()}
 
 
 def parse_objectives(value: Any, path: str) -> dict[str, ObjectiveConfig]:

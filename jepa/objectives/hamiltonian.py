@@ -14,8 +14,11 @@ from jepa_kernels import Hamiltonian
 @dataclass(frozen=True)
 class Config(ObjectiveConfig):
     hidden: int = 256
+    """Hidden width of the energy."""
     time_step: float = 0.1
+    """dt of a symplectic Euler step."""
     horizon: int = 1
+    """Steps that are rolled out; 1 is the published loss."""
 
     @property
     def minimum_frames(self) -> int:

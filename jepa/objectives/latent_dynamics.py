@@ -23,10 +23,15 @@ from jepa_kernels import ResidualMLP
 @dataclass(frozen=True)
 class Config(ObjectiveConfig):
     hidden: int = 256
+    """Hidden width of the head."""
     channels: Literal["all", "dynamics"] = "all"
+    """What the head reads: all channels or the dynamics ones."""
     hard_region: bool = False
+    """Weights pairs by a softmax of their errors."""
     temperature: float = 1.0
+    """Of that softmax."""
     horizon: int = 1
+    """Steps that are rolled out; 1 is the published loss."""
 
     @property
     def minimum_frames(self) -> int:

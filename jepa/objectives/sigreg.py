@@ -16,10 +16,15 @@ from jepa.objectives.base import Objective, ObjectiveConfig, ObjectiveContext, s
 @dataclass(frozen=True)
 class Config(ObjectiveConfig):
     slices: int = 1024
+    """Random directions per step."""
     points: int = 17
+    """Points of the characteristic function, 0 included."""
     largest_point: float = 3.0
+    """The largest of them."""
     seed: int = 0
+    """Of the directions, together with the step."""
     scope: Literal["rank", "global"] = "rank"
+    """Rows that the statistic is of: one process's (published), or all processes'."""
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:

@@ -16,7 +16,7 @@ from jepa.models.blocks import set_attention_backend
 from jepa.models.encoder import Encoder
 from jepa.models.patches import CHANNEL_MEAN, CHANNEL_STD, clip_grid, gather_patches, patch_means
 from jepa.models.predictor import JointOrder, Predictor
-from jepa.models.sizes import SIZES, PredictorConfig, model_config, parse_model
+from jepa.models.sizes import DEFAULT_SIZE, SIZES, PredictorConfig, model_config, parse_model
 from tests.jepa.training_cases import make_batch, ragged_masks, random_bytes, small_model
 
 GRIDS = [(4, 3, 5), (3, 4, 2), (1, 4, 5), (2, 1, 6)]
@@ -282,6 +282,7 @@ def test_sizes(name):
 def test_size_configuration_is_strict():
     assert parse_model({"size": "micro", "predictor": {"depth": 1}}, "model").predictor.depth == 1
     assert parse_model("base", "model") == SIZES["base"]
+    assert parse_model({"mlp_ratio": 2.0}, "model") == model_config(DEFAULT_SIZE, mlp_ratio=2.0)
     with pytest.raises(ConfigError, match="unknown model size 'bse'; did you mean 'base'"):
         model_config("bse")
     with pytest.raises(ConfigError, match=r"unknown key 'model.widht'; did you mean 'width'"):
