@@ -106,7 +106,7 @@ def _configured(name: str, arguments: Sequence[str]) -> int:
     parser.add_argument("--config")
     parser.add_argument("--show", action="store_true")
     known, rest = parser.parse_known_args(arguments)
-    config = load(kind, known.config, overrides(rest), base=nested_defaults(kind))
+    config: Any = load(kind, known.config, overrides(rest), base=nested_defaults(kind))
     if known.show:
         print(to_yaml(config), end="")
         return 0

@@ -82,7 +82,7 @@ def from_dict(kind: type[T], data: Mapping[str, Any], path: str = "") -> T:
         return data
     if not isinstance(data, Mapping):
         raise ConfigError(f"config: {path or kind.__name__} must be a mapping, got {data!r}.")
-    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, kind)) if f.init}
     for key in data:
         if key not in fields:
             raise ConfigError(
@@ -195,7 +195,8 @@ def to_json(config: Any) -> Any:
 
 
 def to_yaml(config: Any) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    text: str = yaml.safe_dump(to_dict(config), sort_keys=False)
+    return text
 
 
 def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:

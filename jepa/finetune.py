@@ -8,7 +8,7 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -167,7 +167,8 @@ def tokens_of(encoder: nn.Module, clips: Tensor, cfg: StepConfig) -> Tensor:
 
 def logits_of(bundle: ModelBundle, head: Probe, clips: Tensor, cfg: StepConfig) -> Tensor:
     """[B, classes] of clips [B, 3, frames, H, W]."""
-    return head(tokens_of(bundle.context_encoder, clips, cfg))["class"]
+    logits: Tensor = head(tokens_of(bundle.context_encoder, clips, cfg))["class"]
+    return logits
 
 
 def update(
@@ -202,12 +203,7 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
     if data.kind == "moving_shapes":
         data = replace(data, size=cfg.train_clips, test_size=cfg.test_clips)
     train, test = (build_dataset(data, split) for split in ("train", "test"))
-    size = dict(zip(("height", "width"), trained_with.final_size, strict=True))
-    size |= {
-        key: getattr(cfg, key)
-        for key in ("frames", "height", "width")
-        if getattr(cfg, key) is not None
-    }
+    height, width = trained_with.final_size
     schedule = replace(trained_with.schedule, total_steps=cfg.steps)
     step_cfg = replace(
         trained_with,
@@ -218,7 +214,9 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
         workers=cfg.workers,
         schedule=schedule,
         resize=(),
-        **size,
+        frames=trained_with.frames if cfg.frames is None else cfg.frames,
+        height=height if cfg.height is None else cfg.height,
+        width=width if cfg.width is None else cfg.width,
     )
     bundle = bundle.to(world.device)
     head = Probe("attentive", trained_with.model.width, cfg.heads, {"class": train.num_classes}).to(
@@ -233,6 +231,7 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
     )
     spec = InputSpec.of(step_cfg, data.kind)
     right = _right(bundle, head, step_cfg, spec, test, world.device)
+    share, (low, high) = right / len(test), wilson(right, len(test))
     report = {
         "run": str(cfg.run),
         "weights": "scratch" if cfg.scratch else digest,
@@ -244,16 +243,15 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
         "classes": train.num_classes,
         "loss_first": losses[0],
         "loss_last": losses[-1],
-        "top1": right / len(test),
-        "interval": wilson(right, len(test)),
+        "top1": share,
+        "interval": (low, high),
         "test_s": time.perf_counter() - began,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, report)
-    low, high = report["interval"]
     _log.info(
         "top-1 %.1f %% [%.1f, %.1f] of %d test clips; wrote %s",
-        100 * report["top1"],
+        100 * share,
         100 * low,
         100 * high,
         len(test),
@@ -299,7 +297,7 @@ def _train(
     digest: str,
 ) -> list[float]:
     """Cross-entropy (and objective) training; mean losses of ten stretches, each read once."""
-    bundle, head = tuned["bundle"], tuned["head"]
+    bundle, head = cast(ModelBundle, tuned["bundle"]), cast(Probe, tuned["head"])
     keeps = cfg.objective_weight > 0.0
     optimizer = torch.optim.AdamW(layer_groups(bundle, head, cfg, keeps), lr=cfg.rate)
     start, means, pending = _restored(tuned, optimizer, checkpoints)
@@ -320,7 +318,7 @@ def _train(
         update(optimizer, loss, cfg.clip_gradient)
         if keeps and step_cfg.variant.target.kind == "ema":
             update_ema(
-                bundle.target_encoder,
+                bundle.averaged_encoder,
                 bundle.context_encoder,
                 step_cfg.schedule.ema_momentum(number),
             )

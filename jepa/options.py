@@ -149,5 +149,5 @@ def _shown(hint: Any) -> str:
 
 def _typed(value: Any) -> str:
     """A value as one would type it."""
-    text = yaml.safe_dump([to_dict(value)], default_flow_style=True, width=float("inf"))
+    text: str = yaml.safe_dump([to_dict(value)], default_flow_style=True, width=float("inf"))
     return text.strip()[1:-1]

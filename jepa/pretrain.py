@@ -31,6 +31,7 @@ from jepa.data.clip import ClipSpec
 from jepa.data.loader import Fetched, Loader, LoaderConfig, Stage
 from jepa.data.mixture import Picker
 from jepa.data.transforms import ViewSpec, model_input
+from jepa.distributed import World
 from jepa.logs import RunLog
 from jepa.models.blocks import Block
 from jepa.monitor import MonitorConfig, collapse_metrics, warnings
@@ -150,7 +151,7 @@ class PretrainConfig(StepConfig):
         canvas = self.size_at(step) if self.data.kind == "moving_shapes" else views.canvas()
         return ClipSpec(self.frames, self.stride, self.fps, *canvas), views
 
-    def loader(self, world: distributed.World) -> LoaderConfig:
+    def loader(self, world: World) -> LoaderConfig:
         clip, views = self._read_at(0)
         return LoaderConfig(
             batch_size=self.batch_size,
@@ -418,7 +419,7 @@ def _restore(state: TrainState, checkpoints: Checkpoints, cfg: PretrainConfig) -
     for key in changed_keys(saved.get("config", {}), to_json(cfg)):
         _log.warning("resuming with another value of %s than the run was started with", key)
     _log.info("resumed from step %d of %s", state.step, checkpoints.folder)
-    return saved.get("skipped", 0)
+    return int(saved.get("skipped", 0))
 
 
 def _without_heads(

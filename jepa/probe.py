@@ -122,7 +122,8 @@ class AttentivePooler(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         query = self.query_tokens.expand(len(tokens), -1, -1)
         query = query + self.xattn(query, self.norm1(tokens))
-        return query + self.mlp(self.norm2(query))
+        pooled: Tensor = query + self.mlp(self.norm2(query))
+        return pooled
 
 
 class Probe(nn.Module):
@@ -194,10 +195,11 @@ def train_probe(
         shuffled = order.permutation(rows)
         for step in range(steps):
             tokens, labels = train.at(shuffled[step * size : (step + 1) * size], device)
-            loss = sum(
+            losses = (
                 functional.cross_entropy(logits, labels[name])
                 for name, logits in probe(tokens).items()
             )
+            loss = sum(losses, start=torch.zeros((), device=device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -270,11 +272,11 @@ def _chosen(
 def questions(dataset: ClipDataset) -> tuple[dict[str, int], dict[str, Tensor]]:
     """Number of classes and the labels of every question that a data set can ask."""
     if isinstance(dataset, MovingShapes):
-        labels = {
-            name: torch.from_numpy(values)
-            for name, values in dataset.factors(np.arange(len(dataset))).items()
-        }
-        return {name: len(values) for name, values in FACTORS.items()}, labels
+        answers = dataset.factors(np.arange(len(dataset)))
+        return (
+            {name: len(values) for name, values in FACTORS.items()},
+            {name: torch.from_numpy(values) for name, values in answers.items()},
+        )
     labels = torch.tensor([dataset.label(i) for i in range(len(dataset))])
     if int(labels.min()) < 0:
         raise ConfigError(

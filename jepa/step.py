@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,17 @@ class ModelBundle(nn.Module):
         """What probes and `encode` use: the EMA, or without one the online encoder."""
         return self.context_encoder if self.target_encoder is None else self.target_encoder
 
+    @property
+    def averaged_encoder(self) -> Encoder:
+        """The EMA of the context encoder.
+
+        Raises:
+            ValueError: the variant has none.
+        """
+        if self.target_encoder is None:
+            raise ValueError("ModelBundle: target.kind must be 'ema' for an EMA encoder.")
+        return self.target_encoder
+
     def trained(self) -> dict[str, nn.Module]:
         return {"context_encoder": self.context_encoder, "predictor": self.predictor}
 
@@ -139,7 +150,7 @@ def target_features(bundle: ModelBundle, batch: Batch, cfg: StepConfig) -> tuple
     """
     if cfg.variant.target.kind == "ema":
         with torch.no_grad(), precision(batch.clips.device, cfg):
-            raw = bundle.target_encoder(batch.clips)
+            raw: Tensor = bundle.averaged_encoder(batch.clips)
     else:
         with precision(batch.clips.device, cfg):
             raw = bundle.context_encoder(batch.clips)
@@ -151,7 +162,8 @@ def context_features(bundle: ModelBundle, batch: Batch, cfg: StepConfig) -> Tens
     """The context encoder on the visible tokens of every mask set and sample, one packed call: [Nc,
     D]."""
     with precision(batch.clips.device, cfg):
-        return bundle.context_encoder(batch.clips, batch.masks)
+        tokens: Tensor = bundle.context_encoder(batch.clips, batch.masks)
+    return tokens
 
 
 def predictions(
@@ -163,12 +175,13 @@ def predictions(
 ) -> tuple[Tensor, Tensor | None]:
     """The predictor at targets [Nt, D] and, if asked, at context tokens [Nc, D]."""
     with precision(batch.clips.device, cfg):
-        return bundle.predictor(
+        predicted, predicted_context = bundle.predictor(
             context_tokens,
             batch.masks,
             image=is_image(batch.clips),
             predict_context=predict_context,
         )
+    return predicted, predicted_context
 
 
 def objective_context(
@@ -337,7 +350,8 @@ def update(state: TrainState, loss: Tensor | None = None) -> dict[str, Tensor]:
         skipped = torch.maximum(
             skipped, (bad if state.reduce is None else state.reduce(bad)).clamp(max=1.0)
         )
-    optimizer = state.optimizer
+    # The attributes are those by which a gradient scaler tells an optimiser to skip.
+    optimizer: Any = state.optimizer
     optimizer.found_inf, optimizer.grad_scale = skipped, None
     teacher = optimizer.teacher if isinstance(optimizer, AdamWEMA) else None
     follows = state.cfg.variant.target.kind == "ema"
@@ -346,7 +360,7 @@ def update(state: TrainState, loss: Tensor | None = None) -> dict[str, Tensor]:
     optimizer.step()
     if follows and teacher is None:
         momentum = torch.where(skipped > 0, torch.ones_like(skipped), schedule.ema_momentum(step))
-        update_ema(state.bundle.target_encoder, state.bundle.context_encoder, momentum)
+        update_ema(state.bundle.averaged_encoder, state.bundle.context_encoder, momentum)
     optimizer.zero_grad(set_to_none=True)
     state.step = step
     return {"gradient_norm": norm, "skipped": skipped}

@@ -98,7 +98,7 @@ def build_picker(config: DataConfig) -> Picker:
 
 def _at(kind: str, place: Location, split: str, fold: int, path: str) -> ClipDataset:
     def need(name: str) -> Path:
-        value = getattr(place, name)
+        value: Path | None = getattr(place, name)
         if value is None:
             raise ConfigError(f"config: {path}.{name} must be given for {kind}.")
         return value

@@ -4,7 +4,6 @@ one way to take a mean."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -114,7 +113,8 @@ class Factorisation:
             return features[..., :share] if first else features[..., share:]
         by_level = features.unflatten(-1, (levels, -1))
         share //= levels
-        return (by_level[..., :share] if first else by_level[..., share:]).flatten(-2)
+        part: Tensor = by_level[..., :share] if first else by_level[..., share:]
+        return part.flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class ObjectiveContext:
     denominators: Denominators
     levels: int
     factorisation: Factorisation = field(default_factory=Factorisation)
-    heads: Mapping[str, nn.Module] = field(default_factory=dict)
+    heads: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     quirks: Quirks = field(default_factory=Quirks)
     clips: Tensor | None = None
     patch_size: int = 16
@@ -378,7 +378,9 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return value
-    return _SumOverRanks.apply(value)
+    # torch declares `apply` without types.
+    total: Tensor = _SumOverRanks.apply(value)  # type: ignore[no-untyped-call]
+    return total
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -389,7 +391,7 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         total = grad.clone()
         dist.all_reduce(total)
         return total

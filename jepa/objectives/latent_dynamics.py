@@ -4,7 +4,7 @@ time steps."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class Config(ObjectiveConfig):
     def pair_horizon(self) -> int:
         return self.horizon
 
-    def build_head(self, dims: FeatureDims) -> nn.Module:
+    def build_head(self, dims: FeatureDims) -> nn.Sequential:
         """f: the features (or their dynamics channels) to the change of all of them."""
         return two_layer_head(
             dims.dynamics_width if self.channels == "dynamics" else dims.width,
@@ -63,7 +63,7 @@ def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:
         if cfg.channels == "dynamics"
         else None
     )
-    cell = ResidualMLP.from_module(ctx.heads["latent_dynamics"], seen)
+    cell = ResidualMLP.from_module(cast(nn.Sequential, ctx.heads["latent_dynamics"]), seen)
     errors = ctx.rollout_errors("latent_dynamics", cell, cfg.horizon, anchored=True)
     error = errors.mean(0)
     if cfg.hard_region:

@@ -72,15 +72,14 @@ def characteristic_distance(
     normal = torch.exp(-0.5 * time.square())
     weight = normal * (2.0 * step)
     weight[-1] *= 0.5
-    sums = _HarmonicSums.apply(projected, points - 1, step)
+    # torch declares `apply` without types.
+    sums: Tensor = _HarmonicSums.apply(projected, points - 1, step)  # type: ignore[no-untyped-call]
     rows = projected.new_full((), float(projected.shape[0]))
     if over_ranks:
         sums, rows = sum_over_ranks(sums), sum_over_ranks(rows)
     cosine, sine = (sums / rows.clamp(min=1.0)).unbind()
-    return (
-        rows
-        * (weight[:, None] * ((cosine - normal[:, None]).square() + sine.square())).sum(0).mean()
-    )
+    distance: Tensor = weight[:, None] * ((cosine - normal[:, None]).square() + sine.square())
+    return rows * distance.sum(0).mean()
 
 
 class _HarmonicSums(torch.autograd.Function):
@@ -106,7 +105,7 @@ class _HarmonicSums(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         # d/du = sum_k t_k (g_sin cos(t_k u) - g_cos sin(t_k u)) = Re sum_k t_k (g_sin + i g_cos)
         # z^k, by Horner's rule.
         (first,) = ctx.saved_tensors
