@@ -6,10 +6,10 @@ predictor on its own, the whole clip is embedded for each of them, positions and
 recomputed in every block, tokens are sorted in the predictor, objectives scatter to a dense grid,
 context distances are found one token at a time. `tests/benchmarks/test_eager_twin.py` holds it to
 the golden steps of the published code (losses, terms, gradients, parameters after two updates), for
-all 28 variants.
+every published variant.
 
-    python -m benchmarks.eager_twin --resolution 224 --dtype float32          step time, and the
-    shares of SDPA and of the rotation
+    # step time, and the shares of SDPA and of the rotation
+    python -m benchmarks.eager_twin --resolution 224 --dtype float32
 """
 
 from __future__ import annotations
