@@ -57,7 +57,7 @@ test: dev ## everything that needs no GPU (under 12 minutes on 2 cores)
 	@$(MAKE) --no-print-directory --jobs=$(JOBS) --keep-going --output-sync=target $(PARTS:%=part-%)
 
 part-core: dev
-	$(PYTEST) tests/test_*.py tests/nn
+	$(PYTEST) tests/test_*.py tests/abi tests/nn
 part-interpret: test-interpret ;
 part-conformance: conformance ;
 part-%: dev

@@ -30,14 +30,19 @@ TORCH_TARGET = (
     "0x020b000000000000ULL"  # torch 2.11: the oldest whose stable ABI has what the binding uses
 )
 CUDA_ARCHS = "80;90a;100a;120"
-# Only these files may use instructions beyond baseline x86-64; the kernels choose among them at run
-# time.
-ISA_FLAGS = {
-    "avx2": "-mavx2 -mfma -mf16c",
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
-    "avx512_bf16": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mavx512vbmi -mavx2 "
-    "-mfma -mf16c",
+_AVX2 = "-mavx2 -mfma -mf16c"
+_AVX512 = f"-mavx512f -mavx512bw -mavx512dq -mavx512vl {_AVX2}"
+# Instruction sets in the order of jk_isa (csrc/abi.h) and their flags. A file named kernels.cpp is
+# built once for each of them, with JK_KERNEL_ISA as its number; launch.cpp beside it chooses at run
+# time. No other file may use instructions beyond baseline x86-64.
+ISAS = {
+    "portable": "",
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512_bf16": f"{_AVX512} -mavx512bf16 -mavx512vbmi",
 }
+# Ops bound by memory gain nothing from wider vectors.
+LAST_ISA = {"ema_update": "avx2", "adamw_ema": "avx2"}
 
 
 def torch_folder() -> Path:
@@ -80,10 +85,17 @@ def find_nvcc() -> str | None:
     return found
 
 
-def isa_flags(source: Path) -> str:
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return ""
-    return ISA_FLAGS.get(source.stem, "")
+def kernel_builds(source: Path) -> dict[str, str]:
+    """Instruction set -> flags for each time that a source is built; one without a name if it is
+    not a kernels.cpp."""
+    if source.name != "kernels.cpp":
+        return {"": ""}
+    names = list(ISAS) if platform.machine() in ("x86_64", "AMD64") else ["portable"]
+    last = LAST_ISA.get(source.parents[1].name, names[-1])
+    return {
+        name: f"-DJK_KERNEL_ISA={names.index(name)} {ISAS[name]}".strip()
+        for name in names[: names.index(last) + 1]
+    }
 
 
 def gencode() -> str:
@@ -122,12 +134,12 @@ class Ninja:
     def objects(self, rule: str, sources: list[Path], flags: str = "") -> list[Path]:
         made = []
         for source in sources:
-            target = self.folder / rule / source.relative_to(CSRC).with_suffix(".o")
-            made.append(
-                self.build(
-                    target, rule, [source], " ".join(filter(None, (flags, isa_flags(source))))
+            place = self.folder / rule / source.relative_to(CSRC)
+            for isa, isa_flags in kernel_builds(source).items():
+                target = place.with_name(".".join(filter(None, (source.stem, isa, "o"))))
+                made.append(
+                    self.build(target, rule, [source], " ".join(filter(None, (flags, isa_flags))))
                 )
-            )
         return made
 
     def run(self, verbose: bool) -> None:
@@ -253,4 +265,5 @@ def extensions() -> list[Extension]:
     return [Extension(f"jepa_kernels.{name}", sources=[]) for name in names]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild})
+if __name__ == "__main__":  # tests read the table of instruction sets
+    setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild})

@@ -10,7 +10,7 @@ from importlib import metadata
 
 import torch
 
-from . import __version__, backend, native, support
+from . import __version__, backend, calibrate, native, preferences, support
 from .checks import dtype_name
 
 
@@ -29,6 +29,7 @@ def _machine() -> list[tuple[str, str]]:
         ("triton", _installed("triton")),
         ("platform", f"{platform.system()} {platform.machine()}"),
         ("threads", str(torch.get_num_threads())),
+        ("preferences", preferences.summary()),
         ("CPU kernels", native.isa_name() if native.available() else f"missing: {native.reason()}"),
         ("CUDA library", native.cuda_reason() or "built"),
         ("host module", native.host_reason() or "built"),
@@ -86,8 +87,21 @@ def main(arguments: list[str] | None = None) -> int:
         "and fixes",
     )
     commands.add_parser("support", help="the support table of the README, in Markdown")
+    calibration = commands.add_parser(
+        "calibrate",
+        help="measure this machine for about a minute and let auto follow what was fastest",
+    )
+    calibration.add_argument(
+        "--seconds", type=float, default=60.0, help="how long to measure (default 60)"
+    )
     chosen = parser.parse_args(arguments)
-    if chosen.command == "doctor":
+    if chosen.command == "calibrate":
+        try:
+            print(calibrate.run(chosen.seconds))
+        except (OSError, ValueError) as error:
+            print(f"calibrate: {error}", file=sys.stderr)
+            return 1
+    elif chosen.command == "doctor":
         print(report())
     else:
         print(support.table())

@@ -3,7 +3,7 @@ module never compiles anything."""
 
 from __future__ import annotations
 
-import functools
+import importlib
 import os
 import re
 from collections.abc import Callable
@@ -43,6 +43,14 @@ _reason: str | None = _load()
 _available = _reason is None
 # Looked up once: torch.compile traces the checks below and cannot trace a file system.
 _cuda_built = _cuda_library.exists()
+
+
+def library_stamp() -> str:
+    """Tells builds of the native library apart: size and time of the file, or that it is absent."""
+    if not _available:
+        return "absent"
+    status = _library.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def available() -> bool:
@@ -126,15 +134,6 @@ def isa_name() -> str:
     return ISAS[_machine_isa if _forced_isa < 0 else _forced_isa]
 
 
-@functools.cache
-def cpu_kind() -> str:
-    """What preferences call this CPU: ``amx`` where the processor has bfloat16 tiles, else the
-    instruction set that the kernels use."""
-    if isa_name() == ISAS[-1] and "amx_bf16" in _processor_flags():
-        return "amx"
-    return isa_name()
-
-
 def _processor_flags() -> frozenset[str]:
     """The features that the system lists for the first processor; empty where it lists none."""
     try:
@@ -142,6 +141,16 @@ def _processor_flags() -> frozenset[str]:
     except OSError:
         return frozenset()
     return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+# Read once: torch.compile traces cpu_kind and cannot trace a file system.
+_has_tiles = "amx_bf16" in _processor_flags()
+
+
+def cpu_kind() -> str:
+    """What preferences call this CPU: ``amx`` where the processor has bfloat16 tiles, else the
+    instruction set that the kernels use."""
+    return "amx" if _has_tiles and isa_name() == ISAS[-1] else isa_name()
 
 
 def multiplies_bf16() -> bool:
@@ -153,7 +162,7 @@ def multiplies_bf16() -> bool:
 def host_reason() -> str | None:
     """Why the host module (mask sampling in C++) is missing, or None."""
     try:
-        from . import _host  # noqa: F401
+        importlib.import_module(f"{__package__}._host")
     except ImportError as error:
         return f"the host module does not import: {error} ({_BUILD_HINT})"
     return None

@@ -1,11 +1,14 @@
 """Measured cases in which `auto` passes a backend by: committed ones (preferences.json, derived
 from the records under benchmarks/results) and those of this machine (`python -m jepa_kernels
-calibrate`)."""
+calibrate`), which come first."""
 
 from __future__ import annotations
 
 import functools
 import json
+import os
+import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +20,71 @@ from .checks import dtype_name
 
 _COMMITTED = Path(__file__).with_name("preferences.json")
 Table = dict[tuple[str, str, str, str, str], Preference]
+_table: Table = {}
 
 
-def read(path: Path) -> Table:
-    """The rows of a preference file."""
-    return indexed([Preference(**row) for row in json.loads(path.read_text())["preferences"]])
-
-
-def indexed(rows: list[Preference]) -> Table:
+def indexed(rows: Iterable[Preference]) -> Table:
     """The rows by the case in which `slower` is passed by."""
     return {(r.op, r.slower, r.device, r.dtype, r.size_class): r for r in rows}
 
 
-_table: Table = read(_COMMITTED)
+def committed() -> list[Preference]:
+    """What came with the package."""
+    rows = json.loads(_COMMITTED.read_text())["preferences"]
+    return [Preference(**row) for row in rows]
+
+
+def calibration_file() -> Path:
+    """Where `calibrate` keeps what it measured: below XDG_CACHE_HOME or ~/.cache."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(folder) / "jepa_kernels" / "calibration.json"
+
+
+def holds_for() -> dict[str, str]:
+    """What a calibration is bound to: another build, torch or processor measures anew."""
+    library = native.library_stamp()
+    processor = f"{platform.machine()} {native.cpu_kind()} {os.cpu_count()}"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"library": library, "torch": torch.__version__, "processor": processor, "gpu": gpu}
+
+
+def calibration() -> dict[str, Any] | None:
+    """The stored calibration, or None where there is none that holds for this machine and build.
+
+    A file that cannot be read or is of another form counts as none: it is a cache.
+    """
+    try:
+        content = json.loads(calibration_file().read_text())
+        rows = [Preference(**row) for row in content["preferences"]]
+        measured = {tuple(case) for case in content["measured"]}
+        holds = content["holds_for"] == holds_for()
+        when = str(content["when"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return {"rows": rows, "measured": measured, "when": when} if holds else None
+
+
+def load() -> None:
+    """Reads both sources again. A calibrated case leaves no room for a committed one."""
+    global _table
+    rows = committed()
+    own = calibration()
+    if own is not None:
+        rows = [r for r in rows if (r.op, r.device, r.dtype, r.size_class) not in own["measured"]]
+        rows += own["rows"]
+    _table = indexed(rows)
+
+
+def summary() -> str:
+    """One line for `doctor`."""
+    own = calibration()
+    here = (
+        "not calibrated (python -m jepa_kernels calibrate)"
+        if own is None
+        else f"{len(own['rows'])} of {len(own['measured'])} cases calibrated {own['when']} "
+        f"({calibration_file()})"
+    )
+    return f"{len(committed())} committed; this machine: {here}"
 
 
 def found(op: str, backend: str, inputs: Any) -> Preference | None:
@@ -55,4 +110,5 @@ def _architecture() -> str:
     return f"sm_{major}{minor}"
 
 
+load()
 prefer_by(found)

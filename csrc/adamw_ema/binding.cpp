@@ -3,8 +3,10 @@
 #include "../ema_update/describe.h"
 #include "params.h"
 
-namespace jk {
+namespace jk::adamw {
 namespace {
+
+using namespace jk::ema;
 
 constexpr const char* kOp = "adamw_ema_";
 
@@ -145,7 +147,7 @@ void step_cuda(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_
 }
 
 }  // namespace
-}  // namespace jk
+}  // namespace jk::adamw
 
 STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
   m.def(
@@ -163,8 +165,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CPU, m) {
-  m.impl("adamw_ema_cpu_", TORCH_BOX(&jk::step_cpu));
+  m.impl("adamw_ema_cpu_", TORCH_BOX(&jk::adamw::step_cpu));
 }
 STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CUDA, m) {
-  m.impl("adamw_ema_cuda_", TORCH_BOX(&jk::step_cuda));
+  m.impl("adamw_ema_cuda_", TORCH_BOX(&jk::adamw::step_cuda));
 }

@@ -6,7 +6,9 @@
 #include "../ema_update/average.h"
 #include "params.h"
 
-struct jk_adamw_step {
+namespace jk::adamw {
+
+struct Step {
   float decay;                // 1 - lr * weight_decay
   float grad_factor;          // -1 to maximize, else 1; the caller divides it by grad_scale
   float take1, beta2, take2;  // 1 - beta1, beta2, 1 - beta2
@@ -17,8 +19,8 @@ struct jk_adamw_step {
 
 namespace {
 
-JK_SHARED_INLINE jk_adamw_step adamw_step(const double* hyper, double step) {
-  jk_adamw_step s;
+JK_SHARED_INLINE Step step_of(const double* hyper, double step) {
+  Step s;
   s.decay = (float)(1.0 - hyper[JK_LR] * hyper[JK_WEIGHT_DECAY]);
   s.grad_factor = hyper[JK_MAXIMIZE] != 0.0 ? -1.0f : 1.0f;
   s.take1 = (float)(1.0 - hyper[JK_BETA1]);
@@ -31,3 +33,4 @@ JK_SHARED_INLINE jk_adamw_step adamw_step(const double* hyper, double step) {
 }
 
 }  // namespace
+}  // namespace jk::adamw

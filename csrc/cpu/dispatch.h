@@ -54,4 +54,32 @@ inline int best_isa() {
   return best;
 }
 
+// Instruction sets beyond the portable one, in a list that ends here on other machines.
+#ifdef __x86_64__
+#define JK_X86(...) __VA_ARGS__
+#else
+#define JK_X86(...)
+#endif
+
+// The entry of a table in the order of jk_isa for the best instruction set up to `isa` that has
+// one.
+template <class Entry, int kCount>
+inline Entry best_of(const Entry (&by_isa)[kCount], int isa) {
+  return by_isa[isa < kCount ? isa : kCount - 1];
+}
+
+// The kernels of one instruction set for a dtype, or NULL.
+template <class Kernels>
+using KernelsOf = const Kernels* (*)(int64_t dtype);
+
+// The same for kernels that only some instruction sets have for a dtype; NULL where none has.
+template <class Kernels, int kCount>
+inline const Kernels* best_kernels(const KernelsOf<Kernels> (&by_isa)[kCount], int isa,
+                                   int64_t dtype) {
+  const Kernels* found = nullptr;
+  for (; found == nullptr && isa >= JK_ISA_PORTABLE; --isa)
+    if (isa < kCount) found = by_isa[isa](dtype);
+  return found;
+}
+
 }  // namespace jk

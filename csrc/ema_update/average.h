@@ -12,6 +12,7 @@
 #define JK_SHARED_INLINE inline
 #endif
 
+namespace jk::ema {
 namespace {
 
 struct EmaWeights {
@@ -57,3 +58,4 @@ JK_SHARED_INLINE uint32_t element_bits(RandomKey key, uint32_t salt, uint32_t el
 }
 
 }  // namespace
+}  // namespace jk::ema

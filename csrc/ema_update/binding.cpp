@@ -2,7 +2,7 @@
 // fills the C ABI's structs, calls the CPU kernel or the CUDA library. No arithmetic.
 #include "describe.h"
 
-namespace jk {
+namespace jk::ema {
 namespace {
 
 constexpr const char* kOp = "ema_update_";
@@ -60,7 +60,7 @@ void update_cuda(Tensors targets, Tensors sources, const Tensor& momentum, Tenso
 }
 
 }  // namespace
-}  // namespace jk
+}  // namespace jk::ema
 
 STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
   m.def(
@@ -74,8 +74,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CPU, m) {
-  m.impl("ema_update_cpu_", TORCH_BOX(&jk::update_cpu));
+  m.impl("ema_update_cpu_", TORCH_BOX(&jk::ema::update_cpu));
 }
 STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CUDA, m) {
-  m.impl("ema_update_cuda_", TORCH_BOX(&jk::update_cuda));
+  m.impl("ema_update_cuda_", TORCH_BOX(&jk::ema::update_cuda));
 }

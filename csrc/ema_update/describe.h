@@ -4,7 +4,7 @@
 #include "../binding.h"
 #include "params.h"
 
-namespace jk {
+namespace jk::ema {
 
 using Tensors = std::vector<Tensor>;
 
@@ -79,4 +79,4 @@ inline void check_on_host(const Params& p, const char* op) {
                   ": momentum and seed must be on the CPU with targets on the CPU.");
 }
 
-}  // namespace jk
+}  // namespace jk::ema

@@ -4,7 +4,7 @@
 
 #include "../binding.h"
 
-namespace jk {
+namespace jk::rollout {
 namespace {
 
 using Optional = std::optional<Tensor>;
@@ -406,7 +406,7 @@ std::vector<Tensor> gru_bwd(const Tensor& start, const Tensor& actions, const Te
 }
 
 }  // namespace
-}  // namespace jk
+}  // namespace jk::rollout
 
 STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
   m.def(
@@ -451,16 +451,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
       "bool every_step, int isa) -> Tensor[]");
 }
 
-#define JK_LATENT_ROLLOUT_KERNELS(m)                                         \
-  m.impl("latent_rollout_mlp_fwd", TORCH_BOX(&jk::mlp_fwd));                 \
-  m.impl("latent_rollout_mlp_bwd", TORCH_BOX(&jk::mlp_bwd));                 \
-  m.impl("latent_rollout_hamiltonian_fwd", TORCH_BOX(&jk::hamiltonian_fwd)); \
-  m.impl("latent_rollout_hamiltonian_bwd", TORCH_BOX(&jk::hamiltonian_bwd)); \
-  m.impl("latent_rollout_readout", TORCH_BOX(&jk::readout));                 \
-  m.impl("latent_rollout_errors", TORCH_BOX(&jk::errors));                   \
-  m.impl("latent_rollout_errors_gradient", TORCH_BOX(&jk::errors_gradient)); \
-  m.impl("latent_rollout_gru_fwd", TORCH_BOX(&jk::gru_fwd));                 \
-  m.impl("latent_rollout_gru_bwd", TORCH_BOX(&jk::gru_bwd))
+#define JK_LATENT_ROLLOUT_KERNELS(m)                                                  \
+  m.impl("latent_rollout_mlp_fwd", TORCH_BOX(&jk::rollout::mlp_fwd));                 \
+  m.impl("latent_rollout_mlp_bwd", TORCH_BOX(&jk::rollout::mlp_bwd));                 \
+  m.impl("latent_rollout_hamiltonian_fwd", TORCH_BOX(&jk::rollout::hamiltonian_fwd)); \
+  m.impl("latent_rollout_hamiltonian_bwd", TORCH_BOX(&jk::rollout::hamiltonian_bwd)); \
+  m.impl("latent_rollout_readout", TORCH_BOX(&jk::rollout::readout));                 \
+  m.impl("latent_rollout_errors", TORCH_BOX(&jk::rollout::errors));                   \
+  m.impl("latent_rollout_errors_gradient", TORCH_BOX(&jk::rollout::errors_gradient)); \
+  m.impl("latent_rollout_gru_fwd", TORCH_BOX(&jk::rollout::gru_fwd));                 \
+  m.impl("latent_rollout_gru_bwd", TORCH_BOX(&jk::rollout::gru_bwd))
 
 STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CPU, m) { JK_LATENT_ROLLOUT_KERNELS(m); }
 STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CUDA, m) { JK_LATENT_ROLLOUT_KERNELS(m); }

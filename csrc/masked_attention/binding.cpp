@@ -3,7 +3,7 @@
 #include "../binding.h"
 #include "params.h"
 
-namespace jk {
+namespace jk::attention {
 namespace {
 
 constexpr const char* kOp = "masked_attention";
@@ -240,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor> cuda_bwd(const Tensor& grad_out, const Tensor
 }
 
 }  // namespace
-}  // namespace jk
+}  // namespace jk::attention
 
 STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
   m.def(
@@ -267,11 +267,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CPU, m) {
-  m.impl("masked_attention_cpu_fwd", TORCH_BOX(&jk::cpu_fwd));
-  m.impl("masked_attention_cpu_bwd", TORCH_BOX(&jk::cpu_bwd));
+  m.impl("masked_attention_cpu_fwd", TORCH_BOX(&jk::attention::cpu_fwd));
+  m.impl("masked_attention_cpu_bwd", TORCH_BOX(&jk::attention::cpu_bwd));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CUDA, m) {
-  m.impl("masked_attention_cuda_fwd", TORCH_BOX(&jk::cuda_fwd));
-  m.impl("masked_attention_cuda_bwd", TORCH_BOX(&jk::cuda_bwd));
+  m.impl("masked_attention_cuda_fwd", TORCH_BOX(&jk::attention::cuda_fwd));
+  m.impl("masked_attention_cuda_bwd", TORCH_BOX(&jk::attention::cuda_bwd));
 }

@@ -4,8 +4,6 @@ without the torch binding."""
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,109 +11,26 @@ from pathlib import Path
 
 import torch
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
-SHIM = Path(__file__).with_name("emulate_avx512.h")
-ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
-BASE_FLAGS = [
-    "-std=c++20",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-Wall",
-    "-Wextra",
-    "-Werror",
-    "-Wno-unused-parameter",
-]
-AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
-AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-NATIVE_FLAGS = {
-    "avx2": AVX2_FLAGS,
-    "avx512": AVX512_FLAGS,
-    "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vbmi"],
-}
-BODY = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
-PARALLEL_FOR = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, BODY, ctypes.c_void_p)
+from tests.abi.header import read
+from tests.native.build import ISAS, Unit, library, units
 
-
-class Rows(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("stride_seq", ctypes.c_int64),
-        ("stride_token", ctypes.c_int64),
-        ("stride_head", ctypes.c_int64),
-    ]
-
-
-class Ints(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("bytes", ctypes.c_int64),
-        ("stride_seq", ctypes.c_int64),
-        ("stride_token", ctypes.c_int64),
-    ]
-
-
-class Params(ctypes.Structure):
-    _fields_ = [
-        *[
-            (name, ctypes.c_int64)
-            for name in ("dtype", "num_seqs", "heads", "head_dim", "len_q", "len_k")
-        ],
-        *[(name, Ints) for name in ("cu_q", "cu_k", "ids_q", "ids_k")],
-        ("rope_table", ctypes.c_void_p),
-        *[(name, ctypes.c_int64) for name in ("rope_dim", "grid_t", "grid_h", "grid_w")],
-        ("scale", ctypes.c_float),
-        *[(name, Rows) for name in ("q", "k", "v", "out")],
-        ("lse", ctypes.c_void_p),
-        ("lse_stride_seq", ctypes.c_int64),
-        ("lse_stride_head", ctypes.c_int64),
-        *[(name, Rows) for name in ("grad_out", "grad_q", "grad_k", "grad_v")],
-        ("scratch", ctypes.c_void_p),
-        ("scratch_bytes", ctypes.c_int64),
-    ]
-
-
-def _flags(stem: str, emulated: bool) -> list[str]:
-    if emulated and "avx512" in stem:
-        # Optimising the emulation harder costs more compile time than it saves.
-        return ["-O1", *AVX2_FLAGS, "-Wno-psabi", "-include", str(SHIM)]
-    return [
-        "-O2",
-        *NATIVE_FLAGS.get(stem, []),
-        *(["-DJK_EMULATED_ISA=3"] if emulated and stem == "launch" else []),
-    ]
-
-
-def make(command: list[str], target: Path) -> Path:
-    """Compiles or links `target` unless it is there."""
-    if not target.exists():
-        partial = target.with_suffix(".partial")
-        subprocess.run([*command, "-o", str(partial)], check=True)
-        partial.rename(target)  # a half-written file is never used
-    return target
+ABI = read("masked_attention")
+Rows, Ints, Params = (
+    ABI.structs[name] for name in ("jk_rows", "jk_ints", "jk_masked_attention_params")
+)
+PARALLEL_FOR = ABI.callbacks["jk_parallel_for"]
 
 
 def build(folder: Path, emulated: bool) -> Path:
-    """A shared library of the kernels; `emulated` compiles the AVX-512 files against SIMDe, so that
+    """A shared library of the kernels; `emulated` compiles those of AVX-512 against SIMDe, so that
     they run on any x86-64 with AVX2."""
-    sources = sorted((CSRC / "masked_attention" / "cpu").glob("*.cpp"))
-    headers = [
-        *(CSRC / "masked_attention").rglob("*.h"),
-        *(CSRC / "cpu").rglob("*.h"),
-        *CSRC.glob("*.h"),
-        SHIM,
-    ]
-    contents = b"".join(path.read_bytes() for path in sorted([*sources, *headers]))
-    folder.mkdir(parents=True, exist_ok=True)
 
-    def compile_one(source: Path) -> Path:
-        command = ["g++", *BASE_FLAGS, *_flags(source.stem, emulated), "-c", str(source)]
-        digest = hashlib.sha256(contents + " ".join(command).encode()).hexdigest()[:16]
-        return make(command, folder / f"{source.stem}_{digest}.o")
+    def flags(unit: Unit) -> list[str]:
+        # Optimising the emulation harder costs more compile time than it saves.
+        return ["-O1" if emulated and "avx512" in unit.isa else "-O2"]
 
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
-    digest = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:16]
-    return make(["g++", "-shared", *map(str, objects)], folder / f"attention_{digest}.so")
+    parts = units("masked_attention")
+    return library("attention", folder, [u.emulated() if emulated else u for u in parts], flags)
 
 
 def serial(pieces: int = 1, order: Callable[[list[int]], list[int]] = list) -> Callable:
@@ -196,7 +111,7 @@ class Call:
     def params(self, grad_out: torch.Tensor | None) -> Params:
         packed = self.cu_q is not None
         p = Params()
-        p.dtype = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[self.q.dtype]
+        p.dtype = ABI.constants[f"JK_{str(self.q.dtype).removeprefix('torch.').upper()}"]
         p.heads, p.head_dim = self.q.shape[-2:]
         p.len_q, p.len_k = self.q.shape[-3], self.k.shape[-3]
         p.num_seqs = self.cu_q.numel() - 1 if packed else self.q.shape[0]
@@ -220,14 +135,11 @@ class Library:
     """The loaded kernels; a refusal becomes a ValueError."""
 
     def __init__(self, path: Path) -> None:
-        library = ctypes.CDLL(str(path))
+        library = ABI.open(path)
         self.functions = {
             False: library.jk_masked_attention_cpu_fwd,
             True: library.jk_masked_attention_cpu_bwd,
         }
-        for function in self.functions.values():
-            function.argtypes = [ctypes.POINTER(Params), ctypes.c_int, PARALLEL_FOR]
-            function.restype = ctypes.c_char_p
 
     def raw(self, params: Params, backward: bool, isa: int, parallel_for: Callable) -> None:
         sentence = self.functions[backward](ctypes.byref(params), isa, parallel_for)

@@ -2,6 +2,13 @@
 // intrinsics under their own names, and this file those that SIMDe 0.7 lacks. Included by the
 // compiler's -include, so that the sources under test stay as they are.
 #pragma once
+// Without optimisation GCC's own header has some intrinsics as macros, which would meet those
+// below.
+#include <immintrin.h>
+#undef _mm512_extractf32x8_ps
+#undef _mm512_permute_ps
+#undef _mm512_shuffle_f32x4
+
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wall"

@@ -31,7 +31,7 @@ def arrays(seed: int, *kinds: type) -> list[list[np.ndarray]]:
 
 
 def run(library: ctypes.CDLL, isa: int) -> bytes | None:
-    parallel_for = ctypes.cast(library.uneven_threads, ctypes.c_void_p)
+    parallel_for = ctypes.cast(library.uneven_threads, ema_abi.ABI.callbacks["jk_parallel_for"])
     for target in (np.float32, np.uint16, np.float16):
         for rounding in (ema_abi.NEAREST, ema_abi.KAHAN, ema_abi.STOCHASTIC):
             if rounding == ema_abi.STOCHASTIC and target is np.float16:
@@ -63,13 +63,7 @@ def run(library: ctypes.CDLL, isa: int) -> bytes | None:
 
 
 if __name__ == "__main__":
-    kernels = ctypes.CDLL(sys.argv[1])
-    for name, struct in (
-        ("jk_ema_update_cpu_fwd", ema_abi.EmaParams),
-        ("jk_adamw_ema_cpu_fwd", ema_abi.AdamwParams),
-    ):
-        getattr(kernels, name).argtypes = [ctypes.POINTER(struct), ctypes.c_int, ctypes.c_void_p]
-        getattr(kernels, name).restype = ctypes.c_char_p
+    kernels = ema_abi.open_library(sys.argv[1])
     for cuts in (1, 5):
         kernels.choose_pieces(
             ctypes.c_int64(cuts), ctypes.c_int64(64 if sys.argv[2:] == ["overlap"] else 0)

@@ -3,32 +3,17 @@ the native torch ops."""
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from tests.native.attention_library import AVX2_FLAGS, BASE_FLAGS, make
+from tests.native.build import CSRC, Unit, library, units
 from tests.native.rollout_library import CpuLibrary
 from tests.simt.rollout_abi import SimtOps, Table
 
 HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
-UNITS = ("launch", "portable", "avx2", "avx512", "avx512_bf16")
-# Always against the emulation: on a machine with AVX-512, the tests of the op run the real
-# instructions.
-EMULATED = ("avx512", "avx512_bf16")
-_UNIT_FLAGS = {
-    "launch": ["-DJK_EMULATED_ISA=3"],
-    "avx2": AVX2_FLAGS,
-    **{
-        unit: [*AVX2_FLAGS, "-Wno-psabi", "-include", str(HERE / "emulate_rollout.h")]
-        for unit in EMULATED
-    },
-}
 _SANITIZERS = {
     None: [],
     "asan": ["-g1", "-fsanitize=address", "-fno-omit-frame-pointer"],
@@ -42,24 +27,6 @@ _SANITIZERS = {
 }
 
 
-def _compile(source: Path, folder: Path, flags: list[str]) -> Path:
-    root = source.parents[2]
-    headers = [
-        *root.glob("*.h"),
-        *root.glob("cpu/**/*.h"),
-        *root.glob("latent_rollout/**/*.h"),
-        *HERE.glob("*.h"),
-    ]
-    command = ["g++", *BASE_FLAGS, *flags, *_UNIT_FLAGS.get(source.stem, [])]
-    digest = hashlib.sha256(
-        b"".join(path.read_bytes() for path in (source, *sorted(headers)))
-        + " ".join(command).encode()
-    )
-    return make(
-        [*command, "-c", str(source)], folder / f"rollout-{source.stem}-{digest.hexdigest()[:16]}.o"
-    )
-
-
 def build(
     folder: Path, sanitizer: str | None = None, patched: Mapping[str, Path] | None = None
 ) -> Path:
@@ -69,36 +36,29 @@ def build(
         folder: where objects and libraries are kept, by the hash of what they are made of.
         sanitizer: None, "asan_ubsan", or "tsan" for all but AVX-512. A sanitized library loads only
             in a child of `run_sanitized`, and has the functions of list_parallel.cpp.
-        patched: units to take from another copy of csrc, by name.
+        patched: copies of csrc from which kernels are taken, by instruction set.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    quick = {"launch", *(patched or ())}
-    sources = [
-        (patched or {}).get(unit, CSRC) / "latent_rollout" / "cpu" / f"{unit}.cpp" for unit in UNITS
+    patched = patched or {}
+    copies = {csrc: units("latent_rollout", csrc) for csrc in (CSRC, *patched.values())}
+    # AVX-512 is always emulated: on a machine that has it, the tests of the op run the real
+    # instructions.
+    parts = [
+        next(u for u in copies[patched.get(unit.isa, CSRC)] if u.name == unit.name).emulated()
+        for unit in copies[CSRC]
     ]
+    if sanitizer is not None:
+        parts.append(Unit(HERE / "list_parallel.cpp", "", []))
 
-    def compile_one(source: Path) -> Path:
+    def flags(unit: Unit) -> list[str]:
         # The emulation takes long to compile: UBSan would judge it as well, and threads do nothing
         # else in it than elsewhere.
-        emulated = (
-            {"asan_ubsan": "asan", "tsan": None}.get(sanitizer)
-            if source.stem in EMULATED
-            else sanitizer
-        )
-        level = (
-            "-O0" if emulated is not None or source.stem in quick else "-O1"
-        )  # what runs briefly need not run fast
-        return _compile(source, folder, [level, *_SANITIZERS[emulated]])
+        emulation = "avx512" in unit.isa
+        chosen = {"asan_ubsan": "asan", "tsan": None}.get(sanitizer) if emulation else sanitizer
+        # What runs briefly need not run fast.
+        quick = chosen is not None or unit.source.stem == "launch" or unit.isa in patched
+        return ["-O0" if quick else "-O1", *_SANITIZERS[chosen]]
 
-    if sanitizer is not None:
-        sources.append(HERE / "list_parallel.cpp")
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
-    digest = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:16]
-    return make(
-        ["g++", "-shared", *_SANITIZERS[sanitizer], *map(str, objects)],
-        folder / f"rollout-{digest}.so",
-    )
+    return library("rollout", folder, parts, flags, _SANITIZERS[sanitizer])
 
 
 def patch(folder: Path, file: str, sound: str, broken: str) -> Path:

@@ -7,9 +7,8 @@ import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.simt.rollout_abi import Library
-
-ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
+from tests.native.build import ISAS as ISAS
+from tests.simt.rollout_abi import ABI, Library
 
 
 class CpuLibrary(Library):
@@ -20,11 +19,10 @@ class CpuLibrary(Library):
     """
 
     device = "cpu"
-    more_types = (ctypes.c_int, ctypes.c_void_p)
 
     def __init__(self, path: str | Path, isa: int, parallel_for: Callable | None = None) -> None:
         super().__init__(path)
         self.isa, self.parallel_for = isa, parallel_for
 
     def more(self) -> tuple:
-        return self.isa, ctypes.cast(self.parallel_for, ctypes.c_void_p)
+        return self.isa, ctypes.cast(self.parallel_for, ABI.callbacks["jk_parallel_for"])

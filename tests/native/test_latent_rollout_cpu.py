@@ -250,14 +250,14 @@ FAULTS = {
     "a step without its drift": (
         "residual_mlp",
         {},
-        "recurrence.h",
+        "mlp.h",
         "V::add(left, V::load(drift + c))",
         "left",
     ),
     "a half-step the wrong way": (
         "hamiltonian",
         {},
-        "recurrence.h",
+        "hamiltonian.h",
         "which ? -p.time_step : p.time_step",
         "p.time_step",
     ),
@@ -272,7 +272,7 @@ FAULTS = {
     "sums that start with old ones": (
         "residual_mlp",
         {},
-        "recurrence.h",
+        "mlp.h",
         "memset(sum, 0, sizeof(float) * count);",
         "",
     ),
@@ -300,7 +300,7 @@ FAULTS = {
     "a row too many": (
         "hamiltonian",
         {},
-        "recurrence.h",
+        "tile.h",
         "r < rows; ++r) memcpy(to",
         "r <= rows; ++r) memcpy(to",
     ),

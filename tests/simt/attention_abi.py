@@ -9,65 +9,21 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
+
+from tests.abi.header import read
 
 SOURCE = "csrc/masked_attention/cuda/launch.cu"
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _GUARD = 64
 
 
-class Rows(ctypes.Structure):
-    """jk_rows."""
-
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        *((f"stride_{n}", ctypes.c_int64) for n in ("seq", "token", "head")),
-    ]
-
-
-class Ints(ctypes.Structure):
-    """jk_ints."""
-
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        *((n, ctypes.c_int64) for n in ("bytes", "stride_seq", "stride_token")),
-    ]
-
-
-class Params(ctypes.Structure):
-    """jk_masked_attention_params."""
-
-    _fields_ = [
-        *(
-            (n, ctypes.c_int64)
-            for n in ("dtype", "num_seqs", "heads", "head_dim", "len_q", "len_k")
-        ),
-        *((n, Ints) for n in ("cu_q", "cu_k", "ids_q", "ids_k")),
-        ("rope_table", ctypes.c_void_p),
-        *((n, ctypes.c_int64) for n in ("rope_dim", "grid_t", "grid_h", "grid_w")),
-        ("scale", ctypes.c_float),
-        *((n, Rows) for n in ("q", "k", "v", "out")),
-        ("lse", ctypes.c_void_p),
-        ("lse_stride_seq", ctypes.c_int64),
-        ("lse_stride_head", ctypes.c_int64),
-        *((n, Rows) for n in ("grad_out", "grad_q", "grad_k", "grad_v")),
-        ("scratch", ctypes.c_void_p),
-        ("scratch_bytes", ctypes.c_int64),
-    ]
-
-
-def open_attention(path: str | Path) -> ctypes.CDLL:
-    """The library at `path` with the signatures of its three functions."""
-    library = ctypes.CDLL(str(path))
-    library.jk_masked_attention_cuda_scratch.argtypes = [ctypes.POINTER(Params), ctypes.c_int]
-    library.jk_masked_attention_cuda_scratch.restype = ctypes.c_int64
-    for name in ("fwd", "bwd"):
-        function = getattr(library, f"jk_masked_attention_cuda_{name}")
-        function.argtypes = [ctypes.POINTER(Params), ctypes.c_void_p]
-        function.restype = ctypes.c_char_p
-    return library
+ABI = read("masked_attention")
+Rows, Ints, Params = (
+    ABI.structs[name] for name in ("jk_rows", "jk_ints", "jk_masked_attention_params")
+)
+open_attention = ABI.open
 
 
 def values(array: np.ndarray, dtype: str) -> np.ndarray:

@@ -1,77 +1,25 @@
-"""ctypes mirror of csrc/ema_update/params.h and csrc/adamw_ema/params.h over NumPy arrays. No
-torch: sanitized children import this."""
+"""The C ABI of ema_update and adamw_ema on NumPy arrays. No torch: sanitized children import
+this."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
-NEAREST, KAHAN, STOCHASTIC = 0, 1, 2
+from tests.abi.header import read
 
-Pointer, Int64, Int32, Double = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_double
-
-
-class EmaTensor(ctypes.Structure):
-    _fields_ = [
-        ("target", Pointer),
-        ("source", Pointer),
-        ("copy", Pointer),
-        ("compensation", Pointer),
-        ("numel", Int64),
-        ("target_dtype", Int32),
-        ("source_dtype", Int32),
-        ("copy_dtype", Int32),
-        ("index", Int32),
-    ]
-
-
-class EmaParams(ctypes.Structure):
-    _fields_ = [
-        ("tensors", ctypes.POINTER(EmaTensor)),
-        ("num_tensors", Int64),
-        ("momentum", Double),
-        ("momentum_device", Pointer),
-        ("rounding", Int64),
-        ("seed", Int64),
-        ("seed_device", Pointer),
-    ]
-
-
-class AdamwTensor(ctypes.Structure):
-    _fields_ = [
-        ("param", Pointer),
-        ("grad", Pointer),
-        ("exp_avg", Pointer),
-        ("exp_avg_sq", Pointer),
-        ("numel", Int64),
-        ("ema", EmaTensor),
-        ("param_dtype", Int32),
-        ("grad_dtype", Int32),
-        ("state_dtype", Int32),
-        ("group", Int32),
-        ("step", Double),
-        ("step_device", Pointer),
-    ]
-
-
-class AdamwParams(ctypes.Structure):
-    _fields_ = [
-        ("tensors", ctypes.POINTER(AdamwTensor)),
-        ("num_tensors", Int64),
-        ("hyper", Pointer),
-        ("hyper_device", Pointer),
-        ("grad_scale", Pointer),
-        ("found_inf", Pointer),
-        ("momentum", Double),
-        ("momentum_device", Pointer),
-        ("rounding", Int64),
-        ("seed", Int64),
-        ("seed_device", Pointer),
-    ]
+ABI = read("adamw_ema")  # includes that of ema_update
+FLOAT32, BFLOAT16, FLOAT16 = (ABI.constants[f"JK_{n}"] for n in ("FLOAT32", "BFLOAT16", "FLOAT16"))
+NEAREST, KAHAN, STOCHASTIC = (
+    ABI.constants[f"JK_ROUND_{n}"] for n in ("NEAREST", "KAHAN", "STOCHASTIC")
+)
+EmaTensor, EmaParams, AdamwTensor, AdamwParams = (
+    ABI.structs[f"jk_{n}"]
+    for n in ("ema_tensor", "ema_update_params", "adamw_tensor", "adamw_ema_params")
+)
+open_library = ABI.open
 
 
 def address(array: np.ndarray | None) -> int | None:
@@ -118,18 +66,6 @@ def adamw_tensor(
         step,
         address(step_device),
     )
-
-
-def open_library(path: str | Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    for name, params in (
-        ("jk_ema_update_cuda_fwd", EmaParams),
-        ("jk_adamw_ema_cuda_fwd", AdamwParams),
-    ):
-        if hasattr(library, name):
-            function = getattr(library, name)
-            function.argtypes, function.restype = [ctypes.POINTER(params), Pointer], ctypes.c_char_p
-    return library
 
 
 def ema_update(

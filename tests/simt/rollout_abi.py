@@ -10,12 +10,11 @@ import ctypes
 from pathlib import Path
 from typing import Any, NamedTuple
 
-Pointer, Int64, Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
+from tests.abi.header import read
 
-
-class Rows(ctypes.Structure):
-    _fields_ = [("data", Pointer), ("index", Pointer), ("stride", Int64), ("dtype", Int64)]
+ABI = read("latent_rollout")
+FLOAT32, BFLOAT16, FLOAT16 = (ABI.constants[f"JK_{n}"] for n in ("FLOAT32", "BFLOAT16", "FLOAT16"))
+Rows = ABI.structs["jk_rollout_rows"]
 
 
 class Table(NamedTuple):
@@ -27,91 +26,14 @@ class Table(NamedTuple):
     dtype: int
 
 
-def _structure(name: str, *fields: tuple[str, str]):
-    kinds = {"i": Int64, "f": Float, "p": Pointer, "r": Rows}
-    listed = [(field, kinds[kind]) for kind, names in fields for field in names.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": listed})
-
-
-Mlp = _structure(
-    "Mlp",
-    ("i", "rows hidden horizon kept operand"),
-    ("p", "start coupling drift sums inputs grad_sums grad_inputs activations"),
-)
-Hamiltonian = _structure(
-    "Hamiltonian",
-    ("i", "rows hidden middle horizon kept operand"),
-    ("f", "time_step"),
-    ("p", "start weight bias energy coupling sums inputs"),
-)
-HamiltonianStep = _structure(
-    "HamiltonianStep",
-    ("i", "rows hidden middle operand transposed"),
-    ("f", "time_step"),
-    (
-        "p",
-        "weight coupling bias energy input following carried force activation grad_returned "
-        "pulled grad_middle grad_energy",
-    ),
-)
-Readout = _structure(
-    "Readout",
-    ("i", "rows hidden channels steps first_step operand"),
-    ("p", "sums weight"),
-    ("i", "weight_row_stride weight_column_stride"),
-    ("p", "bias"),
-    ("r", "base"),
-    ("p", "out"),
-    ("i", "out_step_stride out_row_stride out_dtype"),
-    ("r", "targets"),
-    ("i", "target_step_stride"),
-    ("f", "exponent"),
-    ("p", "errors signs grad_errors grad grad_base"),
-    ("i", "grad_base_stride"),
-)
-Gru = _structure(
-    "Gru",
-    ("i", "rows channels actions horizon kept operand"),
-    ("f", "epsilon"),
-    ("p", "start"),
-    ("i", "start_stride"),
-    (
-        "p",
-        "action weight_input weight_state bias_input bias_state norm_weight norm_bias states "
-        "gates grad_states",
-    ),
-    ("i", "every_step"),
-    ("p", "grad_gates grad_actions grad_small grad_start grad_norm"),
-)
-
-_FUNCTIONS = {
-    "mlp_fwd": Mlp,
-    "mlp_bwd": Mlp,
-    "hamiltonian_fwd": Hamiltonian,
-    "hamiltonian_bwd": HamiltonianStep,
-    "readout": Readout,
-    "readout_gradient": Readout,
-    "gru_fwd": Gru,
-    "gru_bwd": Gru,
-}
-
-
 class Library:
     """The C ABI of latent_rollout's kernels for one kind of device; a refusal becomes a
     RuntimeError. This one: launch.cu, built for the executor."""
 
     device = "cuda"
-    more_types: tuple = (Pointer,)  # of a function's arguments behind its parameters
 
     def __init__(self, path: str | Path) -> None:
-        self.library = ctypes.CDLL(str(path))
-        for name, params in _FUNCTIONS.items():
-            function = self._function(name)
-            function.argtypes, function.restype = (
-                [ctypes.POINTER(params), *self.more_types],
-                ctypes.c_char_p,
-            )
-        self._function("gru_tiles").argtypes, self._function("gru_tiles").restype = [Int64], Int64
+        self.library = ABI.open(path)
 
     def _function(self, name: str):
         return getattr(self.library, f"jk_latent_rollout_{self.device}_{name}")
@@ -126,10 +48,11 @@ class Library:
     def call(self, name: str, **values) -> None:
         """Runs one function; a value is a number, a Table, or something with an address (array or
         tensor)."""
-        params = _FUNCTIONS[name]()
+        function = self._function(name)
+        params = function.argtypes[0]._type_()
         for field, value in values.items():
             setattr(params, field, _field(value))
-        error = self._function(name)(ctypes.byref(params), *self.more())
+        error = function(ctypes.byref(params), *self.more())
         if error is not None:
             raise RuntimeError(error.decode())
 

@@ -139,10 +139,10 @@ def test_comparison_notices_planted_faults(fault, phase):
 
 
 KERNEL_FAULTS = {
-    "a step without its drift": ("residual_mlp", "recurrence.cuh", "(v + p.drift[c])", "v"),
+    "a step without its drift": ("residual_mlp", "mlp.cuh", "(v + p.drift[c])", "v"),
     "a half-step the wrong way": (
         "hamiltonian",
-        "recurrence.cuh",
+        "hamiltonian.cuh",
         "which ? -p.time_step : p.time_step",
         "p.time_step",
     ),
@@ -154,7 +154,7 @@ KERNEL_FAULTS = {
     ),
     "a product whose left side is not complete": (
         "residual_mlp",
-        "recurrence.cuh",
+        "mlp.cuh",
         "    __syncthreads();\n    multiply(",
         "    multiply(",
     ),

@@ -3,9 +3,10 @@
 #include <vector>
 
 #include "../../cpu/dispatch.h"
-#include "body.h"
+#include "../../ema_update/cpu/list.h"
+#include "kernels.h"
 
-void jk_adamw_ema_body_avx2(int64_t begin, int64_t end, void* context);
+using namespace jk::adamw;
 
 JK_EXPORT const char* jk_adamw_ema_cpu_fwd(const jk_adamw_ema_params* p, int isa,
                                            jk_parallel_for parallel_for) {
@@ -16,18 +17,18 @@ JK_EXPORT const char* jk_adamw_ema_cpu_fwd(const jk_adamw_ema_params* p, int isa
     return "adamw_ema_: momentum must be from 0 to 1.";
   if (p->found_inf != nullptr && *p->found_inf != 0.0f) return nullptr;
   const float grad_scale = p->grad_scale == nullptr ? 1.0f : *p->grad_scale;
-  std::vector<int64_t> ends(static_cast<size_t>(p->num_tensors));
-  std::vector<jk_adamw_step> steps(static_cast<size_t>(p->num_tensors));
+  std::vector<int64_t> ends(p->num_tensors);
+  std::vector<Step> steps(p->num_tensors);
   int64_t total = 0;
   for (int64_t i = 0; i < p->num_tensors; i++) {
     const jk_adamw_tensor& t = p->tensors[i];
-    ends[static_cast<size_t>(i)] = total += t.numel;
-    steps[static_cast<size_t>(i)] = adamw_step(p->hyper + t.group * JK_ADAMW_COLUMNS, t.step);
-    steps[static_cast<size_t>(i)].grad_factor /= grad_scale;
+    ends[i] = total += t.numel;
+    steps[i] = step_of(p->hyper + t.group * JK_ADAMW_COLUMNS, t.step);
+    steps[i].grad_factor /= grad_scale;
   }
   if (total == 0) return nullptr;
-  jk_adamw_ema_job job{p, ends.data(), steps.data()};
-  parallel_for(total, kGrain, chosen >= JK_ISA_AVX2 ? jk_adamw_ema_body_avx2 : adamw_ema_body,
-               &job);
+  constexpr jk_body kStep[] = {step<JK_ISA_PORTABLE>, JK_X86(step<JK_ISA_AVX2>)};
+  Job job{p, ends.data(), steps.data()};
+  parallel_for(total, jk::ema::kGrain, jk::best_of(kStep, chosen), &job);
   return nullptr;
 }

@@ -5,7 +5,10 @@
 #include "../../ema_update/cuda/launch.h"
 #include "../step.h"
 
+namespace jk::adamw {
 namespace {
+
+using namespace jk::ema;
 
 constexpr int64_t kChunk = 2 * kThreads * kLanes;
 
@@ -21,7 +24,7 @@ struct Entry {
   int64_t numel;
   const float* step_device;
   union {
-    jk_adamw_step known;             // kHost
+    Step known;                      // kHost
     double hyper[JK_ADAMW_COLUMNS];  // kDeviceStep
     struct {
       const double* row;
@@ -47,15 +50,15 @@ struct Scalars {
 template <int kCapacity>
 using List = Chunks<Entry, Scalars, kCapacity>;
 
-JK_DEVICE jk_adamw_step step_of(const Entry& e, const float* grad_scale) {
-  jk_adamw_step s;
+JK_DEVICE Step step_of(const Entry& e, const float* grad_scale) {
+  Step s;
   if (e.origin == kHost) {
     s = e.scalars.known;
   } else if (e.origin == kDeviceStep) {
-    s = adamw_step(e.scalars.hyper, double(*e.step_device));
+    s = step_of(e.scalars.hyper, double(*e.step_device));
   } else {
-    s = adamw_step(e.scalars.device.row,
-                   e.step_device == nullptr ? e.scalars.device.step : double(*e.step_device));
+    s = step_of(e.scalars.device.row,
+                e.step_device == nullptr ? e.scalars.device.step : double(*e.step_device));
   }
   if (grad_scale != nullptr) s.grad_factor /= *grad_scale;
   return s;
@@ -63,7 +66,7 @@ JK_DEVICE jk_adamw_step step_of(const Entry& e, const float* grad_scale) {
 
 // Eight elements of AdamW, rounded as the CPU kernel rounds them.
 JK_DEVICE void adamw_lanes(Lanes& param, const Lanes& grad, Lanes& exp_avg, Lanes& exp_avg_sq,
-                           const jk_adamw_step& s) {
+                           const Step& s) {
 #pragma unroll
   for (int i = 0; i < kLanes; i++) {
     const float g = __fmul_rn(grad.x[i], s.grad_factor);
@@ -77,7 +80,7 @@ JK_DEVICE void adamw_lanes(Lanes& param, const Lanes& grad, Lanes& exp_avg, Lane
   }
 }
 
-JK_DEVICE void adamw_ema_lanes(const Entry& e, int64_t first, const jk_adamw_step& s, EmaWeights w,
+JK_DEVICE void adamw_ema_lanes(const Entry& e, int64_t first, const Step& s, EmaWeights w,
                                int rounding, RandomKey key) {
   const int n = e.numel - first < kLanes ? int(e.numel - first) : kLanes;
   Lanes param, grad, exp_avg, exp_avg_sq;
@@ -106,11 +109,11 @@ __global__ void __launch_bounds__(kThreads)
   if (c.found_inf != nullptr && *c.found_inf != 0.0f) return;
   const int which = entry_of(list, blockIdx.x);
   const Entry& entry = list.entries[which];
-  JK_DYNAMIC_SHARED(jk_adamw_step, shared_step);
+  JK_DYNAMIC_SHARED(Step, shared_step);
   // Powers in double may be due: once for the block.
   if (threadIdx.x == 0) *shared_step = step_of(entry, c.grad_scale);
   __syncthreads();
-  const jk_adamw_step s = *shared_step;
+  const Step s = *shared_step;
   const EmaWeights w = ema_weights(c.momentum_device == nullptr ? c.momentum : *c.momentum_device);
   const RandomKey key = random_key(uint64_t(c.seed_device == nullptr ? c.seed : *c.seed_device),
                                    uint64_t(entry.index));
@@ -152,7 +155,7 @@ Entry make_entry(const jk_adamw_tensor& t, const jk_adamw_ema_params& p) {
     for (int i = 0; i < JK_ADAMW_COLUMNS; i++) e.scalars.hyper[i] = p.hyper[row + i];
   } else {
     e.origin = kHost;
-    e.scalars.known = adamw_step(p.hyper + row, t.step);
+    e.scalars.known = step_of(p.hyper + row, t.step);
   }
   return e;
 }
@@ -165,13 +168,16 @@ const char* step(const jk_adamw_ema_params& p, void* stream) {
       p.num_tensors, scalars, kChunk, [&](int64_t i) { return p.tensors[i].numel; },
       [&](Entry& entry, int64_t i) { entry = make_entry(p.tensors[i], p); },
       [&](const List<kCapacity>& list, unsigned chunks) {
-        JK_LAUNCH((adamw_ema_kernel<kCapacity>), dim3(chunks), dim3(kThreads),
-                  sizeof(jk_adamw_step), stream, list);
-        return jk::launch_error();
+        JK_LAUNCH((adamw_ema_kernel<kCapacity>), dim3(chunks), dim3(kThreads), sizeof(Step), stream,
+                  list);
+        return launch_error();
       });
 }
 
 }  // namespace
+}  // namespace jk::adamw
+
+using namespace jk::adamw;
 
 JK_EXPORT const char* jk_adamw_ema_cuda_fwd(const jk_adamw_ema_params* p, void* stream) {
   if (p->momentum_device == nullptr && !(p->momentum >= 0.0 && p->momentum <= 1.0))

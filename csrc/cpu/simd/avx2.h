@@ -1,5 +1,4 @@
-// Eight float lanes on AVX2 + FMA. Include it only from files compiled with these flags
-// (`avx2.cpp`).
+// Eight float lanes on AVX2 + FMA. Include it only where these flags are on (native.h).
 #pragma once
 #include <immintrin.h>
 
@@ -10,9 +9,8 @@ namespace jk::simd {
 struct Avx2 {
   typedef __m256 Vec;
   static constexpr int kLanes = 8;
-  static constexpr int kAccumulators =
-      12;  // of 16 registers: the rest hold one operand row and a broadcast
   static constexpr bool kConstantsInMemory = false;
+  static constexpr bool kMaskRegisters = false;
 
   static JK_INLINE Vec zero() { return _mm256_setzero_ps(); }
   static JK_INLINE Vec set1(float x) { return _mm256_set1_ps(x); }
@@ -57,6 +55,10 @@ struct Avx2 {
   static JK_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
   static JK_INLINE bool any_greater(Vec a, Vec b) {
     return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+  }
+  // Bit i: whether lane i is positive.
+  static JK_INLINE uint32_t positive_lanes(Vec v) {
+    return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(v, zero(), _CMP_GT_OQ));
   }
   // p * 2^n, n being the integer in the low bits of the float `shifted` (x + 1.5 * 2^23).
   static JK_INLINE Vec scale_by_power(Vec p, Vec shifted) {

@@ -1,5 +1,4 @@
-// Sixteen float lanes on AVX-512 F/BW/DQ/VL. Include it only from files compiled with these flags
-// (`avx512*.cpp`).
+// Sixteen float lanes on AVX-512 F/BW/DQ/VL. Include it only where these flags are on (native.h).
 #pragma once
 #include <immintrin.h>
 
@@ -17,10 +16,10 @@ namespace jk::simd {
 struct Avx512 {
   typedef __m512 Vec;
   static constexpr int kLanes = 16;
-  static constexpr int kAccumulators = 24;  // of 32 registers
   // Accumulators and operands of a dot product leave no register to the constants of the jobs
   // beside it.
   static constexpr bool kConstantsInMemory = true;
+  static constexpr bool kMaskRegisters = true;
 
   static JK_INLINE Vec zero() { return _mm512_setzero_ps(); }
   static JK_INLINE Vec set1(float x) { return _mm512_set1_ps(x); }
@@ -81,6 +80,15 @@ struct Avx512 {
   static JK_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
   static JK_INLINE bool any_greater(Vec a, Vec b) {
     return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
+  }
+  // Bit i: whether lane i is positive.
+  static JK_INLINE uint32_t positive_lanes(Vec v) {
+    return _mm512_cmp_ps_mask(v, zero(), _CMP_GT_OQ);
+  }
+  // `v` in the lanes of `plus`, minus `v` in those of `minus`.
+  static JK_INLINE Vec signed_by(uint16_t plus, uint16_t minus, Vec v) {
+    const Vec raised = _mm512_maskz_mov_ps(plus, v);
+    return _mm512_mask_sub_ps(raised, minus, raised, v);
   }
   // p * 2^n, n being the integer in the low bits of the float `shifted` (x + 1.5 * 2^23).
   static JK_INLINE Vec scale_by_power(Vec p, Vec shifted) {

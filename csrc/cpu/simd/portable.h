@@ -11,8 +11,8 @@ struct Portable {
   typedef float Vec __attribute__((vector_size(16), may_alias));
   typedef int32_t Int __attribute__((vector_size(16), may_alias));
   static constexpr int kLanes = 4;
-  static constexpr int kAccumulators = 8;
   static constexpr bool kConstantsInMemory = false;
+  static constexpr bool kMaskRegisters = false;
 
   static JK_INLINE Vec zero() { return Vec{}; }
   static JK_INLINE Vec set1(float x) { return Vec{x, x, x, x}; }
@@ -60,6 +60,12 @@ struct Portable {
   static JK_INLINE bool any_greater(Vec a, Vec b) {
     const Int m = a > b;
     return (m[0] | m[1] | m[2] | m[3]) != 0;
+  }
+  // Bit i: whether lane i is positive.
+  static JK_INLINE uint32_t positive_lanes(Vec v) {
+    uint32_t bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits |= (uint32_t)(v[i] > 0.f) << i;
+    return bits;
   }
   // p * 2^n, n being the integer in the low bits of the float `shifted` (x + 1.5 * 2^23).
   static JK_INLINE Vec scale_by_power(Vec p, Vec shifted) {

@@ -15,6 +15,7 @@
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=off")
 
+namespace jk::ema {
 namespace {
 
 constexpr int64_t kBlock = 1024;
@@ -171,5 +172,6 @@ inline void average_block(const jk_ema_tensor& t, int64_t first, int64_t n, cons
 }
 
 }  // namespace
+}  // namespace jk::ema
 
 #pragma GCC pop_options

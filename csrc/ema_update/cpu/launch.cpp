@@ -3,9 +3,10 @@
 #include <vector>
 
 #include "../../cpu/dispatch.h"
-#include "body.h"
+#include "kernels.h"
+#include "list.h"
 
-void jk_ema_update_body_avx2(int64_t begin, int64_t end, void* context);
+using namespace jk::ema;
 
 JK_EXPORT const char* jk_ema_update_cpu_fwd(const jk_ema_update_params* p, int isa,
                                             jk_parallel_for parallel_for) {
@@ -14,13 +15,12 @@ JK_EXPORT const char* jk_ema_update_cpu_fwd(const jk_ema_update_params* p, int i
     return "ema_update_: isa must be one that this processor has.";
   if (!(p->momentum >= 0.0 && p->momentum <= 1.0))
     return "ema_update_: momentum must be from 0 to 1.";
-  std::vector<int64_t> ends(static_cast<size_t>(p->num_tensors));
+  std::vector<int64_t> ends(p->num_tensors);
   int64_t total = 0;
-  for (int64_t i = 0; i < p->num_tensors; i++)
-    ends[static_cast<size_t>(i)] = total += p->tensors[i].numel;
+  for (int64_t i = 0; i < p->num_tensors; i++) ends[i] = total += p->tensors[i].numel;
   if (total == 0) return nullptr;
-  jk_ema_update_job job{p, ends.data()};
-  parallel_for(total, kGrain, chosen >= JK_ISA_AVX2 ? jk_ema_update_body_avx2 : ema_update_body,
-               &job);
+  constexpr jk_body kUpdate[] = {update<JK_ISA_PORTABLE>, JK_X86(update<JK_ISA_AVX2>)};
+  Job job{p, ends.data()};
+  parallel_for(total, kGrain, jk::best_of(kUpdate, chosen), &job);
   return nullptr;
 }

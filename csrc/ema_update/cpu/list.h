@@ -4,6 +4,7 @@
 #pragma once
 #include <stdint.h>
 
+namespace jk::ema {
 namespace {
 
 // Pieces begin at multiples of this within a tensor: threads then share no cache line and vector
@@ -48,3 +49,4 @@ inline void for_each_block(const int64_t* ends, int64_t count, int64_t begin, in
 }
 
 }  // namespace
+}  // namespace jk::ema

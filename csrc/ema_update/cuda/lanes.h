@@ -6,6 +6,7 @@
 #include "../average.h"
 #include "../params.h"
 
+namespace jk::ema {
 namespace {
 
 // Elements of one thread: 16 bytes of a 16-bit array, two 16-byte accesses of a float32 one.
@@ -20,7 +21,7 @@ JK_DEVICE void unpack8(const uint4& raw, float* x) {
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const float2 pair = jk::unpack2<T>(words[i]);
+    const float2 pair = unpack2<T>(words[i]);
     x[2 * i] = pair.x;
     x[2 * i + 1] = pair.y;
   }
@@ -28,8 +29,8 @@ JK_DEVICE void unpack8(const uint4& raw, float* x) {
 
 template <class T>
 JK_DEVICE uint4 pack8(const float* x) {
-  return make_uint4(jk::pack2<T>(x[0], x[1]), jk::pack2<T>(x[2], x[3]), jk::pack2<T>(x[4], x[5]),
-                    jk::pack2<T>(x[6], x[7]));
+  return make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]),
+                    pack2<T>(x[6], x[7]));
 }
 
 // Elements [first, first + n), n <= kLanes; whole and aligned accesses when n == kLanes and `wide`.
@@ -41,15 +42,15 @@ JK_DEVICE void load_narrow(Lanes& out, const void* data, int64_t first, int n, b
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kLanes; i++) out.x[i] = i < n ? jk::to_float(p[i]) : 0.0f;
+  for (int i = 0; i < kLanes; i++) out.x[i] = i < n ? to_float(p[i]) : 0.0f;
 }
 
 JK_DEVICE void load_lanes(Lanes& out, const void* data, int dtype, int64_t first, int n,
                           bool wide) {
   if (dtype == JK_BFLOAT16) {
-    load_narrow<jk::bfloat16>(out, data, first, n, wide);
+    load_narrow<bfloat16>(out, data, first, n, wide);
   } else if (dtype == JK_FLOAT16) {
-    load_narrow<jk::float16>(out, data, first, n, wide);
+    load_narrow<float16>(out, data, first, n, wide);
   } else {
     const float* p = static_cast<const float*>(data) + first;
     if (wide && n == kLanes) {
@@ -72,7 +73,7 @@ JK_DEVICE void store_narrow(const Lanes& in, void* data, int64_t first, int n, b
   }
 #pragma unroll
   for (int i = 0; i < kLanes; i++) {
-    if (i < n) p[i] = jk::from_float<T>(in.x[i]);
+    if (i < n) p[i] = from_float<T>(in.x[i]);
   }
 }
 
@@ -80,9 +81,9 @@ JK_DEVICE void store_narrow(const Lanes& in, void* data, int64_t first, int n, b
 JK_DEVICE void store_lanes(const Lanes& in, void* data, int dtype, int64_t first, int n,
                            bool wide) {
   if (dtype == JK_BFLOAT16) {
-    store_narrow<jk::bfloat16>(in, data, first, n, wide);
+    store_narrow<bfloat16>(in, data, first, n, wide);
   } else if (dtype == JK_FLOAT16) {
-    store_narrow<jk::float16>(in, data, first, n, wide);
+    store_narrow<float16>(in, data, first, n, wide);
   } else {
     float* p = static_cast<float*>(data) + first;
     if (wide && n == kLanes) {
@@ -99,8 +100,8 @@ JK_DEVICE void store_lanes(const Lanes& in, void* data, int dtype, int64_t first
 
 // The value that a `dtype` array keeps of x.
 JK_DEVICE float rounded(float x, int dtype) {
-  if (dtype == JK_BFLOAT16) return jk::to_float(jk::from_float<jk::bfloat16>(x));
-  if (dtype == JK_FLOAT16) return jk::to_float(jk::from_float<jk::float16>(x));
+  if (dtype == JK_BFLOAT16) return to_float(from_float<bfloat16>(x));
+  if (dtype == JK_FLOAT16) return to_float(from_float<float16>(x));
   return x;
 }
 
@@ -154,3 +155,4 @@ JK_DEVICE void average_lanes(const jk_ema_tensor& t, const Lanes& source, int64_
 inline bool aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15u) == 0; }
 
 }  // namespace
+}  // namespace jk::ema

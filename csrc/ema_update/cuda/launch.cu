@@ -4,6 +4,7 @@
 #include "lanes.h"
 #include "launch.h"
 
+namespace jk::ema {
 namespace {
 
 // Two rounds of kLanes elements for each thread keep four 16-byte loads of each thread in flight.
@@ -60,11 +61,14 @@ const char* update(const jk_ema_update_params& p, void* stream) {
       },
       [&](const List<kCapacity>& list, unsigned chunks) {
         JK_LAUNCH((ema_update_kernel<kCapacity>), dim3(chunks), dim3(kThreads), 0, stream, list);
-        return jk::launch_error();
+        return launch_error();
       });
 }
 
 }  // namespace
+}  // namespace jk::ema
+
+using namespace jk::ema;
 
 JK_EXPORT const char* jk_ema_update_cuda_fwd(const jk_ema_update_params* p, void* stream) {
   if (p->momentum_device == nullptr && !(p->momentum >= 0.0 && p->momentum <= 1.0))

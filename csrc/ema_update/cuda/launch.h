@@ -4,6 +4,7 @@
 #pragma once
 #include "../../cuda/device.cuh"
 
+namespace jk::ema {
 namespace {
 
 constexpr int kThreads = 256;
@@ -61,3 +62,4 @@ inline const char* for_each_launch(int64_t count, const Scalars& scalars, int64_
 }
 
 }  // namespace
+}  // namespace jk::ema

@@ -4,7 +4,7 @@
 
 #include <initializer_list>
 
-#include "recurrence.h"
+#include "tile.h"
 
 namespace jk::rollout {
 namespace {

@@ -39,14 +39,9 @@ struct Kernels {
                        int64_t rows, int64_t piece, float* scratch);
 };
 
-extern const Kernels kPortable;
-#ifdef __x86_64__
-extern const Kernels kAvx2, kAvx512, kAvx512DotBf16;
-#endif
-
-// Rows of a tile: few enough that its states and one matrix of a usual width (256) share the L2
-// cache and that usual row counts give every thread as many tiles as any other; a multiple of the
-// rows of a register block on every instruction set.
-constexpr int64_t kTileRows = 48;
+// Those of kernels.cpp as built for an instruction set, NULL where it has none of its own for
+// matrices of a dtype.
+template <int kIsa>
+const Kernels* kernels(int64_t operand);
 
 }  // namespace jk::rollout

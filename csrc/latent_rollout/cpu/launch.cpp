@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../../cpu/dispatch.h"
+#include "../../cpu/tiles.h"
 #include "kernels.h"
 
 namespace jk::rollout {
@@ -21,21 +22,9 @@ float* scratch_of(int64_t floats) {
   return memory.data();
 }
 
-// Finds the kernels of an instruction set for matrices of a dtype; returns NULL, or why there are
-// none.
-const char* find_kernels(int isa, int64_t operand, const Kernels*& kernels) {
-  if (isa == JK_ISA_AUTO) isa = best_isa();
-  if (!cpu_supports(isa)) return "latent_rollout: isa must be one that this processor has.";
-  const bool dot = operand == JK_BFLOAT16 && isa >= JK_ISA_AVX512_BF16;
-  if (operand != JK_FLOAT32 && !dot)
-    return "latent_rollout: operand must be float32, or bfloat16 on AVX512_BF16.";
-  kernels = &kPortable;
-#ifdef __x86_64__
-  if (isa == JK_ISA_AVX2) kernels = &kAvx2;
-  if (isa >= JK_ISA_AVX512) kernels = dot ? &kAvx512DotBf16 : &kAvx512;
-#endif
-  return nullptr;
-}
+constexpr KernelsOf<Kernels> kKernels[] = {
+    kernels<JK_ISA_PORTABLE>,
+    JK_X86(kernels<JK_ISA_AVX2>, kernels<JK_ISA_AVX512>, kernels<JK_ISA_AVX512_BF16>)};
 
 template <class Body>
 void run_parallel(jk_parallel_for parallel_for, int64_t count, const Body& body) {
@@ -45,16 +34,7 @@ void run_parallel(jk_parallel_for parallel_for, int64_t count, const Body& body)
       (void*)&body);
 }
 
-// Runs body(tile, first row, rows) over every tile.
-template <class Body>
-void over_tiles(jk_parallel_for parallel_for, int64_t rows, int64_t tile_rows, const Body& body) {
-  run_parallel(parallel_for, (rows + tile_rows - 1) / tile_rows, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = tile * tile_rows;
-      body(tile, first, rows - first < tile_rows ? rows - first : tile_rows);
-    }
-  });
-}
+int64_t tiles_of(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 
 // Weights packed for the kernels of one call.
 class Packer {
@@ -67,6 +47,7 @@ class Packer {
     for (float* block : blocks_) free(block);
   }
 
+  const Kernels& kernels() const { return kernels_; }
   // Room for a packed matrix, on cache-line boundaries.
   float* reserve(int64_t floats) {
     const size_t bytes = ((size_t)(floats > 0 ? floats : 1) * sizeof(float) + 63) / 64 * 64;
@@ -95,21 +76,21 @@ class Packer {
   std::vector<float*> blocks_;
 };
 
-Packed pack_hamiltonian(Packer& pack, const void* weight, const void* coupling, int64_t hidden,
-                        int64_t middle) {
-  return {{pack(weight, 1, hidden, hidden, middle), pack(weight, hidden, 1, middle, hidden),
-           pack(coupling, 1, hidden, hidden, hidden), pack(coupling, hidden, 1, hidden, hidden)}};
+template <class Params>
+Packed pack_hamiltonian(Packer& pack, const Params& p) {
+  const int64_t h = p.hidden, m = p.middle;
+  return {{pack(p.weight, 1, h, h, m), pack(p.weight, h, 1, m, h), pack(p.coupling, 1, h, h, h),
+           pack(p.coupling, h, 1, h, h)}};
 }
 
 Packed pack_readout(Packer& pack, const jk_rollout_readout_params& p) {
-  return {{pack(p.weight, p.weight_row_stride, p.weight_column_stride, p.hidden, p.channels),
-           nullptr, nullptr, nullptr}};
+  return {{pack(p.weight, p.weight_row_stride, p.weight_column_stride, p.hidden, p.channels)}};
 }
 
 // The three gates side by side, each padded to whole panels: transposed [depth, 3 wide] for
 // forward, stacked [3 wide, ...] for backward.
-Packed pack_gru(Packer& pack, const Kernels& kernels, const jk_rollout_gru_params& p,
-                bool backward) {
+Packed pack_gru(Packer& pack, const jk_rollout_gru_params& p, bool backward) {
+  const Kernels& kernels = pack.kernels();
   const int64_t d = p.channels, wide = kernels.packed_size(1, d), bytes = kernels.number_bytes;
   Packed packed{};
   if (!backward) {
@@ -139,6 +120,42 @@ Packed pack_gru(Packer& pack, const Kernels& kernels, const jk_rollout_gru_param
   return packed;
 }
 
+// One call: finds the kernels for the instruction set and the dtype of the matrices, has the
+// matrices packed, and runs tile(kernels, packed, first row, rows, number of the tile) over every
+// tile. Returns NULL, or why there are no kernels.
+template <class Params, class Pack, class Tile>
+const char* run(const Params& p, int isa, jk_parallel_for parallel_for, const Pack& pack,
+                const Tile& tile) {
+  if (isa == JK_ISA_AUTO) isa = best_isa();
+  if (!cpu_supports(isa)) return "latent_rollout: isa must be one that this processor has.";
+  const Kernels* kernels = best_kernels(kKernels, isa, p.operand);
+  if (kernels == nullptr)
+    return "latent_rollout: operand must be float32, or bfloat16 on AVX512_BF16.";
+  Packer packer(*kernels, parallel_for);
+  const Packed packed = pack(packer);
+  run_parallel(parallel_for, tiles_of(p.rows), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * kTileRows;
+      tile(*kernels, packed, first, std::min(kTileRows, p.rows - first), i);
+    }
+  });
+  return nullptr;
+}
+
+const char* mlp(const jk_rollout_mlp_params& p, int isa, jk_parallel_for parallel_for,
+                bool backward) {
+  const auto pack = [&](Packer& packed) -> Packed {
+    if (p.horizon == 1) return {};
+    return {
+        {packed(p.coupling, backward ? p.hidden : 1, backward ? 1 : p.hidden, p.hidden, p.hidden)}};
+  };
+  return run(p, isa, parallel_for, pack,
+             [&](const Kernels& k, const Packed& packed, int64_t first, int64_t rows, int64_t) {
+               (backward ? k.mlp_backward : k.mlp_forward)(p, packed, first, rows,
+                                                           scratch_of(k.mlp_scratch(p)));
+             });
+}
+
 }  // namespace
 }  // namespace jk::rollout
 
@@ -146,104 +163,70 @@ using namespace jk::rollout;
 
 JK_EXPORT const char* jk_latent_rollout_cpu_mlp_fwd(const jk_rollout_mlp_params* p, int isa,
                                                     jk_parallel_for parallel_for) {
-  const Kernels* kernels;
-  if (const char* missing = find_kernels(isa, p->operand, kernels)) return missing;
-  Packer pack(*kernels, parallel_for);
-  Packed packed{};
-  if (p->horizon > 1) packed.matrix[0] = pack(p->coupling, 1, p->hidden, p->hidden, p->hidden);
-  over_tiles(parallel_for, p->rows, kTileRows, [&](int64_t, int64_t first, int64_t rows) {
-    kernels->mlp_forward(*p, packed, first, rows, scratch_of(kernels->mlp_scratch(*p)));
-  });
-  return nullptr;
+  return mlp(*p, isa, parallel_for, false);
 }
 
 JK_EXPORT const char* jk_latent_rollout_cpu_mlp_bwd(const jk_rollout_mlp_params* p, int isa,
                                                     jk_parallel_for parallel_for) {
-  const Kernels* kernels;
-  if (const char* missing = find_kernels(isa, p->operand, kernels)) return missing;
-  Packer pack(*kernels, parallel_for);
-  Packed packed{};
-  if (p->horizon > 1) packed.matrix[0] = pack(p->coupling, p->hidden, 1, p->hidden, p->hidden);
-  over_tiles(parallel_for, p->rows, kTileRows, [&](int64_t, int64_t first, int64_t rows) {
-    kernels->mlp_backward(*p, packed, first, rows, scratch_of(kernels->mlp_scratch(*p)));
-  });
-  return nullptr;
+  return mlp(*p, isa, parallel_for, true);
 }
 
 JK_EXPORT const char* jk_latent_rollout_cpu_hamiltonian_fwd(const jk_rollout_hamiltonian_params* p,
                                                             int isa, jk_parallel_for parallel_for) {
-  const Kernels* kernels;
-  if (const char* missing = find_kernels(isa, p->operand, kernels)) return missing;
-  Packer pack(*kernels, parallel_for);
-  const Packed packed = pack_hamiltonian(pack, p->weight, p->coupling, p->hidden, p->middle);
-  over_tiles(parallel_for, p->rows, kTileRows, [&](int64_t, int64_t first, int64_t rows) {
-    kernels->hamiltonian_forward(*p, packed, first, rows,
-                                 scratch_of(kernels->hamiltonian_scratch(p->hidden, p->middle)));
-  });
-  return nullptr;
+  return run(
+      *p, isa, parallel_for, [&](Packer& packer) { return pack_hamiltonian(packer, *p); },
+      [&](const Kernels& k, const Packed& packed, int64_t first, int64_t rows, int64_t) {
+        k.hamiltonian_forward(*p, packed, first, rows,
+                              scratch_of(k.hamiltonian_scratch(p->hidden, p->middle)));
+      });
 }
 
 JK_EXPORT const char* jk_latent_rollout_cpu_hamiltonian_bwd(
     const jk_rollout_hamiltonian_step_params* p, int isa, jk_parallel_for parallel_for) {
-  const Kernels* kernels;
-  if (const char* missing = find_kernels(isa, p->operand, kernels)) return missing;
-  Packer pack(*kernels, parallel_for);
-  const Packed packed = pack_hamiltonian(pack, p->weight, p->coupling, p->hidden, p->middle);
-  over_tiles(parallel_for, p->rows, kTileRows, [&](int64_t, int64_t first, int64_t rows) {
-    kernels->hamiltonian_backward(*p, packed, first, rows,
-                                  scratch_of(kernels->hamiltonian_scratch(p->hidden, p->middle)));
-  });
-  return nullptr;
+  return run(
+      *p, isa, parallel_for, [&](Packer& packer) { return pack_hamiltonian(packer, *p); },
+      [&](const Kernels& k, const Packed& packed, int64_t first, int64_t rows, int64_t) {
+        k.hamiltonian_backward(*p, packed, first, rows,
+                               scratch_of(k.hamiltonian_scratch(p->hidden, p->middle)));
+      });
 }
 
 JK_EXPORT const char* jk_latent_rollout_cpu_readout(const jk_rollout_readout_params* p, int isa,
                                                     jk_parallel_for parallel_for) {
-  const Kernels* kernels;
-  if (const char* missing = find_kernels(isa, p->operand, kernels)) return missing;
-  Packer pack(*kernels, parallel_for);
-  const Packed packed = pack_readout(pack, *p);
-  over_tiles(parallel_for, p->rows, kTileRows, [&](int64_t, int64_t first, int64_t rows) {
-    kernels->readout(*p, packed, first, rows, scratch_of(kernels->readout_scratch(*p)));
-  });
-  return nullptr;
+  return run(
+      *p, isa, parallel_for, [&](Packer& packer) { return pack_readout(packer, *p); },
+      [&](const Kernels& k, const Packed& packed, int64_t first, int64_t rows, int64_t) {
+        k.readout(*p, packed, first, rows, scratch_of(k.readout_scratch(*p)));
+      });
 }
 
 JK_EXPORT const char* jk_latent_rollout_cpu_readout_gradient(const jk_rollout_readout_params* p,
                                                              int isa,
                                                              jk_parallel_for parallel_for) {
   if (p->signs == nullptr) return jk_latent_rollout_cpu_readout(p, isa, parallel_for);
-  const Kernels* kernels;
-  if (const char* missing = find_kernels(isa, p->operand, kernels)) return missing;
-  over_tiles(parallel_for, p->rows, kTileRows, [&](int64_t, int64_t first, int64_t rows) {
-    kernels->gradient_from_signs(*p, first, rows);
-  });
-  return nullptr;
+  return run(
+      *p, isa, parallel_for, [](Packer&) { return Packed{}; },
+      [&](const Kernels& k, const Packed&, int64_t first, int64_t rows, int64_t) {
+        k.gradient_from_signs(*p, first, rows);
+      });
 }
 
-JK_EXPORT int64_t jk_latent_rollout_cpu_gru_tiles(int64_t rows) {
-  return (rows + kTileRows - 1) / kTileRows;
-}
+JK_EXPORT int64_t jk_latent_rollout_cpu_gru_tiles(int64_t rows) { return tiles_of(rows); }
 
 JK_EXPORT const char* jk_latent_rollout_cpu_gru_fwd(const jk_rollout_gru_params* p, int isa,
                                                     jk_parallel_for parallel_for) {
-  const Kernels* kernels;
-  if (const char* missing = find_kernels(isa, p->operand, kernels)) return missing;
-  Packer pack(*kernels, parallel_for);
-  const Packed packed = pack_gru(pack, *kernels, *p, false);
-  over_tiles(parallel_for, p->rows, kTileRows, [&](int64_t, int64_t first, int64_t rows) {
-    kernels->gru_forward(*p, packed, first, rows, scratch_of(kernels->gru_scratch(*p)));
-  });
-  return nullptr;
+  return run(
+      *p, isa, parallel_for, [&](Packer& packer) { return pack_gru(packer, *p, false); },
+      [&](const Kernels& k, const Packed& packed, int64_t first, int64_t rows, int64_t) {
+        k.gru_forward(*p, packed, first, rows, scratch_of(k.gru_scratch(*p)));
+      });
 }
 
 JK_EXPORT const char* jk_latent_rollout_cpu_gru_bwd(const jk_rollout_gru_params* p, int isa,
                                                     jk_parallel_for parallel_for) {
-  const Kernels* kernels;
-  if (const char* missing = find_kernels(isa, p->operand, kernels)) return missing;
-  Packer pack(*kernels, parallel_for);
-  const Packed packed = pack_gru(pack, *kernels, *p, true);
-  over_tiles(parallel_for, p->rows, kTileRows, [&](int64_t tile, int64_t first, int64_t rows) {
-    kernels->gru_backward(*p, packed, first, rows, tile, scratch_of(kernels->gru_scratch(*p)));
-  });
-  return nullptr;
+  return run(
+      *p, isa, parallel_for, [&](Packer& packer) { return pack_gru(packer, *p, true); },
+      [&](const Kernels& k, const Packed& packed, int64_t first, int64_t rows, int64_t tile) {
+        k.gru_backward(*p, packed, first, rows, tile, scratch_of(k.gru_scratch(*p)));
+      });
 }

@@ -5,7 +5,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "../../cpu/simd/bf16.h"
+#include "../../cpu/simd/native.h"
 #include "kernels.h"
 
 namespace jk::rollout {
@@ -45,7 +45,7 @@ constexpr int64_t units(int64_t depth) {
 
 template <class V>
 struct Block {
-  static constexpr int kRows = V::kAccumulators / 2;
+  static constexpr int kRows = kTiles.accumulators / 2;
   static constexpr int kColumns = 2 * V::kLanes;
   static constexpr int64_t padded(int64_t columns) {
     return (columns + kColumns - 1) / kColumns * kColumns;
@@ -129,10 +129,6 @@ Left<V> fill_left(const float* a, int64_t lda, int64_t rows, int64_t depth, floa
   if (left.whole < rows) memset(to, 0, sizeof(float) * (left.whole + kRows - rows) * left.depth);
   return left;
 }
-
-// A product goes over the depth in steps of at most so many units: a step's panel (16 KiB with 8
-// lanes) stays in the L1 cache while all rows of the tile pass by.
-constexpr int64_t kDepth = 256;
 
 // result[r] = rows r of a (lda apart) times one panel, added to `before` (kColumns a row) unless
 // that is null.

@@ -2,9 +2,6 @@
 // weight, fused with what follows it.
 #pragma once
 #include <math.h>
-#if defined(__AVX2__) || defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 #include "functions.h"
 #include "kernels.h"
@@ -20,25 +17,6 @@ inline int64_t row_of(const jk_rollout_rows& table, int64_t position) {
 inline void prefetch(const jk_rollout_rows& table, int64_t at) {
   __builtin_prefetch((const char*)table.data +
                      at * (table.dtype == JK_FLOAT32 ? sizeof(float) : sizeof(bf16)));
-}
-
-// Bit i: whether lane i is positive.
-template <class V>
-JK_INLINE uint32_t positive_lanes(typename V::Vec x) {
-#if defined(__AVX512F__)
-  if constexpr (V::kLanes == 16) return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
-#endif
-#if defined(__AVX2__)
-  if constexpr (V::kLanes == 8)
-    return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ));
-#endif
-  if constexpr (V::kLanes == 4) {
-    float lanes[V::kLanes];
-    V::store(lanes, x);
-    uint32_t bits = 0;
-    for (int i = 0; i < V::kLanes; ++i) bits |= (uint32_t)(lanes[i] > 0.f) << i;
-    return bits;
-  }
 }
 
 // |x|^exponent / exponent, and its derivative.
@@ -105,9 +83,9 @@ JK_INLINE void store_signs(const jk_rollout_readout_params& p, int64_t row, int6
   constexpr int kBytes = 2 * V::kLanes / 8;
   const int64_t plane = sign_bytes(p), left = plane - column / 8;
   uint8_t* to = p.signs + row * 2 * plane + column / 8;
-  const uint32_t up = positive_lanes<V>(residual[0]) | positive_lanes<V>(residual[1]) << V::kLanes;
-  const uint32_t down = positive_lanes<V>(negate<V>(residual[0])) |
-                        positive_lanes<V>(negate<V>(residual[1])) << V::kLanes;
+  const uint32_t up = V::positive_lanes(residual[0]) | V::positive_lanes(residual[1]) << V::kLanes;
+  const uint32_t down = V::positive_lanes(negate<V>(residual[0])) |
+                        V::positive_lanes(negate<V>(residual[1])) << V::kLanes;
   if (left >= kBytes) {
     memcpy(to, &up, kBytes);
     memcpy(to + plane, &down, kBytes);
@@ -217,18 +195,13 @@ struct BitTable {
 template <class V>
 JK_INLINE void load_signs(const uint8_t* up, const uint8_t* down, typename V::Vec times,
                           typename V::Vec (&v)[2]) {
-#if defined(__AVX512F__)
-  if constexpr (V::kLanes == 16) {
+  if constexpr (V::kMaskRegisters) {
     uint16_t plus[2], minus[2];
     memcpy(plus, up, sizeof(plus));
     memcpy(minus, down, sizeof(minus));
-    JK_UNROLL for (int i = 0; i < 2; ++i) {
-      const __m512 raised = _mm512_maskz_mov_ps(plus[i], times);
-      v[i] = _mm512_mask_sub_ps(raised, minus[i], raised, times);
-    }
+    JK_UNROLL for (int i = 0; i < 2; ++i) v[i] = V::signed_by(plus[i], minus[i], times);
     return;
   }
-#endif
   static constexpr BitTable table;
   float lanes[2 * V::kLanes];
   for (int i = 0; i < V::kLanes / 4; ++i)

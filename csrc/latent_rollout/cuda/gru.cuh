@@ -1,8 +1,9 @@
 // GRU with LayerNorm: a block owns kTile rows and takes them through every step; the state stays in
 // shared memory.
 #pragma once
-#include "recurrence.cuh"
+#include "product.cuh"
 
+namespace jk::rollout {
 namespace {
 
 constexpr int kActions = 64;  // action channels in shared memory at a time
@@ -17,13 +18,13 @@ struct Moments {
 template <class Value>
 JK_DEVICE Moments moments(int width, float epsilon, const Value& value) {
   float sum = 0.f, squares = 0.f;
-  for (int c = jk::lane_id(); c < width; c += 32) sum += value(c);
-  const float mean = jk::warp_sum(sum) / float(width);
-  for (int c = jk::lane_id(); c < width; c += 32) {
+  for (int c = lane_id(); c < width; c += 32) sum += value(c);
+  const float mean = warp_sum(sum) / float(width);
+  for (int c = lane_id(); c < width; c += 32) {
     const float d = value(c) - mean;
     squares = fmaf(d, d, squares);
   }
-  return {mean, 1.f / sqrtf(jk::warp_sum(squares) / float(width) + epsilon)};
+  return {mean, 1.f / sqrtf(warp_sum(squares) / float(width) + epsilon)};
 }
 
 template <class T>
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     each(rows.count, kActions, [&](int r, int c) {
       const bool inside = from + c < actions;
       action(r, c) =
-          inside ? jk::from_float<T>(p.action[(k * p.rows + rows.first + r) * actions + from + c])
+          inside ? from_float<T>(p.action[(k * p.rows + rows.first + r) * actions + from + c])
                  : zero_of<T>();
     });
   };
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   each(rows.count, d, [&](int r, int c) {
     const float z = p.start[(rows.first + r) * p.start_stride + c];
     state(r, c) = z;
-    operand(r, c) = jk::from_float<T>(z);
+    operand(r, c) = from_float<T>(z);
   });
   await_kept();
   for (int64_t k = 0; k < p.horizon; k++) {
@@ -119,10 +120,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();
     for (int r = threadIdx.x >> 5; r < rows.count; r += kWarps) {
       const Moments of = moments(d, p.epsilon, [&](int c) { return state(r, c); });
-      for (int c = jk::lane_id(); c < d; c += 32) {
+      for (int c = lane_id(); c < d; c += 32) {
         const float z = (state(r, c) - of.mean) * of.inverse * p.norm_weight[c] + p.norm_bias[c];
         state(r, c) = z;
-        operand(r, c) = jk::from_float<T>(z);
+        operand(r, c) = from_float<T>(z);
         if (p.kept > 1 || k + 1 == p.horizon)
           p.states[((p.kept > 1 ? k * p.rows : 0) + rows.first + r) * d + c] = z;
       }
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     };
     ring.begin(of_gate(0), 0);
     for (int r = threadIdx.x >> 5; r < rows.count; r += kWarps) {
-      for (int c = jk::lane_id(); c < d; c += 32) {
+      for (int c = lane_id(); c < d; c += 32) {
         if (p.every_step || k + 1 == p.horizon)
           carried(r, c) += p.grad_states[((p.every_step ? row0 : rows.first) + r) * d + c];
         const float candidate = gate(2, r, c);
@@ -182,16 +183,16 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
       const Moments of = moments(d, p.epsilon, [&](int c) { return normal(r, c); });
       float sum = 0.f, dot = 0.f;
-      for (int c = jk::lane_id(); c < d; c += 32) {
+      for (int c = lane_id(); c < d; c += 32) {
         const float scaled = carried(r, c) * p.norm_weight[c],
                     z = (normal(r, c) - of.mean) * of.inverse;
         normal(r, c) = z;
         sum += scaled;
         dot = fmaf(scaled, z, dot);
       }
-      sum = jk::warp_sum(sum);
-      dot = jk::warp_sum(dot);
-      if (jk::lane_id() == 0) {
+      sum = warp_sum(sum);
+      dot = warp_sum(dot);
+      if (lane_id() == 0) {
         inverse[r] = of.inverse;
         plain[r] = sum / float(d);
         along[r] = dot / float(d);
@@ -224,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           which < 2 ? which : 3;  // the state reaches the candidate through W_s z + b_s
       each(rows.count, d, [&](int r, int c) {
         operand(r, c) =
-            jk::from_float<T>(((const float*)p.grad_gates)[((row0 + r) * 4 + place) * d + c]);
+            from_float<T>(((const float*)p.grad_gates)[((row0 + r) * 4 + place) * d + c]);
       });
       __syncthreads();
       multiply(
@@ -243,3 +244,4 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 }  // namespace
+}  // namespace jk::rollout

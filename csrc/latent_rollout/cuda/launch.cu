@@ -1,8 +1,11 @@
 // latent_rollout on a GPU: one block per tile of rows, all steps in one launch, no atomics, so
 // results repeat bitwise.
 #include "gru.cuh"
+#include "hamiltonian.cuh"
+#include "mlp.cuh"
 #include "readout.cuh"
 
+namespace jk::rollout {
 namespace {
 
 const char* const kTooWide =
@@ -19,13 +22,13 @@ struct Needs {
 template <class T, class Params>
 const char* start(void (*kernel)(const Params, const Placement), const Params& p,
                   const Needs& needs, unsigned steps, void* stream) {
-  const size_t limit = jk::most_dynamic_shared();
+  const size_t limit = most_dynamic_shared();
   const Placement placement = place<T>(needs.tiles, needs.matrices, limit);
   if (placement.bytes > limit) return kTooWide;
-  if (const char* error = jk::allow_dynamic_shared(kernel, placement.bytes)) return error;
+  if (const char* error = allow_dynamic_shared(kernel, placement.bytes)) return error;
   JK_LAUNCH(kernel, dim3(tiles_of(p.rows), steps), dim3(kThreads), placement.bytes, stream, p,
             placement);
-  return jk::launch_error();
+  return launch_error();
 }
 
 // Launches the instance of a kernel for p.operand; needs(number) says what it needs for operands of
@@ -35,17 +38,19 @@ const char* launch(const Params& p, Kernel of_float, Kernel of_bfloat, Kernel of
                    const NeedsOf& needs, unsigned steps, void* stream) {
   if (p.rows == 0) return nullptr;
   if (p.operand == JK_BFLOAT16)
-    return start<jk::bfloat16>(of_bfloat, p, needs(jk::bfloat16{}), steps, stream);
-  if (p.operand == JK_FLOAT16)
-    return start<jk::float16>(of_half, p, needs(jk::float16{}), steps, stream);
+    return start<bfloat16>(of_bfloat, p, needs(bfloat16{}), steps, stream);
+  if (p.operand == JK_FLOAT16) return start<float16>(of_half, p, needs(float16{}), steps, stream);
   return start<float>(of_float, p, needs(0.f), steps, stream);
 }
 
 }  // namespace
+}  // namespace jk::rollout
+
+using namespace jk::rollout;
 
 // A test that needs fewer types compiles fewer.
 #ifndef JK_INSTANCES
-#define JK_INSTANCES(name) name<float>, name<jk::bfloat16>, name<jk::float16>
+#define JK_INSTANCES(name) name<float>, name<bfloat16>, name<float16>
 #endif
 
 JK_EXPORT const char* jk_latent_rollout_cuda_mlp_fwd(const jk_rollout_mlp_params* p, void* stream) {

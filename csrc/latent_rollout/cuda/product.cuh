@@ -3,6 +3,7 @@
 #pragma once
 #include "weights.cuh"
 
+namespace jk::rollout {
 namespace {
 
 // Which elements of a kTile x kBlock result a thread holds: number i of half b is at (row(i),
@@ -12,10 +13,10 @@ struct Place {
   static constexpr int kRows = sizeof(T) == 2 ? 2 : 4;  // that a thread sees
   JK_DEVICE static int which_row(int i) { return sizeof(T) == 2 ? i >> 1 : i; }
   JK_DEVICE static int row(int i) {
-    return sizeof(T) == 2 ? (jk::lane_id() >> 2) + 8 * (i >> 1) : (jk::lane_id() >> 3) + 4 * i;
+    return sizeof(T) == 2 ? (lane_id() >> 2) + 8 * (i >> 1) : (lane_id() >> 3) + 4 * i;
   }
   JK_DEVICE static int column(int b, int i) {
-    return 8 * b + (sizeof(T) == 2 ? (jk::lane_id() & 3) * 2 + (i & 1) : jk::lane_id() & 7);
+    return 8 * b + (sizeof(T) == 2 ? (lane_id() & 3) * 2 + (i & 1) : lane_id() & 7);
   }
 };
 
@@ -24,8 +25,8 @@ template <class T>
 struct Left {
   uint32_t a[4];
   JK_DEVICE void load(const Tile<T>& tile, int term) {
-    const int lane = jk::lane_id();
-    jk::ldmatrix_x4(a, &tile(lane & 15, term + (lane >> 4) * 8));
+    const int lane = lane_id();
+    ldmatrix_x4(a, &tile(lane & 15, term + (lane >> 4) * 8));
   }
 };
 template <>
@@ -43,25 +44,25 @@ struct Left<float> {
 // they are packed.
 template <bool kTransposed, bool kSlot, class T>
 JK_DEVICE void add_tile(float (&acc)[2][4], const Left<T>& left, const T* tile, int stride) {
-  const int lane = jk::lane_id(), high = lane >> 4, middle = lane >> 3 & 1;
+  const int lane = lane_id(), high = lane >> 4, middle = lane >> 3 & 1;
   const int line = (lane & 7) + 8 * (kTransposed ? middle : high),
             chunk = kTransposed ? high : middle;
   const int swapped = kSlot ? chunk ^ (line >> 2 & 1) : chunk;
   const T* at = tile + line * (kSlot ? kBlock : stride) + swapped * 8;
   uint32_t b[4];
   if (kTransposed) {
-    jk::ldmatrix_x4_trans(b, at);
+    ldmatrix_x4_trans(b, at);
   } else {
-    jk::ldmatrix_x4(b, at);
+    ldmatrix_x4(b, at);
   }
-  jk::mma_16816<T>(acc[0], left.a, b[0], b[1]);
-  jk::mma_16816<T>(acc[1], left.a, b[2], b[3]);
+  mma_16816<T>(acc[0], left.a, b[0], b[1]);
+  mma_16816<T>(acc[1], left.a, b[2], b[3]);
 }
 
 template <bool kTransposed, bool kSlot>
 JK_DEVICE void add_tile(float (&acc)[2][4], const Left<float>& left, const float* tile,
                         int stride) {
-  const int column = jk::lane_id() & 7, swapped = kSlot ? column >> 2 & 1 : 0;
+  const int column = lane_id() & 7, swapped = kSlot ? column >> 2 & 1 : 0;
 #pragma unroll 1
   for (int half = 0; half < 2; half++) {
     float4 x[4];
@@ -185,3 +186,4 @@ JK_DEVICE float gelu_slope(float x) { return cumulative(x) + x * phi_of(x); }
 JK_DEVICE float gelu_curvature(float x) { return (2.f - x * x) * phi_of(x); }
 
 }  // namespace
+}  // namespace jk::rollout

@@ -1,22 +1,23 @@
 // From hidden sums to predictions, errors, or the gradient of errors: a block owns kTile rows of
 // one step and walks the channels.
 #pragma once
-#include "recurrence.cuh"
+#include "product.cuh"
 
+namespace jk::rollout {
 namespace {
 
 JK_DEVICE float number(const void* data, int64_t dtype, int64_t at) {
   if (dtype == JK_FLOAT32) return static_cast<const float*>(data)[at];
-  if (dtype == JK_BFLOAT16) return jk::to_float(static_cast<const jk::bfloat16*>(data)[at]);
-  return jk::to_float(static_cast<const jk::float16*>(data)[at]);
+  if (dtype == JK_BFLOAT16) return to_float(static_cast<const bfloat16*>(data)[at]);
+  return to_float(static_cast<const float16*>(data)[at]);
 }
 JK_DEVICE void set_number(void* data, int64_t dtype, int64_t at, float value) {
   if (dtype == JK_FLOAT32) {
     static_cast<float*>(data)[at] = value;
   } else if (dtype == JK_BFLOAT16) {
-    static_cast<jk::bfloat16*>(data)[at] = jk::from_float<jk::bfloat16>(value);
+    static_cast<bfloat16*>(data)[at] = from_float<bfloat16>(value);
   } else {
-    static_cast<jk::float16*>(data)[at] = jk::from_float<jk::float16>(value);
+    static_cast<float16*>(data)[at] = from_float<float16>(value);
   }
 }
 
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   ring.begin(weight, 0);
   clear_padding(operand, rows.count, h);
   each(rows.count, h,
-       [&](int r, int c) { operand(r, c) = jk::from_float<T>(sums[int64_t(r) * h + c]); });
+       [&](int r, int c) { operand(r, c) = from_float<T>(sums[int64_t(r) * h + c]); });
   __syncthreads();
   constexpr int kTiles = kTilesOfPass<T>;
   float total[Place<T>::kRows] = {};
@@ -104,15 +105,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int kLanes = sizeof(T) == 2 ? 4 : 8;
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    partial[Place<T>::row(i) * kPartial + int(threadIdx.x >> 5) * kLanes + jk::lane_id() % kLanes] =
+    partial[Place<T>::row(i) * kPartial + int(threadIdx.x >> 5) * kLanes + lane_id() % kLanes] =
         total[Place<T>::which_row(i)];
   __syncthreads();
   for (int r = threadIdx.x >> 5; r < rows.count; r += kWarps) {
-    float sum = partial[r * kPartial + jk::lane_id()];
-    if (kLanes == 8) sum += partial[r * kPartial + 32 + jk::lane_id()];
-    sum = jk::warp_sum(sum);
-    if (jk::lane_id() == 0) p.errors[k * p.rows + rows.first + r] = sum / float(channels);
+    float sum = partial[r * kPartial + lane_id()];
+    if (kLanes == 8) sum += partial[r * kPartial + 32 + lane_id()];
+    sum = warp_sum(sum);
+    if (lane_id() == 0) p.errors[k * p.rows + rows.first + r] = sum / float(channels);
   }
 }
 
 }  // namespace
+}  // namespace jk::rollout

@@ -5,6 +5,7 @@
 #include "../../cuda/device.cuh"
 #include "../params.h"
 
+namespace jk::rollout {
 namespace {
 
 constexpr int kThreads = 256;
@@ -126,14 +127,14 @@ struct Arena {
 
 template <class T>
 JK_DEVICE T zero_of() {
-  return jk::from_float<T>(0.f);
+  return from_float<T>(0.f);
 }
 
 // fn(row, column) for every element of a rows x columns tile; a row belongs to one warp.
 template <class F>
 JK_DEVICE void each(int rows, int columns, const F& fn) {
   for (int r = threadIdx.x >> 5; r < rows; r += kWarps)
-    for (int c = jk::lane_id(); c < columns; c += 32) fn(r, c);
+    for (int c = lane_id(); c < columns; c += 32) fn(r, c);
 }
 
 // Zeros wherever an operand has no number of its own: products run over whole mma tiles.
@@ -144,4 +145,20 @@ JK_DEVICE void clear_padding(const Tile<T>& tile, int rows, int columns) {
   });
 }
 
+// Rows of a block: those from `first` on that exist.
+struct Rows {
+  int64_t first;
+  int count;
+  JK_DEVICE explicit Rows(int64_t all)
+      : first(int64_t(blockIdx.x) * kTile), count(int(all - first < kTile ? all - first : kTile)) {}
+};
+
+template <class T>
+JK_DEVICE void swap(Tile<T>& a, Tile<T>& b) {
+  const Tile<T> was = a;
+  a = b;
+  b = was;
+}
+
 }  // namespace
+}  // namespace jk::rollout

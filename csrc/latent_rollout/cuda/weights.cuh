@@ -3,6 +3,7 @@
 #pragma once
 #include "shared.cuh"
 
+namespace jk::rollout {
 namespace {
 
 // A matrix in memory, and its copy in shared memory if it is kept.
@@ -48,12 +49,12 @@ JK_DEVICE Weights<T> weights_of(const void* memory, int64_t pitch, int64_t unit,
 template <class T>
 JK_DEVICE void copy_chunk(T* to, const T* from, int inside, int piece, int64_t unit) {
   if (piece == 16) {
-    jk::cp_async_16(to, from, inside > 0);
+    cp_async_16(to, from, inside > 0);
   } else if (sizeof(T) == 4 || piece == 4) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int number = i * kChunk<T> / 4;
-      jk::cp_async_4(to + number, from + number * unit, number < inside);
+      cp_async_4(to + number, from + number * unit, number < inside);
     }
   } else {
 #pragma unroll
@@ -78,11 +79,11 @@ JK_DEVICE Weights<T> weights_of(Arena& arena, const void* memory, const Extent& 
                weights.memory + line * weights.pitch + at, line < lines ? weights.length - at : 0,
                weights.piece, 1);
   });
-  jk::cp_async_commit();
+  cp_async_commit();
   return weights;
 }
 // A barrier must follow before a product.
-JK_DEVICE void await_kept() { jk::cp_async_wait<0>(); }
+JK_DEVICE void await_kept() { cp_async_wait<0>(); }
 
 // Blocks of columns that a warp multiplies by in one pass. Two in 16 bits, so that an ldmatrix of
 // the left side feeds four mma; in 32 bits one already keeps the multipliers busy, and two would
@@ -135,7 +136,7 @@ struct Ring {
     const Weights<T>& weights = view.weights;
     if (weights.is_kept) return;
     transposed = view.transposed;
-    const int lane = jk::lane_id(), of_a_line = transposed ? kBlock / kChunk<T> : 2;
+    const int lane = lane_id(), of_a_line = transposed ? kBlock / kChunk<T> : 2;
     const int line = lane / of_a_line, along = lane % of_a_line * kChunk<T>;
     const int column = first + int(threadIdx.x >> 5) * kBlock + (transposed ? along : line),
               term = transposed ? line : along;
@@ -163,9 +164,9 @@ struct Ring {
   // The next tile; its slot stays until the next call.
   JK_DEVICE const T* take() {
     if (count == kManySlots) {
-      jk::cp_async_wait<kManySlots - 2>();
+      cp_async_wait<kManySlots - 2>();
     } else {
-      jk::cp_async_wait<kFewSlots - 2>();
+      cp_async_wait<kFewSlots - 2>();
     }
     __syncwarp();  // every lane's chunk is there, and the slot before has been read
     fill();
@@ -191,9 +192,10 @@ struct Ring {
         from += to_term;
       }
     }
-    jk::cp_async_commit();
+    cp_async_commit();
     write = after(write);
   }
 };
 
 }  // namespace
+}  // namespace jk::rollout

@@ -13,17 +13,15 @@
 namespace jk::attention {
 namespace {
 
-constexpr int64_t kBackwardBlock = 96;  // keys of a block: a multiple of every row block used below
 // lse of lanes without a query: their P is tiny instead of an overflow, and meets zero rows only.
 constexpr float kNoQueryLse = 60.f;
 constexpr float kLowestPower = -126.f;
 
 template <class F>
 struct BackwardShape : Shape<F> {
-  static constexpr int kGroup =
-      F::Simd::kLanes == 16 ? 2 : 4;  // query tiles whose P and dS meet dO and Q at once
+  static constexpr int kGroup = kTiles.backward_tiles;
   static constexpr int64_t kSpan = kGroup * Shape<F>::kTile;  // queries of a group
-  static constexpr int kMaxVecs = F::Simd::kLanes == 16 ? 4 : 2;
+  static constexpr int kMaxVecs = kTiles.backward_vectors;
 };
 
 struct BackwardScratch {
@@ -239,7 +237,7 @@ __attribute__((noinline)) void differentiate(const BackwardScratch& s, const Bac
 template <class F, int NR>
 JK_INLINE void add_rows_part(const float* weights, const float* rows, float* sums, int64_t channels,
                              int64_t keys, int64_t units) {
-  constexpr int MR = least(12, F::Simd::kAccumulators / NR);
+  constexpr int MR = least(kBackwardRows, kTiles.accumulators / NR);
   constexpr int64_t kStride = BackwardShape<F>::kSpan / F::kPerUnit;
   for (int64_t n = 0; n < keys; n += MR) {
     Block<F, MR, NR> acc;

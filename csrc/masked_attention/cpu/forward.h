@@ -10,7 +10,6 @@
 namespace jk::attention {
 namespace {
 
-constexpr int64_t kForwardBlock = 128;  // keys whose P is kept before it meets V
 // Below this bound on |score| the sum of 2^score can neither overflow nor lose terms: no running
 // maximum is needed.
 constexpr float kScoreBound = 48.f;

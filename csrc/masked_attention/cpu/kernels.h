@@ -60,15 +60,12 @@ struct Kernels {
                    bool want_kv);
 };
 
-extern const Kernels kPortableFloat, kPortableBf16;
-extern const Kernels kAvx2Float, kAvx2Bf16;
-extern const Kernels kAvx512Float, kAvx512Bf16;
-extern const Kernels kAvx512DotBf16;
+// Those of kernels.cpp as built for an instruction set, NULL where it has none of its own for a
+// dtype.
+template <int kIsa>
+const Kernels* kernels(int64_t dtype);
 
 // A sentence if the numbers of the call are out of range (memory it points to included), else NULL.
 const char* check(const jk_masked_attention_params& p, bool backward);
-
-// Width to which head vectors are padded in RopeRows: a multiple of every kernel's vector width.
-inline constexpr int64_t kRopePad = 32;
 
 }  // namespace jk::attention

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../../cpu/dispatch.h"
+#include "../../cpu/tiles.h"
 #include "kernels.h"
 
 namespace jk::attention {
@@ -35,16 +36,9 @@ class Arena {
   int64_t size_ = 0;
 };
 
-const Kernels* kernels_of(int isa, int64_t dtype) {
-  const bool bf16 = dtype == JK_BFLOAT16;
-#ifdef __x86_64__
-  // There are no bfloat16 products to use in a float32 call.
-  if (isa == JK_ISA_AVX512_BF16) return bf16 ? &kAvx512DotBf16 : &kAvx512Float;
-  if (isa == JK_ISA_AVX512) return bf16 ? &kAvx512Bf16 : &kAvx512Float;
-  if (isa == JK_ISA_AVX2) return bf16 ? &kAvx2Bf16 : &kAvx2Float;
-#endif
-  return bf16 ? &kPortableBf16 : &kPortableFloat;
-}
+constexpr KernelsOf<Kernels> kKernels[] = {
+    kernels<JK_ISA_PORTABLE>,
+    JK_X86(kernels<JK_ISA_AVX2>, kernels<JK_ISA_AVX512>, kernels<JK_ISA_AVX512_BF16>)};
 
 int64_t offset_at(const jk_ints& cu, int64_t s) {
   return cu.bytes == 4 ? ((const int32_t*)cu.data)[s] : ((const int64_t*)cu.data)[s];
@@ -360,7 +354,7 @@ const char* start(const jk_masked_attention_params* p, int isa, jk_parallel_for 
   if (!cpu_supports(isa))
     return "masked_attention: isa must be one that this machine can run, got one that it cannot.";
   try {
-    Call call(*p, *kernels_of(isa, p->dtype), parallel_for);
+    Call call(*p, *best_kernels(kKernels, isa, p->dtype), parallel_for);
     return backward ? call.backward() : call.forward();
   } catch (const std::bad_alloc&) {  // must not cross the C ABI
     return "masked_attention: the rotation table and the list of tasks must fit into memory, got "

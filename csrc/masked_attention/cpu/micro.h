@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "../../cpu/simd/exp2.h"
+#include "../../cpu/simd/native.h"
 
 namespace jk::attention {
 namespace {
@@ -16,7 +17,6 @@ struct FloatFormat {
   using Vec = typename V::Vec;
   static constexpr int kPerUnit = 1;  // numbers along the summed axis in one unit
   static constexpr int kExpDegree = 6;
-  static constexpr int kChunk = 4;  // steps of a dot product between two side jobs
 
   static JK_INLINE Vec step(Vec acc, Vec a, Vec b) { return V::fma(a, b, acc); }
   // Rows n and n + 1 of a matrix that is summed over n, lanes being the other axis.
@@ -41,12 +41,12 @@ struct FloatFormat {
   static JK_INLINE void put_row(float* units, Vec x) { V::store(units, x); }
 };
 
-// Vectors of NR * kLanes columns by MR rows, as many as the accumulator registers hold.
+// Blocks of NR * kLanes columns by MR rows, as many as the accumulator registers hold.
 template <class F>
 struct Shape {
   static constexpr int kLanes = F::Simd::kLanes;
-  static constexpr int kRows = kLanes == 16 ? 8 : 4;
-  static constexpr int kVecs = F::Simd::kAccumulators / kRows;
+  static constexpr int kRows = kTiles.attention_rows;
+  static constexpr int kVecs = kTiles.accumulators / kRows;
   static constexpr int kTile = kVecs * kLanes;  // queries of a tile
 };
 
@@ -70,24 +70,22 @@ JK_INLINE void dot(Block<F, MR, NR>& acc, const float* a, int64_t a_row, int64_t
   }
 }
 
-// The same with side jobs. Where registers are plenty they are spread over the steps, and their
-// instructions fill the gaps that the dot products leave; sixteen registers hold no more than the
-// accumulators, so there the jobs go first.
+// The same with side jobs, before the steps or spread over them (Tiles::attention_run).
 template <class F, int MR, int NR, class Job>
 JK_INLINE void dot_beside(Block<F, MR, NR>& acc, const float* a, int64_t a_row, const float* b,
                           int64_t b_step, int64_t steps, bool active, Job job) {
-  constexpr int kJobs = MR / 2 * NR;
-  if constexpr (F::Simd::kAccumulators < 16) {
+  constexpr int kJobs = MR / 2 * NR, kRun = kTiles.attention_run;
+  if constexpr (kRun == 0) {
     if (active) {
       JK_UNROLL for (int i = 0; i < kJobs; ++i) job(i);
     }
     dot<F, MR, NR>(acc, a, a_row, 1, b, b_step, steps);
   } else {
-    const int64_t chunks = steps / F::kChunk;
+    const int64_t chunks = steps / kRun;
     const int jobs = active ? kJobs : 0, each = (int)((jobs + chunks - 1) / chunks);
     int next = 0;
-    for (int64_t c = 0; c < chunks; ++c, a += F::kChunk, b += F::kChunk * b_step) {
-      dot<F, MR, NR>(acc, a, a_row, 1, b, b_step, F::kChunk);
+    for (int64_t c = 0; c < chunks; ++c, a += kRun, b += kRun * b_step) {
+      dot<F, MR, NR>(acc, a, a_row, 1, b, b_step, kRun);
       for (int i = 0; i < each && next < jobs; ++i) job(next++);
     }
   }

@@ -12,16 +12,11 @@ namespace jk::attention {
 namespace {
 
 constexpr int64_t kMaxHeadDim = 128;
-constexpr int64_t kTokenPad =
-    16;  // packed token counts are padded to this: a multiple of every vector width and row block
 
 constexpr JK_INLINE int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 constexpr JK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Rows of a head lie a whole token apart, too far for the hardware to fetch them ahead.
-constexpr int64_t kPrefetchRows = 12;
 
 // The larger of two squared norms, a NaN being the largest: the order of their bits.
 JK_INLINE float largest_of(float a, float b) {

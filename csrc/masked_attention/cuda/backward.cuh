@@ -7,8 +7,7 @@
 #pragma once
 #include "mma.cuh"
 
-namespace jk {
-namespace masked_attention {
+namespace jk::attention {
 
 // kOwn: rows that a block owns (16 * kBands per warp); kStep: rows of the other side per step.
 template <int kDim_, int kBands_, int kStep_, bool kKeep_>
@@ -211,5 +210,4 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_queries_kern
                             a.p.grad_q.stride_token, a.vector_grad_q);
 }
 
-}  // namespace masked_attention
-}  // namespace jk
+}  // namespace jk::attention

@@ -8,8 +8,7 @@
 #pragma once
 #include "rows.cuh"
 
-namespace jk {
-namespace masked_attention {
+namespace jk::attention {
 
 template <int kDim_, int kR_>
 struct FloatTile {
@@ -312,5 +311,4 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_float_kernel
                              a.p.grad_v.stride_token, a.vector_grad_v);
 }
 
-}  // namespace masked_attention
-}  // namespace jk
+}  // namespace jk::attention

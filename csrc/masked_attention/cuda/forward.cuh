@@ -2,8 +2,7 @@
 #pragma once
 #include "mma.cuh"
 
-namespace jk {
-namespace masked_attention {
+namespace jk::attention {
 
 // Tile of one thread block: kBands bands of 16 queries per warp, kKeys keys per step.
 template <int kDim_, int kBands_, int kKeys_, bool kKeep_>
@@ -142,5 +141,4 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_kernel(const
                              a.p.out.stride_token, a.vector_out);
 }
 
-}  // namespace masked_attention
-}  // namespace jk
+}  // namespace jk::attention

@@ -8,8 +8,7 @@
 #include "forward.cuh"
 #include "prepare.cuh"
 
-namespace jk {
-namespace masked_attention {
+namespace jk::attention {
 namespace {
 
 constexpr int64_t kAlign = 256;
@@ -268,22 +267,20 @@ const char* run_any(const jk_masked_attention_params* p, bool is_backward, void*
 }
 
 }  // namespace
-}  // namespace masked_attention
-}  // namespace jk
+}  // namespace jk::attention
 
 JK_EXPORT int64_t jk_masked_attention_cuda_scratch(const jk_masked_attention_params* p,
                                                    int backward) {
   // What the kernels refuse needs no space; they say why.
-  return jk::masked_attention::check(*p) ? 0
-                                         : jk::masked_attention::make_plan(*p, backward != 0).bytes;
+  return jk::attention::check(*p) ? 0 : jk::attention::make_plan(*p, backward != 0).bytes;
 }
 
 JK_EXPORT const char* jk_masked_attention_cuda_fwd(const jk_masked_attention_params* p,
                                                    void* stream) {
-  return jk::masked_attention::run_any(p, false, stream);
+  return jk::attention::run_any(p, false, stream);
 }
 
 JK_EXPORT const char* jk_masked_attention_cuda_bwd(const jk_masked_attention_params* p,
                                                    void* stream) {
-  return jk::masked_attention::run_any(p, true, stream);
+  return jk::attention::run_any(p, true, stream);
 }

@@ -7,8 +7,7 @@
 #pragma once
 #include "rows.cuh"
 
-namespace jk {
-namespace masked_attention {
+namespace jk::attention {
 
 // Whether a head of 80 channels lacks the last 16 of its class of 96: they are zero, and products
 // skip them.
@@ -174,5 +173,4 @@ JK_DEVICE void write_rows(const Args& a, const Sequence& s, const jk_ints& ids,
   }
 }
 
-}  // namespace masked_attention
-}  // namespace jk
+}  // namespace jk::attention

@@ -3,8 +3,7 @@
 #pragma once
 #include "rows.cuh"
 
-namespace jk {
-namespace masked_attention {
+namespace jk::attention {
 
 // Tensors that are streamed through shared memory must be rotated and 16-byte aligned.
 // One tensor to copy: rows of all sequences to [heads, rows, head_dim], rotated where ids are
@@ -69,5 +68,4 @@ __global__ void __launch_bounds__(kThreads) masked_attention_stats_kernel(const 
     a.stats[head * a.rows_q + row] = make_float2(lse_pointer(a, seq, head)[token] * kLog2e, delta);
 }
 
-}  // namespace masked_attention
-}  // namespace jk
+}  // namespace jk::attention

@@ -4,8 +4,7 @@
 #include "../../cuda/device.cuh"
 #include "../params.h"
 
-namespace jk {
-namespace masked_attention {
+namespace jk::attention {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
@@ -276,5 +275,4 @@ JK_DEVICE void write_no_keys(const Args& a, const Sequence& s, int64_t head) {
   for (int i = threadIdx.x; i < rows; i += kThreads) lse[i] = -INFINITY;
 }
 
-}  // namespace masked_attention
-}  // namespace jk
+}  // namespace jk::attention

@@ -1,16 +1,10 @@
-// What one thread does of an adamw_ema step. Included once per instruction set.
-#pragma once
+// What one thread does of an adamw_ema step, built once for every instruction set.
+#include "kernels.h"
+
 #include <math.h>
 
 #include "../../ema_update/cpu/block.h"
 #include "../../ema_update/cpu/list.h"
-#include "../step.h"
-
-struct jk_adamw_ema_job {
-  const jk_adamw_ema_params* params;
-  const int64_t* ends;         // see list.h
-  const jk_adamw_step* steps;  // one per tensor
-};
 
 #pragma GCC push_options
 // Lanes as a template argument drops an alignment attribute that the loads and stores here do not
@@ -18,7 +12,10 @@ struct jk_adamw_ema_job {
 #pragma GCC diagnostic ignored "-Wignored-attributes"
 #pragma GCC optimize("fp-contract=off")
 
+namespace jk::adamw {
 namespace {
+
+using namespace jk::ema;
 
 // A register of floats, with the operators of the compiler's vector extension. The vectoriser does
 // not manage sqrtf, which may set errno.
@@ -50,7 +47,7 @@ struct AdamwBlock {
   const float* grad;
 };
 
-// The hyperparameters of `jk_adamw_step`, each in every lane of T.
+// The hyperparameters of `Step`, each in every lane of T.
 template <class T>
 struct AdamwCoefficients {
   T decay, grad_factor, take1, beta2, take2, size, inverse_sqrt2, eps;
@@ -66,7 +63,7 @@ inline void adamw_elements(T& param, T grad, T& exp_avg, T& exp_avg_sq,
       param * c.decay - c.size * (exp_avg / (square_root(exp_avg_sq) * c.inverse_sqrt2 + c.eps));
 }
 
-inline void adamw(const AdamwBlock& block, int64_t n, const jk_adamw_step& s) {
+inline void adamw(const AdamwBlock& block, int64_t n, const Step& s) {
   const AdamwCoefficients<Lanes> c{every(s.decay),         every(s.grad_factor), every(s.take1),
                                    every(s.beta2),         every(s.take2),       every(s.size),
                                    every(s.inverse_sqrt2), every(s.eps)};
@@ -91,14 +88,14 @@ inline float* working(void* data, int32_t dtype, int64_t first, int64_t n, float
   return const_cast<float*>(widen(data, dtype, first, n, buffer));
 }
 
-inline void adamw_ema_block(const jk_adamw_tensor& t, const jk_adamw_step& step, int64_t first,
-                            int64_t n, const jk_adamw_ema_params& p, EmaWeights w) {
+inline void adamw_ema_block(const jk_adamw_tensor& t, const Step& scalars, int64_t first, int64_t n,
+                            const jk_adamw_ema_params& p, EmaWeights w) {
   alignas(64) float param[kBlock], grad[kBlock], exp_avg[kBlock], exp_avg_sq[kBlock];
   const AdamwBlock block{working(t.param, t.param_dtype, first, n, param),
                          working(t.exp_avg, t.state_dtype, first, n, exp_avg),
                          working(t.exp_avg_sq, t.state_dtype, first, n, exp_avg_sq),
                          widen(t.grad, t.grad_dtype, first, n, grad)};
-  adamw(block, n, step);
+  adamw(block, n, scalars);
   if (t.state_dtype != JK_FLOAT32) {
     narrow(t.exp_avg, t.state_dtype, first, n, exp_avg);
     narrow(t.exp_avg_sq, t.state_dtype, first, n, exp_avg_sq);
@@ -114,8 +111,11 @@ inline void adamw_ema_block(const jk_adamw_tensor& t, const jk_adamw_step& step,
                   random_key((uint64_t)p.seed, (uint64_t)t.ema.index));
 }
 
-void adamw_ema_body(int64_t begin, int64_t end, void* context) {
-  const jk_adamw_ema_job& job = *(const jk_adamw_ema_job*)context;
+}  // namespace
+
+template <>
+void step<JK_KERNEL_ISA>(int64_t begin, int64_t end, void* context) {
+  const Job& job = *(const Job*)context;
   const jk_adamw_ema_params& p = *job.params;
   const EmaWeights w = ema_weights(p.momentum);
   for_each_block(job.ends, p.num_tensors, begin, end, kBlock,
@@ -124,6 +124,6 @@ void adamw_ema_body(int64_t begin, int64_t end, void* context) {
                  });
 }
 
-}  // namespace
+}  // namespace jk::adamw
 
 #pragma GCC pop_options

@@ -1,17 +1,14 @@
-// What one thread does of an ema_update. Included once per instruction set.
-#pragma once
+// What one thread does of an ema_update, built once for every instruction set.
+#include "kernels.h"
+
 #include "block.h"
 #include "list.h"
 
-struct jk_ema_update_job {
-  const jk_ema_update_params* params;
-  const int64_t* ends;  // see list.h
-};
+namespace jk::ema {
 
-namespace {
-
-void ema_update_body(int64_t begin, int64_t end, void* context) {
-  const jk_ema_update_job& job = *(const jk_ema_update_job*)context;
+template <>
+void update<JK_KERNEL_ISA>(int64_t begin, int64_t end, void* context) {
+  const Job& job = *(const Job*)context;
   const jk_ema_update_params& p = *job.params;
   const EmaWeights w = ema_weights(p.momentum);
   alignas(64) float buffer[kBlock];
@@ -24,4 +21,4 @@ void ema_update_body(int64_t begin, int64_t end, void* context) {
                  });
 }
 
-}  // namespace
+}  // namespace jk::ema

@@ -1,23 +1,18 @@
-// bfloat16 calls on the dot-product instruction: two bfloat16 products per lane and step, summed in
-// float.
-#ifdef __x86_64__
-#include "../../cpu/simd/avx512.h"
-
-#include "table.h"
+// Products of bfloat16 matrices on AVX512_BF16: two bfloat16 in a unit, multiplied and added by one
+// dot-product instruction, summed in float.
+#pragma once
+#include "multiply.h"
 
 namespace jk::rollout {
 namespace {
 
-using Floats = FloatProducts<simd::Avx512>;
+using Floats = FloatProducts<simd::Avx512Bf16>;
 
-struct DotProducts : Floats {
+struct PairProducts : Floats {
   using Number = bf16;
   static constexpr int kPerUnit = 2;
 
-  static JK_INLINE Vec step(Vec acc, Vec a, Vec b) {
-    return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_castps_si512(a),
-                            (__m512bh)_mm512_castps_si512(b));
-  }
+  static JK_INLINE Vec step(Vec acc, Vec a, Vec b) { return dot(acc, a, b); }
   static JK_INLINE Vec load_units(const bf16* p, int64_t row_stride) {
     const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
     const __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(p + row_stride)));
@@ -25,7 +20,7 @@ struct DotProducts : Floats {
   }
   using Floats::store_two;
   static JK_INLINE void store_two(bf16* p, Vec x0, Vec x1) {
-    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(x1, x0));
+    _mm512_storeu_si512(p, round(x0, x1));
   }
   static JK_INLINE void put_numbers(bf16* to, const float* row, int64_t count) {
     int64_t i = 0;
@@ -46,7 +41,4 @@ struct DotProducts : Floats {
 };
 
 }  // namespace
-
-const Kernels kAvx512DotBf16 = kernels<DotProducts>();
 }  // namespace jk::rollout
-#endif
