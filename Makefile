@@ -17,7 +17,7 @@ export PYTEST_TIMEOUT ?= 300
 PYTEST := $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help dev bench test quick conformance test-interpret test-simt test-gpu wheel-test gpu gpu-dry bench-ops lint format golden clean
+.PHONY: help dev bench test quick conformance test-interpret test-simt test-gpu wheel-test gpu gpu-check gpu-time gpu-test gpu-dry gpu-records bench-ops lint format golden clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -83,16 +83,29 @@ test-simt: dev ## the CUDA kernels on the CPU, with sanitizers and the race chec
 	$(PYTEST) tests/simt tests/gates
 
 test-gpu: dev ## the tests that need a CUDA device
-	$(PYTEST) tests -m gpu
+	$(PYTEST) tests/ops -m gpu
 
 wheel-test: dev ## one wheel, a second environment without a compiler and with another torch; every way of installing
 	$(PY) -m tests.packaging.check_wheel --torch "$(OTHER_TORCH)"
 
-gpu: ## build, tests, sanitizer, benchmarks and sweep on a GPU machine's own python3; records go to $$OUT
-	bash benchmarks/gpu.sh
+# A rented machine's own python3 serves: torch, triton, numpy, pybind11, ninja, pytest, hypothesis. Output: $$OUT, or runs/gpu.
+GPU_PYTHON ?= python3
+gpu: ## everything to ask of a GPU, in three resumable commands of at most 200 s each
+	@$(MAKE) --no-print-directory --keep-going gpu-check gpu-time gpu-test
 
-gpu-dry: dev ## the same script on a CPU, a few seconds of each part
-	PYTHON=$(PY) DRY=1 bash benchmarks/gpu.sh
+gpu-check: ## (1) build, and every op x backend x dtype x direction against float64
+	$(GPU_PYTHON) -m benchmarks.gpu_run check
+gpu-time: ## (2) seconds under CUDA-graph replay, ours and everyone else's
+	$(GPU_PYTHON) -m benchmarks.gpu_run time
+gpu-test: ## (3) device tests, sanitizers, whole training steps
+	$(GPU_PYTHON) -m benchmarks.gpu_run test
+
+gpu-dry: dev ## the same commands on a CPU, killed at random moments and gone on with
+	$(PY) -m benchmarks.gpu_dry
+
+OUT ?= runs/gpu
+gpu-records: dev ## what a GPU run brought back under $$OUT, as committed records, a page and preferences
+	$(PY) -m benchmarks.gpu_records $(OUT)
 
 bench-ops: dev ## every op against its baselines; appends records under benchmarks/results
 	for f in benchmarks/bench_*.py; do $(PY) -m benchmarks.$$(basename $$f .py) || exit 1; done

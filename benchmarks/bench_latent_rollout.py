@@ -215,6 +215,7 @@ def rollout_case(
         "hidden": HIDDEN,
         "cell": kind,
         "output": output,
+        "size_class": described.size_class(),
         "target_ratio": round(target_ratio(kind, channels, horizon, output), 2),
         "scratch_unit_bytes": 4
         * rows
@@ -320,6 +321,7 @@ def published_case(
         "hidden": HIDDEN,
         "cell": described.cell,
         "output": "loss",
+        "size_class": described.size_class(),
         "target_ratio": 3.0,
         "scratch_unit_bytes": 4
         * rows.shape[1]

@@ -21,7 +21,6 @@ from .ops.ema_update import ema_update_
 from .ops.latent_rollout import (
     GRU,
     Hamiltonian,
-    HardRegion,
     ResidualMLP,
     latent_rollout,
     latent_rollout_loss,
@@ -43,7 +42,6 @@ __all__ = [
     "GRU",
     "BackendUnsupportedError",
     "Hamiltonian",
-    "HardRegion",
     "ResidualMLP",
     "Rope3D",
     "TeacherLists",

@@ -183,6 +183,8 @@ def prefer_by(look_up: Callable[[str, str, Inputs], Preference | None]) -> None:
 
 
 OPS: dict[str, Op] = {}
+# Public functions with an op for each kind of argument: their arguments -> the op of that call.
+FAMILIES: dict[str, Callable[..., Op]] = {}
 _warned: set[str] = set()
 
 
@@ -320,7 +322,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     computed.
 
     Args:
-        op: name of an op, such as ``"masked_attention"``.
+        op: name of a public function or of an op, such as ``"masked_attention"``.
         *args, **kwargs: what the op itself would be given.
 
     Returns:
@@ -330,13 +332,14 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
         ValueError: `op` is not the name of an op. TypeError and ValueError of the op itself for a
             bad call.
     """
-    if op not in OPS:
-        raise ValueError(sentence("explain", "op", f"be one of {', '.join(OPS)}", repr(op)))
-    record = OPS[op]
+    if op not in OPS and op not in FAMILIES:
+        names = ", ".join((*OPS, *FAMILIES))
+        raise ValueError(sentence("explain", "op", f"be one of {names}", repr(op)))
     backend = kwargs.pop("backend", None)
+    record = OPS[op] if op in OPS else FAMILIES[op](*args, **kwargs)
     inputs = record.prepare(*args, **kwargs)
     name, source = requested(backend)
-    lines = [f"{op}  {inputs.describe()}"]
+    lines = [f"{record.name}  {inputs.describe()}"]
     chosen = None
     for candidate in record.priority:
         reasons = record.reasons(candidate, inputs)

@@ -27,7 +27,8 @@ from .backend import Backend, BackendUnsupportedError, Op, joined
 
 Tensors = tuple[torch.Tensor, ...]
 _library = torch.library.Library("jepa_kernels", "FRAGMENT")
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+# Tensors that no subclass needs to see.
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 # How a field of Inputs is spelled in a schema.
 _SCHEMA_TYPES = {
@@ -285,11 +286,14 @@ class InPlace(Contract):
 def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether nothing but a backend needs to see this call: no graph, mode, transform or
     subclass."""
-    return not (
-        torch.compiler.is_compiling()
-        or _get_current_dispatch_mode() is not None
-        or torch._C._are_functorch_transforms_active()
-    ) and all([type(t) in _PLAIN for t in tensors])
+    return (
+        not (
+            torch.compiler.is_compiling()
+            or _get_current_dispatch_mode() is not None
+            or torch._C._are_functorch_transforms_active()
+        )
+        and set(map(type, tensors)) <= PLAIN
+    )
 
 
 def _exact(call: Callable[..., Any] | None, inputs: Any, *more: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from . import capability
 from .backend import Reason
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
@@ -89,7 +90,10 @@ def cpu_unavailable_reasons(device_type: str) -> list[Reason]:
 
 def cuda_unavailable_reasons(device_type: str) -> list[Reason]:
     """Why the CUDA C++ kernels cannot run on tensors of `device_type` here; empty when they can."""
-    return _reasons(cuda_reason(), device_type, "cuda")
+    reasons = _reasons(cuda_reason(), device_type, "cuda")
+    if device_type == "cuda":
+        reasons += [Reason(text, "machine") for text in capability.reasons()]
+    return reasons
 
 
 def call(function: Callable[..., Any], *arguments: Any) -> Any:

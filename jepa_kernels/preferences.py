@@ -4,7 +4,6 @@ calibrate`), which come first."""
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import platform
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import native
+from . import capability, native
 from .backend import Preference, prefer_by
 from .checks import dtype_name
 
@@ -99,15 +98,9 @@ def device_kind(device_type: str) -> str:
     """What preferences call a device: the instruction set of a CPU, the architecture of a GPU."""
     if device_type == "cpu":
         return native.cpu_kind()
-    if device_type == "cuda" and torch.cuda.is_available():
-        return _architecture()
+    if device_type == "cuda":
+        return "sm_{}{}".format(*capability.first_device())
     return device_type
-
-
-@functools.cache
-def _architecture() -> str:
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm_{major}{minor}"
 
 
 load()

@@ -19,11 +19,12 @@ from typing import Literal
 import torch
 
 from .checks import sentence, type_name
+from .device_tables import DeviceTables
 
 RopeLayout = Literal["interleaved", "tiled"]
 LAYOUTS: tuple[str, ...] = ("interleaved", "tiled")
 _BASE = 10000.0
-_tables: dict[tuple[Rope3D, int, torch.device], torch.Tensor] = {}
+_tables = DeviceTables(256)
 
 
 def rope_dim(head_dim: int) -> int:
@@ -99,13 +100,14 @@ class Rope3D:
             or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
         ):
             return self._build(head_dim, device)
-        key = (self, head_dim, device)
-        if key not in _tables:
-            if len(_tables) >= 256:
-                _tables.clear()
-            with torch.inference_mode(False), torch.no_grad():
-                _tables[key] = self._build(head_dim, device)
-        return _tables[key]
+        return _tables.get(
+            (self, head_dim, device), device, lambda: self._lasting(head_dim, device)
+        )[0]
+
+    def _lasting(self, head_dim: int, device: torch.device) -> tuple[torch.Tensor]:
+        # Whatever mode the first call is in, later ones may be in another.
+        with torch.inference_mode(False), torch.no_grad():
+            return (self._build(head_dim, device),)
 
     def _build(self, head_dim: int, device: torch.device) -> torch.Tensor:
         m = rope_dim(head_dim)

@@ -9,11 +9,11 @@ import os
 
 import torch
 
+from . import capability
 from .backend import Reason
 
 # Triton releases this package is written for; torch picks the exact one.
 SUPPORTED = "3.6 to 3.9"
-_OLDEST_CAPABILITY = (8, 0)
 
 
 # Asked at import, not behind functools.cache: Dynamo of torch 2.11 traces through the cache and
@@ -55,18 +55,9 @@ def unavailable_reasons(device_type: str) -> list[Reason]:
         said.append(f"tensors must be on a CUDA device, got {device_type}")
     elif torch.version.hip is not None:
         said.append("the tile table knows NVIDIA GPUs only, got a ROCm build of torch")
-    elif not interpreting() and _capability() < _OLDEST_CAPABILITY:
-        said.append(
-            "the GPU must have compute capability 8.0 or later, got {}.{}".format(*_capability())
-        )
+    elif not interpreting():
+        said += capability.reasons()
     return [Reason(text, "machine") for text in said]
-
-
-@functools.cache
-def _capability() -> tuple[int, int]:
-    # Of the first device: a machine with GPUs of two generations is out of scope, and a fake tensor
-    # has no index.
-    return torch.cuda.get_device_capability(0) if torch.cuda.is_available() else _OLDEST_CAPABILITY
 
 
 def architecture(device: torch.device) -> int:

@@ -53,6 +53,21 @@ def _poisoned_allocations():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items) -> None:
+    """Without a CUDA device, tests marked `gpu` are left out, or skipped by name where -m asks for
+    them."""
+    if torch.cuda.is_available():
+        return
+    marked = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if "gpu" in (config.option.markexpr or ""):
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none"))
+        return
+    items[:] = [item for item in items if item not in set(marked)]
+    config.hook.pytest_deselected(items=marked)
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """Which backends this run did not exercise, and why."""
     import jepa_kernels

@@ -13,10 +13,10 @@ import torch
 from jepa_kernels import BackendUnsupportedError, TeacherLists, adamw_ema_, explain, native
 from jepa_kernels.ops.adamw_ema.contract import OP
 from jepa_kernels.testing import assert_within_budget, patched_backend
-from tests.ops.backends import GPU, runnable
+from tests.ops.backends import each
 from tests.ops.lists import one_thread, run_here, tensors  # noqa: F401
 
-BACKENDS = runnable("adamw_ema")
+BACKENDS = each("adamw_ema")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -267,10 +267,7 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bits():
     )
 
 
-@pytest.mark.parametrize(
-    "backend",
-    ["torch", *(("triton", "cuda") if GPU else ()), *(("cpu",) if native.available() else ())],
-)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_steps_and_hyperparameters_on_the_device(backend):
     values = case()
     device = run_here(backend, values["params"])[0].device

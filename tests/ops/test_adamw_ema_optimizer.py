@@ -15,14 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from jepa_kernels.nn import EMATeacher, LinearMomentum
 from jepa_kernels.optim import AdamWEMA
 from tests.conftest import missing
-from tests.ops.backends import GPU, runnable
+from tests.ops.backends import runnable
+from tests.ops.devices import GPU_BACKENDS, on_a_gpu
 from tests.ops.lists import one_thread  # noqa: F401
 
-BACKENDS = runnable("adamw_ema")
+KERNELS_HERE = runnable("adamw_ema")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-HERE = [None, "reference", *(b for b in BACKENDS if b in ("torch", "cpu"))]
+HERE = [None, "reference", *KERNELS_HERE]
 
 
 def model(dtype=torch.float32):
@@ -298,7 +299,7 @@ def test_skipped_steps_leave_no_trace(backend, schedule):
 
 
 def test_the_flag_of_a_skipped_step_is_not_read():
-    if "cpu" not in BACKENDS:
+    if "cpu" not in HERE:
         missing("the native library is not built; torch's composition reads a flag on a CPU")
 
     class Reads(TorchDispatchMode):
@@ -404,8 +405,7 @@ def test_gradients_of_another_layout():
         AdamWEMA([sparse]).step()
 
 
-@pytest.mark.skipif(not GPU, reason="no GPU: capture and device scalars need one")
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("backend", [on_a_gpu(name) for name in GPU_BACKENDS])
 def test_capturable_steps_replay(backend):
     ours, theirs = model().cuda(), model().cuda()
     momentum = torch.tensor(0.9, device="cuda", dtype=torch.float64)

@@ -17,10 +17,12 @@ from jepa_kernels import BackendUnsupportedError, ema_update_, explain, native
 from jepa_kernels.ops.ema import stochastic
 from jepa_kernels.ops.ema_update.contract import OP
 from jepa_kernels.testing import assert_within_budget, patched_backend
-from tests.ops.backends import GPU, runnable
+from tests.ops.backends import GPU, each, runnable
+from tests.ops.devices import GPU_BACKENDS
 from tests.ops.lists import one_thread, run_here, tensors  # noqa: F401
 
-BACKENDS = runnable("ema_update")
+BACKENDS = each("ema_update")
+HERE = runnable("ema_update")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -136,7 +138,7 @@ def test_limits_and_fixed_point_are_exact(backend, dtype):
     sizes=st.lists(st.integers(0, 70), min_size=1, max_size=6),
     momentum=st.floats(0, 1),
     steps=st.integers(1, 4),
-    backend=st.sampled_from(["reference", *BACKENDS]),
+    backend=st.sampled_from(["reference", *HERE, *(GPU_BACKENDS if GPU else ())]),
 )
 def test_repeated_updates_are_one_with_the_product_of_momenta(sizes, momentum, steps, backend):
     targets, sources = case(
@@ -379,7 +381,7 @@ def test_every_instruction_set_and_thread_count_gives_the_same_bits():
 def test_momentum_as_a_tensor_of_any_float_dtype(backend):
     targets, sources = case()
     expected, _ = run(backend, targets, sources, 0.75)
-    devices = ["cpu", "cuda"] if GPU and backend not in ("cpu",) else ["cpu"]
+    devices = {"cpu", run_here(backend, targets[:1])[0].device.type}
     for dtype, device in itertools.product((torch.float32, torch.float64, torch.bfloat16), devices):
         actual, _ = run(backend, targets, sources, torch.tensor(0.75, dtype=dtype, device=device))
         assert all(torch.allclose(a, e, rtol=1e-6) for a, e in zip(actual, expected, strict=True))

@@ -22,11 +22,16 @@ from jepa_kernels.testing import (
     run_attention,
 )
 from tests.conftest import missing
-from tests.ops.backends import device_of, runnable
+from tests.ops.backends import runnable
+from tests.ops.devices import GPU_BACKENDS, on_a_gpu
 
-RUNNABLE = [(device_of(NAME, backend), backend) for backend in runnable(NAME)]
+RUNNABLE = [("cpu", backend) for backend in runnable(NAME)]
 each_backend = pytest.mark.parametrize(
-    ("device", "backend"), RUNNABLE, ids=[f"{d}-{b}" for d, b in RUNNABLE]
+    ("device", "backend"),
+    [
+        *(pytest.param(d, b, id=f"{d}-{b}") for d, b in RUNNABLE),
+        *(on_a_gpu("cuda", b, id=f"cuda-{b}") for b in (*GPU_BACKENDS, "torch")),
+    ],
 )
 
 
@@ -260,7 +265,7 @@ GOLDEN_ROPE = [
 ]
 
 
-@pytest.mark.parametrize("backend", ["reference", *(b for d, b in RUNNABLE if d == "cpu")])
+@pytest.mark.parametrize("backend", ["reference", *(b for _, b in RUNNABLE)])
 @pytest.mark.parametrize("name", GOLDEN_ROPE)
 def test_published_rope_attention(shared_dir, backend, name):
     """The attention module of the published code: output, rotation and every gradient to a relative
@@ -379,7 +384,7 @@ def test_errors_are_one_sentence():
         assert str(caught.value).startswith(("masked_attention", "Rope3D", "jepa_kernels"))
 
 
-@pytest.mark.parametrize("backend", ["reference", *(b for d, b in RUNNABLE if d == "cpu")])
+@pytest.mark.parametrize("backend", ["reference", *(b for _, b in RUNNABLE)])
 def test_bad_values_are_refused(backend):
     x = torch.randn(1, 4, 2, 8)
     packed = torch.randn(4, 2, 8)
@@ -424,7 +429,7 @@ def test_large_offsets_do_not_overflow(device, backend):
     )
 
 
-@pytest.mark.parametrize("backend", ["reference", *(b for d, b in RUNNABLE if d == "cpu")])
+@pytest.mark.parametrize("backend", ["reference", *(b for _, b in RUNNABLE)])
 @pytest.mark.parametrize("index", range(4))
 def test_numpy_golden_vectors(root, backend, index):
     """tests/golden/masked_attention.json was computed token by token in NumPy (make golden)."""

@@ -78,11 +78,11 @@ def check(inputs: Inputs) -> None:
     dtypes."""
     params = inputs.params
     device = params[0].device if params else torch.device("cpu")
-    shapes = [p.shape for p in params]
-    dtypes: list[torch.dtype] = []
+    shapes = lists.shapes_of(params)
+    dtypes: set[torch.dtype] = set()
     for argument in ("params", "grads", "exp_avgs", "exp_avg_sqs"):
         values = getattr(inputs, argument)
-        dtypes += lists.check_entries(NAME, argument, values, "params", shapes, device)
+        dtypes |= lists.check_entries(NAME, argument, values, "params", shapes, device)
     moments = zip(inputs.exp_avgs, inputs.exp_avg_sqs, strict=True)
     for i, (first, second) in enumerate(moments):
         if first.dtype != second.dtype:
@@ -92,10 +92,10 @@ def check(inputs: Inputs) -> None:
             )
     _check_steps(inputs.steps, params)
     _check_hyper(inputs.hyper, inputs.groups, params)
-    dtypes += _check_teacher(inputs, shapes, device)
+    dtypes |= _check_teacher(inputs, shapes, device)
     for argument in ("grad_scale", "found_inf"):
         _check_flag(argument, getattr(inputs, argument), device)
-    inputs.dtypes = tuple(dict.fromkeys(dtypes))
+    inputs.dtypes = tuple(dtypes)
 
 
 def _check_steps(steps: Tensors, params: Tensors) -> None:
@@ -157,7 +157,7 @@ def _check_hyper(hyper: torch.Tensor, groups: Sequence[int], params: Tensors) ->
 
 def _check_teacher(
     inputs: Inputs, shapes: Sequence[torch.Size], device: torch.device
-) -> list[torch.dtype]:
+) -> set[torch.dtype]:
     targets = inputs.targets
     if len(targets) > len(shapes):
         raise ValueError(
@@ -171,7 +171,7 @@ def _check_teacher(
     followed = shapes[: len(targets)]
     dtypes = lists.check_entries(NAME, "targets", targets, "params", followed, device)
     if inputs.copies:
-        dtypes += lists.check_entries(NAME, "copies", inputs.copies, "targets", followed, device)
+        dtypes |= lists.check_entries(NAME, "copies", inputs.copies, "targets", followed, device)
     lists.check_momentum(NAME, inputs.momentum, device)
     lists.check_rounding(NAME, inputs.rounding, targets, inputs.compensations, inputs.seed, device)
     return dtypes

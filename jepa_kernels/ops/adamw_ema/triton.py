@@ -11,6 +11,7 @@ import torch
 
 from ... import triton_runtime
 from ...backend import Backend, Reason
+from ...device_tables import DeviceTables, upload
 from ..ema.lists import ROUNDINGS
 from ..ema.triton_launch import by_dtypes, dtype_of, on_device, on_the_device, weights
 from ..ema.triton_table import table
@@ -99,7 +100,7 @@ def step_scalars(
     )
     step = torch.stack([s.to(home, torch.float64) for s in steps])
     lr, beta1, beta2, eps, weight_decay, maximize = (
-        hyper.to(home).index_select(0, index(tuple(groups), home)).unbind(1)
+        upload(hyper, home).index_select(0, index(tuple(groups), home)).unbind(1)
     )
     columns = (
         1 - lr * weight_decay,
@@ -111,23 +112,19 @@ def step_scalars(
         (1 - beta2**step).rsqrt(),
         eps,
     )
-    scalars = torch.stack(columns, dim=1).to(torch.float32).to(device, non_blocking=True)
+    scalars = upload(torch.stack(columns, dim=1).to(torch.float32), device)
     if grad_scale is not None:
         scalars[:, 1] /= grad_scale.reshape(())
     return scalars
 
 
-_indices: dict[tuple[tuple[int, ...], torch.device], torch.Tensor] = {}
+_indices = DeviceTables(256)
 
 
 def index(places: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """`places` as an int64 tensor, kept: an optimizer asks for the same ones at every step."""
     key = (places, device)
-    if key not in _indices:
-        if len(_indices) >= 256:
-            _indices.clear()
-        _indices[key] = torch.tensor(places, dtype=torch.int64, device=device)
-    return _indices[key]
+    return _indices.get(key, device, lambda: (upload(torch.tensor(places), device),))[0]
 
 
 BACKEND = Backend("triton", triton_runtime.DEVICES, unsupported, forward)

@@ -3,10 +3,16 @@ lists."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from operator import attrgetter
+
 import torch
 
 from . import stochastic
 from .lists import Tensors
+
+_EXACT = frozenset((torch.float32, torch.float64))
+_dtype = attrgetter("dtype")
 
 
 def update(target, source, momentum, compensation, rounding, seed, stream) -> None:
@@ -45,14 +51,25 @@ def update_lists(
     momentum: torch.Tensor,
     copies: Tensors,
     compensations: Tensors,
-    streams: list[int],
+    streams: Sequence[int],
     rounding: str,
     seed: torch.Tensor | None,
 ) -> None:
     """Every target by _foreach operations: one call over all that match their sources in dtype,
     else one tensor at a time."""
+    dtypes = set(map(_dtype, targets))
+    exact = rounding == "nearest" or dtypes <= _EXACT
+    if exact and len(dtypes) == 1 and set(map(_dtype, sources)) == dtypes:
+        _lerp(targets, sources, momentum)
+    else:
+        _by_dtype(targets, sources, momentum, compensations, streams, rounding, seed)
+    if copies:
+        torch._foreach_copy_(copies, targets)
+
+
+def _by_dtype(targets, sources, momentum, compensations, streams, rounding, seed) -> None:
     plain = [
-        t.dtype == s.dtype and (rounding == "nearest" or t.dtype in (torch.float32, torch.float64))
+        t.dtype == s.dtype and (rounding == "nearest" or t.dtype in _EXACT)
         for t, s in zip(targets, sources, strict=True)
     ]
     matching = [(t, s) for t, s, same in zip(targets, sources, plain, strict=True) if same]
@@ -62,8 +79,6 @@ def update_lists(
         if not same:
             compensation = compensations[i] if rounding == "kahan" else None
             _mixed(targets[i], sources[i], momentum, compensation, rounding, seed, streams[i])
-    if copies:
-        torch._foreach_copy_(copies, targets)
 
 
 def _lerp(targets, sources, momentum) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 
 from ... import checks
+from ...contract import PLAIN
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDINGS = ("nearest", "kahan", "stochastic")
 _HALF = (torch.bfloat16, torch.float16)
 
 Tensors = Sequence[torch.Tensor]
+_FLOATS, _STRIDED = frozenset(checks.FLOAT_DTYPES), frozenset((torch.strided,))
+_shape, _dtype, _device, _layout = map(attrgetter, ("shape", "dtype", "device", "layout"))
 
 
 def size_class(tensors: Tensors) -> str:
@@ -41,12 +45,15 @@ def seed_tensor(
 
 
 def check_list(op: str, argument: str, values: object, optional: bool = False) -> None:
+    """`values` is a list of tensors, or None where that is allowed."""
     if optional and values is None:
         return
     if not isinstance(values, (list, tuple)):
         raise TypeError(
             checks.sentence(op, argument, "be a list of tensors", checks.type_name(values))
         )
+    if not torch.compiler.is_compiling() and set(map(type, values)) <= PLAIN:
+        return
     for i, tensor in enumerate(values):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(
@@ -54,29 +61,37 @@ def check_list(op: str, argument: str, values: object, optional: bool = False) -
             )
 
 
+def shapes_of(values: Tensors) -> list[torch.Size]:
+    return [t.shape for t in values] if torch.compiler.is_compiling() else list(map(_shape, values))
+
+
 def check_entries(
     op: str,
     argument: str,
-    values: Sequence[torch.Tensor],
+    values: Tensors,
     like: str,
     shapes: Sequence[torch.Size],
     device: torch.device,
-) -> list[torch.dtype]:
+) -> set[torch.dtype]:
     """`values` are strided float tensors on `device` of the shapes of the list `like`. Returns
-    their dtypes, each once."""
+    their dtypes."""
     if len(values) != len(shapes):
         raise ValueError(
             checks.sentence(
                 op, argument, f"have one tensor for each of {like} ({len(shapes)})", len(values)
             )
         )
-    # Whole lists first, entry by entry only to say what is wrong: this runs at every step over
-    # hundreds of tensors.
-    dtypes = list(dict.fromkeys([t.dtype for t in values]))
-    sound = all(d in checks.FLOAT_DTYPES for d in dtypes) and all(
-        [t.device == device and t.layout == torch.strided for t in values]
-    )
-    if sound and [t.shape for t in values] == shapes:
+    # Whole lists first, by maps that stay in C, and entry by entry only to say what is wrong: this
+    # runs at every step over hundreds of tensors. (Dynamo traces a loop, not an attrgetter.)
+    compiling = torch.compiler.is_compiling()
+    dtypes = {t.dtype for t in values} if compiling else set(map(_dtype, values))
+    if (
+        not compiling
+        and dtypes <= _FLOATS
+        and set(map(_device, values)) <= {device}
+        and set(map(_layout, values)) <= _STRIDED
+        and shapes_of(values) == shapes
+    ):
         return dtypes
     for i, (tensor, shape) in enumerate(zip(values, shapes, strict=True)):
         checks.has_dtype(op, f"{argument}[{i}]", tensor, checks.FLOAT_DTYPES)

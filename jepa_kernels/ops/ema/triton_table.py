@@ -2,18 +2,19 @@
 entry for each chunk of elements.
 
 Parameters stay where they are between steps, so tables are kept, keyed by every address and size in
-them. Importing this needs torch alone.
+them. A new one is uploaded without waiting. Importing this needs torch alone.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-_KEPT_TABLES = 64
+from ...device_tables import DeviceTables, upload
+
+_tables = DeviceTables(64)
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,6 @@ class Table:
     rows: torch.Tensor
     chunks: torch.Tensor
     aligned: bool
-
-
-_tables: OrderedDict[tuple, Table] = OrderedDict()
 
 
 def table(
@@ -44,24 +42,15 @@ def table(
         (*(0 if t is None else t.data_ptr() for t in entry), entry[0].numel(), stream)
         for *entry, stream in zip(*arrays, streams, strict=True)
     )
-    key = (device, block, rows)
-    found = _tables.get(key)
-    if found is None:
-        found = _build(rows, device, block)
-        _tables[key] = found
-        if len(_tables) > _KEPT_TABLES:
-            _tables.popitem(last=False)
-    else:
-        _tables.move_to_end(key)
-    return found
+    tensors = _tables.get((device, block, rows), device, lambda: _build(rows, device, block))
+    return Table(*tensors, all(address % 16 == 0 for row in rows for address in row[:-2]))
 
 
-def _build(rows: tuple[tuple[int, ...], ...], device: torch.device, block: int) -> Table:
+def _build(
+    rows: tuple[tuple[int, ...], ...], device: torch.device, block: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     counts = [-(-row[-2] // block) for row in rows]
     tensors = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
     places = torch.cat([torch.arange(count, dtype=torch.int32) for count in counts])
-    return Table(
-        torch.tensor(rows, dtype=torch.int64).to(device),
-        torch.stack((tensors, places), dim=1).contiguous().to(device),
-        all(address % 16 == 0 for row in rows for address in row[:-2]),
-    )
+    chunks = torch.stack((tensors, places), dim=1).contiguous()
+    return upload(torch.tensor(rows, dtype=torch.int64), device), upload(chunks, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,7 +26,7 @@ class Inputs:
     compensations: list[torch.Tensor] = written()
     seed: torch.Tensor | None
     rounding: str
-    streams: list[int] | None = beside_the_schema(default=None)
+    streams: Sequence[int] | None = beside_the_schema(default=None)
     dtypes: tuple[torch.dtype, ...] = beside_the_schema(default=())
 
     @property
@@ -63,18 +63,18 @@ def check(inputs: Inputs) -> None:
     the dtypes."""
     targets = inputs.targets
     device = targets[0].device if targets else torch.device("cpu")
-    shapes = [t.shape for t in targets]
-    dtypes: list[torch.dtype] = []
+    shapes = lists.shapes_of(targets)
+    dtypes: set[torch.dtype] = set()
     for argument, values in (
         ("targets", targets),
         ("sources", inputs.sources),
         ("copies", inputs.copies),
     ):
         if values or argument != "copies":
-            dtypes += lists.check_entries(NAME, argument, values, "targets", shapes, device)
+            dtypes |= lists.check_entries(NAME, argument, values, "targets", shapes, device)
     lists.check_momentum(NAME, inputs.momentum, device)
     lists.check_rounding(NAME, inputs.rounding, targets, inputs.compensations, inputs.seed, device)
-    inputs.dtypes = tuple(dict.fromkeys(dtypes))
+    inputs.dtypes = tuple(dtypes)
 
 
 def check_values(inputs: Inputs) -> None:
@@ -85,7 +85,7 @@ def distinct(inputs: Inputs) -> Inputs | None:
     """The call without repeated and empty tensors; None when nothing is left."""
     first = memory.unique(inputs.targets, inputs.sources)
     if first is None:
-        inputs.streams = list(range(len(inputs.targets)))
+        inputs.streams = range(len(inputs.targets))
         return inputs
     if not first:
         return None

@@ -1,51 +1,38 @@
-"""The public functions: checks, choice of backend, and the call."""
+"""The public functions: autocast, the op of the cell, and the call."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ... import checks
-from ...backend import resolve
-from . import op as _op
-from .call import Call
-from .cells import GRU, KINDS, Cell, Hamiltonian, ResidualMLP, channel_ranges
+from ...backend import FAMILIES, resolve
+from ...contract import Function
+from .cells import Cell, with_parameters
+from .gru import contract as gru
+from .hamiltonian import contract as hamiltonian
+from .mlp import contract as mlp
+from .rollout import NAME, Rollout, fail
 
-_NAME = "latent_rollout"
-_OUTPUTS = ("states", "last")
+_OPS = {op.signature.inputs.cell_type: op for op in (mlp.OP, hamiltonian.OP, gru.OP)}
 _REDUCTIONS = ("mean", "none")
 
 
-@dataclass(frozen=True)
-class HardRegion:
-    """Weights that favour the rows of a sample that are predicted worst: its row count times
-    softmax(e / temperature) over its rows.
+def op_of(cell: Cell) -> Function:
+    """The op that rolls out this cell."""
+    if type(cell) not in _OPS:
+        wanted = "be a ResidualMLP, Hamiltonian or GRU"
+        raise TypeError(checks.sentence(NAME, "cell", wanted, checks.type_name(cell)))
+    return _OPS[type(cell)]
 
-    Attributes:
-        sample_ids: int64 ``[rows]``, the sample of each row, from 0 to ``samples - 1``.
-        samples: the number of samples.
-        temperature: of the softmax, over errors e ``[horizon, rows]``, each step on its own; at
-            least 1e-6 is used.
-    """
 
-    sample_ids: torch.Tensor
-    samples: int
-    temperature: float = 1.0
+def prepare(states: torch.Tensor, cell: Cell, *arguments: Any, **options: Any) -> Rollout:
+    """The checked inputs of the op of this cell; see `rollout.prepare`."""
+    return op_of(cell).prepare(states, cell, *arguments, **options)
 
-    def weights(self, errors: torch.Tensor) -> torch.Tensor:
-        """Weights of mean 1 within each sample, ``[horizon, rows]``, without gradient."""
-        with torch.no_grad():
-            logits = errors / max(self.temperature, 1e-6)
-            samples = self.sample_ids.expand(errors.shape)
-            per_sample = logits.new_full((errors.shape[0], self.samples), -torch.inf)
-            highest = per_sample.scatter_reduce(1, samples, logits, "amax").gather(1, samples)
-            powers = torch.exp(logits - highest)
-            totals = torch.zeros_like(per_sample).scatter_add(1, samples, powers)
-            counts = torch.zeros_like(per_sample).scatter_add(1, samples, torch.ones_like(powers))
-            return powers * (counts / totals).gather(1, samples)
+
+FAMILIES[NAME] = lambda states, cell, *arguments, **options: op_of(cell)
 
 
 def latent_rollout(
@@ -106,19 +93,8 @@ def latent_rollout(
         >>> latent_rollout(torch.randn(5, 96), ResidualMLP.from_module(head), 4).shape
         torch.Size([4, 5, 96])
     """
-    states, cell, actions = _autocast(states, cell, actions)
-    call = prepare(
-        states,
-        cell,
-        horizon,
-        rows=rows,
-        actions=actions,
-        anchor=anchor,
-        anchor_rows=anchor_rows,
-        output=output,
-    )
-    name = resolve(_op.ROOM, call, backend)
-    return _op.run(name, call, states, cell, rows, actions, anchor, anchor_rows, None, None, 1.0)
+    options = {"rows": rows, "anchor": anchor, "anchor_rows": anchor_rows, "output": output}
+    return _run(states, cell, actions, horizon, backend, options)
 
 
 def latent_rollout_loss(
@@ -132,7 +108,7 @@ def latent_rollout_loss(
     anchor: torch.Tensor | None = None,
     anchor_rows: torch.Tensor | None = None,
     exponent: float = 1.0,
-    weights: torch.Tensor | HardRegion | None = None,
+    weights: torch.Tensor | None = None,
     reduction: str = "mean",
     backend: str | None = None,
 ) -> torch.Tensor:
@@ -150,8 +126,7 @@ def latent_rollout_loss(
         target_rows: int32 or int64 ``[horizon, rows]``, rows of `targets`: no gathered copy is made
             by the kernels. None without a table.
         exponent: 1 for an L1 loss, 2 for half the squared error, any number of at least 1.
-        weights: float32 ``[rows]`` or ``[horizon, rows]``, a `HardRegion`, or None for 1. A tensor
-            is differentiated.
+        weights: float32 ``[rows]`` or ``[horizon, rows]``, or None for 1. Differentiated.
         reduction: ``"mean"`` over steps and rows, or ``"none"`` for weights * e.
 
     Returns:
@@ -174,341 +149,54 @@ def latent_rollout_loss(
         >>> latent_rollout_loss(states, ResidualMLP.from_module(head), targets).shape
         torch.Size([])
     """
-    states, cell, actions = _autocast(states, cell, actions)
-    call = prepare(
-        states,
-        cell,
-        rows=rows,
-        actions=actions,
-        anchor=anchor,
-        anchor_rows=anchor_rows,
-        targets=targets,
-        target_rows=target_rows,
-        exponent=exponent,
-    )
+    checks.is_tensor(NAME, "targets", targets)
     if reduction not in _REDUCTIONS:
-        raise ValueError(
-            checks.sentence(
-                _NAME, "reduction", f"be one of {', '.join(_REDUCTIONS)}", repr(reduction)
-            )
-        )
-    _check_weights(weights, call, states)
-    name = resolve(_op.ROOM, call, backend)
-    errors = _op.run(
-        name,
-        call,
-        states,
-        cell,
-        rows,
-        actions,
-        anchor,
-        anchor_rows,
-        targets,
-        target_rows,
-        float(exponent),
-    )
-    if isinstance(weights, HardRegion):
-        errors = errors * weights.weights(errors)
-    elif weights is not None:
+        fail("reduction", f"be one of {', '.join(_REDUCTIONS)}", repr(reduction))
+    options = {
+        "rows": rows,
+        "anchor": anchor,
+        "anchor_rows": anchor_rows,
+        "targets": targets,
+        "target_rows": target_rows,
+        "exponent": exponent,
+    }
+    errors = _run(states, cell, actions, None, backend, options, weights)
+    if weights is not None:
         errors = errors * weights
     return errors if reduction == "none" else errors.sum() / max(errors.numel(), 1)
 
 
-def _autocast(states: Any, cell: Any, actions: Any) -> tuple[Any, Any, Any]:
-    """What autocast does to a linear layer: floating inputs and parameters take the autocast
-    dtype."""
-    checks.is_tensor(_NAME, "states", states)
-    _check_cell_kind(cell)
-    kind = states.device.type
-    if states.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return states, cell, actions
-    dtype = torch.get_autocast_dtype(kind)
-    return (
-        states.to(dtype),
-        _op.with_parameters(cell, [p.to(dtype) for p in cell.parameters()]),
-        None if actions is None else actions.to(dtype),
-    )
-
-
-def prepare(
+def _run(
     states: torch.Tensor,
     cell: Cell,
-    horizon: int | None = None,
-    *,
-    rows: torch.Tensor | None = None,
-    actions: torch.Tensor | None = None,
-    anchor: torch.Tensor | None = None,
-    anchor_rows: torch.Tensor | None = None,
-    targets: torch.Tensor | None = None,
-    target_rows: torch.Tensor | None = None,
-    exponent: float = 1.0,
-    output: str = "states",
-) -> Call:
-    """Checks every argument (shapes, dtypes, devices; never values) and describes the call."""
-    _check_rows_of("states", states, states)
-    checks.has_dtype(_NAME, "states", states, checks.FLOAT_DTYPES)
-    _check_cell_kind(cell)
-    if rows is not None:
-        _check_index("rows", rows, states, None)
-    count = states.shape[0] if rows is None else rows.shape[0]
-    if targets is not None:
-        horizon = _check_targets(targets, target_rows, states, count)
-        output = "errors"
-        checks.is_finite_number(_NAME, "exponent", exponent)
-        if exponent < 1:
-            raise ValueError(checks.sentence(_NAME, "exponent", "be at least 1", exponent))
-    elif output not in _OUTPUTS:
-        raise ValueError(
-            checks.sentence(_NAME, "output", f"be one of {', '.join(_OUTPUTS)}", repr(output))
+    actions: torch.Tensor | None,
+    horizon: int | None,
+    backend: str | None,
+    options: dict[str, Any],
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The op's result. What autocast does to a linear layer: floating inputs and parameters take
+    the autocast dtype."""
+    checks.is_tensor(NAME, "states", states)
+    op, kind = op_of(cell), states.device.type
+    if states.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        states, cell = (
+            states.to(dtype),
+            with_parameters(cell, [p.to(dtype) for p in cell.parameters()]),
         )
-    if isinstance(horizon, bool) or not isinstance(horizon, (int, torch.SymInt)):
-        raise TypeError(checks.sentence(_NAME, "horizon", "be an int", checks.type_name(horizon)))
-    if horizon < 1:
-        raise ValueError(checks.sentence(_NAME, "horizon", "be at least 1", horizon))
-    hidden, in_channels = _check_cell(cell, states)
-    _check_actions(cell, actions, states, horizon, count)
-    _check_anchor(cell, anchor, anchor_rows, states, count)
-    differentiable = [
-        states,
-        *cell.parameters(),
-        *(t for t in (actions, anchor, targets) if t is not None),
-    ]
-    return Call(
-        device_type=states.device.type,
-        dtype=states.dtype,
-        cell=KINDS[type(cell)],
-        num_rows=count,
-        channels=states.shape[1],
-        in_channels=in_channels,
-        hidden=hidden,
-        action_channels=0 if actions is None else actions.shape[-1],
-        horizon=horizon,
-        output=output,
-        needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in differentiable),
-    )
+        actions = None if actions is None else actions.to(dtype)
+    inputs = op.prepare(states, cell, horizon, actions=actions, **options)
+    if weights is not None:
+        _check_weights(weights, inputs)
+    return op.run(inputs, resolve(op, inputs, backend))[0]
 
 
-def _fail(argument: str, requirement: str, got: object) -> None:
-    raise ValueError(checks.sentence(_NAME, argument, requirement, got))
-
-
-def _check_rows_of(argument: str, tensor: Any, states: torch.Tensor) -> None:
-    checks.is_tensor(_NAME, argument, tensor)
-    checks.is_strided(_NAME, argument, tensor)
-    checks.same_device(_NAME, argument, tensor, states.device)
-    checks.has_rank(_NAME, argument, tensor, 2, "[rows, D]")
-
-
-def _check_float(
-    argument: str, tensor: torch.Tensor, states: torch.Tensor, or_float32: bool = False
-) -> None:
-    allowed = (
-        (states.dtype, torch.float32)
-        if or_float32 and states.dtype != torch.float64
-        else (states.dtype,)
-    )
-    if tensor.dtype not in allowed:
-        wanted = f"have the dtype of states ({checks.dtype_name(states.dtype)})" + (
-            " or float32" if len(allowed) > 1 else ""
-        )
-        _fail(argument, wanted, checks.dtype_name(tensor.dtype))
-
-
-def _check_index(
-    argument: str, index: Any, states: torch.Tensor, shape: tuple[int, ...] | None
-) -> None:
-    checks.is_tensor(_NAME, argument, index)
-    checks.is_strided(_NAME, argument, index)
-    checks.has_dtype(_NAME, argument, index, checks.ID_DTYPES)
-    checks.same_device(_NAME, argument, index, states.device)
-    if shape is None:
-        checks.has_rank(_NAME, argument, index, 1, "[rows]")
-    elif tuple(index.shape) != shape:
-        _fail(argument, f"have shape {shape}", tuple(index.shape))
-
-
-def _check_cell_kind(cell: Any) -> None:
-    if type(cell) not in KINDS:
-        raise TypeError(
-            checks.sentence(
-                _NAME, "cell", "be a ResidualMLP, Hamiltonian or GRU", checks.type_name(cell)
-            )
-        )
-
-
-def _check_parameter(name: str, tensor: Any, shape: tuple[int, ...], states: torch.Tensor) -> None:
-    argument = f"cell.{name}"
-    checks.is_tensor(_NAME, argument, tensor)
-    checks.is_strided(_NAME, argument, tensor)
-    checks.same_device(_NAME, argument, tensor, states.device)
-    _check_float(argument, tensor, states)
-    if tuple(tensor.shape) != shape:
-        _fail(argument, f"have shape {shape}", tuple(tensor.shape))
-
-
-def _check_cell(cell: Cell, states: torch.Tensor) -> tuple[tuple[int, ...], int]:
-    """Checks the shapes of the cell's parameters; its hidden widths and the channels it reads."""
-    channels = states.shape[1]
-    names: tuple[str, ...]
-    hidden: tuple[int, ...]
-    if isinstance(cell, GRU):
-        checks.is_finite_number(_NAME, "cell.epsilon", cell.epsilon)
-        for name, tensor in (("weight_input", cell.weight_input),):
-            checks.is_tensor(_NAME, f"cell.{name}", tensor)
-            checks.has_rank(_NAME, f"cell.{name}", tensor, 2, "[3 D, A]")
-        shapes = [
-            (3 * channels, cell.weight_input.shape[1]),
-            (3 * channels, channels),
-            *[(3 * channels,)] * 2,
-            *[(channels,)] * 2,
-        ]
-        names = (
-            "weight_input",
-            "weight_state",
-            "bias_input",
-            "bias_state",
-            "norm_weight",
-            "norm_bias",
-        )
-        hidden, in_channels = (channels,), channels
-    else:
-        checks.is_tensor(_NAME, "cell.weight_in", cell.weight_in)
-        checks.has_rank(_NAME, "cell.weight_in", cell.weight_in, 2, "[hidden, channels]")
-        width = cell.weight_in.shape[0]
-        if width < 1:
-            _fail("cell.weight_in", "have at least one hidden unit", tuple(cell.weight_in.shape))
-        if isinstance(cell, ResidualMLP):
-            in_channels = _check_channels(cell, channels)
-            shapes = [(width, in_channels), (width,), (channels, width), (channels,)]
-            names = ("weight_in", "bias_in", "weight_out", "bias_out")
-            hidden = (width,)
-        else:
-            hidden, in_channels = _check_hamiltonian(cell, channels), channels
-            second = hidden[1]
-            shapes = [(width, channels), (width,), (second, width), (second,), (1, second)]
-            names = ("weight_in", "bias_in", "weight_hidden", "bias_hidden", "weight_energy")
-    for name, tensor, shape in zip(names, cell.parameters(), shapes, strict=True):
-        _check_parameter(name, tensor, shape, states)
-    return hidden, in_channels
-
-
-def _check_hamiltonian(cell: Hamiltonian, channels: int) -> tuple[int, int]:
-    if channels % 2:
-        _fail("states", "have an even number of channels for a Hamiltonian", channels)
-    checks.is_finite_number(_NAME, "cell.time_step", cell.time_step)
-    checks.is_tensor(_NAME, "cell.weight_hidden", cell.weight_hidden)
-    checks.has_rank(_NAME, "cell.weight_hidden", cell.weight_hidden, 2, "[hidden, hidden]")
-    return cell.weight_in.shape[0], cell.weight_hidden.shape[0]
-
-
-def _check_channels(cell: ResidualMLP, channels: int) -> int:
-    """The number of channels that the cell reads."""
-    given = cell.in_channels
-    pairs = (
-        isinstance(given, Sequence)
-        and len(given) > 0
-        and (isinstance(given[0], int) or all(isinstance(p, Sequence) for p in given))
-    )
-    edges = channel_ranges(given, channels) if given is None or pairs else []
-    ordered = (
-        len(edges) > 1 and len(edges) % 2 == 0 and all(isinstance(edge, int) for edge in edges)
-    )
-    ordered = (
-        ordered
-        and edges[0] >= 0
-        and edges[-1] <= channels
-        and all(a < b for a, b in zip(edges[::2], edges[1::2], strict=True))
-    )
-    if not ordered or any(a > b for a, b in zip(edges[1:-1:2], edges[2::2], strict=True)):
-        _fail(
-            "cell.in_channels",
-            f"be ranges (start, stop) within 0 to {channels}, in rising order",
-            given,
-        )
-    return sum(edges[1::2]) - sum(edges[::2])
-
-
-def _check_actions(
-    cell: Cell, actions: Any, states: torch.Tensor, horizon: int, count: int
-) -> None:
-    if not isinstance(cell, GRU):
-        if actions is not None:
-            _fail("actions", "be None unless the cell is a GRU", checks.type_name(actions))
-        return
-    if actions is None:
-        raise TypeError(checks.sentence(_NAME, "actions", "be given for a GRU", "None"))
-    checks.is_tensor(_NAME, "actions", actions)
-    checks.is_strided(_NAME, "actions", actions)
-    checks.same_device(_NAME, "actions", actions, states.device)
-    _check_float("actions", actions, states)
-    wanted = (horizon, count, cell.weight_input.shape[1])
-    if tuple(actions.shape) != wanted:
-        _fail("actions", f"have shape {wanted} [horizon, rows, A]", tuple(actions.shape))
-
-
-def _check_anchor(
-    cell: Cell, anchor: Any, anchor_rows: Any, states: torch.Tensor, count: int
-) -> None:
-    if anchor is None:
-        if anchor_rows is not None:
-            _fail("anchor_rows", "be None without anchor", checks.type_name(anchor_rows))
-        return
-    if isinstance(cell, GRU):
-        _fail("anchor", "be None for a GRU, whose states are normalised", checks.type_name(anchor))
-    _check_rows_of("anchor", anchor, states)
-    _check_float("anchor", anchor, states, or_float32=True)
-    if anchor_rows is not None:
-        _check_index("anchor_rows", anchor_rows, states, (count,))
-    wanted = (anchor.shape[0] if anchor_rows is not None else count, states.shape[1])
-    if tuple(anchor.shape) != wanted:
-        _fail("anchor", f"have shape {wanted}", tuple(anchor.shape))
-
-
-def _check_targets(targets: Any, target_rows: Any, states: torch.Tensor, count: int) -> int:
-    """The horizon that the targets imply."""
-    checks.is_tensor(_NAME, "targets", targets)
-    checks.is_strided(_NAME, "targets", targets)
-    checks.same_device(_NAME, "targets", targets, states.device)
-    _check_float("targets", targets, states, or_float32=True)
-    if target_rows is None:
-        checks.has_rank(_NAME, "targets", targets, 3, "[horizon, rows, D] without target_rows")
-        horizon = targets.shape[0]
-        wanted: tuple[int, ...] = (horizon, count, states.shape[1])
-    else:
-        checks.has_rank(_NAME, "targets", targets, 2, "[N, D] with target_rows")
-        checks.is_tensor(_NAME, "target_rows", target_rows)
-        checks.has_rank(_NAME, "target_rows", target_rows, 2, "[horizon, rows]")
-        horizon = target_rows.shape[0]
-        wanted = (targets.shape[0], states.shape[1])
-        _check_index("target_rows", target_rows, states, (horizon, count))
-    if tuple(targets.shape) != wanted:
-        _fail("targets", f"have shape {wanted}", tuple(targets.shape))
-    return horizon
-
-
-def _check_weights(weights: Any, call: Call, states: torch.Tensor) -> None:
-    if isinstance(weights, HardRegion):
-        _check_index("weights.sample_ids", weights.sample_ids, states, (call.num_rows,))
-        checks.has_dtype(_NAME, "weights.sample_ids", weights.sample_ids, (torch.int64,))
-        checks.is_finite_number(_NAME, "weights.temperature", weights.temperature)
-        if isinstance(weights.samples, bool) or not isinstance(
-            weights.samples, (int, torch.SymInt)
-        ):
-            raise TypeError(
-                checks.sentence(
-                    _NAME, "weights.samples", "be an int", checks.type_name(weights.samples)
-                )
-            )
-        if weights.samples < 1:
-            _fail("weights.samples", "be at least 1", weights.samples)
-    elif weights is not None:
-        checks.is_tensor(_NAME, "weights", weights)
-        checks.is_strided(_NAME, "weights", weights)
-        checks.has_dtype(_NAME, "weights", weights, checks.FLOAT_DTYPES)
-        checks.same_device(_NAME, "weights", weights, states.device)
-        if tuple(weights.shape) not in ((call.num_rows,), (call.horizon, call.num_rows)):
-            _fail(
-                "weights",
-                f"have shape {(call.num_rows,)} or {(call.horizon, call.num_rows)}",
-                tuple(weights.shape),
-            )
+def _check_weights(weights: Any, inputs: Rollout) -> None:
+    checks.is_tensor(NAME, "weights", weights)
+    checks.is_strided(NAME, "weights", weights)
+    checks.has_dtype(NAME, "weights", weights, checks.FLOAT_DTYPES)
+    checks.same_device(NAME, "weights", weights, inputs.states.device)
+    shapes = ((inputs.num_rows,), (inputs.horizon, inputs.num_rows))
+    if tuple(weights.shape) not in shapes:
+        fail("weights", f"have shape {shapes[0]} or {shapes[1]}", tuple(weights.shape))

@@ -8,7 +8,7 @@ state.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -135,7 +135,11 @@ class GRU:
 
 Cell = ResidualMLP | Hamiltonian | GRU
 
-KINDS = {ResidualMLP: "residual_mlp", Hamiltonian: "hamiltonian", GRU: "gru"}
+
+def with_parameters(cell: Cell, parameters: list[torch.Tensor]) -> Cell:
+    """`cell` with other parameter tensors, in the order of ``cell.parameters()``."""
+    names = list(type(cell).__dataclass_fields__)[: len(parameters)]
+    return replace(cell, **dict(zip(names, parameters, strict=True)))
 
 
 def _layers(cell: str, module: nn.Sequential, count: int) -> list[nn.Module]:
@@ -152,13 +156,3 @@ def _layers(cell: str, module: nn.Sequential, count: int) -> list[nn.Module]:
                 f"layers, got {layer}."
             )
     return layers
-
-
-def channel_ranges(
-    in_channels: tuple[int, int] | Sequence[tuple[int, int]] | None, channels: int
-) -> list[int]:
-    """`in_channels` flattened to ``[start, stop, start, stop, ...]``."""
-    if in_channels is None:
-        return [0, channels]
-    pairs = [in_channels] if isinstance(in_channels[0], int) else list(in_channels)
-    return [edge for pair in pairs for edge in pair]

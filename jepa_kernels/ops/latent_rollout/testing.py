@@ -9,8 +9,7 @@ import torch
 
 from ...testing import assert_within_budget
 from . import api
-from .cells import GRU, Cell, Hamiltonian, ResidualMLP
-from .op import with_parameters
+from .cells import GRU, Cell, Hamiltonian, ResidualMLP, with_parameters
 
 CELLS = ("residual_mlp", "hamiltonian", "gru")
 

@@ -1,0 +1,93 @@
+"""Small tensors that are made once and kept on a device, for calls that a CUDA graph may record and
+that may come from several streams."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+
+Tensors = tuple[torch.Tensor, ...]
+
+# Host memory that recorded copies read at every replay; nobody says when a graph is gone.
+_read_by_graphs: list[torch.Tensor] = []
+
+
+@dataclass(frozen=True)
+class _Entry:
+    tensors: Tensors
+    stream: torch.cuda.Stream | None = None  # where they were made; None on a CPU
+    made: torch.cuda.Event | None = None
+
+
+class DeviceTables:
+    """The last `most` results of `get`, by key.
+
+    A result that is made while the current stream is captured exists when the graph runs, and in
+    its memory: it is handed out and not kept. A kept one that a captured call takes is never
+    forgotten, since replays read it.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._read_by_graphs: dict[Hashable, _Entry] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def clear(self) -> None:
+        """Forgets what no graph reads."""
+        self._entries.clear()
+
+    def get(self, key: Hashable, device: torch.device, make: Callable[[], Tensors]) -> Tensors:
+        """The tensors of `key` on `device`, made by `make` if they are not kept."""
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        entry = self._entries.get(key) or self._read_by_graphs.get(key)
+        if entry is None:
+            tensors = make()
+            if not capturing:
+                self._keep(key, _made_now(tensors, device))
+            return tensors
+        if capturing:
+            self._read_by_graphs[key] = entry
+            return entry.tensors
+        self._keep(key, entry)
+        if entry.stream is not None:
+            _order(entry, torch.cuda.current_stream(device))
+        return entry.tensors
+
+    def _keep(self, key: Hashable, entry: _Entry) -> None:
+        self._entries[key] = entry
+        self._entries.move_to_end(key)
+        if len(self._entries) > self.most:
+            self._entries.popitem(last=False)
+
+
+def _made_now(tensors: Tensors, device: torch.device) -> _Entry:
+    if device.type != "cuda":
+        return _Entry(tensors)
+    stream = torch.cuda.current_stream(device)
+    return _Entry(tensors, stream, stream.record_event())
+
+
+def _order(entry: _Entry, stream: torch.cuda.Stream) -> None:
+    """Work on `stream` comes after the making, and the memory outlives it."""
+    if stream == entry.stream:
+        return
+    stream.wait_event(entry.made)
+    for tensor in entry.tensors:
+        tensor.record_stream(stream)
+
+
+def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`host` on `device`: from a CPU to a GPU by a copy of pinned memory, which waits for nothing
+    and which a CUDA graph can record."""
+    if device.type != "cuda" or host.device.type != "cpu":
+        return host.to(device)
+    pinned = host.pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        _read_by_graphs.append(pinned)
+    return pinned.to(device, non_blocking=True)

@@ -1,0 +1,1 @@
+"""From sums of hidden states to predictions or errors, and back."""

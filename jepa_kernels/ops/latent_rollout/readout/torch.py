@@ -1,0 +1,50 @@
+"""The readout in eager PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+from ..arithmetic import matmul, power_mean, power_mean_gradient, take
+
+
+class EagerReadout:
+    """See `Readout`."""
+
+    saves_signs = False
+    cheaper_space = True
+
+    def readout(self, inputs, part, sums, out):
+        base = self._base(inputs, part)
+        for k in range(sums.shape[0]):
+            step = k + 1 if inputs.keeps_all else inputs.horizon
+            self._predict(inputs, part, base, sums[k], step, out[k])
+
+    def errors(self, inputs, part, sums):
+        base = self._base(inputs, part)
+        residuals = (self._residual(inputs, part, base, sums[k], k) for k in range(sums.shape[0]))
+        return torch.stack([power_mean(r, inputs.exponent) for r in residuals]), None
+
+    def residual_gradient(self, inputs, part, k, sums, signs, grad_errors, grad_base):
+        residual = self._residual(inputs, part, self._base(inputs, part), sums, k)
+        gradient = power_mean_gradient(residual, grad_errors, inputs.exponent)
+        grad_base += gradient
+        return gradient
+
+    @staticmethod
+    def _base(inputs, part):
+        return take(*inputs.base(), part.start, part.stop)
+
+    def _residual(self, inputs, part, base, sums, k):
+        target = take(*inputs.target(k), part.start, part.stop)
+        return self._predict(inputs, part, base, sums, k + 1) - target
+
+    def _predict(self, inputs, part, base, sums, step, out=None):
+        """The prediction of one step, in `out` where given."""
+        if sums.dtype != inputs.dtype:
+            moved = matmul(sums, part.weight, inputs.dtype).add_(base)
+            moved = moved if part.bias is None else moved.add_(part.bias, alpha=step)
+            return moved if out is None else out.copy_(moved)
+        if part.bias is None:
+            return torch.mm(sums, part.weight, out=out).add_(base)
+        bias = part.bias if step == 1 else part.bias * step
+        return torch.addmm(bias, sums, part.weight, out=out).add_(base)

@@ -1,0 +1,71 @@
+"""`make test-gpu` collects every test that needs a device, counted where there is none."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from jepa_kernels.backend import OPS
+from jepa_kernels.ops.latent_rollout.testing import CELLS
+from jepa_kernels.testing import HEAD_DIMS
+
+
+@pytest.fixture(scope="module")
+def collected(root) -> list[str]:
+    command = re.search(
+        r"^test-gpu:.*\n\t\$\(PYTEST\) (.*)$", (root / "Makefile").read_text(), re.M
+    )
+    options = [sys.executable, "-m", "pytest", *command[1].split(), "--collect-only", "-q"]
+    options += ["-o", "addopts="]
+    done = subprocess.run(options, cwd=root, capture_output=True, text=True, check=True)
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+def test_every_op_is_tested_on_both_kernels(collected):
+    files = {
+        "masked_attention": "test_masked_attention.py",
+        "ema_update": "test_ema_update.py",
+        "adamw_ema": "test_adamw_ema.py",
+        "latent_rollout": "test_device.py",
+    }
+    assert files.keys() == OPS.keys()
+    for op, file in files.items():
+        for backend in ("cuda", "triton"):
+            found = [test for test in collected if file in test and backend in test]
+            assert len(found) >= 20, (op, backend, len(found))
+
+
+def test_rollouts_and_float16_are_among_them(collected):
+    for backend in ("cuda", "triton"):
+        rollouts = [t for t in collected if "::test_rollouts[" in t and t.endswith(f"-{backend}]")]
+        # Cells x outputs x dtypes.
+        assert len(rollouts) == len(CELLS) * 4 * 3
+        halves = [
+            t for t in collected if "::test_float16_attention[" in t and t.endswith(f"-{backend}]")
+        ]
+        assert len(halves) == len(HEAD_DIMS)
+
+
+def test_graphs_streams_devices_and_far_addresses_are_among_them(collected):
+    for name in (
+        "test_a_graph_computes_anew_from_values_ids_and_lengths",
+        "test_a_table_first_used_in_a_capture_does_not_reach_eager_calls",
+        "test_two_side_streams_share_a_new_table",
+        "test_two_devices",
+        "test_compiled_calls_equal_eager_ones",
+        "test_attention_beyond_2_31_elements",
+        "test_capturable_steps_replay",
+    ):
+        assert len([t for t in collected if f"::{name}[" in t]) >= 2, name
+
+
+def test_no_test_elsewhere_needs_a_device(root):
+    """The target looks at one folder: others import what a rented machine may lack."""
+    for path in (root / "tests").rglob("test_*.py"):
+        if path.parent.name != "ops" and path.name != "test_gpu_marks.py":
+            text = path.read_text()
+            assert "mark.gpu" not in text, path
+            assert "on_a_gpu" not in text, path
