@@ -147,7 +147,7 @@ def _objective(name: str) -> list[str]:
         "",
         *(line for text in (purpose, *more) for line in (text, "")),
         "```text",
-        *textwrap.wrap(formula, 92),
+        *textwrap.wrap(formula, 76),
         "```",
         "",
         *(line for text in notes for line in (text, "")),

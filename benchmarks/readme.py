@@ -41,6 +41,12 @@ def _records_of(op: str | None) -> list[tuple[Any, list[Record]]]:
     return [(d, d.tables[op]) for d in devices() if op in d.tables]
 
 
+def _otherwise(record: Record) -> str:
+    """How a row was measured where that is not the usual way."""
+    how = clock(record)
+    return "" if how == USUAL_CLOCK else f" ({how})"
+
+
 def measured(op: str | None) -> str:
     """Every comparison of an op: a section for each device, a table for each dtype and pass."""
     lines: list[str] = []
@@ -50,18 +56,19 @@ def measured(op: str | None) -> str:
             "",
             f"## {device.title}",
             "",
-            f"Record: `{device.path(str(op))}`; load average up to {load:.0f}.",
+            f"Record: `{device.path(str(op))}`. {USUAL_CLOCK}, unless a row says otherwise; load "
+            f"average up to {load:.0f}.",
         ]
         for dtype, pass_name in dict.fromkeys((r["dtype"], r["pass"]) for r in records):
             lines += [
                 "",
                 f"### {device.short}, {dtype}, {pass_name}",
                 "",
-                "| case | baseline | backend | threads, clock | baseline's time / ours |",
-                "|---|---|---|---|---|",
+                "| case | baseline | backend | baseline's time / ours |",
+                "|---|---|---|---|",
             ]
             lines += [
-                f"| {r['case']} | {r['baseline']} | {r['backend']} | {clock(r)} | {ratio(r)} |"
+                f"| {r['case']} | {r['baseline']} | {r['backend']} | {ratio(r)}{_otherwise(r)} |"
                 for r in records
                 if (r["dtype"], r["pass"]) == (dtype, pass_name)
             ]
@@ -82,8 +89,7 @@ def summary(op: str | None) -> str:
         cells = []
         for column in shown:
             record = column.record(str(op), *row)
-            how = "" if record is None or clock(record) == USUAL_CLOCK else f" ({clock(record)})"
-            cells.append("" if record is None else ratio(record) + how)
+            cells.append("" if record is None else ratio(record) + _otherwise(record))
         lines.append(f"| {' | '.join((*row, *cells))} |")
     return "\n".join(lines)
 
