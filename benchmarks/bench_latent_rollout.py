@@ -25,9 +25,9 @@ from benchmarks import eager_objectives, eager_rollout, harness
 from benchmarks.resolutions import parse_resolution
 from jepa.masks import MaskPolicy, sample_masks
 from jepa_kernels import GRU, Hamiltonian, ResidualMLP, latent_rollout, latent_rollout_loss
-from jepa_kernels.backend import ROOMS
-from jepa_kernels.ops.latent_rollout.api import prepare
-from jepa_kernels.ops.latent_rollout.op import with_parameters
+from jepa_kernels.backend import ANY_DEVICE
+from jepa_kernels.ops.latent_rollout.api import op_of, prepare
+from jepa_kernels.ops.latent_rollout.cells import Cell, with_parameters
 
 OP = "latent_rollout"
 HIDDEN, ACTIONS, FRAMES, BATCH = 256, 8, 16, 2
@@ -106,13 +106,13 @@ def flop_ratio(channels: int, horizon: int, output: str) -> float:
     return 2 * horizon / (horizon * (1 + HIDDEN / channels) + 1)
 
 
-def kernels_for(call: Any) -> list[str]:
+def kernels_for(cell: Cell, inputs: Any) -> list[str]:
     """The backends with kernels of their own that take this call here."""
-    room = ROOMS[OP]
+    op = op_of(cell)
     return [
         name
-        for name in room.priority
-        if name not in ("torch", "reference") and not room.reasons(name, call)
+        for name in op.priority
+        if op.backends[name].devices != ANY_DEVICE and not op.reasons(name, inputs)
     ]
 
 
@@ -232,7 +232,7 @@ def rollout_case(
         tensors=tensors,
         cotangent=cotangent,
         ours=ours,
-        supported=kernels_for(described),
+        supported=kernels_for(cell, described),
         baselines=baselines,
         flop=described.flop("state" if kind == "gru" else "hidden"),
         details=details,
@@ -333,7 +333,7 @@ def published_case(
         tensors=tensors,
         cotangent=torch.ones((), device=options.device),
         ours=ours,
-        supported=kernels_for(described),
+        supported=kernels_for(cell, described),
         baselines={"eager_dense_grid": lambda gradient: dense},
         flop=described.flop("hidden"),
         details=details,

@@ -24,7 +24,6 @@ from benchmarks.gpu_lines import Row
 from jepa_kernels.backend import OPS, BackendUnsupportedError
 from jepa_kernels.ops.adamw_ema import TeacherLists, adamw_ema_
 from jepa_kernels.ops.ema_update import ema_update_
-from jepa_kernels.ops.latent_rollout.testing import CELLS, rollout_case, run_rollout
 from jepa_kernels.support import gap
 from jepa_kernels.testing import (
     HEAD_DIMS,
@@ -33,6 +32,7 @@ from jepa_kernels.testing import (
     attention_case,
     run_attention,
 )
+from jepa_kernels.testing.rollout import CELLS, rollout_case, run_rollout
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32)

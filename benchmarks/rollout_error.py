@@ -26,7 +26,7 @@ from benchmarks.bench_latent_rollout import ACTIONS, HIDDEN, new_cell
 from benchmarks.plot import INK, PALETTE, style
 from jepa.atomic import write_text
 from jepa_kernels import Hamiltonian, ResidualMLP, latent_rollout
-from jepa_kernels.ops.latent_rollout.op import with_parameters
+from jepa_kernels.ops.latent_rollout.cells import with_parameters
 
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 CELLS = {"residual_mlp": 768, "hamiltonian": 768, "gru": 256}

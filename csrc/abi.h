@@ -15,7 +15,8 @@ enum jk_isa {
   JK_ISA_PORTABLE = 0,
   JK_ISA_AVX2 = 1,
   JK_ISA_AVX512 = 2,
-  JK_ISA_AVX512_BF16 = 3
+  JK_ISA_AVX512_BF16 = 3,
+  JK_ISA_COUNT
 };
 
 // Runs body(begin, end, context) over disjoint pieces that cover [0, count), possibly on several

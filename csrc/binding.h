@@ -45,13 +45,6 @@ inline int64_t dtype_code(const char* op, const Tensor& t) {
   return -1;
 }
 
-// An isa argument narrowed to what kernels take: JK_ISA_AUTO or one of jk_isa.
-inline int checked_isa(const char* op, int64_t isa) {
-  STD_TORCH_CHECK(isa >= JK_ISA_AUTO && isa <= JK_ISA_AVX512_BF16, op,
-                  ": isa must be from -1 to 3, got ", isa, ".");
-  return static_cast<int>(isa);
-}
-
 // Asks for huge pages under a new CPU tensor of 32 MiB or more, which malloc takes from the system
 // and gives back each time: filling 4 KiB pages for the first time takes as long as the kernels
 // that fill them. A wish: where the system has none, nothing changes.

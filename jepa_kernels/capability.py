@@ -9,11 +9,15 @@ import torch
 OLDEST = (8, 0)  # mma.sync on bfloat16, cp.async, ldmatrix
 
 
-@torch.compiler.assume_constant_result
 def first_device() -> tuple[int, int]:
     """Compute capability of the first GPU: a machine with GPUs of two generations is out of scope,
     and a fake tensor has no index. `OLDEST` where there is none."""
     return _first_device()
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import Dynamo, and Triton with
+# it, wherever this package is imported.
+first_device._dynamo_marked_constant = True  # type: ignore[attr-defined] # an attribute for Dynamo
 
 
 @functools.cache

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from jepa_kernels.backend import OPS
-from jepa_kernels.ops.latent_rollout.testing import CELLS
 from jepa_kernels.testing import HEAD_DIMS
+from jepa_kernels.testing.rollout import CELLS
 
 
 @pytest.fixture(scope="module")

@@ -3,23 +3,11 @@
 // every caller.
 #pragma once
 #include "../abi.h"
+#include "refuse.h"
 
 namespace jk {
 
-inline const char* isa_name(int isa) {
-  switch (isa) {
-    case JK_ISA_PORTABLE:
-      return "portable";
-    case JK_ISA_AVX2:
-      return "avx2";
-    case JK_ISA_AVX512:
-      return "avx512";
-    case JK_ISA_AVX512_BF16:
-      return "avx512_bf16";
-    default:
-      return "unknown";
-  }
-}
+constexpr const char* kIsaNames[JK_ISA_COUNT] = {"portable", "avx2", "avx512", "avx512_bf16"};
 
 // Whether this machine can run kernels of the given instruction set. JK_EMULATED_ISA is defined by
 // test builds whose AVX-512 kernels are compiled against an emulation of the intrinsics.
@@ -47,11 +35,19 @@ inline bool cpu_supports(int isa) {
 
 inline int best_isa() {
   static const int best = [] {
-    int isa = JK_ISA_AVX512_BF16;
+    int isa = JK_ISA_COUNT - 1;
     while (!cpu_supports(isa)) --isa;
     return isa;
   }();
   return best;
+}
+
+// Makes JK_ISA_AUTO the best instruction set; refuses one that this processor lacks.
+inline const char* choose_isa(const char* op, int& isa) {
+  if (isa == JK_ISA_AUTO) isa = best_isa();
+  if (cpu_supports(isa)) return nullptr;
+  return refuse("%s: isa must be one that this processor has (up to %d, %s), got %d.", op,
+                best_isa(), kIsaNames[best_isa()], isa);
 }
 
 // Instruction sets beyond the portable one, in a list that ends here on other machines.

@@ -1,6 +1,5 @@
 // Every tile size of the CPU kernels of masked_attention and latent_rollout: one row for each
-// instruction set, then what all of them share. A new instruction set is a row here, a row of ISAS
-// in setup.py and its vectors in simd/.
+// instruction set, then what all of them share.
 #pragma once
 #include <stdint.h>
 
@@ -24,7 +23,7 @@ struct Tiles {
 };
 
 // clang-format off
-constexpr Tiles kTilesOf[] = {  // accumulators of 16 registers, with AVX-512 of 32
+constexpr Tiles kTilesOf[JK_ISA_COUNT] = {  // accumulators of 16 registers, with AVX-512 of 32
     // accumulators  attention_rows  attention_run  backward_tiles  backward_vectors
     {             8,              4,             0,              4,                2},  // PORTABLE
     {            12,              4,             0,              4,                2},  // AVX2

@@ -121,6 +121,19 @@ JK_DEVICE uint32_t pack2<float16>(float low, float high) {
   return r;
 }
 
+// One store of 16 or 8 aligned bytes of global memory. In C++ the compiler would merge it with the
+// element-wise stores of another branch, and split it.
+JK_DEVICE void store_float4(void* to, const float (&x)[4]) {
+  asm volatile("st.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(to)),
+               "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+               : "memory");
+}
+JK_DEVICE void store_uint2(void* to, uint32_t low, uint32_t high) {
+  asm volatile("st.global.v2.b32 [%0], {%1,%2};" ::"l"(__cvta_generic_to_global(to)), "r"(low),
+               "r"(high)
+               : "memory");
+}
+
 // d += a * b on the tensor cores, 16 x 8 x 16, float accumulation. Lane l holds rows l/4 and l/4 +
 // 8 of a and d.
 template <class T>
@@ -236,6 +249,13 @@ inline float16 from_float<float16>(float x) {
 template <class T>
 inline uint32_t pack2(float low, float high) {
   return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;
+}
+
+inline void store_float4(void* to, const float (&x)[4]) {
+  *static_cast<float4*>(to) = make_float4(x[0], x[1], x[2], x[3]);
+}
+inline void store_uint2(void* to, uint32_t low, uint32_t high) {
+  *static_cast<uint2*>(to) = make_uint2(low, high);
 }
 
 template <class T>

@@ -14,16 +14,6 @@ void check(bool holds, const char* argument, const char* requirement) {
   STD_TORCH_CHECK(holds, "latent_rollout: ", argument, " must ", requirement, ".");
 }
 
-void check_float(const Tensor& t, const char* argument, std::initializer_list<int64_t> shape) {
-  check(t.scalar_type() == ScalarType::Float && t.is_contiguous(), argument,
-        "be contiguous float32");
-  check(t.dim() == (int64_t)shape.size(), argument,
-        "have the number of dimensions that the kernel reads");
-  int64_t i = 0;
-  for (const int64_t size : shape)
-    check(t.size(i++) == size, argument, "have the sizes that the other tensors imply");
-}
-
 // A matrix that multiplies, of the dtype to which the product rounds.
 const void* matrix(const Tensor& t, const char* argument, std::initializer_list<int64_t> shape) {
   check(t.is_contiguous(), argument, "be contiguous");
@@ -33,6 +23,11 @@ const void* matrix(const Tensor& t, const char* argument, std::initializer_list<
   for (const int64_t size : shape)
     check(t.size(i++) == size, argument, "have the sizes that the other tensors imply");
   return t.const_data_ptr();
+}
+
+void check_float(const Tensor& t, const char* argument, std::initializer_list<int64_t> shape) {
+  check(t.scalar_type() == ScalarType::Float, argument, "be float32");
+  matrix(t, argument, shape);
 }
 
 int64_t operand(const Tensor& t) { return dtype_code("latent_rollout", t); }
@@ -72,9 +67,7 @@ struct Device {
   }
 };
 
-Device device_of(const Tensor& t, int64_t isa) {
-  return {checked_isa("latent_rollout", isa), !t.is_cpu()};
-}
+Device device_of(const Tensor& t, int64_t isa) { return {isa, !t.is_cpu()}; }
 
 std::tuple<Tensor, Tensor> mlp_fwd(const Tensor& start, const Optional& coupling,
                                    const Optional& drift, int64_t horizon, bool keep_all, bool save,
@@ -220,9 +213,10 @@ jk_rollout_rows table(const Tensor& t, const Optional& index, const char* argume
           "be indexed by contiguous int64 rows");
     rows.index = index->const_data_ptr<int64_t>();
     // On a GPU the dispatching op checks them, where it is asked to.
+    const int64_t count = t.size(t.dim() - 2);
     for (int64_t i = 0; t.is_cpu() && i < index->numel(); ++i)
-      check(rows.index[i] >= 0 && rows.index[i] < t.size(t.dim() - 2), argument,
-            "be indexed by rows that it has");
+      STD_TORCH_CHECK(rows.index[i] >= 0 && rows.index[i] < count, "latent_rollout: ", argument,
+                      "_rows must hold rows from 0 to ", count - 1, ", got ", rows.index[i], ".");
   }
   return rows;
 }
@@ -259,7 +253,7 @@ void set_targets(jk_rollout_readout_params& p, const Tensor& targets, const Opti
   check(target_rows.has_value() ? target_rows->numel() == p.steps * p.rows
                                 : targets.size(0) == p.steps && targets.size(1) == p.rows,
         "targets", "have one row per step and row");
-  p.targets = table(targets, target_rows, "targets", p.channels);
+  p.targets = table(targets, target_rows, "target", p.channels);
   p.target_step_stride = target_rows.has_value() ? 0 : targets.stride(0);
   p.exponent = (float)exponent;
 }

@@ -128,13 +128,12 @@ void set_out(jk_masked_attention_params& p, const Tensor& out, const Tensor& lse
 using Sentence = const char*;
 
 struct Cpu {
-  int isa;
-  explicit Cpu(int64_t requested) : isa(checked_isa(kOp, requested)) {}
+  int64_t isa;
   Sentence fwd(jk_masked_attention_params& p, const Tensor&) const {
-    return jk_masked_attention_cpu_fwd(&p, isa, parallel_for);
+    return jk_masked_attention_cpu_fwd(&p, static_cast<int>(isa), parallel_for);
   }
   Sentence bwd(jk_masked_attention_params& p, const Tensor&) const {
-    return jk_masked_attention_cpu_bwd(&p, isa, parallel_for);
+    return jk_masked_attention_cpu_bwd(&p, static_cast<int>(isa), parallel_for);
   }
 };
 

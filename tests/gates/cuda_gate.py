@@ -36,6 +36,7 @@ _USAGE = re.compile(
     r"bytes spill loads.*?Used (\d+) registers",
     re.DOTALL,
 )
+_INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)")
 
 
@@ -76,23 +77,28 @@ def ops() -> list[str]:
     return sorted(path.parents[1].name for path in CSRC.glob("*/cuda/launch.cu"))
 
 
+def sources(op: str) -> list[Path]:
+    """The op's launch.cu and every file of csrc that it includes, however indirectly."""
+    found: list[Path] = []
+    waiting = [CSRC / op / "cuda" / "launch.cu"]
+    while waiting:
+        path = waiting.pop().resolve()
+        if path in found or not path.exists():
+            continue  # a header of CUDA or of the executor
+        found.append(path)
+        waiting += [path.parent / name for name in _INCLUDE.findall(path.read_text())]
+    return sorted(found)
+
+
 def digest(op: str) -> str:
-    """Of the code that the op's kernels are made of, with what it includes; comments, layout and
-    the places of files do not count."""
-    total, seen = hashlib.sha256(), set()
-
-    def add(path: Path) -> None:
-        if path in seen or not path.exists():  # the executor's own header is not under csrc
-            return
-        seen.add(path)
-        for line in path.read_text().splitlines():
-            included = re.match(r'#include "(.*)"', line)
-            if included:
-                add((path.parent / included[1]).resolve())
-            else:
-                total.update("".join(line.partition("//")[0].split()).encode())
-
-    add(CSRC / op / "cuda" / "launch.cu")
+    """Of the code that the op's kernels are made of; comments, layout and the places of files do
+    not count."""
+    total = hashlib.sha256()
+    for path in sorted(sources(op), key=lambda path: path.name):
+        code = re.sub(r"//[^
+]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
+        code = re.sub(r'#include "[^"]*"', "", code)
+        total.update("".join(code.split()).encode())
     return total.hexdigest()[:12]
 
 

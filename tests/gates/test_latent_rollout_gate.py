@@ -3,6 +3,7 @@ spills, tensor cores for 16-bit products."""
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import pytest
@@ -23,7 +24,7 @@ KERNELS = (
     "gru_bwd",
 )
 
-_MATRICES = ("coupling", "weight", "scratch", "deep_scratch")
+_MATRICES = ("coupling", "weight", "scratch", "scratch2")
 _FLOATS = [
     "start",
     "drift",
@@ -64,7 +65,7 @@ _INTEGERS = [
     "rows",
     "horizon",
     "terms",
-    "deep_terms",
+    "terms2",
     "first_step",
     "weight_term",
     "weight_column",
@@ -83,9 +84,14 @@ def _case(
     name: str, operand: str
 ) -> tuple[object, dict[str, str], dict[str, object], dict[str, object]]:
     """The kernel, argument types, constants and options of a launch at hidden width 256."""
-    from jepa_kernels.ops.latent_rollout import triton, triton_kernels
+    from jepa_kernels.ops.latent_rollout import triton_launch as launch
+    from jepa_kernels.ops.latent_rollout.gru.triton import ROWS as GRU_ROWS
+    from jepa_kernels.ops.latent_rollout.hamiltonian.triton import BACKWARD_STAGES
 
-    kernel = getattr(triton_kernels, f"{name.split()[0]}_kernel")
+    kernel_name = name.split()[0]
+    folder = kernel_name.split("_")[0]
+    module = importlib.import_module(f"jepa_kernels.ops.latent_rollout.{folder}.triton_kernels")
+    kernel = getattr(module, f"{kernel_name}_kernel")
     types = (
         {n: f"*{operand}" for n in (*_MATRICES, *_TABLES)}
         | dict.fromkeys(_FLOATS, "*fp32")
@@ -98,25 +104,25 @@ def _case(
         mode = ("states", "errors", "gradient").index(name.split()[1])
         fixed |= {
             "MODE": mode,
-            "BM": triton.ROWS,
-            "BN": triton.COLUMNS,
-            "BK": triton.terms(_DTYPES[operand]),
+            "BM": launch.ROWS,
+            "BN": launch.COLUMNS,
+            "BK": launch.terms(_DTYPES[operand]),
         }
-        return kernel, types, fixed, triton.options(4)
+        return kernel, types, fixed, launch.options(4)
     if name.startswith("gru"):
-        return kernel, types, fixed | {"BM": triton.NORM_ROWS, "BN": 512}, triton.options(4)
+        return kernel, types, fixed | {"BM": GRU_ROWS, "BN": 512}, launch.options(4)
     middle, dtype = 256 if name.startswith("hamiltonian") else 0, _DTYPES[operand]
     fixed |= {
-        "BM": triton.rows_of(256, middle, dtype),
+        "BM": launch.rows_of(256, middle, dtype),
         "BN": 256,
         "BD": 256,
-        "BK": triton.terms(dtype, middle),
+        "BK": launch.terms(dtype, middle),
     }
     return (
         kernel,
         types,
         fixed,
-        triton.options(8, triton.HAMILTONIAN_BWD_STAGES if name == "hamiltonian_bwd" else 2),
+        launch.options(8, BACKWARD_STAGES if name == "hamiltonian_bwd" else 2),
     )
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from jepa_kernels import ema_update_
-from jepa_kernels.ops.ema_update import triton as backend
 from jepa_kernels.ops.ema import triton_table
+from jepa_kernels.ops.ema_update import triton as backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 2048  # of the kernel, which cannot be imported before the interpreter is chosen

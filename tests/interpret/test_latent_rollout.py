@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from jepa_kernels.ops.latent_rollout.op import with_parameters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jepa_kernels import BackendUnsupportedError
 from jepa_kernels.ops.latent_rollout import (
-    HardRegion,
     ResidualMLP,
     latent_rollout,
     latent_rollout_loss,
 )
-from jepa_kernels.ops.latent_rollout.op import with_parameters
-from jepa_kernels.ops.latent_rollout.testing import CELLS, check_rollout, rollout_case, run_rollout
+from jepa_kernels.ops.latent_rollout.cells import with_parameters
 from jepa_kernels.testing import RESULT_FAULTS, planted_fault
+from jepa_kernels.testing.rollout import CELLS, check_rollout, rollout_case, run_rollout
 
 # Rows that fill one tile and part of the next; widths that are no power of two.
 ROWS = 19
@@ -55,12 +55,11 @@ def test_shapes_and_layouts(cell, options):
         check_rollout(rollout_case(cell, output, **options), "triton")
 
 
-@pytest.mark.parametrize("form", ("rows", "region"))
-def test_weighted_losses(form):
+def test_weighted_losses():
     case = rollout_case("residual_mlp", 1.0, rows=8)
     cell = with_parameters(case.cell, [p.float() for p in case.cell.parameters()])
     options = {"rows": case.rows, "target_rows": case.target_rows}
-    weights = torch.rand(8) if form == "rows" else HardRegion(torch.arange(8) // 3, 3, 0.1)
+    weights = torch.rand(8)
     results = []
     for backend in ("triton", "reference"):
         leaves = [case.states.float().requires_grad_(), case.targets.float().requires_grad_()]
@@ -99,13 +98,8 @@ def test_the_launcher_reads_no_values(cell):
 @pytest.mark.parametrize("phase", ("forward", "backward"))
 @pytest.mark.parametrize("fault", RESULT_FAULTS)
 def test_comparison_notices_planted_faults(fault, phase):
-    case = rollout_case(
-        "residual_mlp",
-        1.0 if phase == "backward" and fault == "unwritten_row" else "states",
-        rows=5,
-        horizon=2,
-    )
-    with planted_fault("latent_rollout", "triton", fault, phase), pytest.raises(AssertionError):
+    case = rollout_case("residual_mlp", "states", rows=5, horizon=2)
+    with planted_fault("rollout_mlp", "triton", fault, phase), pytest.raises(AssertionError):
         check_rollout(case, "triton")
 
 

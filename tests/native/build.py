@@ -72,6 +72,12 @@ def make(command: list[str], target: Path) -> Path:
     return target
 
 
+def _included(command: list[str]) -> list[Path]:
+    """The source of a compilation and every file that it includes, system headers aside."""
+    rule = subprocess.run([*command, "-MM"], check=True, capture_output=True, text=True).stdout
+    return sorted(map(Path, rule.split(":", 1)[1].replace("\\\n", " ").split()))
+
+
 def library(
     name: str,
     folder: Path,
@@ -81,19 +87,13 @@ def library(
 ) -> Path:
     """A shared library of `parts`, kept in `folder` by the hash of what it is made of."""
     folder.mkdir(parents=True, exist_ok=True)
-    contents: dict[Path, bytes] = {}
-
-    def headers(csrc: Path) -> bytes:
-        if csrc not in contents:
-            files = sorted([*csrc.rglob("*.h"), *SHIM.parent.glob("*.h")])
-            contents[csrc] = b"".join(path.read_bytes() for path in files)
-        return contents[csrc]
 
     def compile_one(unit: Unit) -> Path:
-        command = ["g++", *BASE_FLAGS, *flags(unit), *unit.flags, "-c", str(unit.source)]
-        digest = hashlib.sha256(headers(unit.source.parents[2]) + unit.source.read_bytes())
-        digest.update(" ".join(command).encode())
-        return make(command, folder / f"{name}-{unit.name}-{digest.hexdigest()[:16]}.o")
+        command = ["g++", *BASE_FLAGS, *flags(unit), *unit.flags, str(unit.source)]
+        digest = hashlib.sha256(" ".join(command[:-1]).encode())
+        for path in _included(command):
+            digest.update(path.read_bytes())
+        return make([*command, "-c"], folder / f"{name}-{unit.name}-{digest.hexdigest()[:16]}.o")
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(map(str, pool.map(compile_one, parts)))

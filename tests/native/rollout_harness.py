@@ -154,7 +154,7 @@ class Fences:
 
 
 class CpuOps(SimtOps):
-    """What `NativeKernels.ops` offers, where the CPU kernels differ from those of a GPU: signs,
+    """What `native_ops.OPS` offers, where the CPU kernels differ from those of a GPU: signs,
     products of a GRU in the kernel, and numbers for products in the dtype of these."""
 
     def _operands(self, dtype, *shape):

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from jepa_kernels import native
-from jepa_kernels.ops.latent_rollout import cpu as backend
-from jepa_kernels.ops.latent_rollout.testing import (
+from jepa_kernels.testing.rollout import (
     CELLS,
     RolloutCase,
     check_rollout,
@@ -47,7 +46,7 @@ def use(monkeypatch) -> Callable[[CpuLibrary | Recorder], None]:
     """Lets the CPU backend run on a library, with every tensor between fences."""
 
     def chosen(library: CpuLibrary | Recorder) -> None:
-        run_on(monkeypatch, backend, CpuOps(Fences(library)))
+        run_on(monkeypatch, "cpu", CpuOps(Fences(library)))
         dot_products = getattr(library, "isa", 0) == ISAS["avx512_bf16"]
         monkeypatch.setattr(native, "multiplies_bf16", lambda: dot_products)
 
@@ -333,7 +332,7 @@ def save_calls(library: CpuLibrary, dtype: torch.dtype, folder: Path) -> Path:
     steps."""
     recorder = Recorder(library)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        run_on(monkeypatch, backend, CpuOps(recorder))
+        run_on(monkeypatch, "cpu", CpuOps(recorder))
         monkeypatch.setattr(native, "multiplies_bf16", lambda: dtype == torch.bfloat16)
         for cell in CELLS:
             for case in (

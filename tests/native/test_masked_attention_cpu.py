@@ -371,28 +371,16 @@ def _set_id(which: str, value: int):
 
 
 REFUSALS = {
-    "query_ids must lie in [-1, 105), got 105 at sequence 0, token 3": _set_id("ids_q", TOKENS),
-    "key_ids must lie in [-1, 105), got -2 at sequence 0, token 3": _set_id("ids_k", -2),
-    "cu_seqlens_q must not decrease, got 2 after 37 at index 2": lambda c: c.cu_q.__setitem__(2, 2),
-    "cu_seqlens_q must start at 0, got -1": lambda c: c.cu_q.__setitem__(0, -1),
-    "cu_seqlens_k must not exceed the 122 rows of its tensor, got 9223372036854775807": lambda c: (
+    "query_ids must hold ids from -1 to 104, got 105.": _set_id("ids_q", TOKENS),
+    "key_ids must hold ids from -1 to 104, got -2.": _set_id("ids_k", -2),
+    "cu_seqlens_q must never decrease, got 2 after 37.": lambda c: c.cu_q.__setitem__(2, 2),
+    "cu_seqlens_q must start at 0, got -1.": lambda c: c.cu_q.__setitem__(0, -1),
+    "cu_seqlens_k must end at or before 122 rows, got 9223372036854775807.": lambda c: (
         c.cu_k.__setitem__(5, 2**63 - 1)
     ),
-    "cu_seqlens_k must not decrease, got -9223372036854775808": lambda c: c.cu_k.__setitem__(
-        1, -(2**63)
+    "cu_seqlens_k must never decrease, got -9223372036854775808 after 0.": lambda c: (
+        c.cu_k.__setitem__(1, -(2**63))
     ),
-    "grid must hold three positive sizes with a product below 2^62, got (0, 5, 7)": lambda c: (
-        setattr(c, "grid", (0, 5, 7))
-    ),
-    "grid must hold three positive sizes with a product below 2^62, got (2147483648": lambda c: (
-        setattr(c, "grid", (2**31, 2**31, 2))
-    ),
-    "scale must be finite, got inf": lambda c: setattr(c, "scale", float("inf")),
-    "rope_dim must be even and at most head_dim / 3, got 12": lambda c: setattr(
-        c, "table", torch.zeros(2, 15, 12)
-    ),
-    "query_ids and key_ids must be given with rope_table": lambda c: setattr(c, "ids_k", None),
-    "cu_seqlens_k must be given exactly when cu_seqlens_q is": lambda c: setattr(c, "cu_k", None),
 }
 
 
@@ -407,7 +395,7 @@ def test_refuses_before_any_work(libraries, sentence):
     ):
         with pytest.raises(ValueError) as caught:
             run()
-        assert str(caught.value).startswith("masked_attention: " + sentence)
+        assert str(caught.value) == "masked_attention: " + sentence
     assert all(torch.isnan(t).all() for t in (call.out, call.lse, *call.grads))
 
 
@@ -415,11 +403,8 @@ def test_refuses_before_any_work(libraries, sentence):
     ("field", "value", "sentence"),
     (
         ("dtype", 2, "dtype must be float32 or bfloat16"),
-        ("head_dim", 12, "head_dim must be a multiple of 8 between 8 and 128"),
-        ("head_dim", 136, "head_dim must be a multiple of 8 between 8 and 128"),
-        ("heads", -1, "the number of heads must lie in [0, 2^40], got -1"),
-        ("len_k", 2**62, "the number of key tokens must lie in [0, 2^40]"),
-        ("lse", None, "lse must point to memory, got NULL"),
+        ("head_dim", 12, "head_dim must be a multiple of 8 from 8 to 128"),
+        ("head_dim", 136, "head_dim must be a multiple of 8 from 8 to 128"),
     ),
 )
 def test_refuses_bad_numbers(libraries, field, value, sentence):
@@ -433,7 +418,9 @@ def test_refuses_bad_numbers(libraries, field, value, sentence):
 
 def test_refuses_unknown_instruction_sets(libraries):
     call, _ = packed_call(32, torch.float32)
-    with pytest.raises(ValueError, match="isa must be one of jk_isa"):
+    with pytest.raises(
+        ValueError, match=r"isa must be one that this processor has \(.*\), got 4\."
+    ):
         libraries["native"].raw(call.params(None), False, 4, serial())
 
 

@@ -7,31 +7,25 @@ import pytest
 import torch
 
 from jepa_kernels import native
-from jepa_kernels.ops.latent_rollout import (
-    latent_rollout,
-    latent_rollout_loss,
-    native_kernels,
-    op,
-    state_space,
-)
-from jepa_kernels.ops.latent_rollout import torch as eager
-from jepa_kernels.ops.latent_rollout.testing import check_rollout, rollout_case
+from jepa_kernels.ops.latent_rollout import latent_rollout, latent_rollout_loss
+from jepa_kernels.ops.latent_rollout.cells import with_parameters
+from jepa_kernels.ops.latent_rollout.gru import rollout
+from jepa_kernels.ops.latent_rollout.gru.native import Native
+from jepa_kernels.ops.latent_rollout.gru.torch import Eager
+from jepa_kernels.testing.rollout import check_rollout, rollout_case
 from tests.conftest import missing
+from tests.ops.backends import runnable
 
-HERE = [name for name in op.PRIORITY if name in ("cpu", "torch")]
 
-
-@pytest.fixture(params=HERE)
+@pytest.fixture(params=runnable("rollout_gru"))
 def backend(request) -> str:
-    if request.param == "cpu" and not native.available():
-        missing(str(native.reason()))
     return request.param
 
 
 @pytest.mark.parametrize("output", ("states", "last", 2.0))
 def test_backward_in_pieces(backend, output, monkeypatch):
     """Long rollouts form their gate gradients a few steps at a time."""
-    monkeypatch.setattr(state_space, "_chunks", lambda problem, start: [(3, 5), (1, 3), (0, 1)])
+    monkeypatch.setattr(rollout, "_chunks", lambda inputs, start: [(3, 5), (1, 3), (0, 1)])
     check_rollout(rollout_case("gru", output, horizon=5), backend)
 
 
@@ -44,12 +38,7 @@ def test_any_number_of_action_channels(actions, channels, isa, monkeypatch):
     if not native.available():
         missing(str(native.reason()))
     if isa == "portable":
-        create = native_kernels.NativeKernels.__init__
-        monkeypatch.setattr(
-            native_kernels.NativeKernels,
-            "__init__",
-            lambda self, *_, **options: create(self, 0, **options),
-        )
+        monkeypatch.setattr(native, "isa", lambda: 0)
     check_rollout(
         rollout_case("gru", "states", action_channels=actions, channels=channels, rows=51), "cpu"
     )
@@ -60,14 +49,14 @@ def test_errors_without_gradients_keep_few_states(backend, monkeypatch):
     are the same bits."""
     case = rollout_case("gru", 1.0, rows=16, horizon=9)
     asked = []
-    kernels = {"cpu": native_kernels.NativeKernels, "torch": eager.Eager}
-    real = kernels[backend].gru_recurrence
+    kernels = {"cpu": Native, "torch": Eager}[backend]
+    real = kernels.recurrence
 
-    def counting(self, start, actions, *rest):
+    def counting(self, inputs, start, actions, *rest):
         asked.append(actions.shape[0])
-        return real(self, start, actions, *rest)
+        return real(self, inputs, start, actions, *rest)
 
-    monkeypatch.setattr(kernels[backend], "gru_recurrence", counting)
+    monkeypatch.setattr(kernels, "recurrence", counting)
 
     def errors() -> torch.Tensor:
         arguments = (
@@ -84,7 +73,7 @@ def test_errors_without_gradients_keep_few_states(backend, monkeypatch):
             return latent_rollout_loss(*arguments, **options, reduction="none", backend=backend)
 
     whole = errors()
-    monkeypatch.setattr(state_space, "_steps_at_once", lambda problem, bytes_per_row: 4)
+    monkeypatch.setattr(rollout, "_steps_at_once", lambda inputs, bytes_per_row: 4)
     assert torch.equal(errors(), whole)
     assert asked == [9, 4, 4, 1]
 
@@ -97,7 +86,7 @@ def test_gates_past_the_caches_are_the_same():
     rows, horizon, width = 2100, 8, 64
     case = rollout_case("gru", "last", rows=rows, horizon=horizon, channels=width, gathered=False)
     assert 4 * horizon * rows * 4 * width >= 2**24 > 4 * horizon * 1000 * 4 * width
-    cell = op.with_parameters(case.cell, [p.float() for p in case.cell.parameters()])
+    cell = with_parameters(case.cell, [p.float() for p in case.cell.parameters()])
 
     def run(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         states = case.states[part].float().requires_grad_()

@@ -14,42 +14,47 @@ from hypothesis import strategies as st
 from torch import nn
 
 import jepa_kernels
-from jepa_kernels import BackendUnsupportedError, native
+from jepa_kernels import BackendUnsupportedError
 from jepa_kernels.ops.latent_rollout import (
     GRU,
     Hamiltonian,
-    HardRegion,
     ResidualMLP,
     latent_rollout,
     latent_rollout_loss,
-    op,
-    reference,
 )
+from jepa_kernels.ops.latent_rollout.api import op_of, prepare
 from jepa_kernels.ops.latent_rollout.arithmetic import inside
-from jepa_kernels.ops.latent_rollout.testing import CELLS, check_rollout, rollout_case, run_rollout
+from jepa_kernels.ops.latent_rollout.cells import with_parameters
+from jepa_kernels.ops.latent_rollout.hamiltonian.reference import energy
+from jepa_kernels.ops.latent_rollout.mlp import reference
 from jepa_kernels.testing import RESULT_FAULTS, assert_within_budget, planted_fault
-from tests.conftest import missing
+from jepa_kernels.testing.rollout import (
+    CELLS,
+    OP_NAMES,
+    check_rollout,
+    rollout_case,
+    run_rollout,
+)
+from tests.ops.backends import runnable
 
-HERE = [name for name in op.PRIORITY if name in ("cpu", "torch")]
-DTYPES = {
-    "torch": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
-    "cpu": (torch.float32, torch.bfloat16, torch.float16),
-}
+HERE = runnable("rollout_mlp")  # every cell has the same backends
 OUTPUTS = ("states", "last", 1.0, 2.5)
 
 
 @pytest.fixture(params=HERE)
 def backend(request) -> str:
-    if request.param == "cpu" and not native.available():
-        missing(str(native.reason()))
     return request.param
+
+
+def test_every_cell_has_the_same_backends():
+    assert {runnable(name) for name in OP_NAMES.values()} == {HERE}
 
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16))
 def test_matches_the_reference(backend, cell, output, dtype):
-    if dtype not in DTYPES[backend]:
+    if backend not in runnable(OP_NAMES[cell], dtype):
         with pytest.raises(BackendUnsupportedError, match="dtype must be"):
             run_rollout(rollout_case(cell, output, dtype=dtype), backend)
         return
@@ -109,7 +114,7 @@ def test_gradcheck(cell, output, rows):
         states, *parameters = tensors[: len(leaves)]
         given = iter(tensors[len(leaves) :])
         actions, anchor, targets = (None if t is None else next(given) for t in extra)
-        cell_now = op.with_parameters(case.cell, parameters)
+        cell_now = with_parameters(case.cell, parameters)
         options = {
             "rows": case.rows,
             "actions": actions,
@@ -132,53 +137,32 @@ def _op_inputs(cell: str, output: str | float, backend: str, save: bool):
     states, actions, anchor, targets, *parameters = (
         None if t is None else t.float().requires_grad_(save) for t in tensors
     )
-    kind, ranges, scalar = op._numbers(case.cell, 8)
-    name, exponent = (output, 1.0) if isinstance(output, str) else ("errors", output)
-    return (
-        *(
-            states,
-            case.rows,
-            parameters,
-            actions,
-            anchor,
-            case.anchor_rows,
-            targets,
-            case.target_rows,
-        ),
-        *(kind, ranges, scalar, 2, name, exponent, save, backend),
-    )
+    how = {"output": output} if isinstance(output, str) else {"exponent": output}
+    options = {"rows": case.rows, "anchor_rows": case.anchor_rows, "target_rows": case.target_rows}
+    cell = with_parameters(case.cell, parameters)
+    tensors = {"actions": actions, "anchor": anchor, "targets": targets}
+    op, inputs = op_of(cell), prepare(states, cell, 2, **tensors, **options, **how)
+    assert inputs.save == save
+    return op, (*op.signature.values(inputs), backend)
 
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("save", (True, False))
 def test_opcheck_forward(backend, cell, output, save):
-    torch.library.opcheck(
-        torch.ops.jepa_kernels.latent_rollout_fwd, _op_inputs(cell, output, backend, save)
-    )
+    op, inputs = _op_inputs(cell, output, backend, save)
+    torch.library.opcheck(op.forward_op, inputs)
 
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_opcheck_backward(backend, cell, output):
-    inputs = _op_inputs(cell, output, backend, True)
+    op, inputs = _op_inputs(cell, output, backend, True)
     with torch.no_grad():
-        out, *saved = torch.ops.jepa_kernels.latent_rollout_fwd(*inputs)
-    needs = [
-        True,
-        *[True] * len(inputs[2]),
-        *(t is not None for t in (inputs[3], inputs[4], inputs[6])),
-    ]
-    detached = [
-        [p.detach() for p in t]
-        if isinstance(t, list) and t and isinstance(t[0], torch.Tensor)
-        else t
-        for t in inputs
-    ]
-    detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in detached]
-    torch.library.opcheck(
-        torch.ops.jepa_kernels.latent_rollout_bwd, (torch.ones_like(out), saved, needs, *detached)
-    )
+        out, *saved = op.forward_op(*inputs)
+    needs = [t is not None for t in op.signature.leaves(inputs)]
+    detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in inputs]
+    torch.library.opcheck(op.backward_op, (torch.ones_like(out), saved, needs, *detached))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -186,7 +170,7 @@ def test_compiles_without_graph_breaks(backend, cell):
     case = rollout_case(cell, 1.0, rows=7)
 
     def loss(states, targets, actions, anchor, *parameters):
-        now = op.with_parameters(case.cell, list(parameters))
+        now = with_parameters(case.cell, list(parameters))
         last = latent_rollout(
             states, now, 3, actions=actions, output="last", rows=case.rows, backend=backend
         )
@@ -197,9 +181,9 @@ def test_compiles_without_graph_breaks(backend, cell):
             "anchor": anchor,
             "anchor_rows": case.anchor_rows,
         }
-        region = HardRegion(torch.arange(7) % 2, 2, 0.5)
+        weights = torch.arange(7.0)
         return (
-            latent_rollout_loss(states, now, targets, **options, weights=region, backend=backend)
+            latent_rollout_loss(states, now, targets, **options, weights=weights, backend=backend)
             + last.square().mean()
         )
 
@@ -234,11 +218,11 @@ def test_repeats_bitwise(backend):
     seed=st.integers(0, 100),
 )
 def test_rolling_out_twice_is_rolling_out_the_sum(first, second, cell, seed):
-    for backend in (name for name in HERE if name != "cpu" or native.available()):
+    for backend in HERE:
         case = rollout_case(
             cell, "last", rows=3, horizon=first + second, gathered=False, anchored=False, seed=seed
         )
-        cell_now = op.with_parameters(case.cell, [p.float() for p in case.cell.parameters()])
+        cell_now = with_parameters(case.cell, [p.float() for p in case.cell.parameters()])
         actions = None if case.actions is None else case.actions.float()
         before, after = (None, None) if actions is None else (actions[:first], actions[first:])
         whole = latent_rollout(
@@ -263,9 +247,9 @@ def test_rolling_out_twice_is_rolling_out_the_sum(first, second, cell, seed):
     cell=st.sampled_from(CELLS), seed=st.integers(0, 100), exponent=st.sampled_from((1.0, 1.5, 2.0))
 )
 def test_loss_is_zero_at_its_own_prediction_and_ignores_the_order_of_rows(cell, seed, exponent):
-    for backend in (name for name in HERE if name != "cpu" or native.available()):
+    for backend in HERE:
         case = rollout_case(cell, exponent, rows=6, gathered=False, anchored=False, seed=seed)
-        cell_now = op.with_parameters(case.cell, [p.float() for p in case.cell.parameters()])
+        cell_now = with_parameters(case.cell, [p.float() for p in case.cell.parameters()])
         states, targets = case.states.float(), case.targets.float()
         actions = None if case.actions is None else case.actions.float()
         own = latent_rollout(states, cell_now, case.horizon, actions=actions, backend=backend)
@@ -293,26 +277,24 @@ def test_hamiltonian_step_keeps_its_energy_to_second_order(backend):
     case = rollout_case(
         "hamiltonian", "last", rows=64, gathered=False, anchored=False, dtype=torch.float64
     )
-    if torch.float64 not in DTYPES[backend]:
+    if backend not in runnable("rollout_hamiltonian", torch.float64):
         case = rollout_case("hamiltonian", "last", rows=64, gathered=False, anchored=False)
     dtype, drift = case.dtype, []
     for time_step in (0.4, 0.2):
-        cell = op.with_parameters(
+        cell = with_parameters(
             Hamiltonian(*case.cell.parameters(), time_step),
             [p.to(dtype) for p in case.cell.parameters()],
         )
         after = latent_rollout(case.states.to(dtype), cell, 1, output="last", backend=backend)
         drift.append(
-            (reference.energy(case.cell, after.double()) - reference.energy(case.cell, case.states))
-            .abs()
-            .mean()
+            (energy(case.cell, after.double()) - energy(case.cell, case.states)).abs().mean()
         )
     assert 3.5 < drift[0] / drift[1] < 4.5
 
 
 def test_anchor_replaces_the_initial_state(backend):
     case = rollout_case("residual_mlp", "states", gathered=False)
-    cell = op.with_parameters(case.cell, [p.float() for p in case.cell.parameters()])
+    cell = with_parameters(case.cell, [p.float() for p in case.cell.parameters()])
     states, anchor = case.states.float(), case.anchor.float()
     plain = latent_rollout(states, cell, 3, backend=backend)
     anchored = latent_rollout(states, cell, 3, anchor=anchor, backend=backend)
@@ -361,8 +343,6 @@ def test_hamiltonian_forces_are_the_derivatives_of_the_energy():
 @pytest.mark.parametrize("name", ("reference", *HERE))
 def test_numpy_golden_vectors(root, name, index):
     """tests/golden/latent_rollout.json was computed row by row in NumPy (make golden)."""
-    if name == "cpu" and not native.available():
-        missing(str(native.reason()))
     case = json.loads((root / "tests" / "golden" / "latent_rollout.json").read_text())["cases"][
         index
     ]
@@ -424,8 +404,6 @@ def _sets(golden):
 @pytest.mark.parametrize("name", ("reference", *HERE))
 @pytest.mark.parametrize("objective", ("ld", "fwm_ld", "hamiltonian"))
 def test_published_objectives(shared_dir, name, objective):
-    if name == "cpu" and not native.available():
-        missing(str(native.reason()))
     golden = _golden(shared_dir, objective)
     features = torch.from_numpy(golden["h"]).flatten(0, 1)
     contexts = [
@@ -472,32 +450,21 @@ def test_published_objectives(shared_dir, name, objective):
 # Weights.
 
 
-def test_hard_region_weights_are_a_softmax_per_sample():
-    errors, ids = torch.rand(2, 7), torch.tensor([0, 2, 0, 2, 2, 3, 0])
-    weights = HardRegion(ids, 5, 0.2).weights(errors)
-    for sample in (0, 2, 3):
-        inside = ids == sample
-        torch.testing.assert_close(
-            weights[:, inside], torch.softmax(errors[:, inside] / 0.2, -1) * int(inside.sum())
-        )
-
-
-@pytest.mark.parametrize("form", ("rows", "steps", "region", "none"))
+@pytest.mark.parametrize("form", ("rows", "steps", "none"))
 def test_weighted_losses(backend, form):
     case = rollout_case("residual_mlp", 1.0, rows=8)
-    cell = op.with_parameters(case.cell, [p.float() for p in case.cell.parameters()])
+    cell = with_parameters(case.cell, [p.float() for p in case.cell.parameters()])
     options = {"rows": case.rows, "target_rows": case.target_rows}
     weights = {
         "rows": torch.rand(8),
         "steps": torch.rand(3, 8),
-        "region": HardRegion(torch.arange(8) // 3, 3, 0.1),
         "none": None,
     }[form]
     leaves = [case.states.float().requires_grad_(), case.targets.float()]
     errors = latent_rollout_loss(
         leaves[0], cell, leaves[1], **options, reduction="none", backend="reference"
     )
-    factors = weights.weights(errors) if form == "region" else 1.0 if weights is None else weights
+    factors = 1.0 if weights is None else weights
     wanted = torch.autograd.grad((errors * factors).mean(), leaves[0])[0]
     loss = latent_rollout_loss(
         leaves[0], cell, leaves[1], **options, weights=weights, backend=backend
@@ -510,7 +477,7 @@ def test_weighted_losses(backend, form):
 
 def test_strided_row_indices(backend):
     case = rollout_case("residual_mlp", 1.0, rows=8)
-    cell = op.with_parameters(case.cell, [p.float() for p in case.cell.parameters()])
+    cell = with_parameters(case.cell, [p.float() for p in case.cell.parameters()])
     tensors = (case.states.float(), cell, case.targets.float())
     rows, target_rows = (
         torch.stack((case.rows,) * 2, 1)[:, 0],
@@ -531,9 +498,7 @@ def test_strided_row_indices(backend):
 
 def test_no_rows_give_a_loss_of_zero(backend):
     case = rollout_case("residual_mlp", 1.0, rows=0, gathered=False, anchored=False)
-    cell = op.with_parameters(
-        case.cell, [p.float().requires_grad_() for p in case.cell.parameters()]
-    )
+    cell = with_parameters(case.cell, [p.float().requires_grad_() for p in case.cell.parameters()])
     loss = latent_rollout_loss(case.states.float(), cell, case.targets.float(), backend=backend)
     assert loss.item() == 0.0
     assert not torch.autograd.grad(loss, cell.weight_in)[0].any()
@@ -574,7 +539,7 @@ def test_saved_memory_is_bounded(backend):
             t.requires_grad_() for t in inputs[: 1 + len(case.cell.parameters())]
         )
         rest = inputs[1 + len(parameters) :]
-        now = op.with_parameters(case.cell, parameters)
+        now = with_parameters(case.cell, parameters)
         with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
             if output == "last":
                 out = latent_rollout(
@@ -590,28 +555,36 @@ def test_saved_memory_is_bounded(backend):
 
 
 def test_inference_saves_nothing(backend):
-    inputs = _op_inputs("residual_mlp", 1.0, backend, False)
-    _, *saved = torch.ops.jepa_kernels.latent_rollout_fwd(*inputs)
-    assert [t.numel() for t in saved] == [0, 0, 0]
+    for cell in CELLS:
+        op, inputs = _op_inputs(cell, 1.0, backend, False)
+        _, *saved = op.forward_op(*inputs)
+        assert not any(t.numel() for t in saved)
+
+
+def test_backward_needs_what_forward_saved(backend):
+    for cell in CELLS:
+        op, inputs = _op_inputs(cell, 1.0, backend, False)
+        out, *saved = op.forward_op(*inputs)
+        needs = [False for _ in op.signature.leaves(inputs)]
+        with pytest.raises(ValueError, match="save must be True for backward, got False"):
+            op.backward_op(torch.ones_like(out), saved, needs, *inputs)
 
 
 @pytest.mark.parametrize("fault", RESULT_FAULTS)
 @pytest.mark.parametrize("phase", ("forward", "backward"))
 def test_comparison_notices_planted_faults(backend, fault, phase):
-    if phase == "backward" and fault == "unwritten_row":
-        case = rollout_case("residual_mlp", 1.0)  # its last gradient is that of the targets
-    else:
-        case = rollout_case("residual_mlp", "states")
-    check_rollout(case, backend)
-    with planted_fault("latent_rollout", backend, fault, phase), pytest.raises(AssertionError):
+    for cell, name in OP_NAMES.items():
+        case = rollout_case(cell, "states", rows=5)
         check_rollout(case, backend)
+        with planted_fault(name, backend, fault, phase), pytest.raises(AssertionError):
+            check_rollout(case, backend)
 
 
 def test_oracle_notices_faults_in_the_reference(monkeypatch):
     case = rollout_case("residual_mlp", "states")
     wrong = {
-        "no_residual": lambda cell, x, a: reference_step(cell, x, a) - x,
-        "sign": lambda cell, x, a: 2 * x - reference_step(cell, x, a),
+        "no_residual": lambda inputs, x, k: reference_step(inputs, x, k) - x,
+        "sign": lambda inputs, x, k: 2 * x - reference_step(inputs, x, k),
     }
     reference_step = reference.step
     for step in wrong.values():
@@ -646,7 +619,7 @@ def test_low_precision_states_take_float32_targets(backend):
     case = rollout_case("residual_mlp", 1.0, dtype=torch.bfloat16)
     # no product, whose operands may be rounded, has a part in the errors
     case.cell.weight_out.zero_()
-    cell = op.with_parameters(case.cell, [p.bfloat16() for p in case.cell.parameters()])
+    cell = with_parameters(case.cell, [p.bfloat16() for p in case.cell.parameters()])
     options = {
         "rows": case.rows,
         "target_rows": case.target_rows,
@@ -747,9 +720,6 @@ def test_wrong_losses_get_one_sentence():
             "target_rows": torch.zeros(2, 3, dtype=torch.int64)
         },
         "weights must have shape (3,) or (2, 3), got (2,)": {"weights": torch.zeros(2)},
-        "weights.sample_ids must have shape (3,), got (4,)": {
-            "weights": HardRegion(torch.zeros(4, dtype=torch.int64), 1)
-        },
     }.items():
         with pytest.raises(ValueError) as raised:
             latent_rollout_loss(states, HEAD, targets, **options)
@@ -777,8 +747,6 @@ def test_flop_ratio_is_the_documented_one():
             case[1].T,
             torch.empty(channels, device="meta"),
         )
-        from jepa_kernels.ops.latent_rollout.api import prepare
-
         call = prepare(case[0], cell, horizon, output="last")
         assert call.space() == "hidden"
         ratio = call.flop("state") / call.flop("hidden")
@@ -822,7 +790,7 @@ def test_rows_on_a_gpu_stay_inside_their_table():
 
 def test_loss_equals_the_loss_of_the_rollout(backend):
     case = rollout_case("hamiltonian", 1.0, gathered=False, anchored=False)
-    cell = op.with_parameters(case.cell, [p.float() for p in case.cell.parameters()])
+    cell = with_parameters(case.cell, [p.float() for p in case.cell.parameters()])
     states, targets = case.states.float(), case.targets.float()
     predictions = latent_rollout(states, cell, 3, backend=backend)
     half = states.shape[1] // 2

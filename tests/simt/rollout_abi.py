@@ -73,30 +73,29 @@ def _address(value) -> int | None:
     return value.data_ptr() if hasattr(value, "data_ptr") else value.ctypes.data
 
 
-def run_on(monkeypatch, backend, ops) -> None:
+def run_on(monkeypatch, backend: str, ops) -> None:
     """A backend of C++ kernels runs on `ops` in the place of the native torch ops, and takes CPU
     tensors."""
-    from jepa_kernels.ops.latent_rollout import native_kernels
+    from dataclasses import replace
 
-    create = native_kernels.NativeKernels.__init__
+    from jepa_kernels.backend import OPS
+    from jepa_kernels.ops.latent_rollout import native_ops
+    from jepa_kernels.testing.rollout import OP_NAMES
 
-    def created(self, *arguments, **options) -> None:
-        create(self, *arguments, **options)
-        self.ops = ops
-
-    monkeypatch.setattr(native_kernels.NativeKernels, "__init__", created)
-    monkeypatch.setattr(backend, "unsupported_reasons", lambda call: [])
+    monkeypatch.setattr(native_ops, "OPS", ops)
+    for name in OP_NAMES.values():
+        backends = OPS[name].backends
+        willing = replace(backends[backend], unsupported=lambda inputs: [])
+        monkeypatch.setitem(backends, backend, willing)
 
 
 def run_cuda_on(monkeypatch, library) -> None:
     """The CUDA backend runs on `library` (or a Recorder of it)."""
-    from jepa_kernels.ops.latent_rollout import cuda
-
-    run_on(monkeypatch, cuda, SimtOps(library))
+    run_on(monkeypatch, "cuda", SimtOps(library))
 
 
 class SimtOps:
-    """What `NativeKernels.ops` offers, on the executor. New tensors hold NaN, so that an element
+    """What `native_ops.OPS` offers, on the executor. New tensors hold NaN, so that an element
     nobody writes is seen."""
 
     def __init__(self, library: Library) -> None:

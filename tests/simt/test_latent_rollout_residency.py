@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jepa_kernels.ops.latent_rollout.testing import CELLS, check_rollout, rollout_case, run_rollout
+from jepa_kernels.testing.rollout import CELLS, check_rollout, rollout_case, run_rollout
 from tests.simt.build import ORDERS, Counts, build, configure, limit_shared, take_counts
 from tests.simt.rollout_abi import Library, SimtOps, run_cuda_on
 

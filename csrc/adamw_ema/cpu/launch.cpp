@@ -10,11 +10,9 @@ using namespace jk::adamw;
 
 JK_EXPORT const char* jk_adamw_ema_cpu_fwd(const jk_adamw_ema_params* p, int isa,
                                            jk_parallel_for parallel_for) {
-  const int best = jk::best_isa(), chosen = isa == JK_ISA_AUTO ? best : isa;
-  if (chosen < JK_ISA_PORTABLE || chosen > best)
-    return "adamw_ema_: isa must be one that this processor has.";
+  if (const char* wrong = jk::choose_isa("adamw_ema_", isa)) return wrong;
   if (!(p->momentum >= 0.0 && p->momentum <= 1.0))
-    return "adamw_ema_: momentum must be from 0 to 1.";
+    return jk::refuse("adamw_ema_: momentum must be from 0 to 1, got %g.", p->momentum);
   if (p->found_inf != nullptr && *p->found_inf != 0.0f) return nullptr;
   const float grad_scale = p->grad_scale == nullptr ? 1.0f : *p->grad_scale;
   std::vector<int64_t> ends(p->num_tensors);
@@ -29,6 +27,6 @@ JK_EXPORT const char* jk_adamw_ema_cpu_fwd(const jk_adamw_ema_params* p, int isa
   if (total == 0) return nullptr;
   constexpr jk_body kStep[] = {step<JK_ISA_PORTABLE>, JK_X86(step<JK_ISA_AVX2>)};
   Job job{p, ends.data(), steps.data()};
-  parallel_for(total, jk::ema::kGrain, jk::best_of(kStep, chosen), &job);
+  parallel_for(total, jk::ema::kGrain, jk::best_of(kStep, isa), &job);
   return nullptr;
 }

@@ -10,7 +10,8 @@ namespace {
 
 using namespace jk::ema;
 
-constexpr int64_t kChunk = 2 * kThreads * kLanes;
+constexpr int kRounds = 4;
+constexpr int64_t kChunk = kRounds * kThreads * kLanes;
 
 // Where the scalars of a step come from: all from the host, the step number from the device, or the
 // hyperparameters too.
@@ -64,7 +65,7 @@ JK_DEVICE Step step_of(const Entry& e, const float* grad_scale) {
   return s;
 }
 
-// Eight elements of AdamW, rounded as the CPU kernel rounds them.
+// The elements of one thread by AdamW, rounded as the CPU kernel rounds them.
 JK_DEVICE void adamw_lanes(Lanes& param, const Lanes& grad, Lanes& exp_avg, Lanes& exp_avg_sq,
                            const Step& s) {
 #pragma unroll
@@ -80,25 +81,26 @@ JK_DEVICE void adamw_lanes(Lanes& param, const Lanes& grad, Lanes& exp_avg, Lane
   }
 }
 
-JK_DEVICE void adamw_ema_lanes(const Entry& e, int64_t first, const Step& s, EmaWeights w,
+JK_DEVICE void adamw_ema_lanes(const Entry& e, const Place& at, const Step& s, EmaWeights w,
                                int rounding, RandomKey key) {
-  const int n = e.numel - first < kLanes ? int(e.numel - first) : kLanes;
+  const jk_ema_tensor t{e.target,       nullptr,    e.copy,       e.compensation, e.numel,
+                        e.target_dtype, JK_FLOAT32, e.copy_dtype, e.index};
   Lanes param, grad, exp_avg, exp_avg_sq;
-  load_lanes(param, e.param, e.param_dtype, first, n, e.wide);
-  load_lanes(grad, e.grad, e.grad_dtype, first, n, e.wide);
-  load_lanes(exp_avg, e.exp_avg, e.state_dtype, first, n, e.wide);
-  load_lanes(exp_avg_sq, e.exp_avg_sq, e.state_dtype, first, n, e.wide);
+  Teacher teacher;
+  load_lanes(param, e.param, e.param_dtype, at, e.wide);
+  load_lanes(grad, e.grad, e.grad_dtype, at, e.wide);
+  load_lanes(exp_avg, e.exp_avg, e.state_dtype, at, e.wide);
+  load_lanes(exp_avg_sq, e.exp_avg_sq, e.state_dtype, at, e.wide);
+  if (e.target != nullptr) load_teacher(teacher, t, at, e.wide, rounding);
   adamw_lanes(param, grad, exp_avg, exp_avg_sq, s);
-  store_lanes(exp_avg, e.exp_avg, e.state_dtype, first, n, e.wide);
-  store_lanes(exp_avg_sq, e.exp_avg_sq, e.state_dtype, first, n, e.wide);
-  store_lanes(param, e.param, e.param_dtype, first, n, e.wide);
+  store_lanes(exp_avg, e.exp_avg, e.state_dtype, at, e.wide);
+  store_lanes(exp_avg_sq, e.exp_avg_sq, e.state_dtype, at, e.wide);
+  store_lanes(param, e.param, e.param_dtype, at, e.wide);
   if (e.target == nullptr) return;
   // The teacher follows the parameter as stored.
 #pragma unroll
   for (int i = 0; i < kLanes; i++) param.x[i] = rounded(param.x[i], e.param_dtype);
-  const jk_ema_tensor teacher{e.target,       nullptr,    e.copy,       e.compensation, e.numel,
-                              e.target_dtype, JK_FLOAT32, e.copy_dtype, e.index};
-  average_lanes(teacher, param, first, n, e.wide, w, rounding, key);
+  average_lanes(teacher, t, param, at, e.wide, w, rounding, key);
 }
 
 template <int kCapacity>
@@ -119,9 +121,9 @@ __global__ void __launch_bounds__(kThreads)
                                    uint64_t(entry.index));
   const int64_t chunk = blockIdx.x - (which == 0 ? 0 : list.chunk_ends[which - 1]);
 #pragma unroll 1
-  for (int round = 0; round < 2; round++) {
-    const int64_t first = chunk * kChunk + (int64_t(round) * kThreads + threadIdx.x) * kLanes;
-    if (first < entry.numel) adamw_ema_lanes(entry, first, s, w, c.rounding, key);
+  for (int round = 0; round < kRounds; round++) {
+    const Place at = place_of(chunk * kChunk, round, kThreads, entry.numel);
+    if (at.first < entry.numel) adamw_ema_lanes(entry, at, s, w, c.rounding, key);
   }
 }
 

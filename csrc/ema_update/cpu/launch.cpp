@@ -10,17 +10,15 @@ using namespace jk::ema;
 
 JK_EXPORT const char* jk_ema_update_cpu_fwd(const jk_ema_update_params* p, int isa,
                                             jk_parallel_for parallel_for) {
-  const int best = jk::best_isa(), chosen = isa == JK_ISA_AUTO ? best : isa;
-  if (chosen < JK_ISA_PORTABLE || chosen > best)
-    return "ema_update_: isa must be one that this processor has.";
+  if (const char* wrong = jk::choose_isa("ema_update_", isa)) return wrong;
   if (!(p->momentum >= 0.0 && p->momentum <= 1.0))
-    return "ema_update_: momentum must be from 0 to 1.";
+    return jk::refuse("ema_update_: momentum must be from 0 to 1, got %g.", p->momentum);
   std::vector<int64_t> ends(p->num_tensors);
   int64_t total = 0;
   for (int64_t i = 0; i < p->num_tensors; i++) ends[i] = total += p->tensors[i].numel;
   if (total == 0) return nullptr;
   constexpr jk_body kUpdate[] = {update<JK_ISA_PORTABLE>, JK_X86(update<JK_ISA_AVX2>)};
   Job job{p, ends.data()};
-  parallel_for(total, kGrain, jk::best_of(kUpdate, chosen), &job);
+  parallel_for(total, kGrain, jk::best_of(kUpdate, isa), &job);
   return nullptr;
 }

@@ -1,4 +1,4 @@
-// What the CUDA kernels of ema_update and adamw_ema share: eight consecutive elements in registers,
+// What the CUDA kernels of ema_update and adamw_ema share: four consecutive elements in registers,
 // of any dtype, and the average on them. Products and sums are rounded one by one, so that results
 // equal the CPU's bit for bit.
 #pragma once
@@ -9,92 +9,79 @@
 namespace jk::ema {
 namespace {
 
-// Elements of one thread: 16 bytes of a 16-bit array, two 16-byte accesses of a float32 one.
-constexpr int kLanes = 8;
+// Elements of one thread: neighbours of those of the next, so that an access of a warp covers whole
+// sectors of 32 bytes in every dtype (16 bytes of a thread in float32, 8 in 16 bits).
+constexpr int kLanes = 4;
 
 struct Lanes {
   float x[kLanes];
 };
 
-template <class T>
-JK_DEVICE void unpack8(const uint4& raw, float* x) {
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const float2 pair = unpack2<T>(words[i]);
-    x[2 * i] = pair.x;
-    x[2 * i + 1] = pair.y;
-  }
+// The elements [first, first + kLanes) of an array of `end`, as far as they are there.
+struct Place {
+  int64_t first, end;
+
+  JK_DEVICE bool whole() const { return first + kLanes <= end; }
+};
+
+// The place of this thread in round `round` of a chunk that starts at `begin`.
+JK_DEVICE Place place_of(int64_t begin, int round, int threads, int64_t end) {
+  return {begin + (int64_t(round) * threads + threadIdx.x) * kLanes, end};
 }
 
 template <class T>
-JK_DEVICE uint4 pack8(const float* x) {
-  return make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]),
-                    pack2<T>(x[6], x[7]));
-}
-
-// Elements [first, first + n), n <= kLanes; whole and aligned accesses when n == kLanes and `wide`.
-template <class T>
-JK_DEVICE void load_narrow(Lanes& out, const void* data, int64_t first, int n, bool wide) {
-  const T* p = static_cast<const T*>(data) + first;
-  if (wide && n == kLanes) {
-    unpack8<T>(*reinterpret_cast<const uint4*>(p), out.x);
+JK_DEVICE void load_as(Lanes& out, const void* data, const Place& at, bool wide) {
+  const T* p = static_cast<const T*>(data) + at.first;
+  if (wide && at.whole()) {
+    if constexpr (sizeof(T) == 4) {
+      const float4 raw = *reinterpret_cast<const float4*>(p);
+      out = {{raw.x, raw.y, raw.z, raw.w}};
+    } else {
+      const uint2 raw = *reinterpret_cast<const uint2*>(p);
+      const float2 low = unpack2<T>(raw.x), high = unpack2<T>(raw.y);
+      out = {{low.x, low.y, high.x, high.y}};
+    }
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kLanes; i++) out.x[i] = i < n ? to_float(p[i]) : 0.0f;
+  for (int i = 0; i < kLanes; i++) out.x[i] = at.first + i < at.end ? to_float(p[i]) : 0.0f;
 }
 
-JK_DEVICE void load_lanes(Lanes& out, const void* data, int dtype, int64_t first, int n,
-                          bool wide) {
+JK_DEVICE void load_lanes(Lanes& out, const void* data, int dtype, const Place& at, bool wide) {
   if (dtype == JK_BFLOAT16) {
-    load_narrow<bfloat16>(out, data, first, n, wide);
+    load_as<bfloat16>(out, data, at, wide);
   } else if (dtype == JK_FLOAT16) {
-    load_narrow<float16>(out, data, first, n, wide);
+    load_as<float16>(out, data, at, wide);
   } else {
-    const float* p = static_cast<const float*>(data) + first;
-    if (wide && n == kLanes) {
-      const float4 a = *reinterpret_cast<const float4*>(p),
-                   b = *reinterpret_cast<const float4*>(p + 4);
-      out = {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < kLanes; i++) out.x[i] = i < n ? p[i] : 0.0f;
+    load_as<float>(out, data, at, wide);
   }
 }
 
 template <class T>
-JK_DEVICE void store_narrow(const Lanes& in, void* data, int64_t first, int n, bool wide) {
-  T* p = static_cast<T*>(data) + first;
-  if (wide && n == kLanes) {
-    *reinterpret_cast<uint4*>(p) = pack8<T>(in.x);
+JK_DEVICE void store_as(const Lanes& in, void* data, const Place& at, bool wide) {
+  T* p = static_cast<T*>(data) + at.first;
+  if (wide && at.whole()) {
+    if constexpr (sizeof(T) == 4) {
+      store_float4(p, in.x);
+    } else {
+      store_uint2(p, pack2<T>(in.x[0], in.x[1]), pack2<T>(in.x[2], in.x[3]));
+    }
     return;
   }
 #pragma unroll
   for (int i = 0; i < kLanes; i++) {
-    if (i < n) p[i] = from_float<T>(in.x[i]);
+    if (at.first + i < at.end) p[i] = from_float<T>(in.x[i]);
   }
 }
 
 // Rounds to nearest.
-JK_DEVICE void store_lanes(const Lanes& in, void* data, int dtype, int64_t first, int n,
-                           bool wide) {
+JK_DEVICE void store_lanes(const Lanes& in, void* data, int dtype, const Place& at, bool wide) {
   if (dtype == JK_BFLOAT16) {
-    store_narrow<bfloat16>(in, data, first, n, wide);
+    store_as<bfloat16>(in, data, at, wide);
   } else if (dtype == JK_FLOAT16) {
-    store_narrow<float16>(in, data, first, n, wide);
+    store_as<float16>(in, data, at, wide);
   } else {
-    float* p = static_cast<float*>(data) + first;
-    if (wide && n == kLanes) {
-      *reinterpret_cast<float4*>(p) = make_float4(in.x[0], in.x[1], in.x[2], in.x[3]);
-      *reinterpret_cast<float4*>(p + 4) = make_float4(in.x[4], in.x[5], in.x[6], in.x[7]);
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < kLanes; i++) {
-      if (i < n) p[i] = in.x[i];
-    }
+    store_as<float>(in, data, at, wide);
   }
 }
 
@@ -118,15 +105,30 @@ JK_DEVICE float average(float target, float source, EmaWeights w) {
                        : __fsub_rn(source, __fmul_rn(w.keep, difference));
 }
 
-// Averages `source` into elements [first, first + n) of the target of `t` and writes compensation
-// and copy.
-JK_DEVICE void average_lanes(const jk_ema_tensor& t, const Lanes& source, int64_t first, int n,
-                             bool wide, EmaWeights w, int rounding, RandomKey key) {
+// What the average reads of a target. Loaded before anything is stored, so that its latency hides
+// behind that of the other arrays.
+struct Teacher {
   Lanes value, lost;
-  load_lanes(value, t.target, t.target_dtype, first, n, wide);
-  const bool kahan = rounding == JK_ROUND_KAHAN && t.target_dtype != JK_FLOAT32;
+};
+
+JK_DEVICE bool keeps_lost(const jk_ema_tensor& t, int rounding) {
+  return rounding == JK_ROUND_KAHAN && t.target_dtype != JK_FLOAT32;
+}
+
+JK_DEVICE void load_teacher(Teacher& teacher, const jk_ema_tensor& t, const Place& at, bool wide,
+                            int rounding) {
+  load_lanes(teacher.value, t.target, t.target_dtype, at, wide);
+  if (keeps_lost(t, rounding)) load_lanes(teacher.lost, t.compensation, t.target_dtype, at, wide);
+}
+
+// Averages `source` into the target of `t`, which `teacher` holds, and writes compensation and
+// copy.
+JK_DEVICE void average_lanes(Teacher& teacher, const jk_ema_tensor& t, const Lanes& source,
+                             const Place& at, bool wide, EmaWeights w, int rounding,
+                             RandomKey key) {
+  Lanes &value = teacher.value, &lost = teacher.lost;
+  const bool kahan = keeps_lost(t, rounding);
   if (kahan) {
-    load_lanes(lost, t.compensation, t.target_dtype, first, n, wide);
 #pragma unroll
     for (int i = 0; i < kLanes; i++) value.x[i] = __fadd_rn(value.x[i], lost.x[i]);
   }
@@ -136,22 +138,23 @@ JK_DEVICE void average_lanes(const jk_ema_tensor& t, const Lanes& source, int64_
 #pragma unroll
     for (int i = 0; i < kLanes; i++)
       lost.x[i] = __fsub_rn(value.x[i], rounded(value.x[i], t.target_dtype));
-    store_lanes(lost, t.compensation, t.target_dtype, first, n, wide);
+    store_lanes(lost, t.compensation, t.target_dtype, at, wide);
   } else if (rounding == JK_ROUND_STOCHASTIC && t.target_dtype == JK_BFLOAT16) {
 #pragma unroll
     for (int i = 0; i < kLanes; i++) {
-      const uint64_t element = uint64_t(first) + uint64_t(i);
+      const uint64_t element = uint64_t(at.first) + uint64_t(i);
       value.x[i] = rounded_randomly(
           value.x[i], element_bits(key, element_salt(key, element), uint32_t(element)));
     }
   }
 #pragma unroll
   for (int i = 0; i < kLanes; i++) value.x[i] = rounded(value.x[i], t.target_dtype);
-  store_lanes(value, t.target, t.target_dtype, first, n, wide);
-  if (t.copy != nullptr) store_lanes(value, t.copy, t.copy_dtype, first, n, wide);
+  store_lanes(value, t.target, t.target_dtype, at, wide);
+  if (t.copy != nullptr) store_lanes(value, t.copy, t.copy_dtype, at, wide);
 }
 
-// 16-byte accesses are allowed when every array starts on 16 bytes; absent ones do not matter.
+// Elements are accessed four at a time where every array starts on 16 bytes; absent ones do not
+// matter.
 inline bool aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15u) == 0; }
 
 }  // namespace

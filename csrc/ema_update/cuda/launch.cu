@@ -7,8 +7,9 @@
 namespace jk::ema {
 namespace {
 
-// Two rounds of kLanes elements for each thread keep four 16-byte loads of each thread in flight.
-constexpr int64_t kChunk = 2 * kThreads * kLanes;
+// Elements of a block. A thread has the loads of kAtOnce rounds in flight before it stores any.
+constexpr int kRounds = 4, kAtOnce = 2;
+constexpr int64_t kChunk = kRounds * kThreads * kLanes;
 
 struct Entry {
   jk_ema_tensor tensor;
@@ -38,14 +39,23 @@ __global__ void __launch_bounds__(kThreads)
   const RandomKey key =
       random_key(uint64_t(s.seed_device == nullptr ? s.seed : *s.seed_device), uint64_t(t.index));
   const int64_t chunk = blockIdx.x - (which == 0 ? 0 : list.chunk_ends[which - 1]);
+#pragma unroll 1
+  for (int round = 0; round < kRounds; round += kAtOnce) {
+    Lanes source[kAtOnce];
+    Teacher teacher[kAtOnce];
 #pragma unroll
-  for (int round = 0; round < 2; round++) {
-    const int64_t first = chunk * kChunk + (int64_t(round) * kThreads + threadIdx.x) * kLanes;
-    if (first >= t.numel) continue;
-    const int n = t.numel - first < kLanes ? int(t.numel - first) : kLanes;
-    Lanes source;
-    load_lanes(source, t.source, t.source_dtype, first, n, entry.wide);
-    average_lanes(t, source, first, n, entry.wide, w, s.rounding, key);
+    for (int i = 0; i < kAtOnce; i++) {
+      const Place at = place_of(chunk * kChunk, round + i, kThreads, t.numel);
+      if (at.first >= t.numel) continue;
+      load_lanes(source[i], t.source, t.source_dtype, at, entry.wide);
+      load_teacher(teacher[i], t, at, entry.wide, s.rounding);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++) {
+      const Place at = place_of(chunk * kChunk, round + i, kThreads, t.numel);
+      if (at.first < t.numel)
+        average_lanes(teacher[i], t, source[i], at, entry.wide, w, s.rounding, key);
+    }
   }
 }
 

@@ -126,8 +126,7 @@ Packed pack_gru(Packer& pack, const jk_rollout_gru_params& p, bool backward) {
 template <class Params, class Pack, class Tile>
 const char* run(const Params& p, int isa, jk_parallel_for parallel_for, const Pack& pack,
                 const Tile& tile) {
-  if (isa == JK_ISA_AUTO) isa = best_isa();
-  if (!cpu_supports(isa)) return "latent_rollout: isa must be one that this processor has.";
+  if (const char* wrong = choose_isa("latent_rollout", isa)) return wrong;
   const Kernels* kernels = best_kernels(kKernels, isa, p.operand);
   if (kernels == nullptr)
     return "latent_rollout: operand must be float32, or bfloat16 on AVX512_BF16.";

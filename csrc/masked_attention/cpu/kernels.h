@@ -65,7 +65,7 @@ struct Kernels {
 template <int kIsa>
 const Kernels* kernels(int64_t dtype);
 
-// A sentence if the numbers of the call are out of range (memory it points to included), else NULL.
-const char* check(const jk_masked_attention_params& p, bool backward);
+// The widest heads, whose rows fit the kernels' buffers.
+constexpr int64_t kMaxHeadDim = 128;
 
 }  // namespace jk::attention

@@ -12,6 +12,7 @@
 
 #include "../../cpu/dispatch.h"
 #include "../../cpu/tiles.h"
+#include "check.h"
 #include "kernels.h"
 
 namespace jk::attention {
@@ -40,10 +41,6 @@ constexpr KernelsOf<Kernels> kKernels[] = {
     kernels<JK_ISA_PORTABLE>,
     JK_X86(kernels<JK_ISA_AVX2>, kernels<JK_ISA_AVX512>, kernels<JK_ISA_AVX512_BF16>)};
 
-int64_t offset_at(const jk_ints& cu, int64_t s) {
-  return cu.bytes == 4 ? ((const int32_t*)cu.data)[s] : ((const int64_t*)cu.data)[s];
-}
-
 struct Task {
   int64_t seq, head;
   Range tiles, blocks;
@@ -66,10 +63,10 @@ class Call {
   Head head_of(int64_t seq, int64_t head) const;
   int64_t element_bytes() const { return p_.dtype == JK_BFLOAT16 ? 2 : 4; }
   int64_t first_row(const jk_ints& cu, int64_t seq) const {
-    return packed_ ? offset_at(cu, seq) : 0;
+    return packed_ ? number_at(cu, seq) : 0;
   }
   int64_t length(const jk_ints& cu, int64_t len, int64_t seq) const {
-    return packed_ ? offset_at(cu, seq + 1) - offset_at(cu, seq) : len;
+    return packed_ ? number_at(cu, seq + 1) - number_at(cu, seq) : len;
   }
   Rows rows_of(const jk_rows& rows, const jk_ints& cu, int64_t seq, int64_t head) const;
   Ids ids_of(const jk_ints& ids, const jk_ints& cu, int64_t seq) const;
@@ -261,7 +258,7 @@ const char* Call::forward() {
     }
   }
   if (packed_) {
-    const int64_t used = offset_at(p_.cu_q, p_.num_seqs);
+    const int64_t used = number_at(p_.cu_q, p_.num_seqs);
     no_keys(0, used, p_.len_q - used);
   }
   return run(tasks, false);
@@ -336,8 +333,8 @@ const char* Call::backward() {
     }
   }
   if (packed_) {
-    const int64_t used_q = offset_at(p_.cu_q, p_.num_seqs),
-                  used_k = offset_at(p_.cu_k, p_.num_seqs);
+    const int64_t used_q = number_at(p_.cu_q, p_.num_seqs),
+                  used_k = number_at(p_.cu_k, p_.num_seqs);
     zero(p_.grad_q, 0, used_q, p_.len_q - used_q);
     zero(p_.grad_k, 0, used_k, p_.len_k - used_k);
     zero(p_.grad_v, 0, used_k, p_.len_k - used_k);
@@ -347,12 +344,8 @@ const char* Call::backward() {
 
 const char* start(const jk_masked_attention_params* p, int isa, jk_parallel_for parallel_for,
                   bool backward) {
-  if (const char* wrong = check(*p, backward)) return wrong;
-  if (isa == JK_ISA_AUTO) isa = best_isa();
-  if (isa < JK_ISA_PORTABLE || isa > JK_ISA_AVX512_BF16)
-    return "masked_attention: isa must be one of jk_isa, got another number.";
-  if (!cpu_supports(isa))
-    return "masked_attention: isa must be one that this machine can run, got one that it cannot.";
+  if (const char* wrong = check(*p)) return wrong;
+  if (const char* wrong = choose_isa("masked_attention", isa)) return wrong;
   try {
     Call call(*p, *best_kernels(kKernels, isa, p->dtype), parallel_for);
     return backward ? call.backward() : call.forward();

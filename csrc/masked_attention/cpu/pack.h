@@ -11,8 +11,6 @@
 namespace jk::attention {
 namespace {
 
-constexpr int64_t kMaxHeadDim = 128;
-
 constexpr JK_INLINE int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from .backend import OPS
-from .rope3d import Rope3D
+from ..backend import OPS
+from ..rope3d import Rope3D
 
 HEAD_DIMS = (8, 24, 32, 64, 80, 88, 96, 128)
 
@@ -228,7 +228,7 @@ def run_attention(
 ) -> Result:
     """Forward and backward of masked_attention on `backend`, in the case's dtype unless another is
     named."""
-    from .ops.masked_attention import masked_attention
+    from ..ops.masked_attention import masked_attention
 
     dtype = case.dtype if dtype is None else dtype
 

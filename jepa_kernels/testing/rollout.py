@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ...testing import assert_within_budget
-from . import api
-from .cells import GRU, Cell, Hamiltonian, ResidualMLP, with_parameters
+from ..ops.latent_rollout import api
+from ..ops.latent_rollout.cells import GRU, Cell, Hamiltonian, ResidualMLP, with_parameters
+from . import assert_within_budget
 
 CELLS = ("residual_mlp", "hamiltonian", "gru")
+OP_NAMES = dict(zip(CELLS, ("rollout_mlp", "rollout_hamiltonian", "rollout_gru"), strict=True))
 
 
 @dataclass(frozen=True)
