@@ -95,8 +95,7 @@ def digest(op: str) -> str:
     not count."""
     total = hashlib.sha256()
     for path in sorted(sources(op), key=lambda path: path.name):
-        code = re.sub(r"//[^
-]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
+        code = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
         code = re.sub(r'#include "[^"]*"', "", code)
         total.update("".join(code.split()).encode())
     return total.hexdigest()[:12]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from jepa_kernels.ops.latent_rollout.op import with_parameters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jepa_kernels import BackendUnsupportedError

@@ -12,11 +12,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from jepa_kernels.ops.latent_rollout.op import with_parameters
 
 from jepa_kernels import Rope3D, ema_update_, masked_attention, native
 from jepa_kernels.ops.adamw_ema import TeacherLists, adamw_ema_
 from jepa_kernels.ops.latent_rollout import ResidualMLP, latent_rollout
+from jepa_kernels.ops.latent_rollout.cells import with_parameters
 from jepa_kernels.testing import (
     HEAD_DIMS,
     RESULT_FAULTS,

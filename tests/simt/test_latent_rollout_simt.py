@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from jepa_kernels.ops.latent_rollout.op import with_parameters
 
 from jepa_kernels.backend import OPS
 from jepa_kernels.ops.latent_rollout import latent_rollout
@@ -170,13 +169,13 @@ KERNEL_FAULTS = {
     "a kept matrix that has not arrived": (
         "residual_mlp",
         "weights.cuh",
-        "jk::cp_async_wait<0>();",
+        "cp_async_wait<0>();",
         "",
     ),
     "a slot that has not arrived": (
         "residual_mlp",
         "weights.cuh",
-        "jk::cp_async_wait<kManySlots - 2>();",
+        "cp_async_wait<kManySlots - 2>();",
         "",
     ),
     "a slot that other lanes have yet to fill": (
