@@ -1,10 +1,10 @@
-"""A whole training step against the published one, beside it in one process: our step with the
-published quirks, and the eager twin.
+"""A whole training step against the published one in one process: our step with the published
+behaviour switched on, and an eager reproduction of the published step.
 
-The twin (`eager_twin.py`) is held to the golden steps of the published code. Both sides start from
-the same weights, see the same clips and the same masks (truncated to the batch minimum), and must
-give the same loss. `untruncated` compares our own default, no truncation and one packed call for
-all mask sets, per token of encoder and predictor.
+The reproduction (`eager_twin.py`) is held to the golden steps of the published code. Both sides
+start from the same weights, see the same clips and the same masks (truncated to the batch minimum),
+and must give the same loss. `untruncated` compares our own default, no truncation and one packed
+call for all mask sets, per token of encoder and predictor.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """How far a rollout drifts from the float64 reference with the number of steps: hidden space beside
 state space, float32 and bfloat16.
 
-    python -m benchmarks.rollout_error                 # JSON and PNG beside the records of this
-    device python -m benchmarks.rollout_error --rows 64 --output drift.json
+    # JSON and PNG beside the records of this device
+    python -m benchmarks.rollout_error
+    python -m benchmarks.rollout_error --rows 64 --output drift.json
 
 Every line starts from the same rounded states and weights as its float64 reference, so only the
-arithmetic of the steps is measured:
-||y_k - exact_k|| / ||exact_k|| over all rows. State space is the
-cell stepped by eager PyTorch in the given dtype; hidden space is the op, which
-keeps hidden states and sums in float32.
+arithmetic of the steps is measured: ||y_k - exact_k|| / ||exact_k|| over all rows. State space is
+the cell stepped by eager PyTorch in the given dtype. Hidden space is the op, which keeps hidden
+states and sums in float32.
 """
 
 from __future__ import annotations

@@ -36,8 +36,9 @@ from benchmarks.workload import Group, Workload
 from jepa.allocator import keep_freed_memory
 from jepa.models.sizes import SIZES
 from jepa.variants import VARIANTS, VariantConfig, variant
-from jepa_kernels.backend import CHOICES
+from jepa_kernels import BACKENDS
 
+CHOICES = ("auto", *BACKENDS)
 MODES = ("pretrain", "finetune", "finetune+objective", "frozen")
 DEFAULT_OUTPUT = machine.REPOSITORY / "runs" / "bench" / "sweep.json"
 STEP_SHARE = 0.6  # of a resolution's time; the rest is for the objectives

@@ -43,37 +43,61 @@ class MaskBatch(TensorRecord):
     """Context and target tokens of J mask sets over B samples, packed set-major: sequence s = j*B +
     b.
 
-    A token id is t*H*W + y*W + x on the grid (T, H, W), N = T*H*W; `*_rows` are b*N + id, rows of a
-    dense [B*N, D]; `*_cu` are the cumulative lengths of the J*B sequences. Pairs and columns list
-    sites of the *context* that exist at several time steps.
+    A token id is t*H*W + y*W + x on the grid (T, H, W), N = T*H*W. `*_rows` are b*N + id, rows of a
+    dense ``[B*N, D]``. Pairs and columns list sites of the *context* that exist at several time
+    steps. Ids, rows and sets are int64, offsets int32, distances and counts float32.
+
+    Attributes:
+        num_sets: J.
+        batch_size: B.
+        grid: (T, H, W) in tokens.
+        context_ids: ids of the visible tokens, ``[Nc]``.
+        context_cu: where each sequence of visible tokens begins, ``[J*B+1]``.
+        context_set: the mask set of each visible token, ``[Nc]``.
+        context_rows: rows of the visible tokens, ``[Nc]``.
+        target_ids: ids of the hidden tokens, ``[Nt]``.
+        target_cu: where each sequence of hidden tokens begins, ``[J*B+1]``.
+        target_set: the mask set of each hidden token, ``[Nt]``.
+        target_rows: rows of the hidden tokens, ``[Nt]``.
+        context_distance: square root of the Euclidean distance from each visible token to the
+            nearest hidden token of its sequence, ``[Nc]``.
+        pairs: packed context rows of one site at t, t+1, .. t+K, ``[P, K+1]``.
+        pair_rows: the same as rows of the dense ``[B*N, D]``, ``[P, K+1]``.
+        pair_set: the mask set of each pair, ``[P]``.
+        columns: packed context rows of a site that is visible at all T time steps, ``[C, T]``.
+        column_rows: the same as rows of the dense ``[B*N, D]``, ``[C, T]``.
+        column_set: the mask set of each column, ``[C]``.
+        context_count: visible tokens of each mask set, ``[J]``.
+        target_count: hidden tokens of each mask set, ``[J]``.
+        pair_count: pairs of each mask set, ``[J]``.
+        column_count: columns of each mask set, ``[J]``.
+        context_sizes: visible tokens of each set as numbers on the host: set j is a slice of the
+            packed context.
     """
 
     num_sets: int
     batch_size: int
     grid: tuple[int, int, int]
-    context_ids: Tensor  # int64 [Nc]
-    context_cu: Tensor  # int32 [J*B+1]
-    context_set: Tensor  # int64 [Nc]
-    context_rows: Tensor  # int64 [Nc]
-    target_ids: Tensor  # int64 [Nt]
-    target_cu: Tensor  # int32 [J*B+1]
-    target_set: Tensor  # int64 [Nt]
-    target_rows: Tensor  # int64 [Nt]
-    # float32 [Nc]: sqrt of the Euclidean distance to the nearest target token of the sequence
+    context_ids: Tensor
+    context_cu: Tensor
+    context_set: Tensor
+    context_rows: Tensor
+    target_ids: Tensor
+    target_cu: Tensor
+    target_set: Tensor
+    target_rows: Tensor
     context_distance: Tensor
-    pairs: Tensor  # int64 [P, K+1]: packed context rows of one site at t, t+1, .. t+K
-    pair_rows: Tensor  # int64 [P, K+1]
-    pair_set: Tensor  # int64 [P]
-    columns: Tensor  # int64 [C, T]: packed context rows of a site that is present at all T steps
-    column_rows: Tensor  # int64 [C, T]
-    column_set: Tensor  # int64 [C]
-    context_count: Tensor  # float32 [J]
-    target_count: Tensor  # float32 [J]
-    pair_count: Tensor  # float32 [J]
-    column_count: Tensor  # float32 [J]
-    context_sizes: tuple[
-        int, ...
-    ]  # Nc of each set, known on the host: set j is a slice of the packed context
+    pairs: Tensor
+    pair_rows: Tensor
+    pair_set: Tensor
+    columns: Tensor
+    column_rows: Tensor
+    column_set: Tensor
+    context_count: Tensor
+    target_count: Tensor
+    pair_count: Tensor
+    column_count: Tensor
+    context_sizes: tuple[int, ...]
 
     @property
     def horizon(self) -> int:

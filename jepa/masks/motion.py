@@ -1,5 +1,5 @@
 """Where a clip moves: motion maps on the token grid, block scores, and the distribution of block
-origins. NumPy twin of csrc/host."""
+origins. The NumPy reference of csrc/host."""
 
 from __future__ import annotations
 

@@ -168,12 +168,34 @@ class Denominators:
 
 @dataclass(frozen=True)
 class ObjectiveContext:
-    """Everything an objective may look at. Tokens are packed set-major as in `masks`; features are
-    float32 and [rows, D], D = L*E.
+    """Everything an objective may look at. Features are float32 ``[rows, D]``, D = L*E: L levels of
+    E channels side by side.
 
-    `target` is the standardised output of the target encoder for every token, row b*N + id;
-    `target_live` is the same before any detaching, and differs only with an online target.
-    `progress` is the share of training done, in [0, 1].
+    Attributes:
+        context_tokens: Z, the context encoder's features of the visible tokens, ``[Nc, D]``, in the
+            order of `masks.context_ids`. Carries gradient.
+        predicted_tokens: the predictor's output at the hidden tokens, ``[Nt, D]``, in the order of
+            `masks.target_ids`. Carries gradient.
+        predicted_context: the predictor's output at the visible tokens, ``[Nc, D]``; None where the
+            context loss has weight 0.
+        target: h, the target encoder's standardised features of every token, ``[B*N, D]``; row
+            ``b*N + id``. Carries no gradient with an EMA target.
+        target_live: the same before any detaching; differs from `target` only with an online
+            target.
+        masks: which tokens are visible, which are hidden, and which visible ones share a site over
+            time (a `MaskBatch`).
+        denominators: rows of every mask set over the whole batch, all ranks and micro-batches
+            included; what the means divide by.
+        levels: L, the number of encoder levels in a feature.
+        factorisation: which channels hold appearance and which dynamics.
+        heads: the objectives' own modules by objective name.
+        quirks: the published defects that are switched on.
+        clips: the normalised clips ``[B, 3, frames, H, W]``; None where only features are given.
+        patch_size: side of a patch in pixels.
+        tubelet_size: frames of a token.
+        loss_exponent: r of ``|prediction - target|^r / r``.
+        step: the optimiser step, counted from 0.
+        progress: the share of training done, from 0 to 1.
     """
 
     context_tokens: Tensor
@@ -218,14 +240,17 @@ class ObjectiveContext:
 
     @property
     def grid(self) -> tuple[int, int, int]:
+        """(T, H, W) in tokens."""
         return self.masks.grid
 
     @property
     def pairs(self) -> Tensor:
+        """`masks.pairs`, ``[P, K+1]``."""
         return self.masks.pairs
 
     @property
     def columns(self) -> Tensor:
+        """`masks.columns`, ``[C, T]``."""
         return self.masks.columns
 
     @cached_property
@@ -240,7 +265,7 @@ class ObjectiveContext:
 
     @cached_property
     def prediction_residual(self) -> Tensor:
-        """mean over channels of |prediction - target|^r / r, [Nt]: shared by the prediction loss
+        """Mean over channels of |prediction - target|^r / r, [Nt]: shared by the prediction loss
         and hard-region weighting."""
         return self.power(self.predicted_tokens - self.target_tokens).mean(-1)
 
@@ -313,15 +338,19 @@ class ObjectiveContext:
         return residual.abs().pow(self.loss_exponent) / self.loss_exponent
 
     def target_mean(self, rows: Tensor) -> Tensor:
+        """The mean of one value for each hidden token ``[Nt]``, averaged over the mask sets."""
         return set_mean(rows, self.masks.target_set, self.denominators.target)
 
     def context_mean(self, rows: Tensor) -> Tensor:
+        """The same for visible tokens ``[Nc]``."""
         return set_mean(rows, self.masks.context_set, self.denominators.context)
 
     def pair_mean(self, rows: Tensor) -> Tensor:
+        """The same for pairs ``[P]``."""
         return set_mean(rows, self.masks.pair_set, self.denominators.pair)
 
     def column_mean(self, rows: Tensor) -> Tensor:
+        """The same for columns ``[C]``."""
         return set_mean(rows, self.masks.column_set, self.denominators.column)
 
 
