@@ -27,7 +27,7 @@ def op_of(cell: Cell) -> Function:
     return _OPS[type(cell)]
 
 
-def prepare(states: torch.Tensor, cell: Cell, *arguments: Any, **options: Any) -> Rollout:
+def prepare(states: torch.Tensor, cell: Cell, *arguments: Any, **options: Any) -> Any:
     """The checked inputs of the op of this cell; see `rollout.prepare`."""
     return op_of(cell).prepare(states, cell, *arguments, **options)
 
@@ -186,7 +186,7 @@ def _run(
             with_parameters(cell, [p.to(dtype) for p in cell.parameters()]),
         )
         actions = None if actions is None else actions.to(dtype)
-    inputs = op.prepare(states, cell, horizon, actions=actions, **options)
+    inputs: Any = op.prepare(states, cell, horizon, actions=actions, **options)
     if weights is not None:
         _check_weights(weights, inputs)
     return op.run(inputs, resolve(op, inputs, backend))[0]
