@@ -148,12 +148,14 @@ def test_support_and_explain_know_reasons_of_the_machine_from_those_of_the_call(
 
 
 TOY_FUNCTION = '''
-"""A backend that somebody writes: the reference again."""
+"""A backend that somebody writes: eager PyTorch, differentiated anew in backward."""
+
+from dataclasses import replace
 
 import torch
 
 from ...backend import Backend, Reason
-from . import reference as specification
+from .torch import compose
 
 
 def unsupported(inputs):
@@ -162,7 +164,21 @@ def unsupported(inputs):
     return []
 
 
-BACKEND = Backend("toy", ("cpu",), unsupported, compose=specification.compose)
+def forward(inputs):
+    return tuple(t.contiguous() for t in compose(inputs))
+
+
+def backward(inputs, saved, grad_out, needs):
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (inputs.query, inputs.key, inputs.value)]
+        names = ("query", "key", "value")
+        out, _ = compose(replace(inputs, **dict(zip(names, leaves, strict=True))))
+        return torch.autograd.grad(
+            out, leaves, grad_out, allow_unused=True, materialize_grads=True
+        )
+
+
+BACKEND = Backend("toy", ("cpu",), unsupported, forward, backward)
 '''
 TOY_IN_PLACE = '''
 """A backend that another package's author writes."""

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from jepa_kernels import native
 from tests.abi.header import CSRC, Abi, HeaderError, parse, read
+from tests.native.build import ISAS
 from tests.simt.build import compiler
 
 OPS = sorted(path.parent.name for path in CSRC.glob("*/params.h"))
@@ -86,3 +88,14 @@ def test_functions_and_callbacks_have_their_types():
         abi.callbacks["jk_parallel_for"],
     ]
     assert abi.constants["JK_ISA_AUTO"] == -1
+
+
+def test_the_build_and_python_number_instruction_sets_as_the_abi_does():
+    constants = read("masked_attention").constants
+    names = {
+        name.removeprefix("JK_ISA_").lower(): number
+        for name, number in constants.items()
+        if name.startswith("JK_ISA_") and name not in ("JK_ISA_AUTO", "JK_ISA_COUNT")
+    }
+    assert names == ISAS and tuple(names) == native.ISAS
+    assert len(names) == constants["JK_ISA_COUNT"]

@@ -169,13 +169,13 @@ KERNEL_FAULTS = {
     "a kept matrix that has not arrived": (
         "residual_mlp",
         "weights.cuh",
-        "jk::cp_async_wait<0>();",
+        "cp_async_wait<0>();",
         "",
     ),
     "a slot that has not arrived": (
         "residual_mlp",
         "weights.cuh",
-        "jk::cp_async_wait<kManySlots - 2>();",
+        "cp_async_wait<kManySlots - 2>();",
         "",
     ),
     "a slot that other lanes have yet to fill": (

@@ -50,7 +50,7 @@ using namespace jk::rollout;
 
 // A test that needs fewer types compiles fewer.
 #ifndef JK_INSTANCES
-#define JK_INSTANCES(name) name<float>, name<bfloat16>, name<float16>
+#define JK_INSTANCES(name) name<float>, name<jk::bfloat16>, name<jk::float16>
 #endif
 
 JK_EXPORT const char* jk_latent_rollout_cuda_mlp_fwd(const jk_rollout_mlp_params* p, void* stream) {

@@ -43,7 +43,11 @@ const char* check_ids(const jk_masked_attention_params& p, const jk_ints& ids, i
                       const char* name) {
   const Long tokens = p.grid_t * p.grid_h * p.grid_w;
   int64_t low = -1, high = -1;
-  for (int64_t s = 0; s < (ids.stride_seq == 0 ? 1 : p.num_seqs); ++s) {
+  const bool packed = p.cu_q.data != nullptr;
+  const int64_t lists = packed                ? 1
+                        : ids.stride_seq == 0 ? std::min<int64_t>(1, p.num_seqs)
+                                              : p.num_seqs;
+  for (int64_t s = 0; s < lists; ++s) {
     if (ids.bytes == 4) {
       widen_range((const int32_t*)ids.data + s * ids.stride_seq, len, ids.stride_token, low, high);
     } else {
