@@ -17,7 +17,7 @@ export PYTEST_TIMEOUT ?= 300
 PYTEST := $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help dev bench test quick conformance test-interpret test-simt test-gpu wheel-test gpu gpu-check gpu-time gpu-test gpu-dry gpu-records bench-ops lint format golden clean
+.PHONY: docs help dev bench test quick conformance test-interpret test-simt test-gpu wheel-test gpu gpu-check gpu-time gpu-test gpu-dry gpu-records bench-ops lint format golden clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -109,6 +109,15 @@ gpu-records: dev ## what a GPU run brought back under $$OUT, as committed record
 
 bench-ops: dev ## every op against its baselines; appends records under benchmarks/results
 	for f in benchmarks/bench_*.py; do $(PY) -m benchmarks.$$(basename $$f .py) || exit 1; done
+
+# What the site is built of is installed here, so that `make dev` stays small.
+$(VENV)/.docs: pyproject.toml $(READY)
+	@$(PY) -c "import mkdocstrings, material" 2>/dev/null || \
+	  JEPA_KERNELS_NATIVE=0 $(PY) -m pip install --quiet --no-build-isolation --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs ## the documentation as a site in build/site; a broken link or reference fails
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 
 lint: dev ## ruff, mypy, clang-format
 	$(PY) -m ruff check .

@@ -3,8 +3,8 @@
 Three libraries, compiled by ninja with every source in parallel and incrementally:
   jepa_kernels/_native.so   torch ops on the stable ABI and the CPU kernels (g++; always)
   jepa_kernels/_cuda.so     CUDA kernels behind a C ABI, no torch inside (nvcc; when it is found, or
-  JEPA_KERNELS_CUDA=1) jepa_kernels/_host*.so    pybind11 + NumPy host code: mask sampling in data
-  workers (g++; always)
+                            JEPA_KERNELS_CUDA=1)
+  jepa_kernels/_host*.so    pybind11 + NumPy host code: mask sampling in data workers (g++; always)
 
 Environment: JEPA_KERNELS_CUDA=0|1 decides about the CUDA library, JEPA_KERNELS_CUDA_ARCHS="80;90a"
 its architectures, JEPA_KERNELS_NATIVE=0 leaves all native code out (the package then runs on the

@@ -1,5 +1,5 @@
 """Masks, motion maps and index lists of one batch: host code against slicing, against its NumPy
-twin, and against all-pairs distances."""
+reference, and against all-pairs distances."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""A whole training step against the published one, beside it in one process: our step with the
-published quirks, and the eager twin.
+"""A whole training step against the published one in one process: our step with the published
+behaviour switched on, and an eager reproduction of the published step.
 
-The twin (`eager_twin.py`) is held to the golden steps of the published code. Both sides start from
-the same weights, see the same clips and the same masks (truncated to the batch minimum), and must
-give the same loss. `untruncated` compares our own default, no truncation and one packed call for
-all mask sets, per token of encoder and predictor.
+The reproduction (`eager_twin.py`) is held to the golden steps of the published code. Both sides
+start from the same weights, see the same clips and the same masks (truncated to the batch minimum),
+and must give the same loss. `untruncated` compares our own default, no truncation and one packed
+call for all mask sets, per token of encoder and predictor.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _case(
 ) -> Iterator[harness.Comparison]:
     precision = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
     given = inputs(resolution, options, truncate="batch_min")
-    batch = Batch(given.clip, None, torch.arange(BATCH), given.masks, STEP)
+    batch = Batch(given.clip, given.masks, STEP)
     for backend in options.backends or ("auto",):
         # Ours never needs checkpointing to match: the published configuration has it on, so
         # `checkpointed` is their choice, not ours.
@@ -180,7 +180,7 @@ def _case(
         if checkpointing:
             continue
         free = inputs(resolution, options, truncate="none")
-        free_batch = Batch(free.clip, None, torch.arange(BATCH), free.masks, STEP)
+        free_batch = Batch(free.clip, free.masks, STEP)
         per_token = _tokens(free.masks) / _tokens(given.masks)
         yield harness.Comparison(
             case=f"{size}/{resolution.name}px/{FRAMES}f/untruncated",

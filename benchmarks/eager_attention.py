@@ -32,8 +32,8 @@ def rotate_slice(
         repeats = [1] * (angle.dim() - 1) + [2]
         sine, cosine = angle.sin().repeat(repeats), angle.cos().repeat(repeats)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((-odd, even), dim=-1).flatten(-2)
-    return x * cosine + turned * sine
+    rotated = torch.stack((-odd, even), dim=-1).flatten(-2)
+    return x * cosine + rotated * sine
 
 
 def positions(
@@ -69,7 +69,7 @@ def rotate(
     else:
         ids = ids.unsqueeze(1).repeat(1, heads, 1)
     axes = positions(ids, grid, interpolate=interpolate)
-    turned = []
+    rotated = []
     for tensor in (query, key):
         slices = [
             rotate_slice(tensor[..., n * part : (n + 1) * part], axis, layout=layout)
@@ -77,8 +77,8 @@ def rotate(
         ]
         if 3 * part < head_dim:
             slices.append(tensor[..., 3 * part :])
-        turned.append(torch.cat(slices, dim=-1))
-    return turned[0], turned[1]
+        rotated.append(torch.cat(slices, dim=-1))
+    return rotated[0], rotated[1]
 
 
 def attend(

@@ -1,5 +1,5 @@
-"""Encoder and predictor of the eager twin: one call per mask set, tokens sorted by id in the
-predictor, rotation in every block.
+"""Encoder and predictor of the eager reproduction of the published step: one call per mask set,
+tokens sorted by id in the predictor, rotation in every block.
 
 Parameter names are those of the public V-JEPA 2.1-style code, so golden states load as they are.
 """

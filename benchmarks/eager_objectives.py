@@ -1,7 +1,7 @@
-"""Objectives of the eager twin in their published cost shape: scatter the context to a dense grid,
-shift, index with a boolean mask.
+"""Objectives of the eager reproduction, at the cost of the published ones: scatter the context to a
+dense grid, shift, index with a boolean mask.
 
-Each function takes a `Features` and returns unweighted terms. The published quirks are kept on
+Each function takes a `Features` and returns unweighted terms. The published defects are kept on
 purpose (the latent-dynamics loss under hard-region weighting carries no gradient, its softmax pools
 the batch); this code is a baseline, the fixed versions live in `jepa`.
 """

@@ -1,15 +1,15 @@
-"""An eager twin of the published training step: the same arithmetic, the same cost shape, our own
-code.
+"""An eager reproduction of the published training step: the same arithmetic at the same cost, in
+our own code.
 
-It is the "theirs" of the step-level comparison: every mask set goes through the encoder and the
+It is the baseline of the step benchmark. Every mask set goes through the encoder and the
 predictor on its own, the whole clip is embedded for each of them, positions and rotations are
 recomputed in every block, tokens are sorted in the predictor, objectives scatter to a dense grid,
 context distances are found one token at a time. `tests/benchmarks/test_eager_twin.py` holds it to
 the golden steps of the published code (losses, terms, gradients, parameters after two updates), for
-all 28 variants.
+every published variant.
 
-    python -m benchmarks.eager_twin --resolution 224 --dtype float32          step time, and the
-    shares of SDPA and of the rotation
+    # step time, and the shares of SDPA and of the rotation
+    python -m benchmarks.eager_twin --resolution 224 --dtype float32
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Figures from benchmark records: the ratio against frame resolution, with its interval and the
 line at 1.
 
-    python -m benchmarks.plot benchmarks/results/cpu-2core-avx2/masked_attention.json --output
-    figure.svg python -m benchmarks.plot RECORDS.json --pass forward --dtype float32 --x tokens
+    python -m benchmarks.plot RECORDS.json --output figure.svg
+    python -m benchmarks.plot RECORDS.json --pass forward --dtype float32 --x tokens
 
 Colours are Okabe and Ito's (safe for the common kinds of colour blindness); markers differ as well,
 so a figure also works in grey.

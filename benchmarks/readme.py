@@ -1,176 +1,108 @@
 """Fills the generated parts of README.md and of the pages under docs from the code and from the
-committed records.
+committed records, and draws their pictures.
 
-python -m benchmarks.readme            writes them
-python -m benchmarks.readme --check    exits 1 when a page differs from what the code and the
-records say
+    python -m benchmarks.readme            writes them
+    python -m benchmarks.readme --check    exits 1 when a file differs from what the code and the
+                                           records say
 
 A part is a block `<!-- generated: NAME [ARGUMENT] -->` ... `<!-- end -->`; PARTS says who writes
-it.
+it. PICTURES are files of their own.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report_text
-from jepa_kernels.support import table as support_table
+from benchmarks import architecture, code_tables, headlines, report_text
+from benchmarks.records import (
+    RESULTS,
+    ROOT,
+    USUAL_CLOCK,
+    Record,
+    clock,
+    devices,
+    ratio,
+    read,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- generated: (\w+)(?: (\S+))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-KEYS = ("backend", "baseline", "case", "dtype", "pass")
-
-# What README shows of each op: case, pass and baseline. Everything else, losses included, is in
-# docs/measured.md.
-HEADLINES: dict[str, tuple[tuple[str, str, str], ...]] = {
-    "masked_attention": (
-        ("vit_b/224px/16f/dense", "forward", "sdpa"),
-        ("vit_b/224px/16f/dense", "forward+backward", "sdpa"),
-        ("vit_b/224px/16f/dense", "forward+backward", "rotation_sdpa"),
-        ("vit_b/112px/16f/dense", "forward+backward", "rotation_sdpa"),
-        ("vit_b/224px/16f/ragged", "forward+backward", "padded_sdpa"),
-    ),
-    "ema_update": (
-        ("vit_b/float32", "update", "mul_add"),
-        ("vit_b/float32", "update", "foreach_lerp"),
-        ("vit_b/float32", "update", "stream"),
-        ("micro/float32", "update", "foreach_lerp"),
-    ),
-    "adamw_ema": (
-        ("vit_b", "step", "adamw_default"),
-        ("vit_b", "step", "adamw_fused"),
-        ("vit_b", "step", "stream"),
-    ),
-    "latent_rollout": (
-        ("residual_mlp/last/D3072/K16/2048rows", "forward+backward", "state_space"),
-        ("residual_mlp/loss/D1536/K4/2048rows", "forward+backward", "state_space"),
-        ("residual_mlp/last/D768/K1/2048rows", "forward+backward", "state_space"),
-        ("gru/last/D256/K16/1024rows", "forward+backward", "nn_gru_layer_norm"),
-        ("published/ld/D3072/112px/16f", "forward+backward", "eager_dense_grid"),
-    ),
-    "integrations": (
-        ("transformers-vjepa2/encoder/vit_s/224px/16f", "forward+backward", "transformers-vjepa2"),
-        ("vjepa2/attention/vit_s/224px/16f", "forward+backward", "vjepa2"),
-        ("transformers-ijepa/encoder/vit_s/112px/16f", "forward+backward", "transformers-ijepa"),
-    ),
-    "step": (
-        ("tiny/112px/16f", "step", "published"),
-        ("tiny/224px/16f", "step", "published"),
-        ("tiny/224px/16f", "step", "published, checkpointing"),
-    ),
-}
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def newest(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The latest record of every comparison in a file's content, in the order of their first
-    appearance."""
-    latest: dict[tuple[str, ...], dict[str, Any]] = {}
-    for record in content["records"]:
-        latest[tuple(record[k] for k in KEYS)] = record
-    return list(latest.values())
-
-
-def devices() -> list[Path]:
-    return sorted(p for p in RESULTS.iterdir() if p.is_dir())
-
-
-def ratio(record: dict[str, Any]) -> str:
-    """The paired ratio with its interval; below 1 is a loss and says so."""
-    if record["status"] != "ok":
-        return str(record["status"])
-    low, high = record["interval"]
-    mark = "" if low >= 1 else " (loss)" if high < 1 else " (even)"
-    return f"{record['ratio']:.2f} [{low:.2f}, {high:.2f}]{mark}"
-
-
-def how(record: dict[str, Any]) -> str:
-    """Threads and clock of a measurement."""
-    return f"{record['threads']}, {record.get('clock', 'wall')}"
 
 
 def pictures(paths: Iterable[Path]) -> list[str]:
     return [f"![{path.stem.replace('_', ' ')}]({path.relative_to(ROOT)})" for path in paths]
 
 
-def _row(record: dict[str, Any]) -> str:
-    names = ("case", "dtype", "pass", "baseline", "backend")
-    cells = [*(record[name] for name in names), how(record)]
-    return f"| {' | '.join(cells)} | {ratio(record)} |"
+def _records_of(op: str | None) -> list[tuple[Any, list[Record]]]:
+    return [(d, d.tables[op]) for d in devices() if op in d.tables]
 
 
-def measured(_: str | None) -> str:
-    """A table per device and op: our speed over each baseline's, with the interval."""
+def _otherwise(record: Record) -> str:
+    """How a row was measured where that is not the usual way."""
+    how = clock(record)
+    return "" if how == USUAL_CLOCK else f" ({how})"
+
+
+def measured(op: str | None) -> str:
+    """Every comparison of an op: a section for each device, a table for each dtype and pass."""
     lines: list[str] = []
-    for device in devices():
-        for path in sorted(device.glob("*.json")):
-            content = read(path)
-            if not all("baseline" in r for r in content.get("records", [{}])):
-                continue
-            records = newest(content)
-            load = max(r.get("load_average") or 0.0 for r in records)
+    for device, records in _records_of(op):
+        load = max(record.get("load_average") or 0.0 for record in records)
+        lines += [
+            "",
+            f"## {device.title}",
+            "",
+            f"Record: `{device.path(str(op))}`. {USUAL_CLOCK}, unless a row says otherwise; load "
+            f"average up to {load:.0f}.",
+        ]
+        for dtype, pass_name in dict.fromkeys((r["dtype"], r["pass"]) for r in records):
             lines += [
                 "",
-                f"## `{path.stem}` on {records[0]['device']} ({device.name})",
+                f"### {device.short}, {dtype}, {pass_name}",
                 "",
-                f"Load average up to {load:.0f}; record: `{path.relative_to(ROOT)}`",
-                "",
-                "| case | dtype | pass | baseline | ours | threads, clock | baseline's time / "
-                "ours |",
-                "|---|---|---|---|---|---|---|",
-                *map(_row, records),
+                "| case | baseline | backend | baseline's time / ours |",
+                "|---|---|---|---|",
+            ]
+            lines += [
+                f"| {r['case']} | {r['baseline']} | {r['backend']} | {ratio(r)}{_otherwise(r)} |"
+                for r in records
+                if (r["dtype"], r["pass"]) == (dtype, pass_name)
             ]
     return "\n".join(lines).strip() or "No record is committed yet."
 
 
-def headlines(_: str | None) -> str:
-    """A few rows per op, a column for each device and dtype."""
-    found: dict[tuple[str, str], dict[tuple[str, str, str, str], dict[str, Any]]] = {}
-    for device in devices():
-        for op in HEADLINES:
-            path = device / f"{op}.json"
-            # A case that was run on several backends is shown for kernels: `torch` comes first, to
-            # be overwritten.
-            for record in (
-                sorted(newest(read(path)), key=lambda r: r["backend"] != "torch")
-                if path.exists()
-                else []
-            ):
-                key = (op, record["case"], record["pass"], record["baseline"])
-                found.setdefault((device.name, record["dtype"]), {})[key] = record
-    wanted = [(op, *row) for op, rows in HEADLINES.items() for row in rows]
-    columns = {at: rows for at, rows in found.items() if any(key in rows for key in wanted)}
-    if not columns:
+def summary(op: str | None) -> str:
+    """A few rows of an op, a column for each device and dtype."""
+    rows = headlines.SUMMARY.get(str(op), ())
+    shown = headlines.columns([(str(op), *row) for row in rows])
+    if not shown:
         return "No record is committed yet."
-    heads = [f"{device}, {dtype}" for device, dtype in columns]
     lines = [
-        f"| op | case | pass | against | {' | '.join(heads)} |",
-        f"|{'---|' * (4 + len(heads))}",
+        f"| case | pass | baseline | {' | '.join(column.title for column in shown)} |",
+        f"|{'---|' * (3 + len(shown))}",
     ]
-    for key in wanted:
-        records = [rows.get(key) for rows in columns.values()]
-        cells = ["" if record is None else ratio(record) + _unusual(record) for record in records]
-        lines.append(f"| {' | '.join((*key, *cells))} |")
+    for row in rows:
+        cells = []
+        for column in shown:
+            record = column.record(str(op), *row)
+            cells.append("" if record is None else ratio(record) + _otherwise(record))
+        lines.append(f"| {' | '.join((*row, *cells))} |")
     return "\n".join(lines)
 
 
-def _unusual(record: dict[str, Any]) -> str:
-    """How a row was measured where that is not two threads in wall time."""
-    return (
-        ""
-        if how(record) == "2, wall"
-        else f" ({record['threads']} thread, {record.get('clock', 'wall')} time)"
-    )
+def machines(_: str | None) -> str:
+    """The devices that records are committed of, the one measured last first."""
+    lines = ["| device | folder of records | ops | last record |", "|---|---|---|---|"]
+    for device in devices():
+        ops = ", ".join(device.tables)
+        lines.append(
+            f"| {device.title} | `benchmarks/results/{device.key}` | {ops} | {device.newest[:10]} |"
+        )
+    return "\n".join(lines)
 
 
 def findings(name: str | None) -> str:
@@ -251,22 +183,15 @@ def integration(name: str | None) -> str:
     """What acceleration does to one code base: attention alone and an encoder step, times and peak
     memory of both sides."""
     lines: list[str] = []
-    for device in devices():
-        path = device / "integrations.json"
-        records = (
-            [r for r in newest(read(path)) if r["baseline"] == name and r["status"] == "ok"]
-            if path.exists()
-            else []
-        )
+    for device, table in _records_of("integrations"):
+        records = [r for r in table if r["baseline"] == name and r["status"] == "ok"]
         if not records:
             continue
-        measured_with = sorted(
-            {f"{r['threads']} thread{'s' * (r['threads'] > 1)}, {r['clock']} time" for r in records}
-        )
         lines += [
             "",
-            f"{records[0]['device']} ({device.name}), torch {records[0]['torch']}, "
-            f"{'; '.join(measured_with)}; record: `{path.relative_to(ROOT)}`",
+            f"{device.title}, torch {records[0]['torch']}, "
+            f"{'; '.join(sorted(set(map(clock, records))))}; "
+            f"record: `{device.path('integrations')}`",
             "",
             "| what | size | pixels, tokens | dtype | pass | untouched ms | accelerated ms | "
             "ratio of times | peak MiB, untouched, accelerated |",
@@ -294,13 +219,23 @@ def integration(name: str | None) -> str:
 
 
 PARTS: dict[str, Callable[[str | None], str]] = {
-    "support": lambda _: support_table(),
+    "backends": code_tables.backends,
+    "objectives": code_tables.objective_sections,
+    "variants": code_tables.variants,
+    "context": code_tables.context,
+    "published": code_tables.published_behaviour,
+    "headlines": lambda _: headlines.table(),
+    "machines": machines,
+    "summary": summary,
     "measured": measured,
-    "headlines": headlines,
     "findings": findings,
     "sweep": sweep,
     "study": study,
     "integration": integration,
+}
+PICTURES: dict[str, Callable[[], str]] = {
+    "docs/pictures/architecture.svg": architecture.picture,
+    "docs/pictures/speedups.svg": headlines.bars,
 }
 
 
@@ -314,10 +249,19 @@ def filled(text: str, folder: Path) -> str:
     up = "../" * len(folder.relative_to(ROOT).parts)
 
     def made(match: re.Match[str]) -> str:
+        if match[2] not in PARTS:
+            names = ", ".join(PARTS)
+            raise ValueError(f"readme: a part must be one of {names}, got {match[2]!r}.")
         part = PARTS[match[2]](match[3]).replace("](benchmarks/", f"]({up}benchmarks/")
         return f"{match[1]}{part}\n{match[5]}"
 
     return BLOCK.sub(made, text)
+
+
+def generated() -> dict[Path, str]:
+    """What every page and picture has to hold."""
+    contents = {p: filled(p.read_text(encoding="utf-8"), p.parent) for p in pages()}
+    return contents | {ROOT / name: draw() for name, draw in PICTURES.items()}
 
 
 def main() -> int:
@@ -327,13 +271,13 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     stale = []
-    for path in pages():
-        before = path.read_text(encoding="utf-8")
-        after = filled(before, path.parent)
-        if before != after:
-            stale.append(path)
-            if not check:
-                path.write_text(after, encoding="utf-8")
+    for path, content in generated().items():
+        if path.exists() and path.read_text(encoding="utf-8") == content:
+            continue
+        stale.append(path)
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content, encoding="utf-8")
     if check and stale:
         names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
         print(

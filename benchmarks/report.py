@@ -1,9 +1,10 @@
 """The sweep's page: one self-contained HTML file, its figures as PNG and SVG, its cells as CSV; and
 the comparison of two sweeps.
 
-    python -m benchmarks.report runs/bench/sweep.json                  page, figures and CSV beside
-    the record python -m benchmarks.report BEFORE.json AFTER.json                 what got faster,
-    what got slower beyond noise
+    # page, figures and CSV beside the record
+    python -m benchmarks.report runs/bench/sweep.json
+    # what got faster and what got slower, beyond noise
+    python -m benchmarks.report BEFORE.json AFTER.json
 
 The page needs no network: style, script, figures and tables are in the file. It is written for a
 phone as well as for a wide screen, for light and dark, and its tables sort by any column.

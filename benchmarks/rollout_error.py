@@ -1,14 +1,14 @@
 """How far a rollout drifts from the float64 reference with the number of steps: hidden space beside
 state space, float32 and bfloat16.
 
-    python -m benchmarks.rollout_error                 # JSON and PNG beside the records of this
-    device python -m benchmarks.rollout_error --rows 64 --output drift.json
+    # JSON and PNG beside the records of this device
+    python -m benchmarks.rollout_error
+    python -m benchmarks.rollout_error --rows 64 --output drift.json
 
 Every line starts from the same rounded states and weights as its float64 reference, so only the
-arithmetic of the steps is measured:
-||y_k - exact_k|| / ||exact_k|| over all rows. State space is the
-cell stepped by eager PyTorch in the given dtype; hidden space is the op, which
-keeps hidden states and sums in float32.
+arithmetic of the steps is measured: ||y_k - exact_k|| / ||exact_k|| over all rows. State space is
+the cell stepped by eager PyTorch in the given dtype. Hidden space is the op, which keeps hidden
+states and sums in float32.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from benchmarks import eager_rollout, harness, machine
 from benchmarks.bench_latent_rollout import ACTIONS, HIDDEN, new_cell
 from benchmarks.plot import INK, PALETTE, style
+from jepa.atomic import write_text
 from jepa_kernels import Hamiltonian, ResidualMLP, latent_rollout
 from jepa_kernels.ops.latent_rollout.cells import with_parameters
 
@@ -156,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record |= {"lines": lines, **machine.provenance("cpu")}
     output = arguments.output or machine.RESULTS / machine.device_key("cpu") / "rollout_error.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    write_text(output, json.dumps(record, indent=1, sort_keys=True) + "\n")
     figure(record).savefig(output.with_suffix(".png"))
     print(f"record: {output}\nfigure: {output.with_suffix('.png')}")
     return 0

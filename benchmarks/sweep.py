@@ -1,11 +1,13 @@
 """The resolution sweep: how the training and fine-tuning throughput of every variant scales with
 frame resolution.
 
-    python -m benchmarks.sweep                                          all 28 variants, micro, 64
-    to 224 px, within six minutes python -m benchmarks.sweep --size tiny --resolutions
-    64,112,160,224 --budget 1500 --output runs/tiny.json python -m benchmarks.sweep --variants
-    baseline,ld --backends torch,cpu --data tensors python -m benchmarks.sweep --predict 512x512x32
-    --batch 8           expected step time and memory, from a finished sweep
+    # every named variant, micro, 64 to 224 px, within six minutes
+    python -m benchmarks.sweep
+    python -m benchmarks.sweep --size tiny --resolutions 64,112,160,224 --budget 1500 \\
+        --output runs/tiny.json
+    python -m benchmarks.sweep --variants baseline,ld --backends torch,cpu --data tensors
+    # expected step time and memory, from a finished sweep
+    python -m benchmarks.sweep --predict 512x512x32 --batch 8
 
 Shared work is timed once: variants of one mask policy and target kind differ in their objectives
 only, so the other phases are measured per group, and each set of objectives alone, paired with the
@@ -34,8 +36,9 @@ from benchmarks.workload import Group, Workload
 from jepa.allocator import keep_freed_memory
 from jepa.models.sizes import SIZES
 from jepa.variants import VARIANTS, VariantConfig, variant
-from jepa_kernels.backend import CHOICES
+from jepa_kernels import BACKENDS
 
+CHOICES = ("auto", *BACKENDS)
 MODES = ("pretrain", "finetune", "finetune+objective", "frozen")
 DEFAULT_OUTPUT = machine.REPOSITORY / "runs" / "bench" / "sweep.json"
 STEP_SHARE = 0.6  # of a resolution's time; the rest is for the objectives

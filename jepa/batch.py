@@ -1,10 +1,10 @@
-"""What one training step reads: clips, and the token lists of their masks, packed so that no step
-needs a loop or a look-up on the host."""
+"""Clips and the token lists of their masks, packed so that no step needs a loop or a look-up on the
+host: as a loader reads them (`LoadedBatch`) and as a training step takes them (`Batch`)."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -16,53 +16,88 @@ from torch import Tensor
 from jepa import host, lattice
 
 
-def _moved(record: Any, change: Any) -> Any:
-    """A copy of a dataclass with `change` applied to every tensor (and every record of tensors) in
-    it."""
-    values = {}
-    for field in dataclasses.fields(record):
-        value = getattr(record, field.name)
-        movable = isinstance(value, Tensor | MaskBatch | Views)
-        values[field.name] = change(value) if movable else value
-    return type(record)(**values)
+@dataclass(frozen=True)
+class TensorRecord:
+    """A dataclass of tensors, of other such records and of plain values, that moves as a whole."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """A copy whose tensors are on `device`."""
+        return self._mapped(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """A copy whose tensors are in page-locked memory."""
+        return self._mapped(lambda value: value.pin_memory())
+
+    def _mapped(self, change: Callable[[Any], Any]) -> Self:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return type(self)(
+            **{
+                name: change(value) if isinstance(value, Tensor | TensorRecord) else value
+                for name, value in values.items()
+            }
+        )
 
 
 @dataclass(frozen=True)
-class MaskBatch:
+class MaskBatch(TensorRecord):
     """Context and target tokens of J mask sets over B samples, packed set-major: sequence s = j*B +
     b.
 
-    A token id is t*H*W + y*W + x on the grid (T, H, W), N = T*H*W; `*_rows` are b*N + id, rows of a
-    dense [B*N, D]; `*_cu` are the cumulative lengths of the J*B sequences. Pairs and columns list
-    sites of the *context* that exist at several time steps.
+    A token id is t*H*W + y*W + x on the grid (T, H, W), N = T*H*W. `*_rows` are b*N + id, rows of a
+    dense ``[B*N, D]``. Pairs and columns list sites of the *context* that exist at several time
+    steps. Ids, rows and sets are int64, offsets int32, distances and counts float32.
+
+    Attributes:
+        num_sets: J.
+        batch_size: B.
+        grid: (T, H, W) in tokens.
+        context_ids: ids of the visible tokens, ``[Nc]``.
+        context_cu: where each sequence of visible tokens begins, ``[J*B+1]``.
+        context_set: the mask set of each visible token, ``[Nc]``.
+        context_rows: rows of the visible tokens, ``[Nc]``.
+        target_ids: ids of the hidden tokens, ``[Nt]``.
+        target_cu: where each sequence of hidden tokens begins, ``[J*B+1]``.
+        target_set: the mask set of each hidden token, ``[Nt]``.
+        target_rows: rows of the hidden tokens, ``[Nt]``.
+        context_distance: square root of the Euclidean distance from each visible token to the
+            nearest hidden token of its sequence, ``[Nc]``.
+        pairs: packed context rows of one site at t, t+1, .. t+K, ``[P, K+1]``.
+        pair_rows: the same as rows of the dense ``[B*N, D]``, ``[P, K+1]``.
+        pair_set: the mask set of each pair, ``[P]``.
+        columns: packed context rows of a site that is visible at all T time steps, ``[C, T]``.
+        column_rows: the same as rows of the dense ``[B*N, D]``, ``[C, T]``.
+        column_set: the mask set of each column, ``[C]``.
+        context_count: visible tokens of each mask set, ``[J]``.
+        target_count: hidden tokens of each mask set, ``[J]``.
+        pair_count: pairs of each mask set, ``[J]``.
+        column_count: columns of each mask set, ``[J]``.
+        context_sizes: visible tokens of each set as numbers on the host: set j is a slice of the
+            packed context.
     """
 
     num_sets: int
     batch_size: int
     grid: tuple[int, int, int]
-    context_ids: Tensor  # int64 [Nc]
-    context_cu: Tensor  # int32 [J*B+1]
-    context_set: Tensor  # int64 [Nc]
-    context_rows: Tensor  # int64 [Nc]
-    target_ids: Tensor  # int64 [Nt]
-    target_cu: Tensor  # int32 [J*B+1]
-    target_set: Tensor  # int64 [Nt]
-    target_rows: Tensor  # int64 [Nt]
-    # float32 [Nc]: sqrt of the Euclidean distance to the nearest target token of the sequence
+    context_ids: Tensor
+    context_cu: Tensor
+    context_set: Tensor
+    context_rows: Tensor
+    target_ids: Tensor
+    target_cu: Tensor
+    target_set: Tensor
+    target_rows: Tensor
     context_distance: Tensor
-    pairs: Tensor  # int64 [P, K+1]: packed context rows of one site at t, t+1, .. t+K
-    pair_rows: Tensor  # int64 [P, K+1]
-    pair_set: Tensor  # int64 [P]
-    columns: Tensor  # int64 [C, T]: packed context rows of a site that is present at all T steps
-    column_rows: Tensor  # int64 [C, T]
-    column_set: Tensor  # int64 [C]
-    context_count: Tensor  # float32 [J]
-    target_count: Tensor  # float32 [J]
-    pair_count: Tensor  # float32 [J]
-    column_count: Tensor  # float32 [J]
-    context_sizes: tuple[
-        int, ...
-    ]  # Nc of each set, known on the host: set j is a slice of the packed context
+    pairs: Tensor
+    pair_rows: Tensor
+    pair_set: Tensor
+    columns: Tensor
+    column_rows: Tensor
+    column_set: Tensor
+    context_count: Tensor
+    target_count: Tensor
+    pair_count: Tensor
+    column_count: Tensor
+    context_sizes: tuple[int, ...]
 
     @property
     def horizon(self) -> int:
@@ -176,45 +211,59 @@ class MaskBatch:
             ),
         )
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        return _moved(self, lambda value: value.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Self:
-        return _moved(self, lambda value: value.pin_memory())
-
 
 @dataclass(frozen=True)
-class Views:
+class Views(TensorRecord):
     """The part of each clip that a step sees, in shares of the frame, and whether it is mirrored.
     Cut out on the device: data/transforms.py."""
 
     boxes: Tensor  # float32 [B, 4]: top, left, height, width
     flips: Tensor  # bool [B]
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        return _moved(self, lambda value: value.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> Self:
-        return _moved(self, lambda value: value.pin_memory())
+@dataclass(frozen=True)
+class LoadedBatch(TensorRecord):
+    """What a loader reads: bytes as decoded, with the part of each clip that the model will see."""
 
-
-@dataclass
-class Batch:
-    """Clips of one step. uint8 clips are channel-last as decoded; float clips are channel-first and
-    normalised."""
-
-    clips: Tensor  # uint8 [B, T_frames, H, W, 3] or float [B, 3, T_frames, H, W]
-    labels: Tensor | None  # int64 [B]
+    clips: Tensor  # uint8 [B, frames, H, W, 3]
+    labels: Tensor  # int64 [B]
     sample_ids: Tensor  # int64 [B]
-    masks: MaskBatch | None
+    masks: MaskBatch | None  # None where the loader samples none
+    views: Views | None  # None: the whole frame
+
+    def for_step(self, clips: Tensor, step: int) -> Batch:
+        """What optimiser step `step` takes, once `clips` have been normalised.
+
+        Raises:
+            ValueError: the loader samples no masks.
+        """
+        if self.masks is None:
+            raise ValueError("LoadedBatch: masks must be given for a training step, got None.")
+        return Batch(clips, self.masks, step)
+
+
+@dataclass(frozen=True)
+class Batch(TensorRecord):
+    """What a training step takes: normalised clips and the masks of every one of them.
+
+    `step` is the optimiser step that takes it, counted from 0. Micro-batches of one optimiser step
+    share it.
+
+    Raises:
+        ValueError: clips of another layout, such as a loader's bytes.
+    """
+
+    clips: Tensor  # float [B, 3, frames, H, W]
+    masks: MaskBatch
     step: int
-    views: Views | None = None
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        return _moved(self, lambda value: value.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Self:
-        return _moved(self, lambda value: value.pin_memory())
+    def __post_init__(self) -> None:
+        clips = self.clips
+        if not clips.is_floating_point() or clips.ndim != 5 or clips.shape[1] != 3:
+            raise ValueError(
+                f"Batch: clips must be float [B, 3, frames, H, W], got {clips.dtype} "
+                f"{list(clips.shape)}."
+            )
 
 
 def _checked_grid(grid: tuple[int, int, int]) -> tuple[int, int, int]:

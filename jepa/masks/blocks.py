@@ -110,7 +110,7 @@ def _motion_origin(
 def covers_everything(
     mask_set: MaskSet, block: tuple[int, int, int], grid: tuple[int, int, int], attempts: int
 ) -> str:
-    """The sentence for a mask set that never left a context token."""
+    """The error message for a mask set that never left a context token."""
     return (
         f"sample_masks: mask_set must leave context tokens, got {mask_set.num_blocks} blocks of "
         f"{block} on the grid {grid}, "

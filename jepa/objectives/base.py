@@ -4,7 +4,6 @@ one way to take a mean."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -21,15 +20,15 @@ from jepa_kernels.ops.latent_rollout.cells import Cell
 
 @dataclass(frozen=True)
 class WeightSchedule:
-    """How a weight changes over training, as a factor of progress in [0, 1].
-
-    constant: 1. ramp: 0 up to `begin`, then linear to 1 at `end`. cosine: 0.5 (1 + cos(pi *
-    progress)), 1 to 0.
-    """
+    """How a weight changes over training, as a factor of progress in [0, 1]: 1; 0 up to `begin`,
+    then linear to 1 at `end`; or 0.5 (1 + cos(pi * progress))."""
 
     kind: Literal["constant", "ramp", "cosine"] = "constant"
+    """constant: 1. ramp: 0 to 1, linear from `begin` to `end`. cosine: 1 to 0."""
     begin: float = 0.0
+    """Share of training at which a ramp begins."""
     end: float = 1.0
+    """Share of training at which a ramp is done."""
 
     def factor(self, progress: float) -> float:
         if self.kind == "constant":
@@ -43,10 +42,27 @@ class WeightSchedule:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The part of every objective's `Config`: its weight in the sum. Weight 0 skips the work."""
+    """The part of every objective's `Config`: its weight in the sum (0 skips the work), and what
+    the step has to know of it beforehand. An objective overrides what is different for it."""
 
     weight: float = 1.0
+    """Its factor in the loss; 0 skips the work."""
     schedule: WeightSchedule = field(default_factory=WeightSchedule)
+    """How the weight changes over training."""
+
+    @property
+    def minimum_frames(self) -> int:
+        """Time steps of the token grid below which the objective is skipped."""
+        return 1
+
+    @property
+    def pair_horizon(self) -> int:
+        """K: how many time steps ahead it looks, so that pairs of context tokens span them."""
+        return 1
+
+    def build_head(self, dims: FeatureDims) -> nn.Module | None:
+        """Its own parameters, found in `ctx.heads[<name>]`; None where it has none."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -64,14 +80,13 @@ class Objective:
 
 @dataclass(frozen=True)
 class Factorisation:
-    """Which channels of the [.., L*E] features hold appearance; the rest hold dynamics.
-
-    levels: the first `appearance_share` of all channels, that is the shallow levels (published).
-    channels: that share of each level.
-    """
+    """Which channels of the [.., L*E] features hold appearance; the rest hold dynamics. The
+    published split is by levels, that is the shallow ones."""
 
     split: Literal["levels", "channels"] = "levels"
+    """levels: the first levels hold appearance; channels: a share of each level."""
     appearance_share: float = 0.5
+    """Share of the channels that hold appearance."""
 
     def appearance_width(self, width: int, levels: int) -> int:
         if self.split == "levels":
@@ -98,7 +113,8 @@ class Factorisation:
             return features[..., :share] if first else features[..., share:]
         by_level = features.unflatten(-1, (levels, -1))
         share //= levels
-        return (by_level[..., :share] if first else by_level[..., share:]).flatten(-2)
+        part: Tensor = by_level[..., :share] if first else by_level[..., share:]
+        return part.flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -152,12 +168,34 @@ class Denominators:
 
 @dataclass(frozen=True)
 class ObjectiveContext:
-    """Everything an objective may look at. Tokens are packed set-major as in `masks`; features are
-    float32 and [rows, D], D = L*E.
+    """Everything an objective may look at. Features are float32 ``[rows, D]``, D = L*E: L levels of
+    E channels side by side.
 
-    `target` is the standardised output of the target encoder for every token, row b*N + id;
-    `target_live` is the same before any detaching, and differs only with an online target.
-    `progress` is the share of training done, in [0, 1].
+    Attributes:
+        context_tokens: Z, the context encoder's features of the visible tokens, ``[Nc, D]``, in the
+            order of `masks.context_ids`. Carries gradient.
+        predicted_tokens: the predictor's output at the hidden tokens, ``[Nt, D]``, in the order of
+            `masks.target_ids`. Carries gradient.
+        predicted_context: the predictor's output at the visible tokens, ``[Nc, D]``; None where the
+            context loss has weight 0.
+        target: h, the target encoder's standardised features of every token, ``[B*N, D]``; row
+            ``b*N + id``. Carries no gradient with an EMA target.
+        target_live: the same before any detaching; differs from `target` only with an online
+            target.
+        masks: which tokens are visible, which are hidden, and which visible ones share a site over
+            time (a `MaskBatch`).
+        denominators: rows of every mask set over the whole batch, all ranks and micro-batches
+            included; what the means divide by.
+        levels: L, the number of encoder levels in a feature.
+        factorisation: which channels hold appearance and which dynamics.
+        heads: the objectives' own modules by objective name.
+        quirks: the published defects that are switched on.
+        clips: the normalised clips ``[B, 3, frames, H, W]``; None where only features are given.
+        patch_size: side of a patch in pixels.
+        tubelet_size: frames of a token.
+        loss_exponent: r of ``|prediction - target|^r / r``.
+        step: the optimiser step, counted from 0.
+        progress: the share of training done, from 0 to 1.
     """
 
     context_tokens: Tensor
@@ -169,7 +207,7 @@ class ObjectiveContext:
     denominators: Denominators
     levels: int
     factorisation: Factorisation = field(default_factory=Factorisation)
-    heads: Mapping[str, nn.Module] = field(default_factory=dict)
+    heads: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     quirks: Quirks = field(default_factory=Quirks)
     clips: Tensor | None = None
     patch_size: int = 16
@@ -202,14 +240,17 @@ class ObjectiveContext:
 
     @property
     def grid(self) -> tuple[int, int, int]:
+        """(T, H, W) in tokens."""
         return self.masks.grid
 
     @property
     def pairs(self) -> Tensor:
+        """`masks.pairs`, ``[P, K+1]``."""
         return self.masks.pairs
 
     @property
     def columns(self) -> Tensor:
+        """`masks.columns`, ``[C, T]``."""
         return self.masks.columns
 
     @cached_property
@@ -224,7 +265,7 @@ class ObjectiveContext:
 
     @cached_property
     def prediction_residual(self) -> Tensor:
-        """mean over channels of |prediction - target|^r / r, [Nt]: shared by the prediction loss
+        """Mean over channels of |prediction - target|^r / r, [Nt]: shared by the prediction loss
         and hard-region weighting."""
         return self.power(self.predicted_tokens - self.target_tokens).mean(-1)
 
@@ -297,15 +338,19 @@ class ObjectiveContext:
         return residual.abs().pow(self.loss_exponent) / self.loss_exponent
 
     def target_mean(self, rows: Tensor) -> Tensor:
+        """The mean of one value for each hidden token ``[Nt]``, averaged over the mask sets."""
         return set_mean(rows, self.masks.target_set, self.denominators.target)
 
     def context_mean(self, rows: Tensor) -> Tensor:
+        """The same for visible tokens ``[Nc]``."""
         return set_mean(rows, self.masks.context_set, self.denominators.context)
 
     def pair_mean(self, rows: Tensor) -> Tensor:
+        """The same for pairs ``[P]``."""
         return set_mean(rows, self.masks.pair_set, self.denominators.pair)
 
     def column_mean(self, rows: Tensor) -> Tensor:
+        """The same for columns ``[C]``."""
         return set_mean(rows, self.masks.column_set, self.denominators.column)
 
 
@@ -362,7 +407,9 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return value
-    return _SumOverRanks.apply(value)
+    # torch declares `apply` without types.
+    total: Tensor = _SumOverRanks.apply(value)  # type: ignore[no-untyped-call]
+    return total
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -373,7 +420,7 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         total = grad.clone()
         dist.all_reduce(total)
         return total

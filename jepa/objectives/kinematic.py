@@ -20,12 +20,15 @@ from jepa.objectives.base import Objective, ObjectiveConfig, ObjectiveContext
 @dataclass(frozen=True)
 class Config(ObjectiveConfig):
     kind: Literal["velocity", "huber", "acceleration"] = "velocity"
+    """What is penalised: |v|, Huber of v, or |change of v|."""
     huber_delta: float = 0.1
+    """Where Huber's penalty turns linear."""
     channel_share: float = 1.0
+    """Share of the channels, from the first, that are penalised."""
 
-
-def minimum_frames(cfg: Config) -> int:
-    return 3 if cfg.kind == "acceleration" else 2
+    @property
+    def minimum_frames(self) -> int:
+        return 3 if self.kind == "acceleration" else 2
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:

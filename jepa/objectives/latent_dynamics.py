@@ -4,7 +4,7 @@ time steps."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,21 +23,31 @@ from jepa_kernels import ResidualMLP
 @dataclass(frozen=True)
 class Config(ObjectiveConfig):
     hidden: int = 256
+    """Hidden width of the head."""
     channels: Literal["all", "dynamics"] = "all"
+    """What the head reads: all channels or the dynamics ones."""
     hard_region: bool = False
+    """Weights pairs by a softmax of their errors."""
     temperature: float = 1.0
+    """Of that softmax."""
     horizon: int = 1
+    """Steps that are rolled out; 1 is the published loss."""
 
+    @property
+    def minimum_frames(self) -> int:
+        return self.horizon + 1
 
-def minimum_frames(cfg: Config) -> int:
-    return cfg.horizon + 1
+    @property
+    def pair_horizon(self) -> int:
+        return self.horizon
 
-
-def build_head(dims: FeatureDims, cfg: Config) -> nn.Module:
-    """f: the features (or their dynamics channels) to the change of all of them."""
-    return two_layer_head(
-        dims.dynamics_width if cfg.channels == "dynamics" else dims.width, cfg.hidden, dims.width
-    )
+    def build_head(self, dims: FeatureDims) -> nn.Sequential:
+        """f: the features (or their dynamics channels) to the change of all of them."""
+        return two_layer_head(
+            dims.dynamics_width if self.channels == "dynamics" else dims.width,
+            self.hidden,
+            dims.width,
+        )
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:
@@ -53,7 +63,7 @@ def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:
         if cfg.channels == "dynamics"
         else None
     )
-    cell = ResidualMLP.from_module(ctx.heads["latent_dynamics"], seen)
+    cell = ResidualMLP.from_module(cast(nn.Sequential, ctx.heads["latent_dynamics"]), seen)
     errors = ctx.rollout_errors("latent_dynamics", cell, cfg.horizon, anchored=True)
     error = errors.mean(0)
     if cfg.hard_region:

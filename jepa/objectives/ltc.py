@@ -14,10 +14,11 @@ from jepa.objectives.base import Objective, ObjectiveConfig, ObjectiveContext
 class Config(ObjectiveConfig):
     weight: float = 0.5
     margin: float = 0.5
+    """How much closer (in cosine) a feature must be to its own time's target."""
 
-
-def minimum_frames(cfg: Config) -> int:
-    return 2
+    @property
+    def minimum_frames(self) -> int:
+        return 2
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:

@@ -13,10 +13,11 @@ from jepa.objectives.base import Objective, ObjectiveConfig, ObjectiveContext
 @dataclass(frozen=True)
 class Config(ObjectiveConfig):
     lowest_gain: float = 0.1
+    """Gain of frequency 0; it rises linearly to 1 at the highest."""
 
-
-def minimum_frames(cfg: Config) -> int:
-    return 4
+    @property
+    def minimum_frames(self) -> int:
+        return 4
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:

@@ -15,10 +15,11 @@ from jepa.objectives.base import Objective, ObjectiveConfig, ObjectiveContext
 @dataclass(frozen=True)
 class Config(ObjectiveConfig):
     percentile: float = 0.5
+    """Share of a frame's tokens, the slowest, that should stay constant."""
 
-
-def minimum_frames(cfg: Config) -> int:
-    return 2
+    @property
+    def minimum_frames(self) -> int:
+        return 2
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:

@@ -1,1 +1,1 @@
-"""One folder per op: see CONTRIBUTING.md for what each file of a room holds."""
+"""One folder for each op; CONTRIBUTING.md says what its files hold."""

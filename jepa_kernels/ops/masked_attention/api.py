@@ -25,8 +25,7 @@ def masked_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention over the tokens that are there, with the rotary position of each token taken from
-    its id.
+    """Attention over token ids, dense or packed: each token's rotary position is read from its id.
 
     ``out = softmax(scale * R(query, query_ids) R(key, key_ids)^T) value`` within each sequence
     (Vaswani et al., arXiv 1706.03762, eq. 1; RoPE: Su et al., arXiv 2104.09864, over three axes as

@@ -61,14 +61,14 @@ def rotate(x: torch.Tensor, ids: torch.Tensor, rope: Rope3D) -> torch.Tensor:
             torch.where(ids[..., None] >= 0, a, 0.0)[..., None, :] for a in (first, second)
         )
         a, b = x[..., axis * m : (axis + 1) * m].unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack(
+        rotated = torch.stack(
             (
                 a * first.cos().to(x.dtype) - b * first.sin().to(x.dtype),
                 b * second.cos().to(x.dtype) + a * second.sin().to(x.dtype),
             ),
             dim=-1,
         )
-        blocks.append(turned.flatten(-2))
+        blocks.append(rotated.flatten(-2))
     return torch.cat((*blocks, x[..., 3 * m :]), dim=-1)
 
 
