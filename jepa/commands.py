@@ -75,13 +75,12 @@ def overrides(arguments: Sequence[str]) -> list[str]:
                     f"config: arguments must look like key=value or --key value, got {word!r}."
                 )
             result.append(word)
-        elif "=" in word:
-            result.append(
-                word[2:].replace("-", "_") if "-" in word[2:].partition("=")[0] else word[2:]
-            )
-        else:
+            continue
+        key, given, value = word[2:].partition("=")
+        if not given:
             alone = not words or words[0].startswith("--") or "=" in words[0]
-            result.append(f"{word[2:].replace('-', '_')}={'true' if alone else words.pop(0)}")
+            value = "true" if alone else words.pop(0)
+        result.append(f"{key.replace('-', '_')}={value}")
     return result
 
 

@@ -61,7 +61,7 @@ def options(kind: type, made: Any = None, prefix: str = "") -> Iterator[Option]:
             name,
             _shown(hint) if parsing is None else f"name | {_shown(hint)}" if inner else "mapping",
             None if missing or below else _typed(value),
-            helps[field.name] + (" Must be given." if missing else ""),
+            helps.get(field.name, "") + (" Must be given." if missing else ""),
         )
     for name, inner, value in nested:
         yield from options(inner, value, f"{name}.")

@@ -76,6 +76,12 @@ def test_keys_of_objectives_and_nulls_are_accepted():
             load(kind, None, [f"{option.name}={option.default}"])
 
 
+def test_dashes_of_keys_alone_are_underscores():
+    assert commands.overrides(
+        ["--data.at.list-file=/my-data/a.txt", "--keep-last", "2", "--half", "output=my-run"]
+    ) == ["data.at.list_file=/my-data/a.txt", "keep_last=2", "half=true", "output=my-run"]
+
+
 def test_modules_of_the_extra_are_those_of_the_project_file():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = {
