@@ -1,8 +1,9 @@
 """One training step, as functions that can be called one by one: no I/O, no globals, nothing read
 back from the device.
 
-target_features, context_features, predictions, objective_loss -> a loss; backward; update (clip,
-optimiser, EMA). `loss_step` and `train_step` chain them.
+target_features, context_features and predictions give what objective_context holds and the
+objectives turn into a loss; then backward and update (clip, optimiser, EMA). `loss_step` and
+`train_step` chain them.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="versions, instruction set, GPU, and which backend can run which op, with reasons "
         "and fixes",
     )
-    commands.add_parser("support", help="the support table of the README, in Markdown")
+    commands.add_parser("support", help="which backend takes which dtype, in Markdown")
     calibration = commands.add_parser(
         "calibrate",
         help="measure this machine for about a minute and let auto follow what was fastest",
