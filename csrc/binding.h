@@ -45,6 +45,11 @@ inline int64_t dtype_code(const char* op, const Tensor& t) {
   return -1;
 }
 
+// An isa argument as kernels take it; one beyond an int becomes one that no processor has.
+inline int isa_code(int64_t isa) {
+  return isa == static_cast<int>(isa) ? static_cast<int>(isa) : JK_ISA_COUNT;
+}
+
 // Asks for huge pages under a new CPU tensor of 32 MiB or more, which malloc takes from the system
 // and gives back each time: filling 4 KiB pages for the first time takes as long as the kernels
 // that fill them. A wish: where the system has none, nothing changes.

@@ -123,7 +123,7 @@ void step_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
   const auto list = entries(l, rounding);
   const auto p = describe(l, list, hyper, momentum, rounding, seed, grad_scale, found_inf);
   check_on_host(p, kOp);
-  check_sentence(jk_adamw_ema_cpu_fwd(&p, static_cast<int>(isa), parallel_for));
+  check_sentence(jk_adamw_ema_cpu_fwd(&p, isa_code(isa), parallel_for));
 }
 
 void step_cuda(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps,

@@ -43,7 +43,7 @@ void update_cpu(Tensors targets, Tensors sources, const Tensor& momentum, Tensor
   const auto list = entries(targets, sources, copies, compensations, streams, rounding);
   const auto p = describe(list, momentum, rounding, seed);
   check_on_host(p, kOp);
-  check_sentence(jk_ema_update_cpu_fwd(&p, static_cast<int>(isa), parallel_for));
+  check_sentence(jk_ema_update_cpu_fwd(&p, isa_code(isa), parallel_for));
 }
 
 void update_cuda(Tensors targets, Tensors sources, const Tensor& momentum, Tensors copies,

@@ -58,7 +58,7 @@ struct Device {
   void run(const Params& p, Sentence (*cpu)(const Params*, int, jk_parallel_for), const char* name,
            const Tensor& like) const {
     if (!cuda) {
-      check_sentence(cpu(&p, (int)isa, parallel_for));
+      check_sentence(cpu(&p, isa_code(isa), parallel_for));
       return;
     }
     const auto kernel = reinterpret_cast<Sentence (*)(const Params*, void*)>(cuda_symbol(name));

@@ -130,10 +130,10 @@ using Sentence = const char*;
 struct Cpu {
   int64_t isa;
   Sentence fwd(jk_masked_attention_params& p, const Tensor&) const {
-    return jk_masked_attention_cpu_fwd(&p, static_cast<int>(isa), parallel_for);
+    return jk_masked_attention_cpu_fwd(&p, isa_code(isa), parallel_for);
   }
   Sentence bwd(jk_masked_attention_params& p, const Tensor&) const {
-    return jk_masked_attention_cpu_bwd(&p, static_cast<int>(isa), parallel_for);
+    return jk_masked_attention_cpu_bwd(&p, isa_code(isa), parallel_for);
   }
 };
 
