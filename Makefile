@@ -117,7 +117,7 @@ $(VENV)/.docs: pyproject.toml $(READY)
 	touch $@
 
 docs: $(VENV)/.docs ## the documentation as a site in build/site; a broken link or reference fails
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 lint: dev ## ruff, mypy, clang-format
 	$(PY) -m ruff check .
