@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import nnls
 
 PATTERNS = (("constant", (1, 0, 0)), ("linear", (0, 1, 0)), ("quadratic", (0, 0, 1)))
 
@@ -81,6 +80,8 @@ def fit(tokens: Sequence[float], batch: Sequence[float], values: Sequence[float]
         np.stack([np.ones(count), clips * size, clips * size * size], axis=1) / measured[:, None]
     )
     scale = np.abs(design).max(axis=0)
+    from scipy.optimize import nnls  # a GPU machine that only measures may lack it
+
     solution, _ = nnls(design / scale, np.ones(count))
     best = solution / scale
     errors = np.abs(design @ best - 1.0)

@@ -58,7 +58,7 @@ def load_optimizer_tensors(
     lacks is an error."""
     parameters = dict(model.named_parameters())
     fused = bool(optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
-    state: dict[nn.Parameter, dict[str, Tensor]] = {}
+    state: dict[Tensor, dict[str, Tensor]] = {}
     for full, value in tensors.items():
         key, _, name = full.partition("/")
         if name not in parameters:
@@ -118,10 +118,10 @@ def whole(value: Tensor) -> Tensor:
 
 def sharded_like(value: Tensor, other: Tensor) -> Tensor:
     """`value`, which every process holds whole, sharded as `other` is."""
-    if not hasattr(other, "device_mesh"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
+    if not isinstance(other, DTensor):
+        return value
     return distribute_tensor(value, other.device_mesh, other.placements)
 
 

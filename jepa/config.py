@@ -14,6 +14,7 @@ import json
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -27,10 +28,26 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and what it may be."""
 
 
-def parsed_by(parse: Parse) -> Mapping[str, Parse]:
+@dataclass(frozen=True)
+class Parsing:
+    """How a dataclass field is read that its annotation does not say enough about."""
+
+    parse: Parse
+    entries: Callable[[], Mapping[str, type]] | None
+
+
+def parsed_by(
+    parse: Parse, entries: Callable[[], Mapping[str, type]] | None = None
+) -> Mapping[str, Parsing]:
     """Metadata of a dataclass field whose value is built by `parse(value, path)` instead of by its
-    annotation."""
-    return {"parse": parse}
+    annotation. For a mapping, `entries` gives the keys that it may have and the dataclass of
+    each."""
+    return {"parsing": Parsing(parse, entries)}
+
+
+def parsing_of(field: dataclasses.Field[Any]) -> Parsing | None:
+    """What `parsed_by` says of a field."""
+    return field.metadata.get("parsing")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -65,7 +82,7 @@ def from_dict(kind: type[T], data: Mapping[str, Any], path: str = "") -> T:
         return data
     if not isinstance(data, Mapping):
         raise ConfigError(f"config: {path or kind.__name__} must be a mapping, got {data!r}.")
-    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, kind)) if f.init}
     for key in data:
         if key not in fields:
             raise ConfigError(
@@ -75,10 +92,11 @@ def from_dict(kind: type[T], data: Mapping[str, Any], path: str = "") -> T:
     values = {}
     for name, field in fields.items():
         if name in data:
-            parse = field.metadata.get("parse")
-            here = _joined(path, name)
+            parsing, here = parsing_of(field), _joined(path, name)
             values[name] = (
-                parse(data[name], here) if parse else _convert(hints[name], data[name], here)
+                _convert(hints[name], data[name], here)
+                if parsing is None
+                else parsing.parse(data[name], here)
             )
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"config: key {_joined(path, name)!r} must be given.")
@@ -177,7 +195,8 @@ def to_json(config: Any) -> Any:
 
 
 def to_yaml(config: Any) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    text: str = yaml.safe_dump(to_dict(config), sort_keys=False)
+    return text
 
 
 def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:

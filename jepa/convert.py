@@ -20,6 +20,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -151,7 +152,7 @@ def _to_transformers(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _from_transformers(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    result = {}
+    result: dict[str, Tensor] = {}
     for name, value in state.items():
         match = re.fullmatch(r"(.*)\.attention\.(query|key|value)\.(weight|bias)", name)
         if name == "embeddings.mask_tokens":
@@ -254,7 +255,7 @@ def _found(path: Path) -> Parts:
     return parts
 
 
-def _all_tensors(state: Mapping) -> bool:
+def _all_tensors(state: Mapping[str, Any]) -> bool:
     return bool(state) and all(isinstance(value, Tensor) for value in state.values())
 
 
@@ -280,7 +281,7 @@ def write(parts: Parts, folder: str | Path, shard_bytes: int = 5_000_000_000) ->
     if len(shards) == 1:
         save_file(flat, folder / "model.safetensors", metadata={"format": "pt"})
         return
-    where = {}
+    where: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})

@@ -9,6 +9,7 @@ stream + (high part of step << 16); the key is the 64-bit seed.
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -87,7 +88,7 @@ def _unit(high: NDArray[np.uint64], low: NDArray[np.uint64]) -> NDArray[np.float
     return bits.astype(np.float64) * 2.0**-53
 
 
-def check_keys(seed: int, step: int, samples: NDArray) -> None:
+def check_keys(seed: int, step: int, samples: NDArray[Any]) -> None:
     """Refuses keys that the counter words cannot hold, so that two keys never share numbers."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"counter_rng: seed must lie in [0, 2**64), got {seed}.")

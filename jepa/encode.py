@@ -30,34 +30,38 @@ IMAGES = (".jpg", ".jpeg", ".png", ".bmp")
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """What to encode and where to.
-
-    Args:
-        input: a folder, searched through for videos and images, or a text file of paths (a label
-            after a path is ignored).
-        output: folder; `a/b.mp4` of the input becomes `a/b.mp4.safetensors` with `features` [clips,
-            N, D].
-        run, checkpoint: whose encoder. levels: ``last`` or ``all`` (side by side).
-        clips: clips per video, evenly spread. frames, stride, fps, height, width: None for the
-            run's.
-        half: store float16. skip_existing: leave files alone that are there.
-    """
+    """What to encode and where to."""
 
     input: Path
+    """Folder, searched through for videos and images, or a text file of paths."""
     output: Path
+    """Folder; a/b.mp4 of the input becomes a/b.mp4.safetensors with features [clips, N, D]."""
     run: Path = Path("runs/pretrain")
+    """Folder of the pre-training run whose encoder to use."""
     checkpoint: Which = "newest"
+    """newest, best, or a step."""
     levels: Levels = "last"
+    """The last level, or all levels side by side."""
     clips: int = 1
+    """Clips per video, evenly spread."""
     frames: int | None = None
+    """Frames of a clip; null: the run's."""
     stride: int | None = None
+    """Frames of the video per frame of a clip; null: the run's."""
     fps: float | None = None
+    """Frames per second of a clip; null: the run's."""
     height: int | None = None
+    """Height in pixels; null: the run's."""
     width: int | None = None
+    """Width in pixels; null: the run's."""
     half: bool = True
+    """Store float16 instead of float32."""
     skip_existing: bool = True
+    """Leave files alone that are there."""
     device: str = "auto"
+    """auto, cpu or cuda."""
     threads: int | None = None
+    """CPU threads; null: torch's choice."""
 
     def __post_init__(self) -> None:
         if self.clips < 1:

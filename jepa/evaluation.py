@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -146,7 +146,7 @@ def cached_features(
         encoder = encoder.to(device).eval()
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as scratch:
-            table: NDArray[np.float16] | None = None
+            table: np.memmap[Any, np.dtype[np.float16]] | None = None
             done = 0
             for clips, _ in spec.batches(dataset, batch_size, workers, device):
                 features = encoder(clips, levels=levels).to("cpu", torch.float16).numpy()
@@ -159,7 +159,8 @@ def cached_features(
             if table is None:
                 raise ValueError("cached_features: dataset must have clips, got none.")
             table.flush()
-    return np.load(path, mmap_mode="r")
+    features_on_disk: NDArray[np.float16] = np.load(path, mmap_mode="r")
+    return features_on_disk
 
 
 def cache_key(*parts: object) -> str:

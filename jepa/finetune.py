@@ -8,7 +8,7 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,48 +50,58 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """What to fine-tune and how.
-
-    Args:
-        run, checkpoint: whose evaluation encoder to start from; `scratch` starts from random
-            weights of its architecture.
-        data: labelled data; None means the run's own (moving_shapes asks for `data.target`).
-            train_clips, test_clips: of moving_shapes.
-        frames, height, width: of the input, None for the run's.
-        steps, batch_size, warmup_steps, rate, layer_decay, weight_decay: AdamW; block i of n trains
-        at rate * layer_decay^(n - i). objective_weight: 0 trains on labels alone; otherwise the
-        variant's whole loss is added with this weight, EMA included. heads: of the pooler. seed: of
-        the new weights, data order, crops and masks. output: JSON file of the results, None for
-            `finetune.json` in the run's folder. Checkpoints lie beside it, in a folder of its name.
-        checkpoint_every: in steps. resume: go on from the newest checkpoint where it is of this
-            configuration and these weights; those of another one are removed, as its results are.
-    """
+    """What to fine-tune and how."""
 
     run: Path = Path("runs/pretrain")
+    """Folder of the pre-training run whose encoder to start from."""
     checkpoint: Which = "newest"
+    """newest, best, or a step."""
     scratch: bool = False
+    """Start from random weights of the run's architecture instead."""
     data: DataConfig | None = None
+    """Labelled data; null: the run's own (moving_shapes asks for data.target)."""
     train_clips: int = 512
+    """Training clips of moving_shapes."""
     test_clips: int = 256
+    """Test clips of moving_shapes."""
     frames: int | None = None
+    """Frames of a clip; null: the run's."""
     height: int | None = None
+    """Height in pixels; null: the run's."""
     width: int | None = None
+    """Width in pixels; null: the run's."""
     steps: int = 100
+    """Optimiser steps."""
     batch_size: int = 8
+    """Clips per step."""
     warmup_steps: int = 10
+    """Steps over which the rate rises from 0."""
     rate: float = 1e-3
+    """Learning rate of the head after the warm-up."""
     layer_decay: float = 0.75
+    """Block i of n trains at rate * layer_decay^(n - i)."""
     weight_decay: float = 0.05
+    """Of AdamW, for matrices."""
     clip_gradient: float | None = 1.0
+    """The norm that gradients are scaled down to; null: no limit."""
     objective_weight: float = 0.0
+    """Weight of the variant's whole loss, EMA included; 0 trains on labels alone."""
     heads: int = 3
+    """Of the attentive pooler."""
     seed: int = 0
+    """Of the new weights, data order, crops and masks."""
     workers: int = 0
+    """Loader processes; 0 reads in the main process."""
     device: str = "auto"
+    """auto, cpu or cuda."""
     threads: int | None = None
+    """CPU threads; null: torch's choice."""
     output: Path | None = None
+    """JSON file of the results, checkpoints beside it; null: finetune.json in the run's folder."""
     checkpoint_every: int = 50
+    """Steps from one checkpoint to the next."""
     resume: bool = True
+    """Go on from the newest checkpoint of this configuration and these weights."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -157,7 +167,8 @@ def tokens_of(encoder: nn.Module, clips: Tensor, cfg: StepConfig) -> Tensor:
 
 def logits_of(bundle: ModelBundle, head: Probe, clips: Tensor, cfg: StepConfig) -> Tensor:
     """[B, classes] of clips [B, 3, frames, H, W]."""
-    return head(tokens_of(bundle.context_encoder, clips, cfg))["class"]
+    logits: Tensor = head(tokens_of(bundle.context_encoder, clips, cfg))["class"]
+    return logits
 
 
 def update(
@@ -192,12 +203,7 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
     if data.kind == "moving_shapes":
         data = replace(data, size=cfg.train_clips, test_size=cfg.test_clips)
     train, test = (build_dataset(data, split) for split in ("train", "test"))
-    size = dict(zip(("height", "width"), trained_with.final_size, strict=True))
-    size |= {
-        key: getattr(cfg, key)
-        for key in ("frames", "height", "width")
-        if getattr(cfg, key) is not None
-    }
+    height, width = trained_with.final_size
     schedule = replace(trained_with.schedule, total_steps=cfg.steps)
     step_cfg = replace(
         trained_with,
@@ -208,7 +214,9 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
         workers=cfg.workers,
         schedule=schedule,
         resize=(),
-        **size,
+        frames=trained_with.frames if cfg.frames is None else cfg.frames,
+        height=height if cfg.height is None else cfg.height,
+        width=width if cfg.width is None else cfg.width,
     )
     bundle = bundle.to(world.device)
     head = Probe("attentive", trained_with.model.width, cfg.heads, {"class": train.num_classes}).to(
@@ -223,6 +231,7 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
     )
     spec = InputSpec.of(step_cfg, data.kind)
     right = _right(bundle, head, step_cfg, spec, test, world.device)
+    share, (low, high) = right / len(test), wilson(right, len(test))
     report = {
         "run": str(cfg.run),
         "weights": "scratch" if cfg.scratch else digest,
@@ -234,16 +243,15 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
         "classes": train.num_classes,
         "loss_first": losses[0],
         "loss_last": losses[-1],
-        "top1": right / len(test),
-        "interval": wilson(right, len(test)),
+        "top1": share,
+        "interval": (low, high),
         "test_s": time.perf_counter() - began,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, report)
-    low, high = report["interval"]
     _log.info(
         "top-1 %.1f %% [%.1f, %.1f] of %d test clips; wrote %s",
-        100 * report["top1"],
+        100 * share,
         100 * low,
         100 * high,
         len(test),
@@ -289,7 +297,7 @@ def _train(
     digest: str,
 ) -> list[float]:
     """Cross-entropy (and objective) training; mean losses of ten stretches, each read once."""
-    bundle, head = tuned["bundle"], tuned["head"]
+    bundle, head = cast(ModelBundle, tuned["bundle"]), cast(Probe, tuned["head"])
     keeps = cfg.objective_weight > 0.0
     optimizer = torch.optim.AdamW(layer_groups(bundle, head, cfg, keeps), lr=cfg.rate)
     start, means, pending = _restored(tuned, optimizer, checkpoints)
@@ -310,7 +318,7 @@ def _train(
         update(optimizer, loss, cfg.clip_gradient)
         if keeps and step_cfg.variant.target.kind == "ema":
             update_ema(
-                bundle.target_encoder,
+                bundle.averaged_encoder,
                 bundle.context_encoder,
                 step_cfg.schedule.ema_momentum(number),
             )

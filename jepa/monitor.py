@@ -15,12 +15,14 @@ from jepa.target import standardise
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """`clips` of a batch are looked at; a value below its threshold is warned of. `min_std` is in
-    units of a standardised feature."""
+    """What is looked at, and the thresholds below which a warning is logged."""
 
     clips: int = 4
+    """Clips of a batch that are looked at."""
     min_rank: float = 4.0
+    """Effective rank of the features below which a warning is logged."""
     min_std: float = 0.05
+    """Standard deviation of a standardised feature below which a warning is logged."""
 
 
 def effective_rank(features: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from jepa.data.clip import ClipSpec
 from jepa.data.loader import Fetched, Loader, LoaderConfig, Stage
 from jepa.data.mixture import Picker
 from jepa.data.transforms import ViewSpec, model_input
+from jepa.distributed import World
 from jepa.logs import RunLog
 from jepa.models.blocks import Block
 from jepa.monitor import MonitorConfig, collapse_metrics, warnings
@@ -43,58 +44,64 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class PretrainConfig(StepConfig):
     """A whole run. The defaults are the embedded one: the micro model on moving_shapes, a few
-    minutes on two cores.
-
-    Args:
-        schedule: steps and rates; `schedule.total_steps` is the length of the run.
-        data: what to train on. output: folder of checkpoints, logs and the resolved configuration.
-        batch_size: clips per process and micro-batch. accumulate: micro-batches per optimiser step.
-        frames, stride, fps: of a clip. height, width: pixels that the model sees.
-        resize: (step, height, width), by rising step: after so many optimiser steps the model sees
-            another size. The last one is evaluated.
-        crop_scale, crop_aspect: of the random resized crop. flip: its probability of mirroring.
-        seed: of weights, data order, crops and masks. workers: loader processes.
-        device: ``auto``, ``cpu`` or ``cuda``. distributed: ``auto`` (DDP when torchrun starts
-            several), ``ddp`` or ``fsdp2``.
-        threads: CPU threads, None for torch's choice. compile: torch.compile of every transformer
-            block.
-        log_every, checkpoint_every: in steps; a checkpoint also closes a log interval. keep_last:
-            checkpoints kept besides the best.
-        max_skipped: updates skipped for a gradient that is not finite before the run stops.
-        resume: go on from the newest checkpoint in `output` when there is one; without it, such a
-            folder is refused.
-    """
+    minutes on two cores."""
 
     schedule: ScheduleConfig = field(
         default_factory=lambda: ScheduleConfig(
             total_steps=300, warmup_steps=30, momentum=0.99, final_momentum=0.999
         )
     )
+    """Length of training, rates and the momentum of the EMA target."""
     data: DataConfig = field(default_factory=DataConfig)
+    """What to train on."""
     output: Path = Path("runs/pretrain")
+    """Folder of checkpoints, logs and the resolved configuration."""
     batch_size: int = 8
+    """Clips per process and micro-batch."""
     accumulate: int = 1
+    """Micro-batches per optimiser step."""
     frames: int = 16
+    """Frames of a clip."""
     stride: int = 2
+    """Frames of the video from one frame of a clip to the next."""
     fps: float | None = None
+    """Frames per second of a clip in place of `stride`; null: by stride."""
     height: int = 64
+    """Height in pixels that the model sees."""
     width: int = 64
+    """Width in pixels that the model sees."""
     resize: tuple[tuple[int, int, int], ...] = ()
+    """[step, height, width], by rising step: another size from that optimiser step on."""
     crop_scale: tuple[float, float] = (0.3, 1.0)
+    """Least and greatest share of the picture that a random crop covers."""
     crop_aspect: tuple[float, float] = (0.75, 1.35)
+    """Least and greatest width / height of a random crop."""
     flip: float = 0.5
+    """Probability of mirroring a clip."""
     seed: int = 0
+    """Of weights, data order, crops and masks."""
     workers: int = 0
+    """Loader processes; 0 reads in the training process."""
     device: str = "auto"
+    """auto, cpu or cuda."""
     distributed: distributed.Wrapper = "auto"
+    """How several processes of torchrun share the work; auto is DDP."""
     threads: int | None = None
+    """CPU threads; null: torch's choice."""
     compile: bool = False
+    """torch.compile of every transformer block."""
     log_every: int = 10
+    """Steps from one log line to the next."""
     checkpoint_every: int = 100
+    """Steps from one checkpoint to the next; a checkpoint also closes a log interval."""
     keep_last: int = 2
+    """Checkpoints kept besides the best."""
     max_skipped: int = 10
+    """Updates skipped for a gradient that is not finite before the run stops."""
     resume: bool = True
+    """Go on from the newest checkpoint in `output`; false refuses a folder that has one."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    """When a run is warned of as collapsing."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -144,7 +151,7 @@ class PretrainConfig(StepConfig):
         canvas = self.size_at(step) if self.data.kind == "moving_shapes" else views.canvas()
         return ClipSpec(self.frames, self.stride, self.fps, *canvas), views
 
-    def loader(self, world: distributed.World) -> LoaderConfig:
+    def loader(self, world: World) -> LoaderConfig:
         clip, views = self._read_at(0)
         return LoaderConfig(
             batch_size=self.batch_size,
@@ -412,7 +419,7 @@ def _restore(state: TrainState, checkpoints: Checkpoints, cfg: PretrainConfig) -
     for key in changed_keys(saved.get("config", {}), to_json(cfg)):
         _log.warning("resuming with another value of %s than the run was started with", key)
     _log.info("resumed from step %d of %s", state.step, checkpoints.folder)
-    return saved.get("skipped", 0)
+    return int(saved.get("skipped", 0))
 
 
 def _without_heads(

@@ -50,45 +50,52 @@ _PIXEL_SIDE = 8
 @dataclass(frozen=True)
 class ProbeConfig:
     """What to probe and how. The defaults probe the embedded run on moving_shapes in about a
-    minute.
-
-    Args:
-        run: folder of a pre-training run. checkpoint: ``newest``, ``best`` or a step.
-        data: labelled data; None means the run's own. frames, height, width: of the input, None for
-            the run's.
-        train_clips, test_clips: at most so many are used of moving_shapes.
-        kind: ``attentive`` or ``linear`` (on the mean token). levels: ``last`` (published) or
-            ``all``.
-        seeds: of the probe's weights and data order, one probe each. epochs, batch_size, heads: of
-            its training.
-        learning_rates, weight_decays: every pair is tried; with several the best on a tenth of the
-            training clips is taken.
-        untrained, pixels: also probe an untrained encoder and the bare pixels.
-        output: JSON file of the results, None for `probe.json` in the run's folder.
-    """
+    minute."""
 
     run: Path = Path("runs/pretrain")
+    """Folder of a pre-training run."""
     checkpoint: Which = "newest"
+    """newest, best, or a step."""
     data: DataConfig | None = None
+    """Labelled data; null: the run's own."""
     frames: int | None = None
+    """Frames of a clip; null: the run's."""
     height: int | None = None
+    """Height in pixels; null: the run's."""
     width: int | None = None
+    """Width in pixels; null: the run's."""
     train_clips: int = 512
+    """Training clips that are used of moving_shapes."""
     test_clips: int = 256
+    """Test clips that are used of moving_shapes."""
     kind: Literal["attentive", "linear"] = "attentive"
+    """attentive: a learned query over the tokens; linear: on the mean token."""
     levels: Levels = "last"
+    """Features to probe: the last level (published) or all of them."""
     seeds: tuple[int, ...] = (0, 1)
+    """Of the probe's weights and data order: one probe each."""
     epochs: int = 10
+    """Passes over the training clips."""
     batch_size: int = 32
+    """Clips per step."""
     heads: int = 3
+    """Of the attentive pooler."""
     learning_rates: tuple[float, ...] = (2e-3,)
+    """All are tried; the best on a tenth of the training clips is taken."""
     weight_decays: tuple[float, ...] = (0.01,)
+    """All are tried, with every learning rate."""
     untrained: bool = True
+    """Also probe an untrained encoder."""
     pixels: bool = True
+    """Also probe the bare pixels."""
     workers: int = 0
+    """Loader processes; 0 reads in the main process."""
     device: str = "auto"
+    """auto, cpu or cuda."""
     threads: int | None = None
+    """CPU threads; null: torch's choice."""
     output: Path | None = None
+    """JSON file of the results; null: probe.json in the run's folder."""
 
     def __post_init__(self) -> None:
         for name in ("train_clips", "test_clips", "epochs", "batch_size", "heads"):
@@ -115,7 +122,8 @@ class AttentivePooler(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         query = self.query_tokens.expand(len(tokens), -1, -1)
         query = query + self.xattn(query, self.norm1(tokens))
-        return query + self.mlp(self.norm2(query))
+        pooled: Tensor = query + self.mlp(self.norm2(query))
+        return pooled
 
 
 class Probe(nn.Module):
@@ -187,10 +195,11 @@ def train_probe(
         shuffled = order.permutation(rows)
         for step in range(steps):
             tokens, labels = train.at(shuffled[step * size : (step + 1) * size], device)
-            loss = sum(
+            losses = (
                 functional.cross_entropy(logits, labels[name])
                 for name, logits in probe(tokens).items()
             )
+            loss = sum(losses, start=torch.zeros((), device=device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -263,11 +272,11 @@ def _chosen(
 def questions(dataset: ClipDataset) -> tuple[dict[str, int], dict[str, Tensor]]:
     """Number of classes and the labels of every question that a data set can ask."""
     if isinstance(dataset, MovingShapes):
-        labels = {
-            name: torch.from_numpy(values)
-            for name, values in dataset.factors(np.arange(len(dataset))).items()
-        }
-        return {name: len(values) for name, values in FACTORS.items()}, labels
+        answers = dataset.factors(np.arange(len(dataset)))
+        return (
+            {name: len(values) for name, values in FACTORS.items()},
+            {name: torch.from_numpy(values) for name, values in answers.items()},
+        )
     labels = torch.tensor([dataset.label(i) for i in range(len(dataset))])
     if int(labels.min()) < 0:
         raise ConfigError(

@@ -16,19 +16,28 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The published values. `decay_scale` stretches the cosines beyond the run (published
-    ``ipe_scale``)."""
+    """The published values."""
 
     total_steps: int = 30_000
+    """Optimiser steps of the whole run."""
     warmup_steps: int = 300
+    """Steps over which the rate rises from `initial_rate` to `rate`."""
     initial_rate: float = 1e-4
+    """Learning rate at step 0."""
     rate: float = 6e-4
+    """Learning rate after the warm-up."""
     final_rate: float = 6e-4
+    """Learning rate at the end of the cosine."""
     weight_decay: float = 0.04
+    """Weight decay at the start."""
     final_weight_decay: float = 0.04
+    """Weight decay at the end of the cosine."""
     momentum: float = 0.99925
+    """m of target <- m * target + (1 - m) * online at the first step."""
     final_momentum: float = 0.99925
+    """m at the last step, reached linearly."""
     decay_scale: float = 1.0
+    """Stretches the cosines beyond the run (published as ipe_scale)."""
 
     def learning_rate(self, step: int) -> float:
         """Linear from `initial_rate` to `rate` over the warm-up, then a cosine to `final_rate`."""

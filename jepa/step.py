@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from jepa.config import parsed_by
 from jepa.models.encoder import Encoder
 from jepa.models.patches import is_image
 from jepa.models.predictor import Predictor
-from jepa.models.sizes import SIZES, ModelConfig, parse_model
+from jepa.models.sizes import DEFAULT_SIZE, SIZES, ModelConfig, parse_model
 from jepa.objectives import (
     Denominators,
     FeatureDims,
@@ -47,21 +47,24 @@ def unmarked(phase: str) -> None:
 
 @dataclass(frozen=True)
 class StepConfig:
-    """Everything a step depends on besides the weights and the batch.
-
-    `optimizer`: ``adamw_ema`` moves parameters and EMA target in one pass over memory; ``adamw`` is
-    torch's fused AdamW, then the EMA.
-    """
+    """Everything a step depends on besides the weights and the batch."""
 
     model: ModelConfig = field(
-        default_factory=lambda: SIZES["micro"], metadata=parsed_by(parse_model)
+        default_factory=lambda: SIZES[DEFAULT_SIZE], metadata=parsed_by(parse_model)
     )
+    """A size (micro, tiny, small, base, large, huge, giant) or what differs from one."""
     variant: VariantConfig = field(default_factory=VariantConfig, metadata=parsed_by(parse_variant))
+    """A named variant (`jepa variants` lists them), or `base` and what differs from it."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Length of training, rates and the momentum of the EMA target."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs the networks under autocast to bfloat16; losses and weights stay float32."""
     loss_exponent: float = 1.0
+    """r of |error|^r / r in the prediction and context losses."""
     clip_gradient: float | None = None
+    """The norm that gradients are scaled down to; null: no limit."""
     optimizer: Literal["adamw_ema", "adamw"] = "adamw_ema"
+    """adamw_ema moves weights and EMA in one pass over memory; adamw is torch's, then the EMA."""
 
 
 class ModelBundle(nn.Module):
@@ -83,6 +86,17 @@ class ModelBundle(nn.Module):
     def evaluation_encoder(self) -> Encoder:
         """What probes and `encode` use: the EMA, or without one the online encoder."""
         return self.context_encoder if self.target_encoder is None else self.target_encoder
+
+    @property
+    def averaged_encoder(self) -> Encoder:
+        """The EMA of the context encoder.
+
+        Raises:
+            ValueError: the variant has none.
+        """
+        if self.target_encoder is None:
+            raise ValueError("ModelBundle: target.kind must be 'ema' for an EMA encoder.")
+        return self.target_encoder
 
     def trained(self) -> dict[str, nn.Module]:
         return {"context_encoder": self.context_encoder, "predictor": self.predictor}
@@ -137,7 +151,7 @@ def target_features(bundle: ModelBundle, batch: Batch, cfg: StepConfig) -> tuple
     """
     if cfg.variant.target.kind == "ema":
         with torch.no_grad(), precision(batch.clips.device, cfg):
-            raw = bundle.target_encoder(batch.clips)
+            raw: Tensor = bundle.averaged_encoder(batch.clips)
     else:
         with precision(batch.clips.device, cfg):
             raw = bundle.context_encoder(batch.clips)
@@ -149,7 +163,8 @@ def context_features(bundle: ModelBundle, batch: Batch, cfg: StepConfig) -> Tens
     """The context encoder on the visible tokens of every mask set and sample, one packed call: [Nc,
     D]."""
     with precision(batch.clips.device, cfg):
-        return bundle.context_encoder(batch.clips, batch.masks)
+        tokens: Tensor = bundle.context_encoder(batch.clips, batch.masks)
+    return tokens
 
 
 def predictions(
@@ -161,12 +176,13 @@ def predictions(
 ) -> tuple[Tensor, Tensor | None]:
     """The predictor at targets [Nt, D] and, if asked, at context tokens [Nc, D]."""
     with precision(batch.clips.device, cfg):
-        return bundle.predictor(
+        predicted, predicted_context = bundle.predictor(
             context_tokens,
             batch.masks,
             image=is_image(batch.clips),
             predict_context=predict_context,
         )
+    return predicted, predicted_context
 
 
 def objective_context(
@@ -335,7 +351,8 @@ def update(state: TrainState, loss: Tensor | None = None) -> dict[str, Tensor]:
         skipped = torch.maximum(
             skipped, (bad if state.reduce is None else state.reduce(bad)).clamp(max=1.0)
         )
-    optimizer = state.optimizer
+    # The attributes are those by which a gradient scaler tells an optimiser to skip.
+    optimizer: Any = state.optimizer
     optimizer.found_inf, optimizer.grad_scale = skipped, None
     teacher = optimizer.teacher if isinstance(optimizer, AdamWEMA) else None
     follows = state.cfg.variant.target.kind == "ema"
@@ -344,7 +361,7 @@ def update(state: TrainState, loss: Tensor | None = None) -> dict[str, Tensor]:
     optimizer.step()
     if follows and teacher is None:
         momentum = torch.where(skipped > 0, torch.ones_like(skipped), schedule.ema_momentum(step))
-        update_ema(state.bundle.target_encoder, state.bundle.context_encoder, momentum)
+        update_ema(state.bundle.averaged_encoder, state.bundle.context_encoder, momentum)
     optimizer.zero_grad(set_to_none=True)
     state.step = step
     return {"gradient_norm": norm, "skipped": skipped}

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from jepa.config import ConfigError, from_dict, merged, nearest, parsed_by, to_dict
 from jepa.masks.policy import POLICY_NAMES, MaskPolicy, mask_policy
-from jepa.objectives import Factorisation, ObjectiveConfig, parse_objectives
+from jepa.objectives import Factorisation, ObjectiveConfig, configurations, parse_objectives
 from jepa.quirks import Quirks, parse_quirks
 
 
@@ -40,11 +40,12 @@ def parse_masks(value: Any, path: str) -> MaskPolicy:
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """Where the targets come from. `detach` cuts an online target's gradient for every objective
-    but the kinematic ones."""
+    """Where the targets come from."""
 
     kind: Literal["ema", "online"] = "ema"
+    """ema: a moving average of the context encoder; online: the context encoder itself."""
     detach: bool = False
+    """Cuts an online target's gradient for every objective but the kinematic ones."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,18 @@ class VariantConfig:
     """What makes a variant; everything else is the same for all of them."""
 
     objectives: Mapping[str, ObjectiveConfig] = field(
-        default_factory=lambda: parse_objectives(_ALWAYS, ""), metadata=parsed_by(parse_objectives)
+        default_factory=lambda: parse_objectives(_ALWAYS, ""),
+        metadata=parsed_by(parse_objectives, configurations),
     )
+    """The losses by name, each with its weight and options."""
     masks: MaskPolicy = field(default_factory=MaskPolicy, metadata=parsed_by(parse_masks))
+    """A mask policy (blocks, motion, future, motion_future) or what differs from one."""
     target: TargetConfig = field(default_factory=TargetConfig)
+    """Where the targets come from."""
     factorisation: Factorisation = field(default_factory=Factorisation)
+    """Which channels hold appearance and which dynamics."""
     quirks: Quirks = field(default_factory=Quirks, metadata=parsed_by(parse_quirks))
+    """Defects of the published code to switch on: names, or published_quirks for all."""
 
     @property
     def mask_policy(self) -> MaskPolicy:

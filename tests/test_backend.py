@@ -21,7 +21,7 @@ from jepa_kernels import (
     use_backend,
 )
 from jepa_kernels.ops.masked_attention.contract import OP
-from jepa_kernels.testing import attention_case, patched_backend
+from jepa_kernels.testing import FLOAT32, attention_case, patched_backend
 from tests.conftest import missing
 
 CPU_BACKENDS = ["torch", "cpu"]
@@ -148,7 +148,7 @@ def test_compiled_equals_eager(name, packed):
             (f(*leaves), torch.autograd.grad(f(*leaves).sum(), leaves)) for f in (step, compiled)
         ]
     for a, b in zip((results[0][0], *results[0][1]), (results[1][0], *results[1][1]), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b, **FLOAT32)
 
 
 def test_a_change_of_backend_recompiles():

@@ -4,6 +4,10 @@ steps.
 Layout: ``objectives/``, ``modules/`` and ``steps/`` with one .npz file per case. Every array of
 every file is either compared or used as an input; one that is neither is a miss. Published quirks
 are switched on.
+
+Tolerances are fixed: 1e-5 of an array's norm; 1e-4 for gradients through the model, and for the
+norms and sums of weights after a step. An array that misses its tolerance may still pass by its own
+measured noise: see `jepa.conformance.sensitivity`.
 """
 
 from __future__ import annotations
@@ -18,8 +22,10 @@ from rich.markup import escape
 from rich.table import Table
 
 import jepa_kernels
-from jepa.conformance import modules, objectives, steps
-from jepa.conformance.report import Golden, Report, Row, worst
+from jepa.conformance import modules, objectives, sensitivity, steps
+from jepa.conformance.golden import Golden, Run
+from jepa.conformance.report import Report, Row, worst
+from jepa.conformance.sensitivity import check_measured
 
 __all__ = ["Golden", "Report", "check_file", "check_folder", "print_report"]
 
@@ -59,7 +65,7 @@ def check_folder(folder: Path, backend: str = "auto") -> Report:
         known = {*CHECKS, *IGNORED}
         for path in sorted(folder.iterdir()):
             if path.name not in known:
-                report.file = path.name
+                report.open(path.name)
                 report.miss("(file)", "not read: no check for files of this name")
     if not report.rows:
         raise FileNotFoundError(
@@ -70,18 +76,23 @@ def check_folder(folder: Path, backend: str = "auto") -> Report:
 
 def check_file(path: Path, report: Report, backend: str = "auto") -> None:
     """Checks one file; its folder's name says what it is."""
-    report.file = f"{path.parent.name}/{path.stem}"
+    report.open(f"{path.parent.name}/{path.stem}")
     if path.suffix != ".npz":
         report.miss("(file)", "not read: not an .npz file")
         return
+
+    def check(run: Run, report: Report) -> Golden:
+        golden = Golden(path, run)
+        # float64 is the oracle's.
+        with jepa_kernels.use_backend("reference" if run.dtype == torch.float64 else backend):
+            CHECKS[path.parent.name](golden, report)
+        return golden
+
     # One thread: the arrays are small, and sums then have one order.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        golden = Golden(path)
-        with jepa_kernels.use_backend(backend):
-            CHECKS[path.parent.name](golden, report)
-        report.finish(golden)
+        report.finish(check_measured(check, report))
     except UNREADABLE as failure:
         report.miss("(file)", f"{type(failure).__name__}: {failure}")
     finally:
@@ -89,7 +100,8 @@ def check_file(path: Path, report: Report, backend: str = "auto") -> None:
 
 
 def print_report(report: Report, console: Console, verbose: bool = False) -> None:
-    """A table with the worst array of every file (or every array), the misses, and the counts."""
+    """A table with the worst array of every file (or every array), what was settled by measured
+    noise, the misses, and the counts."""
     table = Table("file", "arrays", "worst array", "error", "allowed", "", "note")
     table.columns[0].no_wrap = table.columns[2].no_wrap = True
     for file, rows in report.by_file().items():
@@ -97,6 +109,8 @@ def print_report(report: Report, console: Console, verbose: bool = False) -> Non
         for row in shown:
             table.add_row(file, str(len(rows)), *_cells(row))
     console.print(table)
+    if report.measured:
+        console.print(_measured_table(report))
     for row in report.failures[:MISSES_SHOWN]:
         console.print(
             f"MISS {row.file}: {row.array}: error {row.error:.2e} > {row.tolerance:.1e} {row.note}",
@@ -105,12 +119,39 @@ def print_report(report: Report, console: Console, verbose: bool = False) -> Non
         )
     if len(report.failures) > MISSES_SHOWN:
         console.print(f"... and {len(report.failures) - MISSES_SHOWN} more", style="red")
-    loosened = sum(1 for row in report.rows if row.passed and row.note)
+    measured = report.measured
     console.print(
         f"{len(report.by_file())} files, {len(report.rows)} arrays compared, "
         f"{len(report.failures)} misses; "
-        f"{loosened} arrays passed after setting aside what rounding decides (see --verbose)."
+        f"{len(measured)} arrays of {len({row.file for row in measured})} files passed by their "
+        f"measured noise, at most {sensitivity.CEILING:.1%} of their norm, undecided elements "
+        "apart."
     )
+
+
+def _measured_table(report: Report) -> Table:
+    """The arrays of every file that needed their measured noise, and the elements that fall to
+    either side of a kink."""
+    table = Table(
+        "file", "by noise", "largest noise", "largest error", "undecided elements of", "count"
+    )
+    table.columns[0].no_wrap = True
+    for file, compared in report.by_file().items():
+        rows = [row for row in compared if row.passed and row.noise is not None]
+        if not rows:
+            continue
+        kinked = [row for row in rows if row.undecided]
+        most = max(kinked, key=lambda row: row.undecided, default=None)
+        others = f" and {len(kinked) - 1} more" if len(kinked) > 1 else ""
+        table.add_row(
+            file,
+            f"{len(rows)} of {len(compared)}",
+            f"{max(row.noise or 0.0 for row in rows):.1e}",
+            f"{max(row.error for row in rows):.1e}",
+            "" if most is None else escape(most.array) + others,
+            "" if most is None else str(most.undecided),
+        )
+    return table
 
 
 def _cells(row: Row) -> tuple[str, str, str, str, str]:
@@ -119,5 +160,5 @@ def _cells(row: Row) -> tuple[str, str, str, str, str]:
         f"{row.error:.2e}",
         f"{row.tolerance:.1e}",
         "ok" if row.passed else "MISS",
-        row.note,
+        escape(row.note),
     )

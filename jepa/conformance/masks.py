@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from jepa.batch import MaskBatch
-from jepa.conformance.report import Golden
+from jepa.conformance.golden import Golden
 
 
 def read_masks(golden: Golden, grid: tuple[int, int, int], prefix: str = "") -> MaskBatch:
@@ -28,10 +30,7 @@ def pack(parts: list[Tensor]) -> Tensor:
     return torch.cat([part.flatten(0, 1) for part in parts])
 
 
-def unpack(rows: Tensor, parts: list[Tensor]) -> list[Tensor]:
-    """Packed rows as tensors of the shapes of `parts`."""
-    pieces = rows.split([part.shape[0] * part.shape[1] for part in parts])
-    return [
-        piece.view(part.shape[0], part.shape[1], -1)
-        for piece, part in zip(pieces, parts, strict=True)
-    ]
+def unpack(rows: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Packed rows as tensors of the shapes [B, K_j, D]."""
+    pieces = rows.split([batch * tokens for batch, tokens, _ in shapes])
+    return [piece.view(*shape) for piece, shape in zip(pieces, shapes, strict=True)]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import jepa_kernels
+from jepa.conformance.golden import Golden
 from jepa.conformance.masks import pack, read_masks, unpack
-from jepa.conformance.report import Golden, Report
+from jepa.conformance.report import Report
 from jepa.masks import MotionGuidance, motion_maps, origin_probabilities
 from jepa.models.encoder import Encoder
 from jepa.models.predictor import Predictor
@@ -46,10 +47,6 @@ def check(golden: Golden, report: Report) -> None:
     report.miss("(file)", f"unknown file: {golden.name!r} is no module that is known here")
 
 
-def _beside(golden: Golden, name: str) -> Golden:
-    return Golden(golden.path.with_name(f"{name}.npz"))
-
-
 def _check_rope_weights(golden: Golden, report: Report) -> None:
     width = golden.integer("num_heads") * golden.integer("head_dim")
     shapes = {
@@ -64,7 +61,7 @@ def _check_rope_weights(golden: Golden, report: Report) -> None:
 
 def _check_rope(golden: Golden, report: Report) -> None:
     """One attention layer with 3-D rotary positions, forward and backward."""
-    weights = _beside(golden, f"{golden.name.split('_')[0]}_{golden.name.split('_')[1]}_weights")
+    weights = golden.beside(f"{golden.name.split('_')[0]}_{golden.name.split('_')[1]}_weights")
     names = ("qkv_w", "qkv_b", "proj_w", "proj_b")
     x = golden.tensor("x").requires_grad_()
     parameters = {name: weights.tensor(name).requires_grad_() for name in names}
@@ -112,7 +109,7 @@ def _rotated(x: Tensor, ids: Tensor, rope: Rope3D) -> Tensor:
 def _check_encoder_state(golden: Golden, report: Report) -> None:
     """Names and shapes of the public state dict, loaded and given back."""
     state = {f"module.backbone.{key}": golden.tensor(key) for key in golden.names()}
-    encoder = Encoder(golden_model(golden["img_mod_embed"].shape[-1], 24, 8, 6))
+    encoder = Encoder(golden_model(golden["img_mod_embed"].shape[-1], 24, 8, 6)).to(golden.dtype)
     encoder.load_public(state)
     _compare_state(golden, report, encoder)
 
@@ -125,8 +122,8 @@ def _compare_state(golden: Golden, report: Report, module: nn.Module) -> None:
 
 
 def _loaded_encoder(golden: Golden) -> Encoder:
-    state = _beside(golden, "encoder_state")
-    encoder = Encoder(golden_model(state["img_mod_embed"].shape[-1], 24, 8, 6))
+    state = golden.beside("encoder_state")
+    encoder = Encoder(golden_model(state["img_mod_embed"].shape[-1], 24, 8, 6)).to(golden.dtype)
     encoder.load_public({key: state.tensor(key) for key in state.names()})
     return encoder
 
@@ -135,9 +132,9 @@ def _check_encoder_forward(golden: Golden, report: Report) -> None:
     encoder = _loaded_encoder(golden)
     clips = golden.tensor("clip")
     masks = read_masks(golden, GOLDEN_GRID)
-    expected = [golden.tensor(f"z_enc_{j}") for j in range(masks.num_sets)]
+    shapes = [golden[f"z_enc_{j}"].shape for j in range(masks.num_sets)]
     with torch.no_grad():
-        for j, part in enumerate(unpack(encoder(clips, masks), expected)):
+        for j, part in enumerate(unpack(encoder(clips, masks), shapes)):
             report.compare(f"z_enc_{j}", part, golden[f"z_enc_{j}"])
             report.equal(f"cotangent_{j}", golden[f"cotangent_{j}"].shape, part.shape)
         report.compare("h_raw_full", encoder(clips), golden["h_raw_full"])
@@ -146,7 +143,7 @@ def _check_encoder_forward(golden: Golden, report: Report) -> None:
 
 
 def _check_encoder_grads(golden: Golden, report: Report) -> None:
-    encoder, forward = _loaded_encoder(golden), _beside(golden, "encoder_forward")
+    encoder, forward = _loaded_encoder(golden), golden.beside("encoder_forward")
     masks = read_masks(forward, GOLDEN_GRID)
     cotangent = pack([forward.tensor(f"cotangent_{j}") for j in range(masks.num_sets)])
     (encoder(forward.tensor("clip"), masks) * cotangent).sum().backward()
@@ -161,7 +158,7 @@ def _compare_gradients(golden: Golden, report: Report, module: nn.Module) -> Non
 
 
 def _loaded_predictor(golden: Golden) -> Predictor:
-    state = _beside(golden, "predictor_state")
+    state = golden.beside("predictor_state")
     predictor = _predictor_for(state)
     predictor.load_public({key: state.tensor(key) for key in state.names()})
     return predictor
@@ -178,7 +175,7 @@ def _predictor_for(state: Golden) -> Predictor:
             f"conformance: predictor_embed.0.weight must take {model.feature_width} features, got "
             f"{features}."
         )
-    return Predictor(model, shared_mask_token=True)
+    return Predictor(model, shared_mask_token=True).to(state.dtype)
 
 
 def _check_predictor_state(golden: Golden, report: Report) -> None:
@@ -199,8 +196,8 @@ def _check_predictor_forward(golden: Golden, report: Report) -> None:
     for suffix in ("", "_image"):
         predicted, context = predictor(pack(x), masks, image=bool(suffix))
         for kind, rows in {"pred": predicted, "context": context}.items():
-            expected = [golden.tensor(f"z_{kind}{suffix}_{j}") for j in sets]
-            for j, part in enumerate(unpack(rows, expected)):
+            expected = [golden[f"z_{kind}{suffix}_{j}"] for j in sets]
+            for j, part in enumerate(unpack(rows, [array.shape for array in expected])):
                 report.compare(f"z_{kind}{suffix}_{j}", part, expected[j])
         if not suffix:
             (
@@ -211,7 +208,7 @@ def _check_predictor_forward(golden: Golden, report: Report) -> None:
 
 
 def _check_predictor_grads(golden: Golden, report: Report) -> None:
-    predictor, forward = _loaded_predictor(golden), _beside(golden, "predictor_forward")
+    predictor, forward = _loaded_predictor(golden), golden.beside("predictor_forward")
     masks = read_masks(forward, GOLDEN_GRID)
     sets = range(masks.num_sets)
     predicted, context = predictor(pack([forward.tensor(f"x_{j}") for j in sets]), masks)
@@ -235,7 +232,7 @@ def _check_mask_distance(golden: Golden, report: Report) -> None:
 def _check_motion(golden: Golden, report: Report) -> None:
     """Motion maps and origin distributions with the published point sampling, with and without the
     wrong maximum."""
-    clips = list(golden["clip"])
+    clips = list(golden.tensor("clip").numpy())
     grid = golden["motion_map_batch4"].shape[1:]
     maps = {
         "batch": motion_maps(clips, grid, MotionGuidance(sampling="point", maximum="published")),

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from jepa.conformance.golden import Golden
 from jepa.conformance.masks import pack, read_masks
-from jepa.conformance.report import Golden, Report
+from jepa.conformance.report import Report
 from jepa.objectives import (
     Denominators,
     FeatureDims,
@@ -77,14 +78,14 @@ def check(golden: Golden, report: Report) -> None:
         return
     cfg = variant(golden.name, quirks="published_quirks")
     _check_configuration(golden, report, cfg)
-    loss, features, heads = _losses(golden, report, cfg, torch.float32)
+    loss, features, heads = _losses(golden, report, cfg)
     report.compare("loss", loss, golden["loss"])
     for name, feature in features.items():
         report.gradient(golden, name, feature.grad)
     for name, parameter in heads.items():
         report.gradient(golden, name, parameter.grad)
     if "loss_f64" in golden:
-        wide, _, _ = _losses(golden, Report(), cfg, torch.float64)
+        wide, _, _ = _losses(golden.widened(), Report(), cfg)
         report.compare("loss_f64", wide, golden["loss_f64"])
 
 
@@ -143,19 +144,19 @@ def forced_weights(
 
 
 def _losses(
-    golden: Golden, report: Report, cfg: VariantConfig, dtype: torch.dtype
+    golden: Golden, report: Report, cfg: VariantConfig
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, nn.Parameter]]:
     masks = read_masks(golden, golden.triple("grid"))
-    masks = dataclasses.replace(masks, context_distance=masks.context_distance.to(dtype))
+    masks = dataclasses.replace(masks, context_distance=masks.context_distance.to(golden.dtype))
     sets = range(masks.num_sets)
     levels = golden.integer("levels")
     online = cfg.target.kind == "online"
     features = {
-        f"{kind}_{j}": golden.tensor(f"{kind}_{j}", dtype).requires_grad_()
+        f"{kind}_{j}": golden.tensor(f"{kind}_{j}").requires_grad_()
         for kind in ("z_enc", "z_pred", "z_context")
         for j in sets
     }
-    raw = golden.tensor("h_raw", dtype).requires_grad_(online)
+    raw = golden.tensor("h_raw").requires_grad_(online)
     target = standardise(raw.flatten(0, 1), levels)
     if online:
         features |= {"h_raw": raw, "h": target}
@@ -167,7 +168,7 @@ def _losses(
             _set_rows(masks.context_distance, masks.context_set, j),
             golden[f"mask_distance_{j}"].ravel(),
         )
-    heads, parameters = _read_heads(golden, cfg, raw.shape[-1], levels, dtype)
+    heads, parameters = _read_heads(golden, cfg, raw.shape[-1], levels)
     ctx = ObjectiveContext(
         context_tokens=pack([features[f"z_enc_{j}"] for j in sets]),
         predicted_tokens=pack([features[f"z_pred_{j}"] for j in sets]),
@@ -180,7 +181,7 @@ def _losses(
         factorisation=cfg.factorisation,
         heads=heads,
         quirks=cfg.quirks,
-        clips=golden.tensor("clip", dtype) if "action" in cfg.objectives else None,
+        clips=golden.tensor("clip") if "action" in cfg.objectives else None,
         patch_size=golden.integer("patch_size"),
         tubelet_size=golden.integer("tubelet_size"),
     )
@@ -262,9 +263,10 @@ def _check_projection(
 
 
 def _read_heads(
-    golden: Golden, cfg: VariantConfig, width: int, levels: int, dtype: torch.dtype
+    golden: Golden, cfg: VariantConfig, width: int, levels: int
 ) -> tuple[nn.ModuleDict, dict[str, nn.Parameter]]:
     heads = build_heads(cfg.objectives, FeatureDims(width, levels, cfg.factorisation))
+    heads.to(golden.dtype)
     parameters = {}
     for published, name in HEADS.items():
         keys = golden.names(f"param_{published}.")
@@ -272,7 +274,5 @@ def _read_heads(
             continue
         state = {key.removeprefix(f"param_{published}."): golden.tensor(key) for key in keys}
         heads[name].load_state_dict(state)
-        parameters |= {
-            f"{published}.{key}": value for key, value in heads[name].to(dtype).named_parameters()
-        }
+        parameters |= {f"{published}.{key}": value for key, value in heads[name].named_parameters()}
     return heads, parameters

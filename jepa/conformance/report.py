@@ -1,70 +1,85 @@
-"""Golden files that know which of their arrays were read, and the record of every comparison."""
+"""The record of every comparison with a golden array."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from jepa.conformance.golden import Golden
+
 TOLERANCE = 1e-5
+# Of gradients and of what an optimiser makes of them: its rounding is that of two passes.
+GRADIENT_TOLERANCE = 1e-4
 # Relative errors mean nothing for a tensor this small: then the absolute error counts.
 SMALL_NORM, SMALL_ERROR = 1e-6, 1e-7
 
+# What of a tensor is compared: its elements, or one number made of them.
+Statistic = Literal["elements", "norm", "sum"]
 
-class Golden:
-    """One .npz file; an array that nobody reads is a failure of the check, not of the file."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.name = path.stem
-        with np.load(path, allow_pickle=False) as archive:
-            self._arrays = {key: archive[key] for key in archive.files}
-        self._unread = set(self._arrays)
+@dataclass(frozen=True)
+class Comparison:
+    """One array of the code under test and what it should be.
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._arrays
+    Attributes:
+        actual: the elements, flat, float64.
+        expected: the published elements, flat; or the published statistic, one number.
+        tolerance: the fixed one, relative to `scale`.
+        scale: what errors are measured in.
+        statistic: what is compared.
+    """
 
-    def __getitem__(self, key: str) -> NDArray[Any]:
-        self._unread.discard(key)
-        return self._arrays[key]
+    actual: NDArray[np.float64]
+    expected: NDArray[np.float64]
+    tolerance: float
+    scale: float
+    statistic: Statistic
 
-    def names(self, prefix: str = "") -> list[str]:
-        return [key for key in self._arrays if key.startswith(prefix)]
+    def error(self) -> float:
+        if self.statistic != "elements":
+            return self.distance(self.expected.item())
+        if self.actual.shape != self.expected.shape:
+            return math.inf
+        return self.distance(self.expected)
 
-    def tensor(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
-        value = torch.from_numpy(np.array(self[key]))
-        return value if dtype is None else value.to(dtype)
+    def distance(self, other: NDArray[np.float64] | float) -> float:
+        """From the actual elements, or their statistic, to others."""
+        if self.statistic == "elements":
+            gap = float(np.linalg.norm(self.actual - other))
+        else:
+            gap = abs(self.reduced(self.actual) - float(other))
+        return gap / self.scale if math.isfinite(gap) else math.inf
 
-    def number(self, key: str) -> float:
-        return float(self[key])
-
-    def integer(self, key: str) -> int:
-        return int(self[key])
-
-    def triple(self, key: str) -> tuple[int, int, int]:
-        first, second, third = (int(v) for v in self[key])
-        return first, second, third
-
-    def unread(self) -> list[str]:
-        return sorted(self._unread)
+    def reduced(self, elements: NDArray[np.float64]) -> float:
+        """The statistic of a tensor."""
+        return float(elements.sum() if self.statistic == "sum" else np.linalg.norm(elements))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One array compared: its relative error against what is allowed."""
+    """One array compared: its error against what is allowed.
+
+    Attributes:
+        file, array: which.
+        error, tolerance: relative.
+        note: why, where that is not plain.
+        noise: where the fixed tolerance was not enough, the measured noise; else None.
+        undecided: how many elements rounding decides (see `jepa.conformance.sensitivity`).
+    """
 
     file: str
     array: str
     error: float
     tolerance: float
     note: str = ""
+    noise: float | None = None
+    undecided: int = 0
 
     @property
     def passed(self) -> bool:
@@ -73,10 +88,19 @@ class Row:
 
 @dataclass
 class Report:
-    """Everything compared so far; `file` is the one being checked."""
+    """Everything compared so far; `file` is the one being checked.
+
+    `outside` holds the comparisons of that file which miss their fixed tolerance, by array.
+    """
 
     rows: list[Row] = field(default_factory=list)
     file: str = ""
+    outside: dict[str, Comparison] = field(default_factory=dict)
+
+    def open(self, file: str) -> None:
+        """Begins with another file."""
+        self.file = file
+        self.outside.clear()
 
     def compare(
         self,
@@ -87,45 +111,62 @@ class Report:
     ) -> None:
         """Relative error ||a - b|| / ||b||; absolute where ||b|| is nothing. A shape or a
         non-finite value that differs is a miss."""
-        self.rows.append(
-            Row(self.file, array, relative_error(as_array(actual), as_array(expected)), tolerance)
-        )
+        value, wanted = as_array(actual), as_array(expected)
+        if value.shape != wanted.shape:
+            self.miss(array, f"expected shape {wanted.shape}, got {value.shape}")
+            return
+        scale = error_scale(wanted)
+        self.add(array, Comparison(value.ravel(), wanted.ravel(), tolerance, scale, "elements"))
 
-    def compare_up_to_kinks(
+    def compare_norm(
+        self, array: str, actual: Tensor, expected: float, tolerance: float = GRADIENT_TOLERANCE
+    ) -> None:
+        """The error of a tensor's norm, relative to the norm."""
+        self._add_statistic(array, actual, expected, expected, tolerance, "norm")
+
+    def compare_sum(
         self,
         array: str,
         actual: Tensor,
-        expected: NDArray[Any],
-        tolerance: float,
-        kinks: int,
-        loose: float,
+        expected: float,
+        norm: float,
+        tolerance: float = GRADIENT_TOLERANCE,
     ) -> None:
-        """As `compare`, after setting aside at most `kinks` elements: sign flips of an L1 residual
-        that is zero to rounding.
+        """The error of a sum, which is a difference of large numbers, relative to what so many
+        numbers of this norm can add up to: sqrt(n) * norm."""
+        self._add_statistic(array, actual, expected, norm, tolerance, "sum")
 
-        The whole tensor, kinks included, must still agree to `loose`.
-        """
-        value, wanted = as_array(actual), as_array(expected)
-        whole = relative_error(value, wanted)
-        if whole <= tolerance or value.shape != wanted.shape or whole > loose:
-            self.rows.append(Row(self.file, array, whole, tolerance))
-            return
-        value, wanted = value.reshape(-1).copy(), wanted.reshape(-1).copy()
-        worst = np.argsort(np.abs(value - wanted))[::-1][:kinks]
-        value[worst] = wanted[worst]
-        self.rows.append(
-            Row(
-                self.file,
-                array,
-                relative_error(value, wanted),
-                tolerance,
-                f"{whole:.1e} with {kinks} sign flips",
-            )
+    def _add_statistic(
+        self,
+        array: str,
+        actual: Tensor,
+        expected: float,
+        norm: float,
+        tolerance: float,
+        statistic: Statistic,
+    ) -> None:
+        value = as_array(actual).ravel()
+        scale = max(float(norm), SMALL_NORM)
+        if statistic == "sum":
+            scale *= math.sqrt(value.size)
+        wanted = np.array([expected], dtype=np.float64)
+        self.add(array, Comparison(value, wanted, tolerance, scale, statistic))
+
+    def add(self, array: str, comparison: Comparison) -> None:
+        """Judges a comparison by its fixed tolerance."""
+        row = Row(self.file, array, comparison.error(), comparison.tolerance)
+        self.rows.append(row)
+        if not row.passed:
+            self.outside[array] = comparison
+
+    def settle(self, row: Row) -> None:
+        """Puts a row in the place of the one of the same file and array."""
+        place = max(
+            index
+            for index, other in enumerate(self.rows)
+            if (other.file, other.array) == (row.file, row.array)
         )
-
-    def add(self, array: str, error: float, tolerance: float, note: str = "") -> None:
-        """An error that was measured in another way."""
-        self.rows.append(Row(self.file, array, error, tolerance, note))
+        self.rows[place] = row
 
     def equal(self, array: str, actual: object, expected: object) -> None:
         """For what is not a number: flags, names, shapes, absent gradients."""
@@ -161,6 +202,11 @@ class Report:
     def failures(self) -> list[Row]:
         return [row for row in self.rows if not row.passed]
 
+    @property
+    def measured(self) -> list[Row]:
+        """The rows that passed by their measured noise."""
+        return [row for row in self.rows if row.passed and row.noise is not None]
+
     def by_file(self) -> dict[str, list[Row]]:
         files: dict[str, list[Row]] = {}
         for row in self.rows:
@@ -168,22 +214,17 @@ class Report:
         return files
 
 
-def as_array(value: Any) -> NDArray[Any]:
+def as_array(value: Any) -> NDArray[np.float64]:
     if isinstance(value, Tensor):
         value = value.detach().cpu().numpy()
-    return np.asarray(value, dtype=np.float64)
+    return np.array(value, dtype=np.float64)
 
 
-def relative_error(actual: NDArray[Any], expected: NDArray[Any]) -> float:
-    if actual.shape != expected.shape:
-        return math.inf
-    difference, norm = float(np.linalg.norm(actual - expected)), float(np.linalg.norm(expected))
-    if not math.isfinite(difference):
-        return math.inf
-    if norm < SMALL_NORM:
-        # On the scale of TOLERANCE, so that one table serves both rules.
-        return difference / SMALL_ERROR * TOLERANCE
-    return difference / norm
+def error_scale(expected: NDArray[np.float64]) -> float:
+    """What the error of an array is measured in: its norm. Where that is nothing, an absolute
+    error of SMALL_ERROR counts as a relative one of TOLERANCE, so that one table serves both."""
+    norm = float(np.linalg.norm(expected))
+    return norm if norm >= SMALL_NORM else SMALL_ERROR / TOLERANCE
 
 
 def worst(rows: Iterable[Row]) -> Row:

@@ -26,39 +26,47 @@ class Location:
     docstring says what it expects)."""
 
     files: Path | None = None
+    """Folder of the videos or images."""
     lists: Path | None = None
+    """Folder or file of the official lists or annotations."""
     classes: Path | None = None
+    """File that names the classes."""
     list_file: Path | None = None
+    """Text file of paths (and labels), for kind `list`."""
     test_files: Path | None = None
+    """`files` of the test split; null: the same."""
     test_lists: Path | None = None
+    """`lists` of the test split; null: the same."""
     test_list_file: Path | None = None
+    """`list_file` of the test split; null: the same."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to train or evaluate on.
-
-    Args:
-        kind: a data set, or ``mixed`` for the mixed regime (UCF-101 .2, Something-Something V2 .6,
-            ImageNet-100 .2).
-        at: where it is; not needed for moving_shapes.
-        ucf101, ssv2, imagenet100: where the three parts of ``mixed`` are.
-        size, test_size: clips of moving_shapes. target: its factor that labels give.
-        fold: split of UCF-101. repeat_stills: stills become clips of equal frames, as in the
-            published code (also a quirk of that name).
-    """
+    """What to train or evaluate on."""
 
     kind: Kind = "moving_shapes"
+    """A data set; mixed is UCF-101 .2, Something-Something V2 .6, ImageNet-100 .2."""
     at: Location = Location()
+    """Where it is; not needed for moving_shapes."""
     ucf101: Location = Location()
+    """Where the UCF-101 part of `mixed` is."""
     ssv2: Location = Location()
+    """Where the Something-Something V2 part of `mixed` is."""
     imagenet100: Location = Location()
+    """Where the ImageNet-100 part of `mixed` is."""
     size: int = 10_000
+    """Training clips of moving_shapes."""
     test_size: int = 1_000
+    """Test clips of moving_shapes."""
     seed: int = 0
+    """Of moving_shapes."""
     target: str = "shape"
+    """The factor of moving_shapes that labels give."""
     fold: int = 1
+    """Split of UCF-101, 1 to 3."""
     repeat_stills: bool = False
+    """A still becomes a clip of equal frames, as in the published code."""
 
 
 def build_dataset(config: DataConfig, split: Literal["train", "test"] = "train") -> ClipDataset:
@@ -90,7 +98,7 @@ def build_picker(config: DataConfig) -> Picker:
 
 def _at(kind: str, place: Location, split: str, fold: int, path: str) -> ClipDataset:
     def need(name: str) -> Path:
-        value = getattr(place, name)
+        value: Path | None = getattr(place, name)
         if value is None:
             raise ConfigError(f"config: {path}.{name} must be given for {kind}.")
         return value

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
+from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 
@@ -26,9 +27,10 @@ _local = threading.local()
 
 def _reformatter() -> VideoReformatter:
     """One per thread: it keeps its scaling tables while the sizes stay the same."""
-    if not hasattr(_local, "reformatter"):
-        _local.reformatter = VideoReformatter()
-    return _local.reformatter
+    found: VideoReformatter | None = getattr(_local, "reformatter", None)
+    if found is None:
+        found = _local.reformatter = VideoReformatter()
+    return found
 
 
 def wanted_frames(spec: ClipSpec, num_frames: int, rate: float, draw: float) -> NDArray[np.int64]:
@@ -38,7 +40,8 @@ def wanted_frames(spec: ClipSpec, num_frames: int, rate: float, draw: float) -> 
     span = math.floor((spec.frames - 1) * step + 1e-9) + 1
     start = int(draw * (max(0, num_frames - span) + 1))
     numbers = start + np.floor(np.arange(spec.frames) * step + 1e-9).astype(np.int64)
-    return np.minimum(numbers, num_frames - 1)
+    kept: NDArray[np.int64] = np.minimum(numbers, num_frames - 1)
+    return kept
 
 
 def read_video(path: str | Path, spec: ClipSpec, draw: float) -> Clip:
@@ -81,17 +84,17 @@ def _read(
 
 
 def _frame_count(
-    container: av.container.InputContainer, stream: av.VideoStream, rate: object
+    container: av.container.InputContainer, stream: av.VideoStream, rate: Fraction | None
 ) -> int:
     if stream.frames > 0:
         return stream.frames
     if not rate:
         return 0
     if stream.duration is not None and stream.time_base is not None:
-        return max(1, round(float(stream.duration * stream.time_base) * float(rate)))  # type: ignore[arg-type]
+        return max(1, round(float(stream.duration * stream.time_base) * float(rate)))
     return (
         max(1, round(container.duration / av.time_base * float(rate))) if container.duration else 0
-    )  # type: ignore[arg-type]
+    )
 
 
 def _numbered_frames(

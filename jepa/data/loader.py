@@ -164,7 +164,7 @@ class _Step:
         return self
 
 
-class StepDataset(Dataset):
+class StepDataset(Dataset[_Step]):
     """Item n is the batch of step n."""
 
     def __init__(self, picker: Picker, config: LoaderConfig) -> None:

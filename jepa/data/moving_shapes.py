@@ -210,13 +210,17 @@ def _trajectory(
 
 
 def _box(u: Float32, v: Float32, half_width: float, half_height: float) -> Float32:
-    return np.maximum(np.abs(u) - np.float32(half_width), np.abs(v) - np.float32(half_height))
+    distance: Float32 = np.maximum(
+        np.abs(u) - np.float32(half_width), np.abs(v) - np.float32(half_height)
+    )
+    return distance
 
 
 def _triangle(u: Float32, v: Float32) -> Float32:
-    return np.maximum(
+    distance: Float32 = np.maximum(
         -v - np.float32(0.5), np.float32(0.866) * np.abs(u) + np.float32(0.5) * v - np.float32(0.5)
     )
+    return distance
 
 
 def _ellipse(u: Float32, v: Float32) -> Float32:
@@ -241,13 +245,15 @@ def _wave(x: Float32, phase: np.float32, scale: np.float32) -> Float32:
     """A triangle wave around zero with period .6 radii, in pixels: its sign gives stripes, its size
     the distance to their edges."""
     cycle = x / np.float32(0.6) + phase
-    return (np.abs(cycle - np.floor(cycle) - np.float32(0.5)) - np.float32(0.25)) * (
+    distance: Float32 = (np.abs(cycle - np.floor(cycle) - np.float32(0.5)) - np.float32(0.25)) * (
         np.float32(0.6) * scale
     )
+    return distance
 
 
 def _smooth(distance: Float32) -> Float32:
-    return np.clip(_SUBPIXEL + distance, 0.0, 1.0)
+    smooth: Float32 = np.clip(_SUBPIXEL + distance, 0.0, 1.0)
+    return smooth
 
 
 def _checks(u: Float32, v: Float32, phase: np.float32, scale: np.float32) -> Float32:

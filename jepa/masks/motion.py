@@ -4,7 +4,7 @@ origins. The NumPy reference of csrc/host."""
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ Box = tuple[float, float, float, float]
 SCORE_FLOOR = 1e-6
 
 
-def check_clip(clip: NDArray) -> None:
+def check_clip(clip: NDArray[Any]) -> None:
     """uint8 clips are channel-last as decoded, float clips channel-first as the models read
     them."""
     is_bytes = clip.dtype == np.uint8 and clip.ndim == 4 and clip.shape[3] == 3
@@ -29,13 +29,13 @@ def check_clip(clip: NDArray) -> None:
         )
 
 
-def full_box(clip: NDArray) -> Box:
+def full_box(clip: NDArray[Any]) -> Box:
     """(top, left, height, width) in pixels of the whole frame."""
     height, width = clip.shape[1:3] if clip.dtype == np.uint8 else clip.shape[2:4]
     return 0.0, 0.0, float(height), float(width)
 
 
-def check_box(box: Box, clip: NDArray) -> None:
+def check_box(box: Box, clip: NDArray[Any]) -> None:
     """A box lies inside the frame and has an area."""
     top, left, height, width = box
     frame_height, frame_width = full_box(clip)[2:]
@@ -53,7 +53,7 @@ def check_box(box: Box, clip: NDArray) -> None:
         )
 
 
-def frame_changes(clip: NDArray) -> Float64:
+def frame_changes(clip: NDArray[Any]) -> Float64:
     """[F, H, W] sum over channels of |x_t - x_{t-1}|; the first frame takes the change of the
     second; zero for a single frame."""
     frames = clip if clip.dtype == np.uint8 else np.moveaxis(clip, 0, -1)
@@ -85,7 +85,7 @@ def _cell_integrals(values: Float64, axis: int, start: float, extent: float, cel
 
 
 def area_motion(
-    clip: NDArray, grid: tuple[int, int, int], box: Box | None = None, flip: bool = False
+    clip: NDArray[Any], grid: tuple[int, int, int], box: Box | None = None, flip: bool = False
 ) -> Float64:
     """[T, H, W] mean absolute frame difference per cell of the grid, averaged over the exact area
     of each cell inside `box`.
@@ -111,7 +111,7 @@ def area_motion(
 
 
 def point_motion(
-    clip: NDArray, grid: tuple[int, int, int], box: Box | None = None, flip: bool = False
+    clip: NDArray[Any], grid: tuple[int, int, int], box: Box | None = None, flip: bool = False
 ) -> Float64:
     """[T, H, W] frame differences read at cell centres by trilinear interpolation: the published
     map, blind between centres."""
@@ -148,7 +148,8 @@ def scale_to_maximum(maps: Float64, maximum: Literal["sample", "published"]) -> 
             f"({maps.shape[1]}) for the published maximum, "
             f"got {len(maps)}."
         )
-    return np.divide(maps, divisor, out=np.zeros_like(maps), where=divisor > 0)
+    scaled: Float64 = np.divide(maps, divisor, out=np.zeros_like(maps), where=divisor > 0)
+    return scaled
 
 
 def block_scores(motion_map: Float64, block: tuple[int, int, int]) -> Float64:
@@ -187,4 +188,5 @@ def origin_probabilities(
 ) -> Float64:
     """Exact distribution of the block origin, in row-major order of (t, y, x)."""
     weights = origin_weights(block_scores(motion_map, block), strength).ravel()
-    return (1.0 - random_rate) * weights / weights.sum() + random_rate / weights.size
+    shares: Float64 = (1.0 - random_rate) * weights / weights.sum() + random_rate / weights.size
+    return shares

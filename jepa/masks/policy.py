@@ -35,13 +35,13 @@ class MotionGuidance:
     n, s = mean motion in the block."""
 
     strength: float = 2.0
+    """Exponent of the motion in a block: 0 ignores it."""
     random_rate: float = 0.1
-    sampling: Literal["area", "point"] = (
-        "area"  # "point": published point samples, which miss motion between them
-    )
-    maximum: Literal["sample", "published"] = (
-        "sample"  # "published": sample b, step t divided by the maximum of sample t
-    )
+    """Share of the origins that are drawn uniformly."""
+    sampling: Literal["area", "point"] = "area"
+    """How motion comes to the token grid; point is published and misses what is in between."""
+    maximum: Literal["sample", "published"] = "sample"
+    """What a map is divided by; published: step t of sample b by the maximum of sample t."""
 
     def __post_init__(self) -> None:
         if not self.strength >= 0.0:
@@ -75,11 +75,17 @@ class MaskPolicy:
     """
 
     sets: tuple[MaskSet, ...] = BLOCK_SETS
+    """The mask sets, each of `num_blocks` boxes of one size."""
     motion: MotionGuidance | None = None
-    context_share: float = 1.0  # share of the time steps, from the first, that the context may use
+    """Draws blocks where things move; null: uniformly."""
+    context_share: float = 1.0
+    """Share of the time steps, from the first, that the context may use."""
     truncate: Literal["none", "batch_min"] = "none"
+    """batch_min cuts every sample's tokens to the fewest of the batch, as published."""
     shared_block_size: bool = False
+    """One block size per step instead of one per sample, as published."""
     max_attempts: int = field(default=1000, repr=False)
+    """Draws of a block before a sample that hides everything is an error."""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.sets) <= 256:

@@ -4,6 +4,7 @@ numbers either way."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,7 +17,7 @@ from jepa.masks.policy import MaskPolicy, MotionGuidance
 
 
 def motion_maps(
-    clips: Sequence[NDArray],
+    clips: Sequence[NDArray[Any]],
     grid: tuple[int, int, int],
     guidance: MotionGuidance | None = None,
     *,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,9 @@ class Attention(nn.Module):
             cu_seqlens_k=layout.cu_seqlens,
             backend=self.backend,
         )
-        return self.proj(mixed.flatten(-2))
+        # Without return_lse it is one tensor.
+        projected: Tensor = self.proj(cast(Tensor, mixed).flatten(-2))
+        return projected
 
 
 class Mlp(nn.Module):
@@ -63,7 +66,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(nn.functional.gelu(self.fc1(x)))
+        result: Tensor = self.fc2(nn.functional.gelu(self.fc1(x)))
+        return result
 
 
 class Block(nn.Module):
@@ -79,33 +83,43 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
         x = x + self.attn(self.norm1(x), layout)
-        return x + self.mlp(self.norm2(x))
+        result: Tensor = x + self.mlp(self.norm2(x))
+        return result
 
 
 def run_block(block: Block, x: Tensor, layout: TokenLayout, save_memory: bool) -> Tensor:
     """The block, recomputed in backward instead of stored where `save_memory`."""
-    if save_memory and torch.is_grad_enabled():
-        return checkpoint(block, x, layout, use_reentrant=False)
-    return block(x, layout)
+    result: Tensor = (
+        checkpoint(block, x, layout, use_reentrant=False)
+        if save_memory and torch.is_grad_enabled()
+        else block(x, layout)
+    )
+    return result
 
 
 def initialise(module: nn.Module) -> None:
     """Truncated normal weights, zero biases, unit norms: for `Module.apply`."""
     if isinstance(module, nn.Linear | nn.Conv3d):
         nn.init.trunc_normal_(module.weight, std=INITIAL_STD)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
 
 
 @torch.no_grad()
-def rescale_residuals(blocks: Iterable[nn.Module]) -> None:
+def rescale_residuals(blocks: Iterable[Block]) -> None:
     """Divides what block i (from 1) adds to the residual stream by sqrt(2 i), so that depth does
     not inflate it at the start."""
     for i, block in enumerate(blocks, start=1):
         block.attn.proj.weight.div_(math.sqrt(2.0 * i))
         block.mlp.fc2.weight.div_(math.sqrt(2.0 * i))
+
+
+def blocks_of(modules: nn.ModuleList) -> Iterator[Block]:
+    """A list of blocks, as such: torch types what it holds as modules."""
+    return cast(Iterator[Block], iter(modules))
 
 
 def set_attention_backend(module: nn.Module, backend: str | None) -> None:

@@ -16,6 +16,7 @@ from jepa.models.blocks import (
     LAYER_NORM_EPS,
     Block,
     TokenLayout,
+    blocks_of,
     initialise,
     rescale_residuals,
     run_block,
@@ -63,7 +64,7 @@ class Encoder(nn.Module):
 
     def reset_parameters(self) -> None:
         self.apply(initialise)
-        rescale_residuals(self.blocks)
+        rescale_residuals(blocks_of(self.blocks))
         nn.init.normal_(self.img_mod_embed, std=EMBEDDING_STD)
         nn.init.normal_(self.video_mod_embed, std=EMBEDDING_STD)
 
@@ -114,14 +115,16 @@ class Encoder(nn.Module):
         """Patch and modality embedding of the tokens `rows` (b*N + id), or of all: [R, E]."""
         patches = gather_patches(clips, rows, self.config.tubelet_size, self.config.patch_size)
         if is_image(clips):
-            return self.patch_embed_img(patches) + self.img_mod_embed[0]
-        return self.patch_embed(patches) + self.video_mod_embed[0]
+            image: Tensor = self.patch_embed_img(patches) + self.img_mod_embed[0]
+            return image
+        video: Tensor = self.patch_embed(patches) + self.video_mod_embed[0]
+        return video
 
     def encode(self, tokens: Tensor, layout: TokenLayout, levels: Levels = "all") -> Tensor:
         """The blocks and level norms over embedded tokens."""
         taken = []
         level_of = {block: level for level, block in enumerate(self.config.level_blocks)}
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(blocks_of(self.blocks)):
             tokens = run_block(block, tokens, layout, self.config.checkpoint_activations)
             if i in level_of and (levels == "all" or i == len(self.blocks) - 1):
                 taken.append(self.norms_block[level_of[i]](tokens))

@@ -16,6 +16,7 @@ from jepa.models.blocks import (
     LAYER_NORM_EPS,
     Block,
     TokenLayout,
+    blocks_of,
     initialise,
     rescale_residuals,
     run_block,
@@ -93,7 +94,7 @@ class Predictor(nn.Module):
 
     def reset_parameters(self) -> None:
         self.apply(initialise)
-        rescale_residuals(self.predictor_blocks)
+        rescale_residuals(blocks_of(self.predictor_blocks))
         for token in self.mask_tokens:
             nn.init.zeros_(token)
         nn.init.normal_(self.video_mod_embed, std=EMBEDDING_STD)
@@ -130,7 +131,7 @@ class Predictor(nn.Module):
             order.cu_seqlens,
             Rope3D(masks.grid, "interleaved", self.config.rope_interpolate_from),
         )
-        for block in self.predictor_blocks:
+        for block in blocks_of(self.predictor_blocks):
             tokens = run_block(block, tokens, layout, self.config.checkpoint_activations)
         # Normalised before the split: the norm is per token, and one call serves both outputs.
         tokens = self.predictor_norm(tokens)
@@ -142,7 +143,8 @@ class Predictor(nn.Module):
     def _mask_tokens(self, masks: MaskBatch, dtype: torch.dtype) -> Tensor:
         """The mask token of each target, [Nt, width]."""
         if self.shared_mask_token or masks.num_sets == 1 or len(self.mask_tokens) == 1:
-            return self.mask_tokens[0][0].to(dtype).expand(masks.target_ids.shape[0], -1)
+            shared: Tensor = self.mask_tokens[0][0].to(dtype)
+            return shared.expand(masks.target_ids.shape[0], -1)
         count = min(len(self.mask_tokens), masks.num_sets)
         table = torch.cat([token[0] for token in list(self.mask_tokens)[:count]]).to(dtype)
         # A product with a selection matrix: its gradient is a sum in fixed order, where that of

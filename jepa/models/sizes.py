@@ -17,35 +17,45 @@ LEVEL_BLOCKS: Mapping[int, tuple[int, ...]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class PredictorConfig:
-    """A narrow transformer; `mask_tokens` is how many learned tokens the mask sets take turns
-    with."""
+    """A narrow transformer."""
 
     width: int = 256
+    """Channels of a predictor token."""
     depth: int = 8
+    """Predictor blocks."""
     heads: int = 8
+    """Heads of a predictor block."""
     mlp_ratio: float = 4.0
+    """Hidden width of its MLPs over `width`."""
     mask_tokens: int = 2
+    """Learned tokens that the mask sets take turns with."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Encoder and predictor. Tokens are tubelets of `tubelet_size` frames x `patch_size`^2 pixels,
-    or patches of a single frame.
-
-    `rope_interpolate_from`: side, in tokens, of the grid that other resolutions' positions are
-    scaled to; None leaves them unscaled.
-    """
+    or patches of a single frame."""
 
     width: int = 768
+    """Channels of an encoder token."""
     depth: int = 12
+    """Encoder blocks."""
     heads: int = 12
+    """Heads of an encoder block."""
     mlp_ratio: float = 4.0
+    """Hidden width of the MLPs over `width`."""
     level_blocks: tuple[int, ...] = (2, 5, 8, 11)
+    """Blocks (from 0) after which a level of features is taken; the last block is one."""
     patch_size: int = 16
+    """Side of a token in pixels."""
     tubelet_size: int = 2
+    """Frames of a token; a single frame is an image."""
     rope_interpolate_from: int | None = 16
+    """Side of the token grid that positions are scaled to; null: unscaled."""
     checkpoint_activations: bool = False
+    """Compute activations again in backward instead of keeping them."""
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    """The narrow transformer that predicts the targets."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -102,6 +112,8 @@ SIZES: Mapping[str, ModelConfig] = MappingProxyType(
     }
 )
 
+DEFAULT_SIZE = "micro"
+
 
 def model_config(name: str, **changes: Any) -> ModelConfig:
     """A named size, with nested `changes` laid over it.
@@ -120,7 +132,7 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
 
 def parse_model(value: Any, path: str) -> ModelConfig:
     """A configuration value as a model: a size name, or a mapping whose `size` names the one it
-    starts from."""
+    starts from (`DEFAULT_SIZE` where it names none)."""
     if isinstance(value, ModelConfig):
         return value
     if isinstance(value, str):
@@ -128,8 +140,4 @@ def parse_model(value: Any, path: str) -> ModelConfig:
     if not isinstance(value, Mapping):
         raise ConfigError(f"config: {path} must be a size name or a mapping, got {value!r}.")
     changes = {key: item for key, item in value.items() if key != "size"}
-    return (
-        model_config(value["size"], **changes)
-        if "size" in value
-        else from_dict(ModelConfig, changes, path)
-    )
+    return model_config(value.get("size", DEFAULT_SIZE), **changes)

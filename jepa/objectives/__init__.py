@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from jepa.config import ConfigError, from_dict, nearest
-from jepa.objectives import base
 from jepa.objectives.base import (
     Denominators,
     Factorisation,
@@ -28,6 +27,7 @@ from jepa.objectives.base import (
     WeightSchedule,
 )
 from jepa.objectives.context import published_factor
+from jepa.quirks import Quirks
 
 __all__ = [
     "Denominators",
@@ -39,6 +39,7 @@ __all__ = [
     "WeightSchedule",
     "build_heads",
     "compute_all",
+    "configurations",
     "get",
     "names",
     "parse_objectives",
@@ -76,6 +77,11 @@ def get(name: str) -> ObjectiveModule:
     return cast(ObjectiveModule, importlib.import_module(f"jepa.objectives.{name}"))
 
 
+def configurations() -> dict[str, type[ObjectiveConfig]]:
+    """The `Config` of every objective."""
+    return {name: get(name).Config for name in names()}
+
+
 def parse_objectives(value: Any, path: str) -> dict[str, ObjectiveConfig]:
     """``{name: {option: value}}`` with every options mapping turned into the objective's own
     `Config`."""
@@ -87,9 +93,7 @@ def parse_objectives(value: Any, path: str) -> dict[str, ObjectiveConfig]:
     }
 
 
-def weights(
-    objectives: Objectives, step: int, progress: float, quirks: base.Quirks
-) -> dict[str, float]:
+def weights(objectives: Objectives, step: int, progress: float, quirks: Quirks) -> dict[str, float]:
     """The weight of every objective at a moment of training: numbers on the host, so that weight 0
     can skip the work."""
     result = {}

@@ -23,7 +23,9 @@ COLOURS = 3
 @dataclass(frozen=True)
 class Config(ObjectiveConfig):
     hidden: int = 256
+    """Hidden width of the head."""
     channels: Literal["all", "dynamics"] = "all"
+    """What the head reads: all channels or the dynamics ones."""
 
     @property
     def minimum_frames(self) -> int:

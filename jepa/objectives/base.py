@@ -4,7 +4,6 @@ one way to take a mean."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -21,15 +20,15 @@ from jepa_kernels.ops.latent_rollout.cells import Cell
 
 @dataclass(frozen=True)
 class WeightSchedule:
-    """How a weight changes over training, as a factor of progress in [0, 1].
-
-    constant: 1. ramp: 0 up to `begin`, then linear to 1 at `end`. cosine: 0.5 (1 + cos(pi *
-    progress)), 1 to 0.
-    """
+    """How a weight changes over training, as a factor of progress in [0, 1]: 1; 0 up to `begin`,
+    then linear to 1 at `end`; or 0.5 (1 + cos(pi * progress))."""
 
     kind: Literal["constant", "ramp", "cosine"] = "constant"
+    """constant: 1. ramp: 0 to 1, linear from `begin` to `end`. cosine: 1 to 0."""
     begin: float = 0.0
+    """Share of training at which a ramp begins."""
     end: float = 1.0
+    """Share of training at which a ramp is done."""
 
     def factor(self, progress: float) -> float:
         if self.kind == "constant":
@@ -47,7 +46,9 @@ class ObjectiveConfig:
     the step has to know of it beforehand. An objective overrides what is different for it."""
 
     weight: float = 1.0
+    """Its factor in the loss; 0 skips the work."""
     schedule: WeightSchedule = field(default_factory=WeightSchedule)
+    """How the weight changes over training."""
 
     @property
     def minimum_frames(self) -> int:
@@ -79,14 +80,13 @@ class Objective:
 
 @dataclass(frozen=True)
 class Factorisation:
-    """Which channels of the [.., L*E] features hold appearance; the rest hold dynamics.
-
-    levels: the first `appearance_share` of all channels, that is the shallow levels (published).
-    channels: that share of each level.
-    """
+    """Which channels of the [.., L*E] features hold appearance; the rest hold dynamics. The
+    published split is by levels, that is the shallow ones."""
 
     split: Literal["levels", "channels"] = "levels"
+    """levels: the first levels hold appearance; channels: a share of each level."""
     appearance_share: float = 0.5
+    """Share of the channels that hold appearance."""
 
     def appearance_width(self, width: int, levels: int) -> int:
         if self.split == "levels":
@@ -113,7 +113,8 @@ class Factorisation:
             return features[..., :share] if first else features[..., share:]
         by_level = features.unflatten(-1, (levels, -1))
         share //= levels
-        return (by_level[..., :share] if first else by_level[..., share:]).flatten(-2)
+        part: Tensor = by_level[..., :share] if first else by_level[..., share:]
+        return part.flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ class ObjectiveContext:
     denominators: Denominators
     levels: int
     factorisation: Factorisation = field(default_factory=Factorisation)
-    heads: Mapping[str, nn.Module] = field(default_factory=dict)
+    heads: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     quirks: Quirks = field(default_factory=Quirks)
     clips: Tensor | None = None
     patch_size: int = 16
@@ -406,7 +407,9 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return value
-    return _SumOverRanks.apply(value)
+    # torch declares `apply` without types.
+    total: Tensor = _SumOverRanks.apply(value)  # type: ignore[no-untyped-call]
+    return total
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -417,7 +420,7 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         total = grad.clone()
         dist.all_reduce(total)
         return total

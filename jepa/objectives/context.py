@@ -15,6 +15,7 @@ class Config(ObjectiveConfig):
     # share.
     schedule: WeightSchedule = field(default_factory=lambda: WeightSchedule("ramp", 0.5, 1.0))
     weight_by_distance: bool = True
+    """Divides a token's error by the root of its distance to the nearest target."""
 
 
 PUBLISHED_RAMP = (15_000, 30_000)

@@ -4,6 +4,7 @@ of a learned energy."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -14,8 +15,11 @@ from jepa_kernels import Hamiltonian
 @dataclass(frozen=True)
 class Config(ObjectiveConfig):
     hidden: int = 256
+    """Hidden width of the energy."""
     time_step: float = 0.1
+    """dt of a symplectic Euler step."""
     horizon: int = 1
+    """Steps that are rolled out; 1 is the published loss."""
 
     @property
     def minimum_frames(self) -> int:
@@ -46,7 +50,8 @@ class Energy(nn.Module):
         )
 
     def forward(self, state: Tensor) -> Tensor:
-        return self.net(state).squeeze(-1)
+        energy: Tensor = self.net(state)
+        return energy.squeeze(-1)
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:
@@ -56,7 +61,8 @@ def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:
     q_0, p_0 = halves of Z(t); q' = q + dt dG/dp(q, p); p' = p - dt dG/dq(q', p). Horizon 1 is the
     published loss.
     """
-    cell = Hamiltonian.from_module(ctx.heads["hamiltonian"].net, cfg.time_step)
+    energy = cast(Energy, ctx.heads["hamiltonian"])
+    cell = Hamiltonian.from_module(energy.net, cfg.time_step)
     errors = ctx.rollout_errors(
         "hamiltonian", cell, cfg.horizon, anchored=False, exponent=ctx.loss_exponent
     )

@@ -16,6 +16,7 @@ from jepa.objectives.base import (
 class Config(ObjectiveConfig):
     weight: float = 0.3
     temperature: float = 1.0
+    """Of the softmax over a sample's errors; the smaller, the more the worst count."""
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:

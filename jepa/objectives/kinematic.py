@@ -20,8 +20,11 @@ from jepa.objectives.base import Objective, ObjectiveConfig, ObjectiveContext
 @dataclass(frozen=True)
 class Config(ObjectiveConfig):
     kind: Literal["velocity", "huber", "acceleration"] = "velocity"
+    """What is penalised: |v|, Huber of v, or |change of v|."""
     huber_delta: float = 0.1
+    """Where Huber's penalty turns linear."""
     channel_share: float = 1.0
+    """Share of the channels, from the first, that are penalised."""
 
     @property
     def minimum_frames(self) -> int:

@@ -4,7 +4,7 @@ time steps."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,15 @@ from jepa_kernels import ResidualMLP
 @dataclass(frozen=True)
 class Config(ObjectiveConfig):
     hidden: int = 256
+    """Hidden width of the head."""
     channels: Literal["all", "dynamics"] = "all"
+    """What the head reads: all channels or the dynamics ones."""
     hard_region: bool = False
+    """Weights pairs by a softmax of their errors."""
     temperature: float = 1.0
+    """Of that softmax."""
     horizon: int = 1
+    """Steps that are rolled out; 1 is the published loss."""
 
     @property
     def minimum_frames(self) -> int:
@@ -36,7 +41,7 @@ class Config(ObjectiveConfig):
     def pair_horizon(self) -> int:
         return self.horizon
 
-    def build_head(self, dims: FeatureDims) -> nn.Module:
+    def build_head(self, dims: FeatureDims) -> nn.Sequential:
         """f: the features (or their dynamics channels) to the change of all of them."""
         return two_layer_head(
             dims.dynamics_width if self.channels == "dynamics" else dims.width,
@@ -58,7 +63,7 @@ def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:
         if cfg.channels == "dynamics"
         else None
     )
-    cell = ResidualMLP.from_module(ctx.heads["latent_dynamics"], seen)
+    cell = ResidualMLP.from_module(cast(nn.Sequential, ctx.heads["latent_dynamics"]), seen)
     errors = ctx.rollout_errors("latent_dynamics", cell, cfg.horizon, anchored=True)
     error = errors.mean(0)
     if cfg.hard_region:

@@ -14,6 +14,7 @@ from jepa.objectives.base import Objective, ObjectiveConfig, ObjectiveContext
 class Config(ObjectiveConfig):
     weight: float = 0.5
     margin: float = 0.5
+    """How much closer (in cosine) a feature must be to its own time's target."""
 
     @property
     def minimum_frames(self) -> int:

@@ -16,6 +16,7 @@ from jepa.objectives.base import Objective, ObjectiveConfig, ObjectiveContext, s
 class Config(ObjectiveConfig):
     weight: float = 0.01
     scope: Literal["rank", "global"] = "rank"
+    """Rows that the covariance is of: one process's (published), or all processes'."""
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:

@@ -16,10 +16,15 @@ from jepa.objectives.base import Objective, ObjectiveConfig, ObjectiveContext, s
 @dataclass(frozen=True)
 class Config(ObjectiveConfig):
     slices: int = 1024
+    """Random directions per step."""
     points: int = 17
+    """Points of the characteristic function, 0 included."""
     largest_point: float = 3.0
+    """The largest of them."""
     seed: int = 0
+    """Of the directions, together with the step."""
     scope: Literal["rank", "global"] = "rank"
+    """Rows that the statistic is of: one process's (published), or all processes'."""
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:
@@ -38,15 +43,16 @@ def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:
 
 
 def projection(features: Tensor, slices: int, seed: int) -> Tensor:
-    """[D, slices] unit columns, the same for every rank at a step."""
+    """[D, slices] unit columns, the same for every rank at a step and, up to rounding, for every
+    dtype of the features."""
     generator = torch.Generator(device=features.device).manual_seed(seed)
     directions = torch.randn(
         features.shape[-1],
         slices,
         generator=generator,
         device=features.device,
-        dtype=features.dtype,
-    )
+        dtype=torch.float32,
+    ).to(features.dtype)
     # A sum of squares down the columns runs along rows in memory; vector_norm over that axis takes
     # 15 times as long on a CPU.
     return directions.div_(directions.square().sum(0).sqrt_())
@@ -67,15 +73,14 @@ def characteristic_distance(
     normal = torch.exp(-0.5 * time.square())
     weight = normal * (2.0 * step)
     weight[-1] *= 0.5
-    sums = _HarmonicSums.apply(projected, points - 1, step)
+    # torch declares `apply` without types.
+    sums: Tensor = _HarmonicSums.apply(projected, points - 1, step)  # type: ignore[no-untyped-call]
     rows = projected.new_full((), float(projected.shape[0]))
     if over_ranks:
         sums, rows = sum_over_ranks(sums), sum_over_ranks(rows)
     cosine, sine = (sums / rows.clamp(min=1.0)).unbind()
-    return (
-        rows
-        * (weight[:, None] * ((cosine - normal[:, None]).square() + sine.square())).sum(0).mean()
-    )
+    distance: Tensor = weight[:, None] * ((cosine - normal[:, None]).square() + sine.square())
+    return rows * distance.sum(0).mean()
 
 
 class _HarmonicSums(torch.autograd.Function):
@@ -101,7 +106,7 @@ class _HarmonicSums(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         # d/du = sum_k t_k (g_sin cos(t_k u) - g_cos sin(t_k u)) = Re sum_k t_k (g_sin + i g_cos)
         # z^k, by Horner's rule.
         (first,) = ctx.saved_tensors

@@ -13,6 +13,7 @@ from jepa.objectives.base import Objective, ObjectiveConfig, ObjectiveContext
 @dataclass(frozen=True)
 class Config(ObjectiveConfig):
     lowest_gain: float = 0.1
+    """Gain of frequency 0; it rises linearly to 1 at the highest."""
 
     @property
     def minimum_frames(self) -> int:

@@ -15,6 +15,7 @@ from jepa.objectives.base import Objective, ObjectiveConfig, ObjectiveContext
 @dataclass(frozen=True)
 class Config(ObjectiveConfig):
     percentile: float = 0.5
+    """Share of a frame's tokens, the slowest, that should stay constant."""
 
     @property
     def minimum_frames(self) -> int:

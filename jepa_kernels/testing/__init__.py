@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +23,44 @@ HEAD_DIMS = (8, 24, 32, 64, 80, 88, 96, 128)
 
 # float32 and float64: |error| <= atol + rtol * |oracle|; gradients get ten times that.
 _TOLERANCE = {torch.float32: (1e-5, 1e-6), torch.float64: (1e-10, 1e-12)}
+
+# What tests of whole models and formulas allow, by what they compare: keyword arguments of
+# torch.testing.assert_close, |error| <= atol + rtol * |expected|.
+Tolerance = Mapping[str, float]
+
+
+def _tolerance(rtol: float, atol: float = 0.0) -> Tolerance:
+    return MappingProxyType({"rtol": rtol, "atol": atol})
+
+
+# The same sums in another order.
+FLOAT32 = _tolerance(*_TOLERANCE[torch.float32])
+# Networks of several layers, and gradients.
+FLOAT32_DEEP = _tolerance(1e-4, 1e-5)
+# Linear maps of pixels, whose terms are larger than their sum.
+FLOAT32_PIXELS = _tolerance(1e-4, 1e-4)
+# Crops against torch's antialiased resampling.
+FLOAT32_CROPS = _tolerance(1e-5, 2e-5)
+# Rollouts of small heads.
+FLOAT32_ROLLOUT = _tolerance(1e-6, 1e-7)
+# A few roundings of float32, in numbers that were computed or stored in it.
+FLOAT32_ROUNDED = _tolerance(1e-6)
+FLOAT32_STORED = _tolerance(0.0, 1e-6)
+# What should be 0 or the same up to rounding, for values around 1.
+FLOAT32_NEAR_ZERO = _tolerance(0.0, 1e-5)
+# A variance of standardised features, which the eps of the norm lowers.
+STANDARDISED_VARIANCE = _tolerance(0.0, 1e-2)
+# A norm after it has been clipped, an effective rank, a fitted ratio of coefficients.
+DERIVED = _tolerance(1e-3)
+# Formulas in float64 against loops.
+FLOAT64 = _tolerance(_TOLERANCE[torch.float64][0])
+FLOAT64_SHORT = _tolerance(1e-12)
+# A loss under autocast to bfloat16 against the one in float32.
+BFLOAT16_LOSS = _tolerance(2e-2)
+# Features stored as float16.
+FLOAT16_STORED = _tolerance(0.0, 2e-3)
+# torch.autograd.gradcheck in float64.
+GRADCHECK: Tolerance = MappingProxyType({"eps": 1e-6, "atol": 1e-6})
 
 
 def assert_within_budget(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from benchmarks import costmodel, flop
 from jepa.models.sizes import SIZES
+from jepa_kernels.testing import DERIVED, FLOAT32_DEEP
 
 TOKENS = [128.0, 392.0, 800.0, 1568.0]
 
@@ -22,8 +23,10 @@ def test_recovers_its_own_coefficients(constant: float, per_token: float, per_pa
     made = costmodel.fit(TOKENS, [2] * 4, values)
     assert made.worst_error < 1e-6
     for batch, size in ((1, 100.0), (8, 5000.0)):
-        assert made.predict(size, batch) == pytest.approx(truth.predict(size, batch), rel=1e-4)
-    assert made.crossover_tokens == pytest.approx(per_token / per_pair, rel=1e-3)
+        assert made.predict(size, batch) == pytest.approx(
+            truth.predict(size, batch), rel=FLOAT32_DEEP["rtol"]
+        )
+    assert made.crossover_tokens == pytest.approx(per_token / per_pair, rel=DERIVED["rtol"])
 
 
 def test_terms_are_never_negative() -> None:

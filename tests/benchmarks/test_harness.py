@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import bench_step, harness, machine, memory, plot, resolutions
 from jepa.batch import Batch
+from jepa_kernels.testing import DERIVED, FLOAT32_ROUNDED
 
 
 def comparison(**changes: object) -> harness.Comparison:
@@ -122,10 +123,10 @@ def test_bootstrap_interval_covers_the_median() -> None:
 
 def test_require_close_sees_errors_shapes_and_nan() -> None:
     good = torch.ones(8)
-    harness.require_close("out", good, good, rtol=1e-6)
+    harness.require_close("out", good, good, **FLOAT32_ROUNDED)
     for bad in (good * 1.01, good[:4], good * float("nan")):
         with pytest.raises(harness.GateError):
-            harness.require_close("out", bad, good, rtol=1e-3)
+            harness.require_close("out", bad, good, rtol=DERIVED["rtol"])
 
 
 def test_forward_backward_returns_the_gradients() -> None:
@@ -159,7 +160,9 @@ def test_main_filters_lists_and_fails_on_a_wrong_result(
         yield comparison(case="small")
         yield comparison(
             case="wrong",
-            gate=lambda: harness.require_close("out", torch.zeros(2), torch.ones(2), rtol=1e-3),
+            gate=lambda: harness.require_close(
+                "out", torch.zeros(2), torch.ones(2), rtol=DERIVED["rtol"]
+            ),
         )
 
     output = tmp_path / "out.json"

@@ -13,7 +13,7 @@ from torch import nn
 from jepa_kernels import use_backend
 from jepa_kernels.integrations import accelerate, patch, restore
 from jepa_kernels.integrations.eb_jepa import planning_unroll
-from jepa_kernels.testing import assert_within_budget
+from jepa_kernels.testing import FLOAT32, FLOAT32_DEEP, assert_within_budget
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 D, A, STEPS, BATCH = 24, 3, 5, 4
@@ -167,7 +167,7 @@ def test_every_step_and_inference():
     )
     assert losses is None
     assert [s.shape for s in steps] == [s.shape for s in wanted]
-    torch.testing.assert_close(steps[-1], wanted[-1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(steps[-1], wanted[-1], **FLOAT32_DEEP)
     none, _ = model.unroll(x, actions, nsteps=0, unroll_mode="autoregressive", compute_loss=False)
     assert none.shape == (BATCH, D, 1, 1, 1)
 
@@ -177,7 +177,7 @@ def test_the_predictor_alone():
     state = torch.randn(BATCH, D, 1, 1, 1)
     wanted = predictor(state, actions[:, :, :1])
     accelerate(predictor)
-    torch.testing.assert_close(predictor(state, actions[:, :, :1]), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(predictor(state, actions[:, :, :1]), wanted, **FLOAT32_DEEP)
     assert restore(predictor) == 1
     assert torch.equal(predictor(state, actions[:, :, :1]), wanted)
 
@@ -191,7 +191,7 @@ def test_restore_and_copies():
     with torch.no_grad():
         other.predictor.rnn.weight_hh_l0.zero_()
     assert not torch.allclose(other.unroll(x, actions, **call)[0], wanted)
-    torch.testing.assert_close(model.unroll(x, actions, **call)[0], wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.unroll(x, actions, **call)[0], wanted, **FLOAT32_DEEP)
     assert restore(model) == 2
     assert torch.equal(model.unroll(x, actions, **call)[0], wanted)
 
@@ -209,7 +209,7 @@ def test_planning_encodes_one_observation():
     with torch.no_grad():
         states = planning_unroll(model)(x, actions)
     assert model.encoder.seen == 1
-    torch.testing.assert_close(states, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(states, wanted, **FLOAT32_DEEP)
 
 
 def test_a_subclass_with_its_own_unroll_keeps_it():
@@ -264,14 +264,14 @@ def test_the_real_code():
     ours.load_state_dict(real.state_dict())
     untouched = results(real, torch.float32)
     for name, value in results(ours, torch.float32).items():
-        torch.testing.assert_close(value, untouched[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(value, untouched[name], **FLOAT32)
     assert accelerate(real).replaced == {"eb_jepa": ["", "predictor"]}
     for name, value in results(real, torch.float32).items():
-        torch.testing.assert_close(value, untouched[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(value, untouched[name], **FLOAT32_DEEP)
     x, actions = inputs()
     again = build(_real("jepa").JEPA, _real("architectures").RNNPredictor)
     plain, _ = again.unroll(x, actions, nsteps=STEPS, unroll_mode="autoregressive")
     with patch("eb_jepa") as names:
         fused, _ = again.unroll(x, actions, nsteps=STEPS, unroll_mode="autoregressive")
     assert sorted(names) == ["eb_jepa.architectures:RNNPredictor", "eb_jepa.jepa:JEPA"]
-    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused, plain, **FLOAT32_DEEP)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from jepa_kernels.integrations import accelerate, patch, restore
+from jepa_kernels.testing import FLOAT32_DEEP
 from tests.conftest import missing
 from tests.integrations.peers import DTYPES, check, randomised, results, steps_apart
 
@@ -171,8 +172,7 @@ def test_training_mode_draws_the_same_dropout(modules):
         torch.testing.assert_close(
             outs[1][name],
             value,
-            rtol=1e-4,
-            atol=1e-5,
+            **FLOAT32_DEEP,
             msg=lambda text, name=name: f"{name}: {text}",
         )
 
@@ -185,7 +185,7 @@ def test_restore_and_patch(modules):
     assert torch.equal(whole(x), before)
     with patch("lightly-ijepa") as names:
         assert "torchvision.models.vision_transformer:EncoderBlock" in names
-        torch.testing.assert_close(whole(x), before, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(whole(x), before, **FLOAT32_DEEP)
     assert torch.equal(whole(x), before)
 
 

@@ -11,7 +11,7 @@ import torch
 from jepa_kernels import use_backend
 from jepa_kernels.integrations import accelerate, patch, restore
 from jepa_kernels.integrations.transformers_vjepa2 import encode_context, predict_targets
-from jepa_kernels.testing import assert_within_budget
+from jepa_kernels.testing import FLOAT32_DEEP, assert_within_budget
 from tests.integrations.peers import DTYPES, check, peer, randomised, results, steps_apart
 
 GRID = (2, 3, 3)
@@ -116,8 +116,7 @@ def test_training_mode_draws_the_same_stochastic_depth():
         torch.testing.assert_close(
             outs[1][name],
             value,
-            rtol=1e-4,
-            atol=1e-5,
+            **FLOAT32_DEEP,
             msg=lambda text, name=name: f"{name}: {text}",
         )
 
@@ -135,7 +134,7 @@ def test_activation_checkpointing():
     ours, theirs = results(saving, masked, x), results(plain, masked, x)
     for name, value in theirs.items():
         torch.testing.assert_close(
-            ours[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            ours[name], value, **FLOAT32_DEEP, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
@@ -186,7 +185,7 @@ def test_patch_reaches_models_built_inside():
         dropping = model(attention_probs_dropout_prob=0.1)
         kept = encoder(dropping, x)
     assert modeling.VJEPA2RopeAttention.forward is original
-    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused, plain, **FLOAT32_DEEP)
     assert torch.equal(kept, plain)
 
 
@@ -214,8 +213,7 @@ def test_unsorted_predictor_of_the_whole_clip_and_undone():
     torch.testing.assert_close(
         whole(pixel_values_videos=x).predictor_output.last_hidden_state,
         before,
-        rtol=1e-4,
-        atol=1e-5,
+        **FLOAT32_DEEP,
     )
     restore(whole)
     assert torch.equal(whole(pixel_values_videos=x).predictor_output.last_hidden_state, before)
@@ -293,7 +291,7 @@ def test_context_alone_is_another_function_and_its_predictions_are_the_predictor
     assert (alone - after).norm() > 0.01 * after.norm()
     # Without a mask the two are one function.
     torch.testing.assert_close(
-        encode_context(whole.encoder, x, [ids]), encoder(whole, x), rtol=1e-4, atol=1e-5
+        encode_context(whole.encoder, x, [ids]), encoder(whole, x), **FLOAT32_DEEP
     )
     predicted = predict_targets(whole.predictor, after, [context], [target])
-    torch.testing.assert_close(predicted, sorted_masked(whole, x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(predicted, sorted_masked(whole, x), **FLOAT32_DEEP)

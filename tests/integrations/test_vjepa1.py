@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from jepa_kernels.integrations import accelerate, patch
+from jepa_kernels.testing import FLOAT32_DEEP
 from tests.integrations.peers import DTYPES, check, peer, randomised, steps_apart
 
 SIZES = dict(
@@ -90,5 +91,5 @@ def test_patch_reaches_models_built_inside():
     assert sorted(names) == [
         f"vjepa.models.utils.modules:{kind}" for kind in ("Attention", "CrossAttention")
     ]
-    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused, plain, **FLOAT32_DEEP)
     assert torch.equal(Pair()(x), plain)

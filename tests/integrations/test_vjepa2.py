@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from jepa_kernels.integrations import accelerate, patch
+from jepa_kernels.testing import FLOAT32_DEEP
 from tests.integrations.peers import DTYPES, check, peer, randomised, results, steps_apart
 
 SIZES = dict(
@@ -150,7 +151,7 @@ def test_activation_checkpointing():
     assert set(ours) == set(theirs)
     for name, value in theirs.items():
         torch.testing.assert_close(
-            ours[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            ours[name], value, **FLOAT32_DEEP, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
@@ -203,7 +204,7 @@ def test_patch_reaches_models_built_inside():
         f"vjepa2.models.utils.modules:{kind}"
         for kind in ("Attention", "CrossAttention", "RoPEAttention")
     ]
-    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused, plain, **FLOAT32_DEEP)
     assert torch.equal(encoder()(x), plain)
 
 

@@ -11,6 +11,7 @@ import torch
 from jepa import host
 from jepa.batch import Batch, LoadedBatch, MaskBatch
 from jepa.masks import mask_policy, sample_masks
+from jepa_kernels.testing import FLOAT32_ROUNDED
 
 BACKENDS = ["numpy"] + (["host"] if not host.reason() else [])
 
@@ -69,7 +70,7 @@ def test_lists_follow_their_definitions(grid, horizon, backend):
                 column_rows.append([s % batch * tokens + n for n in chain])
                 column_set.append(s // batch)
 
-    np.testing.assert_allclose(masks.context_distance.numpy(), distance, rtol=1e-6)
+    np.testing.assert_allclose(masks.context_distance.numpy(), distance, **FLOAT32_ROUNDED)
     for got, want, width in [
         (masks.pairs, pairs, horizon + 1),
         (masks.pair_rows, pair_rows, horizon + 1),
@@ -112,7 +113,7 @@ def test_golden_distances(shared_dir, backend):
             )
             masks = MaskBatch.from_ids([context], [target], grid, backend=backend)
             np.testing.assert_allclose(
-                masks.context_distance.numpy(), golden[f"{key}_dist_{j}"].ravel(), rtol=1e-6
+                masks.context_distance.numpy(), golden[f"{key}_dist_{j}"].ravel(), **FLOAT32_ROUNDED
             )
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from jepa.conformance import Golden, Report, check_file, check_folder
 from jepa.conformance.__main__ import main
-from jepa.conformance.report import relative_error
+from jepa.conformance.report import Row
+from tests.jepa.planted import faults_of
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "golden" / "published"
 
@@ -24,6 +25,12 @@ def explained(report: Report) -> str:
         f"{row.file} {row.array}: {row.error:.2e} > {row.tolerance:.1e} {row.note}"
         for row in report.failures[:20]
     )
+
+
+@pytest.fixture
+def two_seeds(monkeypatch):
+    """Two instead of eight, to save time: a miss is run with all of them."""
+    monkeypatch.setattr("jepa.conformance.sensitivity.SEEDS", 2)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -42,6 +49,39 @@ def test_every_golden_file_agrees(shared_dir):
     assert not report.failures, explained(report)
     assert len(report.by_file()) == 85
     assert len(report.rows) > 60_000
+    # Rounding decides a handful of arrays of a step, nothing of a module or of an objective.
+    assert {row.file.split("/")[0] for row in report.measured} <= {"steps"}
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PUBLISHED.glob("*/*.npz")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_planted_faults_are_seen(path):
+    for name in faults_of(path):
+        assert planted_failures(path, name), name
+
+
+@pytest.mark.slow
+def test_planted_faults_are_seen_in_every_golden_file(shared_dir, two_seeds):
+    paths = sorted(shared_dir.glob("golden/*/*.npz"))
+    assert len(paths) == 85
+    unseen = [
+        (path.stem, name)
+        for path in paths
+        for name in faults_of(path)
+        if not planted_failures(path, name)
+    ]
+    assert not unseen
+
+
+def planted_failures(path: Path, fault: str) -> list[Row]:
+    """What a file finds wrong with a fault in the code; not that the code can no longer run."""
+    report = Report()
+    with pytest.MonkeyPatch.context() as patch:
+        faults_of(path)[fault](patch)
+        check_file(path, report)
+    assert all(row.array != "(file)" for row in report.failures), explained(report)
+    return report.failures
 
 
 def test_the_command_prints_a_table_and_returns_zero(tmp_path):
@@ -101,15 +141,18 @@ def test_a_wrong_number_is_a_miss(tmp_path, part, name, key):
 
 
 @pytest.mark.parametrize("key", ["step1_term_loss_pred", "step2_loss", "grad_z_pred_1", "h"])
-def test_a_wrong_number_of_a_step_is_a_miss(tmp_path, key):
+def test_a_wrong_number_of_a_step_is_a_miss(tmp_path, key, two_seeds):
     path = changed(PUBLISHED / "steps" / "baseline.npz", tmp_path, **{key: shifted(key)})
     shutil.copy(PUBLISHED / "steps" / "init_state.npz", path.parent)
     report = Report()
     check_file(path, report)
-    assert [row.array for row in report.failures] == [key]
+    failures = [row.array for row in report.failures]
+    assert failures[0] == key
+    # What is below a gradient is computed from the file's.
+    assert key.startswith("grad_") or len(failures) == 1
 
 
-def test_a_wrong_weight_after_a_step_is_a_miss(tmp_path):
+def test_a_wrong_weight_after_a_step_is_a_miss(tmp_path, two_seeds):
     def moved(data):
         sums = data["param_sum_after_step2"].copy()
         sums[3] += 1e-2
@@ -197,8 +240,8 @@ def test_a_planted_fault_in_the_code_is_seen(monkeypatch):
     ("attribute", "factor"),
     [("learning_rate", 1.002), ("ema_momentum", 0.999)],
 )
-def test_a_planted_fault_in_the_update_is_seen(monkeypatch, attribute, factor):
-    """What AdamW leaves undecided must not cover for a wrong rate or momentum."""
+def test_a_planted_fault_in_the_update_is_seen(monkeypatch, attribute, factor, two_seeds):
+    """What rounding decides in AdamW must not cover for a wrong rate or momentum."""
     from jepa.schedules import ScheduleConfig
 
     original = getattr(ScheduleConfig, attribute)
@@ -209,29 +252,16 @@ def test_a_planted_fault_in_the_update_is_seen(monkeypatch, attribute, factor):
     assert all(row.array.startswith(("param_", "step2_")) for row in report.failures)
 
 
-def test_relative_error():
-    b = np.array([3.0, 4.0])
-    assert relative_error(b * 1.01, b) == pytest.approx(0.01)
-    assert relative_error(b[:1], b) == np.inf
-    assert relative_error(np.array([np.nan, 4.0]), b) == np.inf
-    assert (
-        relative_error(np.array([5e-8]), np.array([0.0]))
-        <= 1e-5
-        < relative_error(np.array([2e-7]), np.array([0.0]))
-    )
-
-
-def test_sign_flips_are_set_aside_but_not_more():
-    report, wanted = Report(), np.linspace(1, 2, 100)
-    flipped = wanted.copy()
-    flipped[[3, 50, 70]] *= -1
-    report.compare_up_to_kinks("three", flipped, wanted, 1e-4, 3, 1.0)
-    flipped[9] *= -1
-    report.compare_up_to_kinks("four", flipped, wanted, 1e-4, 3, 1.0)
-    report.compare_up_to_kinks(
-        "loose", np.where(np.arange(100) < 3, -wanted, wanted), wanted, 1e-4, 3, 1e-2
-    )
-    assert [row.passed for row in report.rows] == [True, False, False]
+def test_errors_are_relative_and_absolute_where_there_is_nothing():
+    report, wanted = Report(), np.array([3.0, 4.0])
+    report.compare("one percent", wanted * 1.01, wanted)
+    report.compare("shape", wanted[:1], wanted)
+    report.compare("not a number", np.array([np.nan, 4.0]), wanted)
+    report.compare("nothing", np.array([5e-8]), np.array([0.0]))
+    report.compare("something", np.array([2e-7]), np.array([0.0]))
+    assert report.rows[0].error == pytest.approx(0.01)
+    assert [row.passed for row in report.rows] == [False, False, False, True, False]
+    assert report.rows[1].error == report.rows[2].error == np.inf
 
 
 def test_golden_files_know_what_was_read():

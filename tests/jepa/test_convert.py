@@ -11,6 +11,7 @@ from jepa.convert import ConversionError
 from jepa.models.encoder import Encoder
 from jepa.models.predictor import Predictor
 from jepa.models.sizes import model_config
+from jepa_kernels.testing import FLOAT32_DEEP
 from tests.integrations.peers import peer, randomised
 
 SIZES = dict(patch_size=4, tubelet_size=2)
@@ -89,10 +90,8 @@ def test_public_to_transformers_and_back_is_exact():
         )
         features = encoder(clips.transpose(1, 2))
         predicted = predictor(features[:, ids[0, :8]], ids[:, :8], ids[:, 8:13])
-    torch.testing.assert_close(ours.last_hidden_state, features, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        ours.predictor_output.last_hidden_state, predicted, rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(ours.last_hidden_state, features, **FLOAT32_DEEP)
+    torch.testing.assert_close(ours.predictor_output.last_hidden_state, predicted, **FLOAT32_DEEP)
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 30_000])
@@ -185,7 +184,7 @@ def test_an_image_is_a_frame_repeated():
     image = torch.nn.functional.conv3d(
         frame, wide["patch_embed_img.proj.weight"], wide["patch_embed_img.proj.bias"]
     )
-    torch.testing.assert_close(image, clip, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(image, clip, **FLOAT32_DEEP)
 
 
 def test_refusals():

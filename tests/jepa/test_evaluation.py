@@ -27,6 +27,7 @@ from jepa.evaluation import (
 )
 from jepa.finetune import FinetuneConfig, layer_groups
 from jepa.probe import Features, Probe, ProbeConfig, probed, train_probe
+from jepa_kernels.testing import FLOAT16_STORED, FLOAT32_STORED
 from tests.jepa.run_cases import tiny_run
 
 
@@ -42,7 +43,9 @@ def tiny(tmp_path_factory):
 @pytest.mark.parametrize("correct, count", [(0, 10), (7, 10), (10, 10), (30, 49)])
 def test_the_interval_is_wilsons(correct, count):
     expected = binomtest(correct, count).proportion_ci(method="wilson")
-    assert wilson(correct, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    assert wilson(correct, count) == pytest.approx(
+        (expected.low, expected.high), abs=FLOAT32_STORED["atol"]
+    )
 
 
 def test_the_evaluated_encoder_is_the_teacher(tiny):
@@ -77,7 +80,7 @@ def test_features_are_computed_once_and_appear_whole(tiny, tmp_path, monkeypatch
     found = cached_features(encoder, dataset, spec, path, batch_size=2)
     assert found.shape == (5, 2 * 4 * 4, cfg.model.width) and found.dtype == np.float16
     alone = cached_features(encoder, dataset, spec, tmp_path / "b.npy", batch_size=5)
-    assert np.allclose(found, alone, atol=2e-3)
+    assert np.allclose(found, alone, **FLOAT16_STORED)
     assert [entry.name for entry in path.parent.iterdir()] == ["a.npy"]
     monkeypatch.setattr(type(encoder), "forward", None)
     assert np.array_equal(cached_features(encoder, dataset, spec, path), found)

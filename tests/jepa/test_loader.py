@@ -30,6 +30,7 @@ from jepa.data.transforms import (
 )
 from jepa.data.ucf101 import ucf101
 from jepa.masks import mask_policy, motion_maps
+from jepa_kernels.testing import FLOAT32_CROPS, FLOAT32_NEAR_ZERO, FLOAT32_STORED
 
 SHAPES = LoaderConfig(
     batch_size=4,
@@ -310,7 +311,7 @@ def test_views_equal_crop_and_antialiased_resize(size, box, flip):
         :, None, None, None
     ]
     want = want / torch.tensor(IMAGENET_STD).double()[:, None, None, None]
-    torch.testing.assert_close(got[0].double(), want, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(got[0].double(), want, **FLOAT32_CROPS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(cut_views(clips, views, ViewSpec(*size)), got)
 
@@ -320,8 +321,7 @@ def test_whole_views_are_the_identity():
     torch.testing.assert_close(
         cut_views(clips, whole_views(2), ViewSpec(8, 12)),
         cut_views(clips, None, ViewSpec(8, 12)),
-        rtol=0,
-        atol=1e-5,
+        **FLOAT32_NEAR_ZERO,
     )
     loaded = LoadedBatch(clips, torch.zeros(2).long(), torch.arange(2), None, None)
     assert torch.equal(
@@ -353,7 +353,9 @@ def test_random_views_stay_inside_and_in_range():
     again = random_views(spec, seed=1, step=2, samples=[7, 3], source_sizes=sizes[[7, 3]])
     assert torch.equal(again.boxes, views.boxes[[7, 3]])
     centred = centre_views(ViewSpec(20, 10), [[240, 320], [300, 100]]).boxes.double().numpy()
-    np.testing.assert_allclose(centred, [[0, 0.3125, 1, 0.375], [1 / 6, 0, 2 / 3, 1]], atol=1e-6)
+    np.testing.assert_allclose(
+        centred, [[0, 0.3125, 1, 0.375], [1 / 6, 0, 2 / 3, 1]], **FLOAT32_STORED
+    )
 
 
 def test_pinning_and_moving_keep_every_field():

@@ -24,6 +24,7 @@ from jepa.masks import (
     sample_masks,
 )
 from jepa.masks import motion as motion_math
+from jepa_kernels.testing import FLOAT32_STORED, FLOAT64_SHORT
 from tests.conftest import missing
 
 BACKENDS = ["numpy"] + (["host"] if not host.reason() else [])
@@ -198,7 +199,7 @@ def test_motion_maps_equal_a_float64_oracle(backend, kind):
         ]
         cells = np.einsum("fyx,tf,hy,wx->thw", change, *weights) / ((7 / 3) * (17.5 / 4) * (21 / 5))
         want = cells / cells.max()
-        np.testing.assert_allclose(got, want[:, :, ::-1] if flip else want, rtol=1e-12)
+        np.testing.assert_allclose(got, want[:, :, ::-1] if flip else want, **FLOAT64_SHORT)
 
 
 def test_block_scores_and_probabilities_equal_slicing():
@@ -211,13 +212,13 @@ def test_block_scores_and_probabilities_equal_slicing():
             for t, y, x in itertools.product(range(3), range(3), range(6))
         ]
     )
-    np.testing.assert_allclose(block_scores(motion, block).ravel(), want, rtol=1e-12)
+    np.testing.assert_allclose(block_scores(motion, block).ravel(), want, **FLOAT64_SHORT)
     probabilities = 0.7 * want**3 / (want**3).sum() + 0.3 / want.size
     np.testing.assert_allclose(
-        origin_probabilities(motion, block, 3.0, 0.3), probabilities, rtol=1e-12
+        origin_probabilities(motion, block, 3.0, 0.3), probabilities, **FLOAT64_SHORT
     )
     np.testing.assert_allclose(
-        origin_probabilities(np.zeros((4, 5, 6)), block, 5.0, 0.0), 1 / want.size, rtol=1e-12
+        origin_probabilities(np.zeros((4, 5, 6)), block, 5.0, 0.0), 1 / want.size, **FLOAT64_SHORT
     )
 
 
@@ -230,7 +231,7 @@ def test_published_motion_distribution(shared_dir):
         ("single", "sample", "motion_map_single"),
     ):
         maps = motion_maps(clips, grid, MotionGuidance(sampling="point", maximum=maximum))
-        np.testing.assert_allclose(maps, golden[key], atol=1e-6, rtol=0)
+        np.testing.assert_allclose(maps, golden[key], **FLOAT32_STORED)
         for name in [name for name in golden.files if f"_probs_{kind}_" in name]:
             case, mask = name.split("_size")[0], name.split("_probs")[0]
             block = tuple(int(v) for v in golden[f"{mask}_block"])
@@ -240,7 +241,7 @@ def test_published_motion_distribution(shared_dir):
                 float(golden[f"{case}_strength"]),
                 float(golden[f"{case}_random_rate"]),
             )
-            np.testing.assert_allclose(got, golden[name], atol=1e-6, rtol=0)
+            np.testing.assert_allclose(got, golden[name], **FLOAT32_STORED)
             origins = itertools.product(
                 *(range(n - k + 1) for n, k in zip(grid, block, strict=True))
             )

@@ -16,7 +16,8 @@ from jepa.models.blocks import set_attention_backend
 from jepa.models.encoder import Encoder
 from jepa.models.patches import CHANNEL_MEAN, CHANNEL_STD, clip_grid, gather_patches, patch_means
 from jepa.models.predictor import JointOrder, Predictor
-from jepa.models.sizes import SIZES, PredictorConfig, model_config, parse_model
+from jepa.models.sizes import DEFAULT_SIZE, SIZES, PredictorConfig, model_config, parse_model
+from jepa_kernels.testing import FLOAT32_DEEP, FLOAT32_PIXELS
 from tests.jepa.training_cases import make_batch, ragged_masks, random_bytes, small_model
 
 GRIDS = [(4, 3, 5), (3, 4, 2), (1, 4, 5), (2, 1, 6)]
@@ -49,7 +50,7 @@ def test_packed_equals_one_sequence_at_a_time(grid):
         alone = MaskBatch.from_ids([[ids]], [[np.zeros(0, np.int64)]], grid)
         b = s % 3
         torch.testing.assert_close(
-            model(batch.clips[b : b + 1], alone), packed[first:last], rtol=1e-4, atol=1e-5
+            model(batch.clips[b : b + 1], alone), packed[first:last], **FLOAT32_DEEP
         )
 
 
@@ -59,9 +60,7 @@ def test_all_tokens_equal_a_full_mask_and_the_last_level_is_the_last():
     every = [[np.arange(24)] * 2]
     full = MaskBatch.from_ids(every, [[np.zeros(0, np.int64)] * 2], (2, 3, 4))
     dense = model(batch.clips)
-    torch.testing.assert_close(
-        model(batch.clips, full).view(2, 24, -1), dense, rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(model(batch.clips, full).view(2, 24, -1), dense, **FLOAT32_DEEP)
     torch.testing.assert_close(model(batch.clips, levels="last"), dense[..., 24:])
 
 
@@ -73,7 +72,7 @@ def test_order_of_tokens_does_not_matter_and_ids_do():
     first = model(batch.clips, MaskBatch.from_ids([[ids]], empty, (4, 3, 5)))
     order = np.random.default_rng(1).permutation(20)
     second = model(batch.clips, MaskBatch.from_ids([[ids[order]]], empty, (4, 3, 5)))
-    torch.testing.assert_close(second, first[order], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(second, first[order], **FLOAT32_DEEP)
     same = dataclasses.replace(batch, clips=torch.full_like(batch.clips, 7))
     third = model(same.clips, MaskBatch.from_ids([[ids]], empty, (4, 3, 5)))
     assert (
@@ -92,11 +91,11 @@ def test_patches_equal_a_convolution(dtype, frames):
     clips = normalised(given) if dtype == torch.uint8 else given
     expected = embed.proj(clips).flatten(2).transpose(1, 2).flatten(0, 1)
     torch.testing.assert_close(
-        embed(gather_patches(given, None, 2, 16)), expected, rtol=1e-4, atol=1e-4
+        embed(gather_patches(given, None, 2, 16)), expected, **FLOAT32_PIXELS
     )
     rows = torch.tensor([0, 5, 3, 7, 5])
     torch.testing.assert_close(
-        embed(gather_patches(given, rows, 2, 16)), expected[rows], rtol=1e-4, atol=1e-4
+        embed(gather_patches(given, rows, 2, 16)), expected[rows], **FLOAT32_PIXELS
     )
     means = (
         functional.avg_pool3d(clips, (1 if frames == 1 else 2, 16, 16))
@@ -104,7 +103,7 @@ def test_patches_equal_a_convolution(dtype, frames):
         .transpose(1, 2)
         .flatten(0, 1)
     )
-    torch.testing.assert_close(patch_means(given, 2, 16), means, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(patch_means(given, 2, 16), means, **FLOAT32_PIXELS)
 
 
 def test_bad_clips_and_masks_are_refused():
@@ -166,8 +165,8 @@ def test_predictor_packed_equals_one_sequence_at_a_time(grid, shared):
         places = [[ids[0]], [empty]], [[ids[1]], [empty]]
         alone = MaskBatch.from_ids(*(p[::-1] if s >= 3 else p for p in places), grid)
         one_predicted, one_context = predictor(x[rows[0]], alone)
-        torch.testing.assert_close(one_predicted, predicted[rows[1]], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(one_context, context[rows[0]], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one_predicted, predicted[rows[1]], **FLOAT32_DEEP)
+        torch.testing.assert_close(one_context, context[rows[0]], **FLOAT32_DEEP)
     assert predictor(x, masks, predict_context=False)[1] is None
 
 
@@ -242,7 +241,7 @@ def test_a_forced_backend_reaches_every_block(backend):
     model = encoder()
     default = model(batch.clips, masks)
     set_attention_backend(model, backend)
-    torch.testing.assert_close(model(batch.clips, masks), default, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(batch.clips, masks), default, **FLOAT32_DEEP)
 
 
 def test_compiles_without_graph_breaks():
@@ -250,7 +249,7 @@ def test_compiles_without_graph_breaks():
     model = encoder()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     eager, traced = model(batch.clips, masks), compiled(batch.clips, masks)
-    torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(traced, eager, **FLOAT32_DEEP)
     traced.sum().backward()
     assert model.blocks[0].attn.qkv.weight.grad is not None
 
@@ -282,6 +281,7 @@ def test_sizes(name):
 def test_size_configuration_is_strict():
     assert parse_model({"size": "micro", "predictor": {"depth": 1}}, "model").predictor.depth == 1
     assert parse_model("base", "model") == SIZES["base"]
+    assert parse_model({"mlp_ratio": 2.0}, "model") == model_config(DEFAULT_SIZE, mlp_ratio=2.0)
     with pytest.raises(ConfigError, match="unknown model size 'bse'; did you mean 'base'"):
         model_config("bse")
     with pytest.raises(ConfigError, match=r"unknown key 'model.widht'; did you mean 'width'"):

@@ -26,6 +26,7 @@ from jepa.objectives import (
 from jepa.objectives.base import segment_softmax_weights
 from jepa.objectives.orthogonality import mean_square_covariance
 from jepa.objectives.sigreg import characteristic_distance
+from jepa_kernels.testing import DERIVED, FLOAT32_ROUNDED, FLOAT64, FLOAT64_SHORT, GRADCHECK
 from tests.jepa.objective_cases import (
     Loop,
     all_weights,
@@ -109,7 +110,7 @@ def test_gradients_match_differences(case):
             own = dataclasses.replace(own, target_live=own.target)
         return compute_all(own, cfg, all_weights(cfg))[0]
 
-    assert gradcheck(loss, (*named.values(), *heads), eps=1e-6, atol=1e-6)
+    assert gradcheck(loss, (*named.values(), *heads), **GRADCHECK)
 
 
 @pytest.mark.parametrize("name", objectives.names())
@@ -276,7 +277,7 @@ def test_prediction_and_context_loops():
         j: [np.abs(loop.p[k] - loop.h(k)).mean() for k in loop.of_set(loop.p, j)]
         for j in range(loop.sets)
     }
-    assert value == pytest.approx(loop_mean(rows), rel=1e-12)
+    assert value == pytest.approx(loop_mean(rows), rel=FLOAT64_SHORT["rtol"])
     value, loop = value_of("context", {})
     _, height, width = GRID
 
@@ -291,7 +292,8 @@ def test_prediction_and_context_loops():
         j: [np.abs(loop.c[k] - loop.h(k)).mean() / distance(k) for k in loop.of_set(loop.c, j)]
         for j in range(loop.sets)
     }
-    assert value == pytest.approx(loop_mean(rows), rel=1e-6)  # the distances are float32
+    # The distances are float32.
+    assert value == pytest.approx(loop_mean(rows), rel=FLOAT32_ROUNDED["rtol"])
 
 
 def test_hard_region_loop():
@@ -301,7 +303,7 @@ def test_hard_region_loop():
         for b in range(loop.batch):
             errors = [np.abs(loop.p[k] - loop.h(k)).mean() for k in loop.of_set(loop.p, j, b)]
             rows[j] += list(softmax_weights(errors, 0.3) * errors)
-    assert value == pytest.approx(loop_mean(rows), rel=1e-12)
+    assert value == pytest.approx(loop_mean(rows), rel=FLOAT64_SHORT["rtol"])
 
 
 def test_pair_losses_loop():
@@ -309,11 +311,11 @@ def test_pair_losses_loop():
     expected = loop.mean_over_pairs(
         lambda a, b: np.abs((loop.z[b] - loop.z[a]) - (loop.h(b) - loop.h(a))).mean()
     )
-    assert value == pytest.approx(expected, rel=1e-12)
+    assert value == pytest.approx(expected, rel=FLOAT64_SHORT["rtol"])
     value, loop = value_of("static", {})
     assert value == pytest.approx(
         loop.mean_over_pairs(lambda a, b: np.abs(loop.z[b] - loop.z[a])[: WIDTH // 2].mean()),
-        rel=1e-12,
+        rel=FLOAT64_SHORT["rtol"],
     )
     value, loop = value_of("ltc", {"margin": 0.7})
 
@@ -323,7 +325,7 @@ def test_pair_losses_loop():
     expected = loop.mean_over_pairs(
         lambda a, b: max(0.0, 0.7 - cosine(loop.z[a], loop.h(a)) + cosine(loop.z[a], loop.h(b)))
     )
-    assert value == pytest.approx(expected, rel=1e-10)
+    assert value == pytest.approx(expected, rel=FLOAT64["rtol"])
 
 
 def test_velocity_gate_loop():
@@ -338,7 +340,7 @@ def test_velocity_gate_loop():
         kept = speed[first[1], step, site] <= threshold[first[1], step]
         return float(kept) * np.abs(loop.z[second] - loop.z[first]).mean()
 
-    assert value == pytest.approx(loop.mean_over_pairs(row), rel=1e-12)
+    assert value == pytest.approx(loop.mean_over_pairs(row), rel=FLOAT64_SHORT["rtol"])
 
 
 def test_spectral_loop():
@@ -357,7 +359,7 @@ def test_spectral_loop():
                         for f in (loop.z.get, loop.h)
                     )
                     rows[j].append((gain * np.abs(z - h)).mean())
-    assert value == pytest.approx(loop_mean(rows), rel=1e-12)
+    assert value == pytest.approx(loop_mean(rows), rel=FLOAT64_SHORT["rtol"])
 
 
 @pytest.mark.parametrize("split", ["levels", "channels"])
@@ -374,7 +376,7 @@ def test_orthogonality_loop(split):
         x = np.stack([loop.z[k] for k in loop.of_set(loop.z, j)])
         x = x - x.mean(0)
         total.append(((x[:, chosen].T @ x[:, ~chosen] / (len(x) - 1)) ** 2).mean())
-    assert value == pytest.approx(np.mean(total), rel=1e-10)
+    assert value == pytest.approx(np.mean(total), rel=FLOAT64["rtol"])
 
 
 @pytest.mark.parametrize("rows", [2, 3, 40])
@@ -402,7 +404,7 @@ def test_action_loop():
         return np.abs(moved - (colour[second[1], second[2]] - colour[first[1], first[2]])).mean()
 
     assert float(compute_all(ctx, cfg, all_weights(cfg))[0].detach()) == pytest.approx(
-        loop.mean_over_pairs(row), rel=1e-12
+        loop.mean_over_pairs(row), rel=FLOAT64_SHORT["rtol"]
     )
 
 
@@ -533,4 +535,4 @@ def test_the_contract_would_notice_a_wrong_sign(monkeypatch):
         )
 
     monkeypatch.setattr(module, "compute", wrong)
-    assert value_of("delta", {})[0] != pytest.approx(value, rel=1e-3)
+    assert value_of("delta", {})[0] != pytest.approx(value, rel=DERIVED["rtol"])

@@ -11,6 +11,7 @@ import torch
 
 from jepa.objectives import Factorisation, compute_all
 from jepa.quirks import Quirks
+from jepa_kernels.testing import FLOAT32, FLOAT32_ROLLOUT, FLOAT32_ROUNDED, FLOAT64
 from tests.jepa.objective_cases import (
     all_weights,
     assert_same_loss_and_gradients,
@@ -114,11 +115,11 @@ def test_one_step_is_the_published_formula(name, hard):
         ctx.context_tokens,
         *(list(head.parameters())[:-1] if name == "hamiltonian" else head.parameters()),
     ]
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(loss, expected, **FLOAT32_ROLLOUT)
     for got, wanted in zip(
         *(torch.autograd.grad(v, leaves) for v in (loss, expected)), strict=True
     ):
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got, wanted, **FLOAT32)
 
 
 @pytest.mark.parametrize("name", ["latent_dynamics", "hamiltonian"])
@@ -149,15 +150,15 @@ def test_hard_dynamics_per_sample_and_its_quirks():
             by_sample[j] += list(softmax_weights(own) * own) if own else []
         every = errors(loop.pairs(j))
         pooled[j] = list(softmax_weights(every) * every)
-    assert value == pytest.approx(loop_mean(by_sample), rel=1e-10)
+    assert value == pytest.approx(loop_mean(by_sample), rel=FLOAT64["rtol"])
     compute_all(ctx, cfg, all_weights(cfg))[0].backward()
     assert all(p.grad.abs().max() > 0 for p in head.parameters())
 
     published, _ = value_of(
         "latent_dynamics", {"hard_region": True}, quirks=Quirks(dynamics_hard_pooled=True)
     )
-    assert published == pytest.approx(loop_mean(pooled), rel=1e-10)
-    assert published != pytest.approx(value, rel=1e-6)
+    assert published == pytest.approx(loop_mean(pooled), rel=FLOAT64["rtol"])
+    assert published != pytest.approx(value, rel=FLOAT32_ROUNDED["rtol"])
     ctx, cfg = context_for(
         "latent_dynamics", {"hard_region": True}, quirks=Quirks(dynamics_hard_no_gradient=True)
     )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from jepa_kernels.nn import CrossAttention, RoPEAttention
+from jepa_kernels.testing import FLOAT32
 
 
 def loaded(shared_dir, name: str):
@@ -70,7 +71,7 @@ def test_prefix_and_suffix_tokens_are_not_rotated():
     x = torch.randn(2, 12, 48)
     ids = torch.cat((torch.full((1,), -1), torch.arange(9), torch.full((2,), -1)))
     packed = module(x.flatten(0, 1), mask=ids.repeat(2), T=1, cu_seqlens=torch.tensor([0, 12, 24]))
-    torch.testing.assert_close(module(x).flatten(0, 1), packed, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(module(x).flatten(0, 1), packed, **FLOAT32)
 
 
 def test_cross_attention_packed_equals_dense():
@@ -81,7 +82,7 @@ def test_cross_attention_packed_equals_dense():
     packed = module(
         q.flatten(0, 1), x.flatten(0, 1), torch.tensor([0, 3, 6]), torch.tensor([0, 7, 14])
     )
-    torch.testing.assert_close(dense.flatten(0, 1), packed, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dense.flatten(0, 1), packed, **FLOAT32)
     scores = torch.einsum(
         "bqhd,bkhd->bhqk",
         module.q(q).unflatten(-1, (4, 16)),
@@ -89,7 +90,7 @@ def test_cross_attention_packed_equals_dense():
     )
     value = module.kv(x).unflatten(-1, (2, 4, 16))[:, :, 1]
     expected = torch.einsum("bhqk,bkhd->bqhd", (scores / 4).softmax(-1), value).flatten(-2)
-    torch.testing.assert_close(dense, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dense, expected, **FLOAT32)
 
 
 def test_what_cannot_be_honoured_is_refused():

@@ -181,7 +181,7 @@ def test_compiles_without_graph_breaks(backend, cell):
             "anchor": anchor,
             "anchor_rows": case.anchor_rows,
         }
-        weights = torch.arange(7.0)
+        weights = torch.arange(1.0, 8.0)
         return (
             latent_rollout_loss(states, now, targets, **options, weights=weights, backend=backend)
             + last.square().mean()

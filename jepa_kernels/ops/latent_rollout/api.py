@@ -27,7 +27,7 @@ def op_of(cell: Cell) -> Function:
     return _OPS[type(cell)]
 
 
-def prepare(states: torch.Tensor, cell: Cell, *arguments: Any, **options: Any) -> Rollout:
+def prepare(states: torch.Tensor, cell: Cell, *arguments: Any, **options: Any) -> Any:
     """The checked inputs of the op of this cell; see `rollout.prepare`."""
     return op_of(cell).prepare(states, cell, *arguments, **options)
 
@@ -175,18 +175,16 @@ def _run(
     options: dict[str, Any],
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The op's result. What autocast does to a linear layer: floating inputs and parameters take
-    the autocast dtype."""
+    """The op's result. States, parameters and actions take the dtype of autocast, as those of a
+    linear layer do."""
     checks.is_tensor(NAME, "states", states)
     op, kind = op_of(cell), states.device.type
     if states.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        states, cell = (
-            states.to(dtype),
-            with_parameters(cell, [p.to(dtype) for p in cell.parameters()]),
-        )
+        states = states.to(dtype)
+        cell = with_parameters(cell, [p.to(dtype) for p in cell.parameters()])
         actions = None if actions is None else actions.to(dtype)
-    inputs = op.prepare(states, cell, horizon, actions=actions, **options)
+    inputs: Any = op.prepare(states, cell, horizon, actions=actions, **options)
     if weights is not None:
         _check_weights(weights, inputs)
     return op.run(inputs, resolve(op, inputs, backend))[0]

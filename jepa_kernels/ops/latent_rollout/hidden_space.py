@@ -98,6 +98,8 @@ class HiddenRollout(Rollout):
 
 def columns(tensor: torch.Tensor, ranges: list[int], dim: int) -> torch.Tensor:
     """The channels of `ranges` along `dim`: a view for one range, else a copy."""
+    if ranges == [0, tensor.shape[dim]]:
+        return tensor
     pieces = [tensor.narrow(dim, a, b - a) for a, b in zip(ranges[::2], ranges[1::2], strict=True)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 

@@ -325,7 +325,7 @@ def rollout_op(
         partial(prepare, kind),
         {
             f"{output}/{size}": partial(build, output, channels)
-            for size, channels in (("wide", 768), ("narrow", 256))
+            for size, channels in (("wide", 512), ("narrow", 256))
             for output in ("states", "last", "errors")
         },
         inputs=kind,
