@@ -223,6 +223,7 @@ PARTS: dict[str, Callable[[str | None], str]] = {
     "objectives": code_tables.objective_sections,
     "variants": code_tables.variants,
     "context": code_tables.context,
+    "options": code_tables.command_options,
     "published": code_tables.published_behaviour,
     "headlines": lambda _: headlines.table(),
     "machines": machines,
