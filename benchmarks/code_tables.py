@@ -133,8 +133,16 @@ def _table_of(shown: Iterable[Option]) -> list[str]:
 def command_options(command: str | None) -> str:
     """Every option of a command; those of objectives are on a page of their own."""
     kind, _ = COMMANDS[str(command)][1]()
-    shown = [o for o in options(kind) if not o.name.startswith("variant.objectives.")]
-    return "\n".join(_table_of(shown))
+    sections: dict[str, list[Option]] = {}
+    for option in options(kind):
+        section, _, name = option.name.rpartition(".")
+        if not f"{section}.".startswith("variant.objectives."):
+            sections.setdefault(section, []).append(dataclasses.replace(option, name=name))
+    lines: list[str] = []
+    for section, shown in sections.items():
+        head = f"### {command}: {section}" if section else ""
+        lines += [head, "", *_table_of(shown), ""]
+    return "\n".join(lines).strip()
 
 
 def _objective_options(config: type[ObjectiveConfig]) -> list[Option]:

@@ -193,9 +193,9 @@ def integration(name: str | None) -> str:
             f"{'; '.join(sorted(set(map(clock, records))))}; "
             f"record: `{device.path('integrations')}`",
             "",
-            "| what | size | pixels, tokens | dtype | pass | untouched ms | accelerated ms | "
-            "ratio of times | peak MiB, untouched, accelerated |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| what | px, tokens | dtype | pass | ms: untouched, accelerated | ratio of times | "
+            "peak MiB: untouched, accelerated |",
+            "|---|---|---|---|---|---|---|",
         ]
         for record in records:
             _, part, width, *_ = record["case"].split("/")
@@ -206,12 +206,11 @@ def integration(name: str | None) -> str:
                 "unknown" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks
             )
             cells = [
-                part,
-                width,
+                f"{part}, {width}",
                 f"{details['resolution']}, {details['tokens']}",
                 record["dtype"],
                 record["pass"],
-                *times,
+                ", ".join(times),
                 ratio(record),
             ]
             lines.append(f"| {' | '.join(cells)} | {memory} |")
