@@ -117,12 +117,13 @@ $(VENV)/.docs: pyproject.toml $(READY)
 	touch $@
 
 docs: $(VENV)/.docs ## the documentation as a site in build/site; a broken link or reference fails
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
-lint: dev ## ruff, mypy, clang-format
+lint: dev ## ruff, mypy, the layers of the packages, clang-format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
 	$(VENV)/bin/clang-format --dry-run --Werror $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 format: dev ## apply ruff's and clang-format's style

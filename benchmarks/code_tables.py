@@ -7,13 +7,17 @@ import dataclasses
 import inspect
 import re
 import textwrap
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
+import docstring_parser
+
 from jepa import objectives
 from jepa.batch import MaskBatch
-from jepa.config import to_dict
+from jepa.commands import COMMANDS
 from jepa.objectives.base import ObjectiveConfig, ObjectiveContext
+from jepa.options import Option, options
 from jepa.quirks import Quirks
 from jepa.variants import VARIANTS, variant
 from jepa_kernels import support
@@ -44,16 +48,13 @@ def backends(op: str | None) -> str:
 
 
 def attributes(kind: type) -> dict[str, str]:
-    """The entries of the section "Attributes" of a class's docstring, by name.
+    """What the docstring of a dataclass says of every field, by name.
 
     Raises:
-        ValueError: a field of the dataclass has none.
+        ValueError: it says nothing of a field.
     """
-    _, _, section = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")
-    found: dict[str, str] = {}
-    for entry in re.split(r"\n(?=    \S)", section):
-        name, _, text = " ".join(entry.split()).partition(": ")
-        found[name] = text
+    entries = docstring_parser.parse_from_object(kind).params
+    found = {entry.arg_name: " ".join((entry.description or "").split()) for entry in entries}
     missing = [f.name for f in dataclasses.fields(kind) if f.name not in found]
     if missing:
         raise ValueError(f"{kind.__name__}: the docstring must describe {', '.join(missing)}.")
@@ -120,17 +121,34 @@ def _default(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _options(config: type[ObjectiveConfig]) -> str:
-    """The options of an objective and their defaults, on one line."""
-    shown = []
-    for name, value in to_dict(config()).items():
-        if name == "schedule":
-            if value == to_dict(ObjectiveConfig())["schedule"]:
-                continue
-            shown.append(f"schedule: {value['kind']} from {value['begin']} to {value['end']}")
-        else:
-            shown.append(f"`{name}` {_default(value)}")
-    return ", ".join(shown)
+def _table_of(shown: Iterable[Option]) -> list[str]:
+    lines = ["| option | default | type | what it is |", "|---|---|---|---|"]
+    for option in shown:
+        default = "" if option.default is None else f"`{_cell(option.default)}`"
+        kind, text = _cell(option.kind), _cell(option.help)
+        lines.append(f"| `{option.name}` | {default} | {kind} | {text} |")
+    return lines
+
+
+def command_options(command: str | None) -> str:
+    """Every option of a command; those of objectives are on a page of their own."""
+    kind, _ = COMMANDS[str(command)][1]()
+    sections: dict[str, list[Option]] = {}
+    for option in options(kind):
+        section, _, name = option.name.rpartition(".")
+        if not f"{section}.".startswith("variant.objectives."):
+            sections.setdefault(section, []).append(dataclasses.replace(option, name=name))
+    lines: list[str] = []
+    for section, shown in sections.items():
+        head = f"### {command}: {section}" if section else ""
+        lines += [head, "", *_table_of(shown), ""]
+    return "\n".join(lines).strip()
+
+
+def _objective_options(config: type[ObjectiveConfig]) -> list[Option]:
+    """The options of one objective; its schedule only where it is not constant."""
+    constant = config().schedule.kind == "constant"
+    return [o for o in options(config) if not (constant and o.name.startswith("schedule"))]
 
 
 def _objective(name: str) -> list[str]:
@@ -151,7 +169,8 @@ def _objective(name: str) -> list[str]:
         "```",
         "",
         *(line for text in notes for line in (text, "")),
-        f"Options and defaults: {_options(config)}.",
+        *_table_of(_objective_options(config)),
+        "",
     ]
     if config().minimum_frames > 1:
         lines.append(f"Skipped where a clip has fewer than {config().minimum_frames} time steps.")

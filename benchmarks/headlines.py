@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.records import USUAL_CLOCK, Device, Record, chosen, clock, devices, verdict
+from benchmarks.records import Device, Record, chosen, devices, verdict
 from benchmarks.svg import INK, RULE, SOFT, Picture
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -182,22 +182,23 @@ def table() -> str:
         cells = []
         for column in shown:
             record = column.record(*key)
-            cells.append("" if record is None else _cell(record))
+            cells.append("" if record is None else _cell(record, column.device))
         lines.append(f"| {headline.work} | {headline.against} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", _how(shown)])
 
 
-def _cell(record: Record) -> str:
+def _cell(record: Record, device: Device) -> str:
     mark = verdict(record)
-    other = "" if clock(record) == USUAL_CLOCK else f" ({clock(record)})"
-    return f"{record['ratio']:.2f}x" + (f" ({mark})" if mark else "") + other
+    return f"{record['ratio']:.2f}x{f' ({mark})' if mark else ''}{device.otherwise(record)}"
 
 
 def _how(shown: list[Column]) -> str:
     """What the columns are, and what has not been measured."""
-    machines = {c.device.key: f"{c.device.title} (`{c.device.key}`)" for c in shown}
+    machines = {
+        c.device.key: f"{c.device.title} (`{c.device.key}`; {c.device.clock})" for c in shown
+    }
     text = (
-        f"Clips have 16 frames; {USUAL_CLOCK}, forward and backward. Machines: "
+        "Clips have 16 frames; forward and backward, and whole updates. Machines: "
         f"{'; '.join(machines.values())}."
     )
     if not any(device.is_gpu for device in devices()):

@@ -22,7 +22,6 @@ from benchmarks import architecture, code_tables, headlines, report_text
 from benchmarks.records import (
     RESULTS,
     ROOT,
-    USUAL_CLOCK,
     Record,
     clock,
     devices,
@@ -41,12 +40,6 @@ def _records_of(op: str | None) -> list[tuple[Any, list[Record]]]:
     return [(d, d.tables[op]) for d in devices() if op in d.tables]
 
 
-def _otherwise(record: Record) -> str:
-    """How a row was measured where that is not the usual way."""
-    how = clock(record)
-    return "" if how == USUAL_CLOCK else f" ({how})"
-
-
 def measured(op: str | None) -> str:
     """Every comparison of an op: a section for each device, a table for each dtype and pass."""
     lines: list[str] = []
@@ -56,7 +49,7 @@ def measured(op: str | None) -> str:
             "",
             f"## {device.title}",
             "",
-            f"Record: `{device.path(str(op))}`. {USUAL_CLOCK}, unless a row says otherwise; load "
+            f"Record: `{device.path(str(op))}`. {device.clock}, unless a row says otherwise; load "
             f"average up to {load:.0f}.",
         ]
         for dtype, pass_name in dict.fromkeys((r["dtype"], r["pass"]) for r in records):
@@ -68,7 +61,7 @@ def measured(op: str | None) -> str:
                 "|---|---|---|---|",
             ]
             lines += [
-                f"| {r['case']} | {r['baseline']} | {r['backend']} | {ratio(r)}{_otherwise(r)} |"
+                f"| {r['case']} | {r['baseline']} | {r['backend']} | {device.cell(r)} |"
                 for r in records
                 if (r["dtype"], r["pass"]) == (dtype, pass_name)
             ]
@@ -86,10 +79,7 @@ def summary(op: str | None) -> str:
         f"|{'---|' * (3 + len(shown))}",
     ]
     for row in rows:
-        cells = []
-        for column in shown:
-            record = column.record(str(op), *row)
-            cells.append("" if record is None else ratio(record) + _otherwise(record))
+        cells = [column.device.cell(column.record(str(op), *row)) for column in shown]
         lines.append(f"| {' | '.join((*row, *cells))} |")
     return "\n".join(lines)
 
@@ -193,9 +183,9 @@ def integration(name: str | None) -> str:
             f"{'; '.join(sorted(set(map(clock, records))))}; "
             f"record: `{device.path('integrations')}`",
             "",
-            "| what | size | pixels, tokens | dtype | pass | untouched ms | accelerated ms | "
-            "ratio of times | peak MiB, untouched, accelerated |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| what | px, tokens | dtype | pass | ms: untouched, accelerated | ratio of times | "
+            "peak MiB: untouched, accelerated |",
+            "|---|---|---|---|---|---|---|",
         ]
         for record in records:
             _, part, width, *_ = record["case"].split("/")
@@ -206,12 +196,11 @@ def integration(name: str | None) -> str:
                 "unknown" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks
             )
             cells = [
-                part,
-                width,
+                f"{part}, {width}",
                 f"{details['resolution']}, {details['tokens']}",
                 record["dtype"],
                 record["pass"],
-                *times,
+                ", ".join(times),
                 ratio(record),
             ]
             lines.append(f"| {' | '.join(cells)} | {memory} |")
@@ -223,6 +212,7 @@ PARTS: dict[str, Callable[[str | None], str]] = {
     "objectives": code_tables.objective_sections,
     "variants": code_tables.variants,
     "context": code_tables.context,
+    "options": code_tables.command_options,
     "published": code_tables.published_behaviour,
     "headlines": lambda _: headlines.table(),
     "machines": machines,

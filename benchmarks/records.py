@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,6 @@ import jepa_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-# How most rows were measured; others say so.
-USUAL_CLOCK = "2 threads, wall time"
 _COMPARISON = ("backend", "baseline", "case", "dtype", "pass")
 _ISA = {
     "portable": "x86-64",
@@ -37,6 +36,7 @@ class Device:
         short: the same in a column's head.
         tables: op -> the latest record of every comparison, in the order of first appearance.
         newest: when the last of them was taken.
+        clock: threads and clock of most of them.
         is_gpu: whether the ops ran on a GPU.
     """
 
@@ -45,7 +45,17 @@ class Device:
     short: str
     tables: dict[str, list[Record]]
     newest: str
+    clock: str
     is_gpu: bool
+
+    def otherwise(self, record: Record) -> str:
+        """In brackets how a row was measured, where most were measured in another way."""
+        how = clock(record)
+        return "" if how == self.clock else f" ({how})"
+
+    def cell(self, record: Record | None) -> str:
+        """The ratio of a record for a table of this device; empty where there is none."""
+        return "" if record is None else ratio(record) + self.otherwise(record)
 
     def path(self, op: str) -> str:
         """The record's file, from the root of the repository."""
@@ -69,19 +79,20 @@ def devices() -> list[Device]:
 def _device(folder: Path) -> Device:
     tables = {}
     for path in sorted(folder.glob("*.json")):
-        records = read(path).get("records")
+        content = read(path)
+        records = content.get("records") if isinstance(content, dict) else None
         if records and all("baseline" in record for record in records):
             tables[path.stem] = newest(records)
     rows = [record for table in tables.values() for record in table]
     if not rows:
-        return Device(folder.name, folder.name, folder.name, {}, "", False)
+        return Device(folder.name, folder.name, folder.name, {}, "", "", False)
     last = max(rows, key=lambda record: record["time"])
     is_gpu = not folder.name.startswith("cpu-")
     isa = _ISA.get(last["cpu_isa"], last["cpu_isa"])
     title = last["device"] if is_gpu else f"{last['device']}, {last['cores']} cores, {isa}"
-    return Device(
-        folder.name, title, last["device"] if is_gpu else isa, tables, last["time"], is_gpu
-    )
+    (usual, _), *_ = Counter(map(clock, rows)).most_common(1)
+    short = last["device"] if is_gpu else isa
+    return Device(folder.name, title, short, tables, last["time"], usual, is_gpu)
 
 
 def operations() -> list[str]:

@@ -52,7 +52,7 @@ class StepConfig:
     model: ModelConfig = field(
         default_factory=lambda: SIZES[DEFAULT_SIZE], metadata=parsed_by(parse_model)
     )
-    """A size (micro, tiny, small, base, large, huge, giant) or what differs from one."""
+    """A size (micro, tiny, small, base, large, giant) or what differs from one."""
     variant: VariantConfig = field(default_factory=VariantConfig, metadata=parsed_by(parse_variant))
     """A named variant (`jepa variants` lists them), or `base` and what differs from it."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -62,6 +62,13 @@ def test_the_readme_takes_a_minute():
     assert "torch.Size([470, 6, 64])" in run("-c", example)
 
 
+def test_links_of_the_readme_exist():
+    """`make docs` checks those of the other pages."""
+    links = re.findall(r"\]\(([^)#\s]+)", (ROOT / "README.md").read_text())
+    assert len(links) > 10
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
 @each_page
 def test_make_targets_exist(page):
     commands = [c for c in code_of(page) if c.startswith("make ")]

@@ -56,9 +56,9 @@ def accelerate(model: nn.Module, *, options: Sequence[str] = ()) -> Report:
         What was replaced, and what was left with the reasons. Print it.
 
     Raises:
-        TypeError: not a module. ValueError: no module of a known code base, with the list of what
-            is known and what was found; an
-        option that is not known, or that nothing in the model has.
+        TypeError: not a module.
+        ValueError: no module of a known code base, with the list of what is known and what was
+            found; an option that is not known, or that nothing in the model has.
 
     Notes:
         Attention probabilities are not computed: where the original returns them, the fused forward
