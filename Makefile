@@ -17,7 +17,7 @@ export PYTEST_TIMEOUT ?= 300
 PYTEST := $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: docs help dev bench test quick conformance test-interpret test-simt test-gpu wheel-test gpu gpu-check gpu-time gpu-test gpu-dry gpu-records bench-ops lint format golden clean
+.PHONY: docs help dev bench test quick conformance test-rounding test-interpret test-simt test-gpu wheel-test gpu gpu-check gpu-time gpu-test gpu-dry gpu-records bench-ops lint format golden clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -75,6 +75,11 @@ conformance: dev ## the published arithmetic, every file of the golden folder th
 	@if [ -d ../shared/golden ]; then $(PY) -m jepa.conformance ../shared/golden; \
 	elif [ -n "$$CI" ]; then echo "the shared folder with golden numbers is not beside the checkout (CI must have it)"; exit 1; \
 	else $(PY) -m jepa.conformance tests/golden/published; fi
+
+# More flags, such as ROUNDING="--setting avx2" or the short one of CI: ROUNDING="--turn --quick".
+ROUNDING ?=
+test-rounding: dev ## the numeric parts under the rounding of other processors, four settings one after another
+	$(PY) -m tests.rounding $(ROUNDING)
 
 test-interpret: dev ## the Triton kernels under Triton's interpreter
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpret

@@ -39,7 +39,7 @@ from jepa.conformance.report import Comparison, Report, Row
 MULTIPLE = 4.0
 CEILING = 5e-3
 KINK = 1e-2
-UNDECIDED_SHARE, UNDECIDED_SMALL, UNDECIDED_FEW = 0.01, 0.125, 32
+UNDECIDED_SHARE, UNDECIDED_SMALL, UNDECIDED_FEW = 0.01, 0.25, 32
 SEEDS = 8
 
 # Runs a check and reports to what it is given.
