@@ -205,6 +205,27 @@ def test_a_wrong_kernel_and_a_crash_are_rows(monkeypatch):
     assert "ZeroDivisionError" in row["reason"]
 
 
+def test_a_lost_device_ends_a_process_and_comes_last_in_the_next(tmp_path, monkeypatch, capsys):
+    """After an illegal access every call fails: those rows would accuse sound kernels."""
+    found = list(gpu_check.checks("cpu", ("torch",)))[:3]
+    calls: list[str] = []
+
+    def fake(check, device):
+        calls.append(check.case)
+        lost = check is found[1]
+        reason = {"reason": "RuntimeError: CUDA error: an illegal memory access"} if lost else {}
+        return check.names() | {"status": "failed" if lost else "ok"} | reason
+
+    monkeypatch.setattr(gpu_check, "checks", lambda device, backends: iter(found))
+    monkeypatch.setattr(gpu_check, "made", fake)
+    path = tmp_path / "rows.jsonl"
+    arguments = ["--device", "cpu", "--output", str(path)]
+    assert gpu_check.main(arguments) == 1
+    assert gpu_check.main(arguments) == 1
+    assert len(calls) == 4
+    assert calls[2:] == [found[2].case, found[1].case]
+
+
 TESTS = """
 import pytest
 @pytest.mark.parametrize("n", range(7))
