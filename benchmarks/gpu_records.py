@@ -184,7 +184,7 @@ def _time_table(rows: Sequence[Row]) -> str:
 def write(folder: Path, results: Path) -> list[str]:
     """Writes everything that `folder` holds; returns what it lacks."""
     timed, lacking = times(folder), []
-    sweeps = sorted((folder / "test").glob("sweep_*.json"))
+    sweeps = [p for p in sorted((folder / "test").glob("sweep_*.json")) if p.stem.isidentifier()]
     measured = (*timed, *checks(folder), *(json.loads(path.read_text()) for path in sweeps))
     origin = next((record["machine"] for record in measured), None)
     if origin is None:

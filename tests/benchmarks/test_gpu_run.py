@@ -318,6 +318,20 @@ def test_a_run_becomes_records_preferences_and_a_page(tmp_path):
     assert "500.0" in page, "1e12 FLOP in 2 ms"
 
 
+def test_the_last_part_of_a_run_is_enough(tmp_path):
+    """A sweep, beside the status of the step that made it."""
+    folder = tmp_path / "out" / "test"
+    folder.mkdir(parents=True)
+    machine = {"device_key": "gpu-x", "device": "GPU X"}
+    (folder / "sweep_base.json").write_text(json.dumps({"machine": machine}))
+    status = {"step": "sweep_base", "status": "ok", "exit": 0, "seconds": 1.0}
+    (folder / "sweep_base.status.json").write_text(json.dumps(status))
+    lacking = gpu_records.write(tmp_path / "out", tmp_path / "results")
+    assert [text.split(" (")[0] for text in lacking] == ["times", "checks", "device tests"]
+    written = sorted(path.name for path in (tmp_path / "results" / "gpu-x").iterdir())
+    assert written == ["gpu.md", "sweep_base.json"]
+
+
 def row(backend: str, case: str, forward: float | None, both: float | None = None):
     names = {"op": "o", "device": "d", "dtype": "bfloat16", "size_class": "long", "record": "r"}
     return {
