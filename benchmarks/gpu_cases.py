@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -219,13 +220,13 @@ def _compiled(case: bench_masked_attention.Case) -> Rival:
 
 def _attention_rivals(case: bench_masked_attention.Case) -> Iterator[Rival]:
     if case.offsets is not None:
-        yield "varlen", partial(_varlen, case)
-        yield "flash_attention", partial(_flash_attention, case)
+        yield "varlen", _varlen(case)
+        yield "flash_attention", _flash_attention(case)
         return
     for kind in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
         name = f"sdpa_{kind.removesuffix('_ATTENTION').lower()}"
         yield name, partial(_bare_sdpa, getattr(SDPBackend, kind))
-    yield "flash_attention", partial(_flash_attention, case)
+    yield "flash_attention", _flash_attention(case)
     yield "rotation_sdpa", partial(bench_masked_attention.rotated_sdpa, case)
 
 
@@ -235,26 +236,41 @@ def _bare_sdpa(kind: SDPBackend, qkv: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)
 
 
-def _varlen(case: bench_masked_attention.Case, qkv: torch.Tensor) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    query, key, value = qkv.unbind(-3)
-    cu, longest = case.offsets.to(torch.int32), max(case.lengths)
-    return varlen_attn(query, key, value, cu, cu, longest, longest).flatten(-2)
+def _lengths(case: bench_masked_attention.Case) -> tuple[torch.Tensor, int]:
+    """Offsets and longest sequence, as the libraries want them. Read once: a graph records no
+    reading."""
+    return case.offsets.to(torch.int32), max(case.lengths)
 
 
-def _flash_attention(case: bench_masked_attention.Case, qkv: torch.Tensor) -> torch.Tensor:
+def _varlen(case: bench_masked_attention.Case) -> bench_masked_attention.Call:
+    cu, longest = _lengths(case)
+
+    def call(qkv: torch.Tensor) -> torch.Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        query, key, value = qkv.unbind(-3)
+        return varlen_attn(query, key, value, cu, cu, longest, longest).flatten(-2)
+
+    return call
+
+
+def _flash_attention(case: bench_masked_attention.Case) -> bench_masked_attention.Call:
     module = next((m for m in ("flash_attn_interface", "flash_attn") if find_spec(m)), None)
-    if module is None:
-        raise NotHere("flash_attn is not installed")
-    library = __import__(module)
-    query, key, value = qkv.unbind(-3)
-    if case.offsets is None:
-        out = library.flash_attn_func(query, key, value)
-    else:
-        cu, longest = case.offsets.to(torch.int32), max(case.lengths)
-        out = library.flash_attn_varlen_func(query, key, value, cu, cu, longest, longest)
-    return (out[0] if isinstance(out, tuple) else out).flatten(-2)
+    lengths = () if case.offsets is None else _lengths(case)
+
+    def call(qkv: torch.Tensor) -> torch.Tensor:
+        if module is None:
+            raise NotHere("flash_attn is not installed")
+        library = import_module(module)
+        inputs = qkv.unbind(-3)
+        if lengths:
+            cu, longest = lengths
+            out = library.flash_attn_varlen_func(*inputs, cu, cu, longest, longest)
+        else:
+            out = library.flash_attn_func(*inputs)
+        return (out[0] if isinstance(out, tuple) else out).flatten(-2)
+
+    return call
 
 
 def lists(device: str, quick: bool) -> Iterator[Task]:

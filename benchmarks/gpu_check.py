@@ -272,12 +272,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     torch.set_num_threads(1)
     number, count = (int(part) for part in arguments.share.split("/"))
-    known = {_key(row) for row in gpu_lines.read(arguments.output) if row["status"] == "ok"}
+    rows = {_key(row): row for row in gpu_lines.read(arguments.output)}
     todo = list(checks(arguments.device, arguments.backend))[number::count][: arguments.limit]
+    # What went wrong in an earlier run comes last: it may take the device with it again.
+    todo.sort(key=lambda check: _key(check.names()) in rows)
     origin = machine.provenance(arguments.device)
     bad = 0
     for check in todo:
-        if _key(check.names()) in known:
+        if rows.get(_key(check.names()), {}).get("status") == "ok":
             continue
         row = made(check, arguments.device) | {"machine": origin}
         gpu_lines.append(arguments.output, row)
@@ -285,6 +287,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = " ".join(str(v) for v in check.names().values())
         note = "" if row["status"] == "ok" else f": {row['reason'].splitlines()[-1]}"
         print(f"{names}: {row['status']}{note}", flush=True)
+        if gpu_lines.device_is_lost(row):
+            return 1
     return 1 if bad else 0
 
 

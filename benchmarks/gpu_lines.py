@@ -35,3 +35,9 @@ def read(path: Path) -> list[Row]:
         except json.JSONDecodeError:
             continue  # a fragment: its row was not recorded
     return rows
+
+
+def device_is_lost(row: Row) -> bool:
+    """Whether a row tells of a CUDA error, after which every call of the process fails: what it
+    would record next says nothing of what it names."""
+    return row["status"] == "failed" and "CUDA error" in row["reason"]

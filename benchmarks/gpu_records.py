@@ -184,7 +184,9 @@ def _time_table(rows: Sequence[Row]) -> str:
 def write(folder: Path, results: Path) -> list[str]:
     """Writes everything that `folder` holds; returns what it lacks."""
     timed, lacking = times(folder), []
-    origin = next((row["machine"] for row in (*timed, *checks(folder))), None)
+    sweeps = [p for p in sorted((folder / "test").glob("sweep_*.json")) if p.stem.isidentifier()]
+    measured = (*timed, *checks(folder), *(json.loads(path.read_text()) for path in sweeps))
+    origin = next((record["machine"] for record in measured), None)
     if origin is None:
         raise ValueError(f"gpu_records: {folder} must hold the output of a GPU run, got no rows.")
     target = results / origin["device_key"]
@@ -208,7 +210,6 @@ def write(folder: Path, results: Path) -> list[str]:
     ):
         if not found:
             lacking.append(f"{name} (run: make {command})")
-    sweeps = sorted((folder / "test").glob("sweep_*.json"))
     for path in sweeps:
         shutil.copyfile(path, target / path.name)
     return lacking if sweeps else [*lacking, "sweeps (run: make gpu-test)"]

@@ -275,7 +275,8 @@ def test_steps(folder: Path, dry: bool, cores: int) -> list[Step]:
         steps.append(Step(f"sweep_{size}", command, budget + 30, after=first, alone=True))
     for tool in ("memcheck", "racecheck"):
         # The tool's first failing launch ends the step; what it had checked stays in the records.
-        checks = ("--backend", "cuda", "--output", folder / f"{tool}.jsonl", "--limit", "24")
+        # Every fifth check: of all ops, and of both directions in turn.
+        checks = ("--backend", "cuda", "--output", folder / f"{tool}.jsonl", "--share", "0/5")
         command = (
             *("compute-sanitizer", "--tool", tool, "--error-exitcode", "9"),
             *_python("benchmarks.gpu_check", "--device", "cuda", *checks),

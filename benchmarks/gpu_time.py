@@ -170,7 +170,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser().error("--output must be given")
     # What others cannot do here, they cannot do a second time either.
     earlier = gpu_lines.read(arguments.output)
-    done = {_key(row) for row in earlier if row["status"] == "ok" or not row["ours"]}
+    done = {
+        _key(row)
+        for row in earlier
+        if row["status"] == "ok" or not row["ours"] or gpu_lines.device_is_lost(row)
+    }
     bad = 0
     for topic in arguments.topic or TOPICS:
         for task in tasks(topic, arguments.device, arguments.quick):
@@ -180,6 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 gpu_lines.append(arguments.output, row)
                 bad += row["status"] in ("wrong", "failed") and row["ours"]
                 print(text(row), flush=True)
+                if gpu_lines.device_is_lost(row):
+                    return 1
     return 1 if bad else 0
 
 

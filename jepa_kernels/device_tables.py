@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-
-Tensors = tuple[torch.Tensor, ...]
 
 # Host memory that recorded copies read at every replay; nobody says when a graph is gone.
 _read_by_graphs: list[torch.Tensor] = []
@@ -17,13 +16,13 @@ _read_by_graphs: list[torch.Tensor] = []
 
 @dataclass(frozen=True)
 class _Entry:
-    tensors: Tensors
+    result: tuple[Any, ...]
     stream: torch.cuda.Stream | None = None  # where they were made; None on a CPU
     made: torch.cuda.Event | None = None
 
 
 class DeviceTables:
-    """The last `most` results of `get`, by key.
+    """The last `most` results of `get`, by key: tuples of tensors, and of what is known of them.
 
     A result that is made while the current stream is captured exists when the graph runs, and in
     its memory: it is handed out and not kept. A kept one that a captured call takes is never
@@ -42,22 +41,24 @@ class DeviceTables:
         """Forgets what no graph reads."""
         self._entries.clear()
 
-    def get(self, key: Hashable, device: torch.device, make: Callable[[], Tensors]) -> Tensors:
-        """The tensors of `key` on `device`, made by `make` if they are not kept."""
+    def get(
+        self, key: Hashable, device: torch.device, make: Callable[[], tuple[Any, ...]]
+    ) -> tuple[Any, ...]:
+        """The result of `key` on `device`, made by `make` if it is not kept."""
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         entry = self._entries.get(key) or self._read_by_graphs.get(key)
         if entry is None:
-            tensors = make()
+            result = make()
             if not capturing:
-                self._keep(key, _made_now(tensors, device))
-            return tensors
+                self._keep(key, _made_now(result, device))
+            return result
         if capturing:
             self._read_by_graphs[key] = entry
-            return entry.tensors
+            return entry.result
         self._keep(key, entry)
         if entry.stream is not None:
             _order(entry, torch.cuda.current_stream(device))
-        return entry.tensors
+        return entry.result
 
     def _keep(self, key: Hashable, entry: _Entry) -> None:
         self._entries[key] = entry
@@ -66,11 +67,11 @@ class DeviceTables:
             self._entries.popitem(last=False)
 
 
-def _made_now(tensors: Tensors, device: torch.device) -> _Entry:
+def _made_now(result: tuple[Any, ...], device: torch.device) -> _Entry:
     if device.type != "cuda":
-        return _Entry(tensors)
+        return _Entry(result)
     stream = torch.cuda.current_stream(device)
-    return _Entry(tensors, stream, stream.record_event())
+    return _Entry(result, stream, stream.record_event())
 
 
 def _order(entry: _Entry, stream: torch.cuda.Stream) -> None:
@@ -78,8 +79,9 @@ def _order(entry: _Entry, stream: torch.cuda.Stream) -> None:
     if stream == entry.stream:
         return
     stream.wait_event(entry.made)
-    for tensor in entry.tensors:
-        tensor.record_stream(stream)
+    for item in entry.result:
+        if isinstance(item, torch.Tensor):
+            item.record_stream(stream)
 
 
 def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:

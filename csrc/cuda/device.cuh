@@ -70,6 +70,17 @@ JK_DEVICE uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// `x`, in a way that keeps the compiler from computing with it ahead of a loop and holding the
+// result in registers.
+JK_DEVICE int64_t here(int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+JK_DEVICE int here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // 2^x to about 2^-22; denormal results become zero.
 JK_DEVICE float exp2_fast(float x) {
   float r;
@@ -224,6 +235,8 @@ inline const char* allow_dynamic_shared(Kernel kernel, size_t bytes) {
 inline size_t most_dynamic_shared() { return simt::settings.shared_limit; }
 
 inline int lane_id() { return int(simt::lane()); }
+inline int64_t here(int64_t x) { return x; }
+inline int here(int x) { return x; }
 inline float exp2_fast(float x) { return std::exp2(x); }
 
 inline float to_float(float x) { return x; }

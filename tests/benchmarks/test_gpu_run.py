@@ -205,6 +205,27 @@ def test_a_wrong_kernel_and_a_crash_are_rows(monkeypatch):
     assert "ZeroDivisionError" in row["reason"]
 
 
+def test_a_lost_device_ends_a_process_and_comes_last_in_the_next(tmp_path, monkeypatch, capsys):
+    """After an illegal access every call fails: those rows would accuse sound kernels."""
+    found = list(gpu_check.checks("cpu", ("torch",)))[:3]
+    calls: list[str] = []
+
+    def fake(check, device):
+        calls.append(check.case)
+        lost = check is found[1]
+        reason = {"reason": "RuntimeError: CUDA error: an illegal memory access"} if lost else {}
+        return check.names() | {"status": "failed" if lost else "ok"} | reason
+
+    monkeypatch.setattr(gpu_check, "checks", lambda device, backends: iter(found))
+    monkeypatch.setattr(gpu_check, "made", fake)
+    path = tmp_path / "rows.jsonl"
+    arguments = ["--device", "cpu", "--output", str(path)]
+    assert gpu_check.main(arguments) == 1
+    assert gpu_check.main(arguments) == 1
+    assert len(calls) == 4
+    assert calls[2:] == [found[2].case, found[1].case]
+
+
 TESTS = """
 import pytest
 @pytest.mark.parametrize("n", range(7))
@@ -295,6 +316,20 @@ def test_a_run_becomes_records_preferences_and_a_page(tmp_path):
     page = (folder / "gpu.md").read_text()
     assert "GPU X" in page
     assert "500.0" in page, "1e12 FLOP in 2 ms"
+
+
+def test_the_last_part_of_a_run_is_enough(tmp_path):
+    """A sweep, beside the status of the step that made it."""
+    folder = tmp_path / "out" / "test"
+    folder.mkdir(parents=True)
+    machine = {"device_key": "gpu-x", "device": "GPU X"}
+    (folder / "sweep_base.json").write_text(json.dumps({"machine": machine}))
+    status = {"step": "sweep_base", "status": "ok", "exit": 0, "seconds": 1.0}
+    (folder / "sweep_base.status.json").write_text(json.dumps(status))
+    lacking = gpu_records.write(tmp_path / "out", tmp_path / "results")
+    assert [text.split(" (")[0] for text in lacking] == ["times", "checks", "device tests"]
+    written = sorted(path.name for path in (tmp_path / "results" / "gpu-x").iterdir())
+    assert written == ["gpu.md", "sweep_base.json"]
 
 
 def row(backend: str, case: str, forward: float | None, both: float | None = None):

@@ -5,8 +5,9 @@
 
 As in setup.py, one front-end pass for compute_80 serves all architectures; ptxas then runs for
 each. The table holds, for each kernel: registers, bytes of stack and of spills, and how many
-instructions use the tensor cores (HMMA), load operands for them (LDSM) and copy to shared memory
-asynchronously (LDGSTS).
+instructions use the tensor cores (HMMA), load operands for them (LDSM), copy to shared memory
+asynchronously (LDGSTS) and bring a warp together (WARPSYNC); the same of its longest loop with
+tensor-core instructions, whose length is what a step costs.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 TABLE = Path(__file__).with_suffix(".json")
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120")
-INSTRUCTIONS = ("HMMA", "LDSM", "LDGSTS")
+INSTRUCTIONS = ("HMMA", "LDSM", "LDGSTS", "WARPSYNC")
 _USAGE = re.compile(
     r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) "
     r"bytes spill loads.*?Used (\d+) registers",
     re.DOTALL,
 )
 _INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
-_OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)")
+_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)([^;]*);")
 
 
 class ToolError(RuntimeError):
@@ -132,12 +133,33 @@ def assemble(ptx: Path, architecture: str) -> dict[str, dict[str, int]]:
         }
     for listing in run([tool("cuobjdump"), "-sass", cubin]).split("Function : ")[1:]:
         mangled, _, body = listing.partition("\n")
-        counts = Counter(_OPCODE.findall(body))
+        lines = [(int(at, 16), name, rest) for at, name, rest in _LINE.findall(body)]
+        counts = Counter(name for _, name, _ in lines)
         rows[mangled.strip()].update({name: counts[name] for name in INSTRUCTIONS})
+        loop = hot_loop(lines)
+        if loop["HMMA"]:
+            rows[mangled.strip()]["loop"] = {
+                "instructions": sum(loop.values()),
+                **{name: loop[name] for name in ("HMMA", "LDSM")},
+            }
     names = readable(list(rows))
     if len(set(names)) != len(names):
         raise ToolError("two kernels have the same readable name")
     return dict(sorted(zip(names, rows.values(), strict=True)))
+
+
+def hot_loop(lines: Sequence[tuple[int, str, str]]) -> Counter[str]:
+    """Instructions of the longest loop that uses the tensor cores: from the target of a backward
+    branch to the branch."""
+    longest: Counter[str] = Counter()
+    for end, name, rest in lines:
+        target = re.search(r"\b0x([0-9a-f]+)", rest) if name == "BRA" else None
+        if target is None or int(target[1], 16) >= end:
+            continue
+        body = Counter(n for at, n, _ in lines if int(target[1], 16) <= at <= end)
+        if body["HMMA"] and body.total() > longest.total():
+            longest = body
+    return longest
 
 
 def compile_op(

@@ -58,6 +58,11 @@ def recompile(op: str, architectures: tuple[str, ...]) -> None:
                 assert row == expected[kernel], f"{kernel} on {architecture}: {REFRESH}"
 
 
+def test_the_code_of_an_op_is_everything_it_includes() -> None:
+    names = {path.name for path in cuda_gate.sources("adamw_ema")}
+    assert {"cuda.cu", "step.h", "cuda_lanes.h", "cuda_launch.h", "device.cuh"} <= names
+
+
 def test_every_op_is_in_the_table() -> None:
     assert sorted(TABLE["ops"]) == cuda_gate.ops(), f"csrc/*/cuda/launch.cu has changed: {REFRESH}"
 
@@ -85,6 +90,35 @@ def test_masked_attention_has_a_row_for_every_class_and_type() -> None:
                 ]
                 assert len(found) == classes, (architecture, kernel, kind)
         assert len([name for name in rows if "float_kernel" in name]) == 9, architecture
+
+
+def test_a_warp_is_together_before_ldmatrix() -> None:
+    """Matrices of odd width are loaded element by element, in branches that differ by lane: the
+    ldmatrix that follows needs a barrier of the warp, of which 10 were there without."""
+    for kernel, row in TABLE["ops"]["latent_rollout"]["sm_90a"].items():
+        assert kernel.endswith("<float>") or row["WARPSYNC"] >= 12, (kernel, row)
+
+
+# Most instructions of a step, and LDSM for each HMMA, of 16-bit kernels with 64 channels on Hopper.
+# A step makes 64 scores of a lane in fwd, 32 in the others; what only the first step loads counts.
+# The eight warps of a multiprocessor take 12.8 clocks of its tensor cores for an HMMA each and 32
+# of its shared memory for an LDSM: from 0.4 on memory is the bound.
+LOOPS = {"fwd": (770, 0.35), "bwd_keys": (440, 0.4), "bwd_queries": (410, 0.45)}
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_inner_loops_stay_within_their_budget(kind: str) -> None:
+    instructions, ratio = LOOPS[kind]
+    rows = [
+        row
+        for name, row in TABLE["ops"]["masked_attention"]["sm_90a"].items()
+        if name.startswith(f"masked_attention_{kind}_kernel<") and "Tile<64," in name
+    ]
+    assert len(rows) == 2, "bfloat16 and float16"
+    for row in rows:
+        loop = row["loop"]
+        assert loop["instructions"] <= instructions, loop
+        assert loop["LDSM"] <= ratio * loop["HMMA"], loop
 
 
 def test_a_spill_or_a_lost_instruction_is_refused() -> None:

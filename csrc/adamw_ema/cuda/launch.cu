@@ -85,13 +85,12 @@ JK_DEVICE void adamw_ema_lanes(const Entry& e, const Place& at, const Step& s, E
                                int rounding, RandomKey key) {
   const jk_ema_tensor t{e.target,       nullptr,    e.copy,       e.compensation, e.numel,
                         e.target_dtype, JK_FLOAT32, e.copy_dtype, e.index};
-  Lanes param, grad, exp_avg, exp_avg_sq;
-  Teacher teacher;
+  Lanes param, grad, exp_avg, exp_avg_sq, target;
   load_lanes(param, e.param, e.param_dtype, at, e.wide);
   load_lanes(grad, e.grad, e.grad_dtype, at, e.wide);
   load_lanes(exp_avg, e.exp_avg, e.state_dtype, at, e.wide);
   load_lanes(exp_avg_sq, e.exp_avg_sq, e.state_dtype, at, e.wide);
-  if (e.target != nullptr) load_teacher(teacher, t, at, e.wide, rounding);
+  if (e.target != nullptr) load_lanes(target, e.target, e.target_dtype, at, e.wide);
   adamw_lanes(param, grad, exp_avg, exp_avg_sq, s);
   store_lanes(exp_avg, e.exp_avg, e.state_dtype, at, e.wide);
   store_lanes(exp_avg_sq, e.exp_avg_sq, e.state_dtype, at, e.wide);
@@ -100,7 +99,7 @@ JK_DEVICE void adamw_ema_lanes(const Entry& e, const Place& at, const Step& s, E
   // The teacher follows the parameter as stored.
 #pragma unroll
   for (int i = 0; i < kLanes; i++) param.x[i] = rounded(param.x[i], e.param_dtype);
-  average_lanes(teacher, t, param, at, e.wide, w, rounding, key);
+  average_lanes(target, t, param, at, e.wide, w, rounding, key);
 }
 
 template <int kCapacity>

@@ -105,30 +105,16 @@ JK_DEVICE float average(float target, float source, EmaWeights w) {
                        : __fsub_rn(source, __fmul_rn(w.keep, difference));
 }
 
-// What the average reads of a target. Loaded before anything is stored, so that its latency hides
-// behind that of the other arrays.
-struct Teacher {
-  Lanes value, lost;
-};
-
-JK_DEVICE bool keeps_lost(const jk_ema_tensor& t, int rounding) {
-  return rounding == JK_ROUND_KAHAN && t.target_dtype != JK_FLOAT32;
-}
-
-JK_DEVICE void load_teacher(Teacher& teacher, const jk_ema_tensor& t, const Place& at, bool wide,
-                            int rounding) {
-  load_lanes(teacher.value, t.target, t.target_dtype, at, wide);
-  if (keeps_lost(t, rounding)) load_lanes(teacher.lost, t.compensation, t.target_dtype, at, wide);
-}
-
-// Averages `source` into the target of `t`, which `teacher` holds, and writes compensation and
-// copy.
-JK_DEVICE void average_lanes(Teacher& teacher, const jk_ema_tensor& t, const Lanes& source,
+// Averages `source` into the target of `t`, whose elements are `value`, and writes compensation and
+// copy. The caller loads the target before it stores anything, so that the latency hides behind
+// that of its other arrays.
+JK_DEVICE void average_lanes(Lanes& value, const jk_ema_tensor& t, const Lanes& source,
                              const Place& at, bool wide, EmaWeights w, int rounding,
                              RandomKey key) {
-  Lanes &value = teacher.value, &lost = teacher.lost;
-  const bool kahan = keeps_lost(t, rounding);
+  Lanes lost;
+  const bool kahan = rounding == JK_ROUND_KAHAN && t.target_dtype != JK_FLOAT32;
   if (kahan) {
+    load_lanes(lost, t.compensation, t.target_dtype, at, wide);
 #pragma unroll
     for (int i = 0; i < kLanes; i++) value.x[i] = __fadd_rn(value.x[i], lost.x[i]);
   }

@@ -41,20 +41,19 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t chunk = blockIdx.x - (which == 0 ? 0 : list.chunk_ends[which - 1]);
 #pragma unroll 1
   for (int round = 0; round < kRounds; round += kAtOnce) {
-    Lanes source[kAtOnce];
-    Teacher teacher[kAtOnce];
+    Lanes source[kAtOnce], target[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; i++) {
       const Place at = place_of(chunk * kChunk, round + i, kThreads, t.numel);
       if (at.first >= t.numel) continue;
       load_lanes(source[i], t.source, t.source_dtype, at, entry.wide);
-      load_teacher(teacher[i], t, at, entry.wide, s.rounding);
+      load_lanes(target[i], t.target, t.target_dtype, at, entry.wide);
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; i++) {
       const Place at = place_of(chunk * kChunk, round + i, kThreads, t.numel);
       if (at.first < t.numel)
-        average_lanes(teacher[i], t, source[i], at, entry.wide, w, s.rounding, key);
+        average_lanes(target[i], t, source[i], at, entry.wide, w, s.rounding, key);
     }
   }
 }

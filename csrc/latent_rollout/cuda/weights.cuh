@@ -185,6 +185,8 @@ struct Ring {
       const int columns = columns_left - tile * apart;
       const int inside = transposed ? (terms_left > 0 ? columns : 0) : columns > 0 ? terms_left : 0;
       copy_chunk(slots + write * kNumbers + place, from + tile * to_tile, inside, piece, unit);
+      // Plain loads branch by lane, and the ldmatrix that follows wants the warp together.
+      if (sizeof(T) == 2 && piece == 0) __syncwarp();
       if (++tile == tiles) {
         tile = 0;
         steps--;

@@ -9,15 +9,17 @@
 
 namespace jk::attention {
 
-// kOwn: rows that a block owns (16 * kBands per warp); kStep: rows of the other side per step.
-template <int kDim_, int kBands_, int kStep_, bool kKeep_>
+// kOwn: rows that a block owns (16 * kBands per warp); kStep: rows of the other side per step,
+// kPart of them at a time in registers.
+template <int kDim_, int kBands_, int kStep_, bool kKeep_, int kPart_ = kStep_>
 struct BackwardTile {
-  static constexpr int kDim = kDim_, kBands = kBands_, kStep = kStep_, kOwn = kWarps * 16 * kBands_;
+  static constexpr int kDim = kDim_, kBands = kBands_, kStep = kStep_, kPart = kPart_,
+                       kOwn = kWarps * 16 * kBands_;
   static constexpr bool kKeep = kKeep_;
   template <class T>
   static constexpr size_t bytes(bool keys) {
     return size_t(2 * kOwn + 4 * kStep) * kStride<T, kDim> * sizeof(T) +
-           (keys ? 2 * kStep * sizeof(float2) : 0);
+           (keys ? 2 * kStep * sizeof(float2) + sizeof(Sequence) : 0);
   }
 };
 
@@ -31,7 +33,7 @@ JK_DEVICE float4 read_pair(const float2* group) {
 // left operands where they stand.
 template <class T, class Tile>
 __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_keys_kernel(const Args a) {
-  constexpr int kDim = Tile::kDim, kBands = Tile::kBands, kStep = Tile::kStep,
+  constexpr int kDim = Tile::kDim, kBands = Tile::kBands, kStep = Tile::kStep, kPart = Tile::kPart,
                 kLd = kStride<T, kDim>;
   JK_DYNAMIC_SHARED(T, keys);
   T* values = keys + Tile::kOwn * kLd;
@@ -42,25 +44,29 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_keys_kernel(
   if (!find_sequence<Tile::kOwn>(a, a.p.cu_k, a.p.cu_q, a.p.len_k, a.p.len_q, s)) return;
   const int64_t head = blockIdx.y, own = s.begin + s.first;
   const int head_dim = static_cast<int>(a.p.head_dim), steps = (s.other + kStep - 1) / kStep;
-  T* target_key = row_pointer<T>(a.p.grad_k, a.p.cu_k, s.seq, own, head);
-  T* target_value = row_pointer<T>(a.p.grad_v, a.p.cu_k, s.seq, own, head);
+  // The loop needs the registers: what follows it finds the sequence here.
+  Sequence* const kept = reinterpret_cast<Sequence*>(stats + 2 * kStep);
+  if (threadIdx.x == 0) *kept = s;
   const int rows = s.length - s.first < Tile::kOwn ? s.length - s.first : Tile::kOwn;
   if (steps == 0) {
-    zero_rows(target_key, a.p.grad_k.stride_token, rows, head_dim, a.vector_grad_k);
-    return zero_rows(target_value, a.p.grad_v.stride_token, rows, head_dim, a.vector_grad_v);
+    zero_rows(row_pointer<T>(a.p.grad_k, a.p.cu_k, s.seq, own, head), a.p.grad_k.stride_token, rows,
+              head_dim, a.vector_grad_k);
+    return zero_rows(row_pointer<T>(a.p.grad_v, a.p.cu_k, s.seq, own, head),
+                     a.p.grad_v.stride_token, rows, head_dim, a.vector_grad_v);
   }
 
-  const T* query = row_pointer<const T>(a.p.q, a.p.cu_q, s.seq, s.partner, head);
-  const T* grad = row_pointer<const T>(a.p.grad_out, a.p.cu_q, s.seq, s.partner, head);
+  RowStream<T, kDim, kStep> query(row_pointer<const T>(a.p.q, a.p.cu_q, s.seq, s.partner, head),
+                                  a.p.q.stride_token);
+  RowStream<T, kDim, kStep> grad(
+      row_pointer<const T>(a.p.grad_out, a.p.cu_q, s.seq, s.partner, head),
+      a.p.grad_out.stride_token);
   const float2* stat = stats_pointer(a, s.seq, head) + s.partner;
   auto stage = [&](int step) {
-    const int64_t first = int64_t(step) * kStep;
-    const int valid = s.other - static_cast<int>(first), slot = step % 2 * kStep;
-    stage_rows<T, kDim, kStep>(queries + slot * kLd, query + first * a.p.q.stride_token,
-                               a.p.q.stride_token, valid, head_dim);
-    stage_rows<T, kDim, kStep>(grads + slot * kLd, grad + first * a.p.grad_out.stride_token,
-                               a.p.grad_out.stride_token, valid, head_dim);
-    stage_stats<kStep>(stats + slot, stat + first, valid);
+    const int valid = s.other - step * kStep, slot = step % 2 * kStep;
+    query.stage(queries + slot * kLd, a.p.q.stride_token, valid, head_dim);
+    grad.stage(grads + slot * kLd, a.p.grad_out.stride_token, valid, head_dim);
+    stage_stats<kStep>(stats + slot, stat, valid);
+    stat += kStep;
     cp_async_commit();
   };
   stage_rows<T, kDim, Tile::kOwn>(keys, row_pointer<const T>(a.p.k, a.p.cu_k, s.seq, own, head),
@@ -70,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_keys_kernel(
   stage(0);
 
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16 * kBands;
-  const float scale = a.p.scale * kLog2e;
+  const bool idle = warp_row >= rows;  // of a warp beyond the sequence, which only copies
   Left<T, kDim, kBands, Tile::kKeep> left_key, left_value;
   float grad_key[kBands][kDim / 8][4], grad_value[kBands][kDim / 8][4];
   clear(grad_key);
@@ -83,36 +89,42 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_keys_kernel(
       left_value.set(values + warp_row * kLd);
     }
     if (step + 1 < steps) stage(step + 1);
-    const int slot = step % 2 * kStep;
-    // Queries from `valid` on are zero rows with zero stats, so P is 1 and dS is 0 there: they add
-    // nothing.
-    float p[kBands][kStep / 8][4], ds[kBands][kStep / 8][4];
-    clear(p);
-    multiply_rows<T, kDim, kBands, kStep>(p, left_key, queries + slot * kLd, head_dim);
+    if (idle) continue;
+    const float scale = a.p.scale * kLog2e;
+#pragma unroll 1
+    for (int part = 0; part < kStep / kPart; part++) {
+      const int slot = step % 2 * kStep + part * kPart;
+      // Queries from `valid` on are zero rows with zero stats, so P is 1 and dS is 0 there: they
+      // add nothing.
+      float p[kBands][kPart / 8][4], ds[kBands][kPart / 8][4];
+      clear(p);
+      multiply_rows<T, kDim, kBands, kPart>(p, left_key, queries + slot * kLd, head_dim);
 #pragma unroll
-    for (int n = 0; n < kStep / 8; n++) {
-      const float4 stat_pair = read_pair(stats + slot + n * 8);
+      for (int n = 0; n < kPart / 8; n++) {
+        const float4 stat_pair = read_pair(stats + slot + n * 8);
 #pragma unroll
-      for (int band = 0; band < kBands; band++)
+        for (int band = 0; band < kBands; band++)
 #pragma unroll
-        for (int e = 0; e < 4; e++)
-          p[band][n][e] = exp2_fast(p[band][n][e] * scale - (e % 2 ? stat_pair.z : stat_pair.x));
+          for (int e = 0; e < 4; e++)
+            p[band][n][e] = exp2_fast(p[band][n][e] * scale - (e % 2 ? stat_pair.z : stat_pair.x));
+      }
+      clear(ds);
+      multiply_rows<T, kDim, kBands, kPart>(ds, left_value, grads + slot * kLd, head_dim);
+#pragma unroll
+      for (int n = 0; n < kPart / 8; n++) {
+        const float4 stat_pair = read_pair(stats + slot + n * 8);
+#pragma unroll
+        for (int band = 0; band < kBands; band++)
+#pragma unroll
+          for (int e = 0; e < 4; e++)
+            ds[band][n][e] = p[band][n][e] * (ds[band][n][e] - (e % 2 ? stat_pair.w : stat_pair.y));
+      }
+      multiply_weights<T, kDim, kBands, kPart>(grad_value, p, grads + slot * kLd, head_dim);
+      multiply_weights<T, kDim, kBands, kPart>(grad_key, ds, queries + slot * kLd, head_dim);
     }
-    multiply_weights<T, kDim, kBands, kStep>(grad_value, p, grads + slot * kLd, head_dim);
-    clear(ds);
-    multiply_rows<T, kDim, kBands, kStep>(ds, left_value, grads + slot * kLd, head_dim);
-#pragma unroll
-    for (int n = 0; n < kStep / 8; n++) {
-      const float4 stat_pair = read_pair(stats + slot + n * 8);
-#pragma unroll
-      for (int band = 0; band < kBands; band++)
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-          ds[band][n][e] = p[band][n][e] * (ds[band][n][e] - (e % 2 ? stat_pair.w : stat_pair.y));
-    }
-    multiply_weights<T, kDim, kBands, kStep>(grad_key, ds, queries + slot * kLd, head_dim);
   }
 
+  const Sequence at = *kept;
   float scales[kBands][2], ones[kBands][2];
 #pragma unroll
   for (int band = 0; band < kBands; band++)
@@ -121,10 +133,14 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_keys_kernel(
       scales[band][half] = a.p.scale;
       ones[band][half] = 1.f;
     }
-  write_rows<T, kDim, true>(a, s, a.p.ids_k, grad_key, scales, keys, target_key,
-                            a.p.grad_k.stride_token, a.vector_grad_k);
-  write_rows<T, kDim, false>(a, s, a.p.ids_k, grad_value, ones, values, target_value,
-                             a.p.grad_v.stride_token, a.vector_grad_v);
+  write_rows<T, kDim, true>(
+      a, at, a.p.ids_k, grad_key, scales, keys,
+      row_pointer<T>(a.p.grad_k, a.p.cu_k, at.seq, at.begin + at.first, blockIdx.y),
+      a.p.grad_k.stride_token, a.vector_grad_k);
+  write_rows<T, kDim, false>(
+      a, at, a.p.ids_k, grad_value, ones, values,
+      row_pointer<T>(a.p.grad_v, a.p.cu_k, at.seq, at.begin + at.first, blockIdx.y),
+      a.p.grad_v.stride_token, a.vector_grad_v);
 }
 
 // One block owns kOwn queries of one head and reads the keys and values of their sequence; grid:
@@ -146,15 +162,14 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_queries_kern
   if (steps == 0)
     return zero_rows(target, a.p.grad_q.stride_token, rows, head_dim, a.vector_grad_q);
 
-  const T* key = row_pointer<const T>(a.p.k, a.p.cu_k, s.seq, s.partner, head);
-  const T* value = row_pointer<const T>(a.p.v, a.p.cu_k, s.seq, s.partner, head);
+  RowStream<T, kDim, kStep> key(row_pointer<const T>(a.p.k, a.p.cu_k, s.seq, s.partner, head),
+                                a.p.k.stride_token);
+  RowStream<T, kDim, kStep> value(row_pointer<const T>(a.p.v, a.p.cu_k, s.seq, s.partner, head),
+                                  a.p.v.stride_token);
   auto stage = [&](int step) {
-    const int64_t first = int64_t(step) * kStep;
-    const int valid = s.other - static_cast<int>(first), slot = step % 2 * kStep * kLd;
-    stage_rows<T, kDim, kStep>(keys + slot, key + first * a.p.k.stride_token, a.p.k.stride_token,
-                               valid, head_dim);
-    stage_rows<T, kDim, kStep>(values + slot, value + first * a.p.v.stride_token,
-                               a.p.v.stride_token, valid, head_dim);
+    const int valid = s.other - step * kStep, slot = step % 2 * kStep * kLd;
+    key.stage(keys + slot, a.p.k.stride_token, valid, head_dim);
+    value.stage(values + slot, a.p.v.stride_token, valid, head_dim);
     cp_async_commit();
   };
   stage_rows<T, kDim, Tile::kOwn>(queries, row_pointer<const T>(a.p.q, a.p.cu_q, s.seq, own, head),
@@ -165,6 +180,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_queries_kern
   stage(0);
 
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16 * kBands;
+  const bool idle = warp_row >= rows;  // of a warp beyond the sequence, which only copies
   const float scale = a.p.scale * kLog2e;
   const float2* stat = stats_pointer(a, s.seq, head) + own;
   float shift[kBands][2], mean[kBands][2], scales[kBands][2];
@@ -188,6 +204,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_queries_kern
       left_grad.set(grads + warp_row * kLd);
     }
     if (step + 1 < steps) stage(step + 1);
+    if (idle) continue;
     const int slot = step % 2 * kStep * kLd;
     float p[kBands][kStep / 8][4], ds[kBands][kStep / 8][4];
     clear(p);

@@ -87,16 +87,15 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_kernel(const
   const int64_t head = blockIdx.y;
   if (s.other == 0) return write_no_keys<T, Tile::kQueries>(a, s, head);
 
-  const T* key = row_pointer<const T>(a.p.k, a.p.cu_k, s.seq, s.partner, head);
-  const T* value = row_pointer<const T>(a.p.v, a.p.cu_k, s.seq, s.partner, head);
   const int head_dim = static_cast<int>(a.p.head_dim), steps = (s.other + kKeys - 1) / kKeys;
+  RowStream<T, kDim, kKeys> key(row_pointer<const T>(a.p.k, a.p.cu_k, s.seq, s.partner, head),
+                                a.p.k.stride_token);
+  RowStream<T, kDim, kKeys> value(row_pointer<const T>(a.p.v, a.p.cu_k, s.seq, s.partner, head),
+                                  a.p.v.stride_token);
   auto stage = [&](int step) {
-    const int64_t first = int64_t(step) * kKeys;
-    const int valid = s.other - static_cast<int>(first), slot = step % 2 * kKeys * kLd;
-    stage_rows<T, kDim, kKeys>(keys + slot, key + first * a.p.k.stride_token, a.p.k.stride_token,
-                               valid, head_dim);
-    stage_rows<T, kDim, kKeys>(values + slot, value + first * a.p.v.stride_token,
-                               a.p.v.stride_token, valid, head_dim);
+    const int valid = s.other - step * kKeys, slot = step % 2 * kKeys * kLd;
+    key.stage(keys + slot, a.p.k.stride_token, valid, head_dim);
+    value.stage(values + slot, a.p.v.stride_token, valid, head_dim);
     cp_async_commit();
   };
   stage(0);
@@ -104,6 +103,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_kernel(const
   const float scale = positive_scale(a);
 
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16 * kBands;
+  const bool idle = s.first + warp_row >= s.length;  // of a warp that only copies
   Left<T, kDim, kBands, Tile::kKeep> left;
   float out[kBands][kDim / 8][4];
   clear(out);
@@ -115,6 +115,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_kernel(const
     if (step == 0) left.set(queries + warp_row * kLd);
     // The barrier also says that everyone is done with the slot that is filled next.
     if (step + 1 < steps) stage(step + 1);
+    if (idle) continue;
     const int slot = step % 2 * kKeys * kLd;
     float logits[kBands][kKeys / 8][4];
     clear(logits);

@@ -227,10 +227,10 @@ const char* backward(const Args& a, void* stream) {
       return backward_tiles<T, BackwardTile<16, 1, 64, true>, BackwardTile<16, 1, 64, true>>(
           a, stream);
     if (d <= 32)
-      return backward_tiles<T, BackwardTile<32, 1, 64, true>, BackwardTile<32, 1, 64, true>>(
+      return backward_tiles<T, BackwardTile<32, 2, 64, true, 32>, BackwardTile<32, 1, 64, true>>(
           a, stream);
     if (d <= 64)
-      return backward_tiles<T, BackwardTile<64, 1, 64, true>, BackwardTile<64, 2, 32, true>>(
+      return backward_tiles<T, BackwardTile<64, 2, 32, false>, BackwardTile<64, 2, 32, true>>(
           a, stream);
     if (d <= 96)
       return backward_tiles<T, BackwardTile<96, 1, 32, false>, BackwardTile<96, 1, 64, false>>(

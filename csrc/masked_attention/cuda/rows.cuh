@@ -201,33 +201,51 @@ JK_DEVICE void rotate8(const Angles& a, int c, float (&x)[8]) {
   for (int i = 0; i < 8; i += 2) rotate_pair<false>(a, c + i, x[i], x[i + 1]);
 }
 
-// Starts copying kRows rows of one head into a shared tile; rows from `valid` on and channels from
-// head_dim on become zero. Every thread keeps to one chunk of the channels, so that going to its
-// next row is one addition.
+// Rows of one head that a block copies to shared memory, kRows of them at a time. Every thread
+// keeps to one chunk of the channels and to a pointer that moves on, so that a step costs additions
+// only. Distances are given at every step: a kernel's argument is then added from where it is,
+// without a register.
+template <class T, int kDim, int kRows>
+struct RowStream {
+  static constexpr int kPerRow = kDim / kChunk<T>, kRowsAtOnce = kThreads / kPerRow,
+                       kPasses = (kRows + kRowsAtOnce - 1) / kRowsAtOnce;
+  const T* from;
+
+  JK_DEVICE RowStream(const T* source, int64_t stride)
+      : from(source + static_cast<int>(threadIdx.x) / kPerRow * stride +
+             static_cast<int>(threadIdx.x) % kPerRow * kChunk<T>) {}
+
+  // Starts the copy of the next kRows rows; rows from `valid` on and channels from head_dim on
+  // become zero.
+  JK_DEVICE void stage(T* tile, int64_t stride, int valid, int head_dim) {
+    stride = here(stride);
+    const int thread = here(static_cast<int>(threadIdx.x)), first = thread / kPerRow,
+              channel = thread % kPerRow * kChunk<T>;
+    const int last = channel < head_dim ? valid : 0;
+    T* to = tile + first * kStride<T, kDim> + channel;
+    const bool idle = kThreads % kPerRow != 0 && first >= kRowsAtOnce;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; pass++) {
+      const int row = first + pass * kRowsAtOnce;
+      if (!idle && (kRows % kRowsAtOnce == 0 || row < kRows))
+        cp_async_16(to + pass * kRowsAtOnce * kStride<T, kDim>, from, row < last);
+      from += kRowsAtOnce * stride;
+    }
+    from -= (kPasses * kRowsAtOnce - kRows) * stride;
+  }
+};
+
+// Starts copying kRows rows of one head into a shared tile, once.
 template <class T, int kDim, int kRows>
 JK_DEVICE void stage_rows(T* tile, const T* source, int64_t stride, int valid, int head_dim) {
-  constexpr int kPerRow = kDim / kChunk<T>, kRowsAtOnce = kThreads / kPerRow,
-                kPasses = (kRows + kRowsAtOnce - 1) / kRowsAtOnce;
-  const int first = static_cast<int>(threadIdx.x) / kPerRow,
-            channel = static_cast<int>(threadIdx.x) % kPerRow * kChunk<T>;
-  const int last = channel < head_dim ? valid : 0;
-  const T* from = source + first * stride + channel;
-  T* to = tile + first * kStride<T, kDim> + channel;
-  if (kThreads % kPerRow != 0 && first >= kRowsAtOnce) return;
-#pragma unroll
-  for (int pass = 0; pass < kPasses; pass++) {
-    const int row = first + pass * kRowsAtOnce;
-    if (kRows % kRowsAtOnce != 0 && row >= kRows) break;
-    cp_async_16(to + pass * kRowsAtOnce * kStride<T, kDim>, from, row < last);
-    from += kRowsAtOnce * stride;
-  }
+  RowStream<T, kDim, kRows>(source, stride).stage(tile, stride, valid, head_dim);
 }
 
 // Starts copying the stats of kRows query rows; zeros from `valid` on.
 template <int kRows>
 JK_DEVICE void stage_stats(float2* tile, const float2* source, int valid) {
   static_assert(kRows <= kThreads, "one row per thread");
-  const int row = static_cast<int>(threadIdx.x);
+  const int row = here(static_cast<int>(threadIdx.x));
   if (row < kRows) cp_async_8(tile + row, source + row, row < valid);
 }
 
@@ -245,23 +263,42 @@ JK_DEVICE void zero_rows(T* target, int64_t stride, int rows, int head_dim, bool
 // number, so that masked logits stay -inf.
 JK_DEVICE float positive_scale(const Args& a) { return fmaxf(fabsf(a.p.scale) * kLog2e, 1.2e-38f); }
 
-// Rotates the tile's queries into shared memory, with the sign of the scale.
+// Rotates the tile's queries into shared memory, with the sign of the scale. Every thread has the
+// ids and rows of kAtOnce chunks in flight before it turns any: nothing else hides their latency
+// here.
 template <class T, int kDim, int kRows>
 JK_DEVICE void load_queries(const Args& a, const Sequence& s, int64_t head, T* tile) {
-  constexpr int kPerRow = kDim / 8;
+  constexpr int kPerRow = kDim / 8, kPasses = kRows * kPerRow / kThreads,
+                kAtOnce = kPasses % 4 == 0 ? 4 : 2;
+  static_assert(kRows * kPerRow % kThreads == 0 && kPasses % kAtOnce == 0, "whole passes");
   const int head_dim = static_cast<int>(a.p.head_dim);
   const float sign = a.p.scale < 0.f ? -1.f : 1.f;
-  for (int i = threadIdx.x; i < kRows * kPerRow; i += kThreads) {
-    const int row = i / kPerRow, channel = i % kPerRow * 8;
-    float x[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
-    if (s.first + row < s.length && channel < head_dim) {
-      const int64_t token = s.begin + s.first + row;
-      load8(x, row_pointer<const T>(a.p.q, a.p.cu_q, s.seq, token, head) + channel, a.vector_q);
-      rotate8(angles_of(a.p, a.p.ids_q, s.seq, token), channel, x);
+#pragma unroll 1
+  for (int begin = 0; begin < kPasses; begin += kAtOnce) {
+    Angles angles[kAtOnce];
+    float x[kAtOnce][8];
 #pragma unroll
-      for (int e = 0; e < 8; e++) x[e] *= sign;
+    for (int pass = 0; pass < kAtOnce; pass++) {
+      const int i = (begin + pass) * kThreads + static_cast<int>(threadIdx.x), row = i / kPerRow,
+                channel = i % kPerRow * 8;
+      angles[pass].table = nullptr;
+#pragma unroll
+      for (int e = 0; e < 8; e++) x[pass][e] = 0.f;
+      if (s.first + row >= s.length || channel >= head_dim) continue;
+      const int64_t token = s.begin + s.first + row;
+      angles[pass] = angles_of(a.p, a.p.ids_q, s.seq, token);
+      load8(x[pass], row_pointer<const T>(a.p.q, a.p.cu_q, s.seq, token, head) + channel,
+            a.vector_q);
     }
-    store8(tile + row * kStride<T, kDim> + channel, x, true);
+#pragma unroll
+    for (int pass = 0; pass < kAtOnce; pass++) {
+      const int i = (begin + pass) * kThreads + static_cast<int>(threadIdx.x), row = i / kPerRow,
+                channel = i % kPerRow * 8;
+      rotate8(angles[pass], channel, x[pass]);
+#pragma unroll
+      for (int e = 0; e < 8; e++) x[pass][e] *= sign;
+      store8(tile + row * kStride<T, kDim> + channel, x[pass], true);
+    }
   }
 }
 

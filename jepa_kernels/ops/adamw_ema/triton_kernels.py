@@ -47,11 +47,9 @@ def step_chunk(
     second = beta2 * second + take2 * (grad * grad)
     denominator = tl.sqrt_rn(second) * inverse_sqrt2 + eps
     stored = narrow(param * decay - size * tl.div_rn(first, denominator), PARAM)
-    store(first_at, narrow(first, STATE), mask, MASKED)
-    store(second_at, narrow(second, STATE), mask, MASKED)
-    store(param_at, stored, mask, MASKED)
     if TARGET is not None:
-        # The teacher follows the parameter as stored.
+        # The teacher follows the parameter as stored. Before the other stores, which the compiler
+        # may not move its loads across.
         move_target(
             row,
             offsets,
@@ -68,6 +66,9 @@ def step_chunk(
             ALIGNED,
             MASKED,
         )
+    store(first_at, narrow(first, STATE), mask, MASKED)
+    store(second_at, narrow(second, STATE), mask, MASKED)
+    store(param_at, stored, mask, MASKED)
 
 
 @triton.jit

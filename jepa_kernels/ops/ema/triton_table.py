@@ -42,15 +42,15 @@ def table(
         (*(0 if t is None else t.data_ptr() for t in entry), entry[0].numel(), stream)
         for *entry, stream in zip(*arrays, streams, strict=True)
     )
-    tensors = _tables.get((device, block, rows), device, lambda: _build(rows, device, block))
-    return Table(*tensors, all(address % 16 == 0 for row in rows for address in row[:-2]))
+    return Table(*_tables.get((device, block, rows), device, lambda: _build(rows, device, block)))
 
 
 def _build(
     rows: tuple[tuple[int, ...], ...], device: torch.device, block: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
     counts = [-(-row[-2] // block) for row in rows]
     tensors = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
     places = torch.cat([torch.arange(count, dtype=torch.int32) for count in counts])
     chunks = torch.stack((tensors, places), dim=1).contiguous()
-    return upload(torch.tensor(rows, dtype=torch.int64), device), upload(chunks, device)
+    aligned = all(address % 16 == 0 for row in rows for address in row[:-2])
+    return upload(torch.tensor(rows, dtype=torch.int64), device), upload(chunks, device), aligned
