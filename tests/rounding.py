@@ -63,8 +63,9 @@ PARTS: tuple[tuple[str, ...], ...] = (
     ("-m", "pytest", "tests/integrations"),
     ("-m", "pytest", "tests/nn", "tests/benchmarks/test_eager_twin.py"),
 )
-NOT_SLOW = ("-m", "not slow")
-# What computes most per second of testing.
+# What compares most numbers per second of testing: nothing that waits for a compiler or for other
+# processes.
+NOT_SLOW = ("-m", "not slow", "-k", "not compile and not inductor and not malformed and not fsdp")
 QUICK: tuple[tuple[str, ...], ...] = (
     (
         "-m",
