@@ -16,9 +16,9 @@ place, one seed after another and with both signs, and once in float64 on the re
   Of a sum or norm of weights they raise the ceiling by what they can account for.
 - The float64 run must lie as near to the plain run as the published array. Moved runs share the
   faults of the float32 code; float64 goes another way.
-- At most UNDECIDED_SHARE of the elements may be undecided (UNDECIDED_SMALL of an array of fewer
-  than UNDECIDED_FEW / UNDECIDED_SMALL elements). So an array is wrong, whatever its noise, if it is
-  still beyond the ceiling without that many of its worst elements. Then nothing is measured.
+- At most UNDECIDED_SHARE of the elements may be undecided; of a small array UNDECIDED_SMALL of
+  them, up to UNDECIDED_FEW. So an array is wrong, whatever its noise, if it is still beyond the
+  ceiling without that many of its worst elements. Then nothing is measured.
 
 Noise can only be as large as the code under test makes it, so the ceiling is what bounds a faulty
 code that is also sensitive.
