@@ -32,11 +32,12 @@ from jepa_kernels.testing import (
     attention_case,
     run_attention,
 )
-from jepa_kernels.testing.rollout import CELLS, rollout_case, run_rollout
+from jepa_kernels.testing.rollout import OP_NAMES, rollout_case, run_rollout
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32)
 SIZES = ((31, 33), (1025,), (), (2, 3, 5, 7), (300_001,))
+_CELL_OF = {op: cell for cell, op in OP_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def adamw(dtype: torch.dtype, backend: str, device: str) -> list[Compared]:
 
 def checks(device: str, backends: Sequence[str] = ()) -> Iterator[Check]:
     """Most valuable first."""
-    for op in ("masked_attention", "ema_update", "adamw_ema", "latent_rollout"):
+    for op in sorted(OPS, key=lambda name: name != "masked_attention"):
         wide = op == "masked_attention"
         for head_dim in (64, *(d for d in HEAD_DIMS if d != 64)) if wide else (0,):
             for dtype in DTYPES:
@@ -212,13 +213,12 @@ def _of_one(
                 for direction in ("forward", "backward"):
                     run = partial(attention, case, backend, device, direction)
                     yield make(case=f"{name}/D{head_dim}", direction=direction, run=run)
-    elif op == "latent_rollout":
-        for cell in CELLS:
-            for output in ("last", "states", 2.0):
-                case = rollout_case(cell, output, dtype=dtype, channels=40, hidden=33)
-                for direction in ("forward", "backward"):
-                    run = partial(rollout, case, backend, device, direction)
-                    yield make(case=f"{cell}/{output}", direction=direction, run=run)
+    elif op in _CELL_OF:
+        for output in ("last", "states", 2.0):
+            case = rollout_case(_CELL_OF[op], output, dtype=dtype, channels=40, hidden=33)
+            for direction in ("forward", "backward"):
+                run = partial(rollout, case, backend, device, direction)
+                yield make(case=f"{output}", direction=direction, run=run)
     elif op == "ema_update":
         roundings = ["nearest"]
         roundings += ["kahan"] if dtype in HALF else []

@@ -118,9 +118,9 @@ def plain_rows(rows: Sequence[Row], source: str) -> list[Row]:
         plain = found.setdefault(
             key,
             {
-                "op": row["op"],
+                "op": preference_rows.op_of(row),
                 "backend": row["side"],
-                "device": row["machine"]["device_key"],
+                "device": row["machine"]["device_kind"],
                 "dtype": row["dtype"],
                 "size_class": row["size_class"],
                 "case": row["case"],

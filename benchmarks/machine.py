@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from jepa_kernels import preferences
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
 
@@ -117,6 +119,7 @@ def _static_provenance(device_name: str) -> dict[str, object]:
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else cpu_model(),
         "device_key": device_key(device),
+        "device_kind": preferences.device_kind(torch.device(device).type),
         "driver": _driver() if on_gpu else None,
         "cpu_isa": cpu_isa(),
         "cores": cores(),

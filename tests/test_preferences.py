@@ -47,3 +47,57 @@ def test_explain_says_that_no_record_is_there_yet(generation):
     assert "cuda       slower than triton here: triton uses this GPU's own matrix" in text
     assert "(by reading, no record yet)" in text
     assert "runs on    triton (auto)" in text
+
+
+def test_the_committed_table_follows_from_the_records(root):
+    """`python -m benchmarks.preference_rows` writes it."""
+    from benchmarks import preference_rows
+
+    assert preference_rows.TABLE.read_text() == preference_rows.table()
+    ops = {row["op"] for row in preference_rows.recorded()}
+    assert ops <= OPS.keys()
+    assert {"ema_update", "masked_attention", "rollout_gru"} & ops
+
+
+def test_calibration_is_kept_read_and_bound_to_the_build(tmp_path, monkeypatch):
+    """A short calibration: every case is measured, `auto` follows what was stored, and a stored
+    one of another build is ignored."""
+    from jepa_kernels import calibrate, preferences
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    slower = preferences.Preference(
+        "masked_attention", preferences.device_kind("cpu"), "float32", "tiny", "cpu", "torch", "x"
+    )
+    monkeypatch.setattr(calibrate, "measure", lambda case, budget: [slower][: case.op is OP])
+    small = [c for c in calibrate.cases("cpu") if c.size_class == "tiny"]
+    monkeypatch.setattr(calibrate, "cases", lambda device: iter(small))
+    try:
+        text = calibrate.run(1.0, ("cpu",))
+        assert "torch before cpu" in text
+        assert preferences.calibration_file().is_relative_to(tmp_path)
+        x = torch.randn(1, 8, 2, 16)
+        assert "runs on    torch" in explain("masked_attention", x, x, x)
+        assert "cases calibrated" in preferences.summary()
+        monkeypatch.setattr(native, "library_stamp", lambda: "another build")
+        preferences.load()
+        assert "runs on    cpu" in explain("masked_attention", x, x, x)
+        assert "not calibrated" in preferences.summary()
+        preferences.calibration_file().write_text("damaged")
+        assert preferences.calibration() is None
+    finally:
+        monkeypatch.undo()
+        preferences.load()
+
+
+def test_calibration_measures_both_passes_and_updates(tmp_path):
+    from jepa_kernels import calibrate
+
+    by_op = {}
+    for case in calibrate.cases("cpu"):
+        if case.size_class == list(case.op.examples)[-1] and case.dtype == torch.float32:
+            by_op[case.op.name] = case
+    assert by_op.keys() == OPS.keys()
+    for case in (by_op["masked_attention"], by_op["ema_update"], by_op["rollout_gru"]):
+        assert len(calibrate.measure(case, 0.01)) <= 1
+    with pytest.raises(ValueError, match="seconds must be positive, got 0"):
+        calibrate.run(0)

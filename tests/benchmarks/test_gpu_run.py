@@ -191,16 +191,15 @@ def test_every_kernel_is_checked_in_every_dtype_and_direction():
                 assert found == wanted, (op, backend, dtype)
 
 
-def test_a_wrong_kernel_and_a_crash_are_rows(monkeypatch):
-    from jepa_kernels.testing import planted_fault
+def test_a_wrong_kernel_and_a_crash_are_rows():
+    from jepa_kernels.testing import patched_backend, planted_fault
 
-    check = next(c for c in gpu_check.checks("cpu", ("torch",)) if c.op == "latent_rollout")
+    check = next(c for c in gpu_check.checks("cpu", ("torch",)) if c.op == "rollout_mlp")
     assert gpu_check.made(check, "cpu")["status"] == "ok"
-    with planted_fault("latent_rollout", "torch", "wrong_sign"):
+    with planted_fault("rollout_mlp", "torch", "wrong_sign"):
         assert gpu_check.made(check, "cpu")["status"] == "wrong"
-    module = OPS["latent_rollout"].modules["torch"]
-    monkeypatch.setattr(module, "forward", lambda *args: 1 / 0)
-    row = gpu_check.made(check, "cpu")
+    with patched_backend("rollout_mlp", "torch", forward=lambda inputs: 1 / 0):
+        row = gpu_check.made(check, "cpu")
     assert row["status"] == "failed"
     assert "ZeroDivisionError" in row["reason"]
 
@@ -281,7 +280,7 @@ def timed(side: str, ours: bool, ms: float, **names) -> dict[str, object]:
         "flop": 1e12,
         "bytes": None,
         "details": {},
-        "machine": {"device_key": "gpu-x", "device": "GPU X"},
+        "machine": {"device_key": "gpu-x", "device_kind": "sm_90", "device": "GPU X"},
         **names,
     }
 
@@ -309,7 +308,8 @@ def test_a_run_becomes_records_preferences_and_a_page(tmp_path):
         ("triton", 0.001, None),
     ]
     chosen = json.loads((folder / "preferences.json").read_text())["rows"]
-    assert [(r["backend"], r["faster"], r["ratio"]) for r in chosen] == [("cuda", "triton", 0.5)]
+    assert [(r["slower"], r["faster"]) for r in chosen] == [("cuda", "triton")]
+    assert chosen[0]["why"].startswith("takes 2.00 times as long")
     records = json.loads((folder / "masked_attention.json").read_text())["records"]
     ratios = {(r["backend"], r["baseline"]): r["ratio"] for r in records}
     assert ratios == {("cuda", "sdpa_flash"): 0.75, ("triton", "sdpa_flash"): 1.5}
@@ -322,7 +322,7 @@ def test_the_last_part_of_a_run_is_enough(tmp_path):
     """A sweep, beside the status of the step that made it."""
     folder = tmp_path / "out" / "test"
     folder.mkdir(parents=True)
-    machine = {"device_key": "gpu-x", "device": "GPU X"}
+    machine = {"device_key": "gpu-x", "device_kind": "sm_90", "device": "GPU X"}
     (folder / "sweep_base.json").write_text(json.dumps({"machine": machine}))
     status = {"step": "sweep_base", "status": "ok", "exit": 0, "seconds": 1.0}
     (folder / "sweep_base.status.json").write_text(json.dumps(status))
@@ -346,9 +346,9 @@ def row(backend: str, case: str, forward: float | None, both: float | None = Non
 def test_preferences_follow_the_times():
     order = {"o": ("cuda", "triton", "torch")}
     rows = [row("cuda", "a", 1.0, 4.0), row("triton", "a", 2.0, 2.0), row("torch", "a", 9.0, 3.0)]
-    assert [
-        (r["backend"], r["faster"], r["ratio"]) for r in preference_rows.derive(rows, order)
-    ] == [("cuda", "triton", 0.5)]
+    assert [(r["slower"], r["faster"], r["why"]) for r in preference_rows.derive(rows, order)] == [
+        ("cuda", "triton", "takes 2.00 times as long (r)")
+    ]
     # Two cases weigh the same: 1/2 and 2 cancel, whatever their lengths.
     both = [*rows[:2], row("cuda", "b", 9.0), row("triton", "b", 18.0)]
     assert preference_rows.derive(both, order) == []

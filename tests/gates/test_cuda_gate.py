@@ -60,7 +60,7 @@ def recompile(op: str, architectures: tuple[str, ...]) -> None:
 
 def test_the_code_of_an_op_is_everything_it_includes() -> None:
     names = {path.name for path in cuda_gate.sources("adamw_ema")}
-    assert {"cuda.cu", "step.h", "cuda_lanes.h", "cuda_launch.h", "device.cuh"} <= names
+    assert {"launch.cu", "step.h", "lanes.h", "launch.h", "device.cuh"} <= names
 
 
 def test_every_op_is_in_the_table() -> None:

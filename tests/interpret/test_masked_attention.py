@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from jepa_kernels import BackendUnsupportedError, masked_attention
 from jepa_kernels.ops.masked_attention import triton as backend
+from jepa_kernels.ops.masked_attention.inputs import Inputs
 from jepa_kernels.ops.masked_attention.triton_table import tile
 from jepa_kernels.testing import (
     ATTENTION_FAULTS,
@@ -146,10 +147,9 @@ def test_the_launcher_reads_no_values():
     ids, cu = case.query_ids, case.cu_seqlens_q
     table = case.rope.table(16, torch.device("cpu"))
     with _NoValueLeavesTheDevice():
-        out, lse = backend.forward(query, key, value, ids, ids, cu, cu, table, [3, 4, 5], 0.25)
-        backend.backward(
-            grad_out, query, key, value, ids, ids, cu, cu, table, out, lse, [3, 4, 5], 0.25
-        )
+        inputs = Inputs(query, key, value, ids, ids, cu, cu, table, [3, 4, 5], 0.25)
+        saved = backend.forward(inputs)
+        backend.backward(inputs, saved, grad_out, [True] * 3)
     with pytest.raises(AssertionError, match="wait"), _NoValueLeavesTheDevice():
         cu.sum().item()
 
@@ -161,22 +161,15 @@ def test_wrong_offsets_and_ids_stay_inside_the_tensors():
     cu = torch.tensor([-7, 9, 3, 2**40], dtype=torch.int64)
     ids = torch.tensor([-9, 10**12, 2**31, -1, *range(8)], dtype=torch.int64)
     table = torch.rand(2, 6, 4)
-    out, lse = backend.forward(query, query, query, ids, ids, cu, cu, table, [1, 2, 3], 0.25)
-    backend.backward(out, query, query, query, ids, ids, cu, cu, table, out, lse, [1, 2, 3], 0.25)
+    inputs = Inputs(query, query, query, ids, ids, cu, cu, table, [1, 2, 3], 0.25)
+    saved = out, _ = backend.forward(inputs)
+    backend.backward(inputs, saved, out, [True] * 3)
     # Sequence 0 is rows 0 to 8 whatever the rest says; ids below -1 do not turn, ids past the grid
     # are its last.
     sound = torch.cat((ids[:3].clamp(-1, 5), ids[3:]))
+    whole = torch.tensor([0, 9])
     expected, _ = backend.forward(
-        query,
-        query,
-        query,
-        sound,
-        sound,
-        torch.tensor([0, 9]),
-        torch.tensor([0, 9]),
-        table,
-        [1, 2, 3],
-        0.25,
+        replace(inputs, query_ids=sound, key_ids=sound, cu_seqlens_q=whole, cu_seqlens_k=whole)
     )
     assert torch.equal(out[:2], expected[:2])
 

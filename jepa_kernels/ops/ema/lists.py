@@ -22,7 +22,10 @@ _shape, _dtype, _device, _layout = map(attrgetter, ("shape", "dtype", "device", 
 def size_class(tensors: Tensors) -> str:
     """``tiny`` below 65,536 elements, ``small`` below a million, where the cost of the call itself
     counts, else ``large``."""
-    elements = sum([t.numel() for t in tensors])
+    return class_of(sum([t.numel() for t in tensors]))
+
+
+def class_of(elements: int) -> str:
     return "tiny" if elements < 65_536 else "small" if elements < 1_000_000 else "large"
 
 
