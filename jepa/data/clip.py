@@ -43,7 +43,8 @@ class ClipSpec:
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames [T, H, W, 3] uint8 and the size of the picture they were scaled from (upright)."""
+    """Frames [T, H, W, 3] uint8 and the size of the picture they were scaled from: upright, in
+    square pixels. Alpha is ignored: transparent pixels keep their colour."""
 
     frames: NDArray[np.uint8]
     source_height: int
