@@ -147,7 +147,7 @@ def _case(
 ) -> Iterator[harness.Comparison]:
     precision = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
     given = inputs(resolution, options, truncate="batch_min")
-    batch = Batch(given.clip, None, torch.arange(BATCH), given.masks, STEP)
+    batch = Batch(given.clip, given.masks, STEP)
     for backend in options.backends or ("auto",):
         # Ours never needs checkpointing to match: the published configuration has it on, so
         # `checkpointed` is their choice, not ours.
@@ -180,7 +180,7 @@ def _case(
         if checkpointing:
             continue
         free = inputs(resolution, options, truncate="none")
-        free_batch = Batch(free.clip, None, torch.arange(BATCH), free.masks, STEP)
+        free_batch = Batch(free.clip, free.masks, STEP)
         per_token = _tokens(free.masks) / _tokens(given.masks)
         yield harness.Comparison(
             case=f"{size}/{resolution.name}px/{FRAMES}f/untruncated",

@@ -10,11 +10,11 @@ smaller ones.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import nnls
 
 PATTERNS = (("constant", (1, 0, 0)), ("linear", (0, 1, 0)), ("quadratic", (0, 0, 1)))
 
@@ -62,8 +62,7 @@ class Fit:
 
 
 def fit(tokens: Sequence[float], batch: Sequence[float], values: Sequence[float]) -> Fit:
-    """Non-negative least squares on relative error, exact by trying every subset of the three
-    terms.
+    """Non-negative least squares on relative error.
 
     Raises:
         ValueError: no point, unequal lengths, or a value that is not positive.
@@ -82,20 +81,8 @@ def fit(tokens: Sequence[float], batch: Sequence[float], values: Sequence[float]
         np.stack([np.ones(count), clips * size, clips * size * size], axis=1) / measured[:, None]
     )
     scale = np.abs(design).max(axis=0)
-    best, least = np.zeros(3), float("inf")
-    for terms in range(1, min(3, count) + 1):
-        for chosen in itertools.combinations(range(3), terms):
-            columns = list(chosen)
-            solution, *_ = np.linalg.lstsq(
-                design[:, columns] / scale[columns], np.ones(count), rcond=None
-            )
-            if (solution < 0).any():
-                continue
-            full = np.zeros(3)
-            full[columns] = solution / scale[columns]
-            residual = float(np.square(design @ full - 1.0).sum())
-            if residual < least * (1 - 1e-9):
-                best, least = full, residual
+    solution, _ = nnls(design / scale, np.ones(count))
+    best = solution / scale
     errors = np.abs(design @ best - 1.0)
     return Fit(float(best[0]), float(best[1]), float(best[2]), count, float(errors.max()))
 

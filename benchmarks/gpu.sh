@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything to do on a GPU machine in one call of at most eight minutes: build, tests, sanitizer, op benchmarks, resolution sweep.
-# Uses that machine's own python3 (torch, triton, numpy, pybind11, ninja, pytest), needs no network, reads only this repository, and leaves
+# Uses that machine's own python3 (torch, triton, numpy, scipy, pyyaml, pybind11, ninja, pytest), needs no network, reads only this repository, and leaves
 # one archive of records in $OUT. With DRY=1 the same steps run on a CPU, a few seconds each.
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -5,15 +5,19 @@ Interface for a `bench_<op>.py` file (keep it to cases, inputs and implementatio
     from benchmarks import harness
 
     def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
-        for ...:                                             # lazily: inputs of one case live only
-            while it runs yield harness.Comparison(
-                case="vit_b/224px/16f/dense", dtype="float32", pass_name="forward",   # or
-                "forward+backward", "update", ... backend="cpu", baseline="sdpa",
-                                   # honest names candidate=lambda: ..., reference=lambda: ...,
-                                   #                    # zero-argument calls; ours, then theirs
-                gate=lambda: harness.require_close("out", ours, oracle, rtol=1e-5),   # raises
-                GateError: then no number is recorded flop=..., bytes=..., details={"resolution":
-                "224", "tokens": 1568},   # floor; anything plot.py groups by
+        for ...:  # lazily: the inputs of a case live only while it runs
+            yield harness.Comparison(
+                case="vit_b/224px/16f/dense",
+                dtype="float32",
+                pass_name="forward",  # or "forward+backward", "update", ...
+                backend="cpu",
+                baseline="sdpa",  # the name of what it is
+                candidate=lambda: ...,  # calls without arguments: ours, then the baseline's
+                reference=lambda: ...,
+                # Raises GateError; then no number is recorded.
+                gate=lambda: harness.require_close("out", ours, oracle, rtol=1e-5),
+                flop=..., bytes=...,  # the floor
+                details={"resolution": "224", "tokens": 1568},  # what plot.py groups by
             )
 
     if __name__ == "__main__":
@@ -44,6 +48,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.memory import peak_memory
+from jepa.atomic import write_text
 
 SCHEMA_VERSION = 1
 
@@ -375,10 +380,8 @@ def append_records(path: Path, records: Sequence[dict[str, object]]) -> None:
     with open(path.with_name(f".{path.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         existing = load_records(path) if path.exists() else []
-        scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         rows = ",\n".join(json.dumps(row, sort_keys=True) for row in [*existing, *records])
-        scratch.write_text(f'{{"schema": {SCHEMA_VERSION}, "records": [\n{rows}\n]}}\n')
-        os.replace(scratch, path)
+        write_text(path, f'{{"schema": {SCHEMA_VERSION}, "records": [\n{rows}\n]}}\n')
     path.with_name(f".{path.name}.lock").unlink(missing_ok=True)
 
 

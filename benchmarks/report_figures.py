@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 from benchmarks import costmodel, sweep_record, sweep_tables
 from benchmarks.plot import INK, MARKERS, PALETTE, style
 from benchmarks.resolutions import TUBELET_SIZE
-from benchmarks.workload import PRETRAIN_PHASES
+from jepa.step import STEP_PHASES
 
 MUTED = "#8a8a8a"
 GRID = "#d9d9d9"
@@ -317,9 +317,7 @@ def phases(record: Row, narrow: bool = False) -> Figure:
             if cell is None:
                 continue
             parts = {
-                name: cell["phases_ms"][name]
-                for name in PRETRAIN_PHASES
-                if name in cell["phases_ms"]
+                name: cell["phases_ms"][name] for name in STEP_PHASES if name in cell["phases_ms"]
             } | {"data": cell["data_ms"]}
             whole = cell["step_ms"]
             bottom = 0.0

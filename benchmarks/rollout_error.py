@@ -24,6 +24,7 @@ import torch
 from benchmarks import eager_rollout, harness, machine
 from benchmarks.bench_latent_rollout import ACTIONS, HIDDEN, new_cell
 from benchmarks.plot import INK, PALETTE, style
+from jepa.atomic import write_text
 from jepa_kernels import Hamiltonian, ResidualMLP, latent_rollout
 from jepa_kernels.ops.latent_rollout.op import with_parameters
 
@@ -156,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record |= {"lines": lines, **machine.provenance("cpu")}
     output = arguments.output or machine.RESULTS / machine.device_key("cpu") / "rollout_error.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    write_text(output, json.dumps(record, indent=1, sort_keys=True) + "\n")
     figure(record).savefig(output.with_suffix(".png"))
     print(f"record: {output}\nfigure: {output.with_suffix('.png')}")
     return 0

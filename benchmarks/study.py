@@ -28,7 +28,7 @@ import torch
 from benchmarks.machine import device_key, provenance
 from benchmarks.plot import PALETTE
 from jepa import finetune, pretrain, probe
-from jepa.checkpoint import write_json
+from jepa.atomic import write_json
 from jepa.data.build import DataConfig, Location
 from jepa.data.moving_shapes import APPEARANCE
 from jepa.schedules import ScheduleConfig

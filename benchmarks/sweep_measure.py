@@ -15,11 +15,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import flop, objective_cost
 from benchmarks.harness import timer
 from benchmarks.memory import peak_memory
-from benchmarks.workload import Finetuning, Group, Pretraining, Workload, clip_source, make_batch
+from benchmarks.workload import (
+    STEP,
+    Finetuning,
+    Group,
+    Pretraining,
+    Workload,
+    clip_source,
+    make_batch,
+    normalised,
+)
 from jepa.batch import Batch
 from jepa.variants import VariantConfig
 from jepa_kernels import BackendUnsupportedError
@@ -80,7 +90,8 @@ class Bench:
     workload: Workload
     groups: Sequence[Group]
     modes: Sequence[str]
-    batches: dict[Group | None, list[Batch]] = field(default_factory=dict)
+    batches: dict[Group, list[Batch]] = field(default_factory=dict)
+    labelled: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     data_s: dict[Group | None, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -90,13 +101,16 @@ class Bench:
             needed.append(None)
         for group in needed:
             spent = []
-            self.batches[group] = []
             for number in range(POOL):
                 start = now()
-                self.batches[group].append(
-                    make_batch(self.workload, None if group is None else group.policy, read, number)
-                )
+                policy = None if group is None else group.policy
+                loaded = make_batch(self.workload, policy, read, number)
                 spent.append(now() - start)
+                clips = normalised(self.workload, loaded)
+                if group is None:
+                    self.labelled.append((clips, loaded.labels))
+                else:
+                    self.batches.setdefault(group, []).append(loaded.for_step(clips, STEP))
             self.data_s[group] = min(spent)  # the first batch also opens files and builds tables
         self.pretraining = Pretraining(self.workload) if self.groups else None
 
@@ -136,7 +150,7 @@ class Bench:
         )
 
     def _finetune(self, trainer: Finetuning, backend: str) -> Callable[[int], dict[str, float]]:
-        return lambda number: trainer.step(self.batches[None][number % POOL], backend)
+        return lambda number: trainer.step(*self.labelled[number % POOL], backend)
 
 
 def _lengths(batch: Batch) -> tuple[list[int], list[int]]:

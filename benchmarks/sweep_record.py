@@ -9,7 +9,6 @@ place that adds or divides times, and can be run again on an old record.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import costmodel, harness
+from jepa.atomic import write_text
 
 SCHEMA_VERSION = 1
 REFERENCE_BACKEND = "torch"
@@ -41,7 +41,6 @@ def load(path: Path) -> Row:
 def save(path: Path, record: Row) -> None:
     """Atomic, so that an interrupted sweep leaves the last whole record."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     lines = []
     for key, value in record.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -49,8 +48,7 @@ def save(path: Path, record: Row) -> None:
             lines.append(f"{json.dumps(key)}: [\n{rows}\n]")
         else:
             lines.append(f"{json.dumps(key)}: {json.dumps(value, sort_keys=True)}")
-    scratch.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    os.replace(scratch, path)
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def find(rows: Iterable[Row], **wanted: object) -> Row | None:

@@ -22,15 +22,14 @@ from torch import Tensor, nn
 from benchmarks.harness import timer
 from benchmarks.resolutions import Resolution
 from jepa import step as training
-from jepa.batch import Batch, MaskBatch
+from jepa.batch import Batch, LoadedBatch, MaskBatch
+from jepa.data.transforms import ViewSpec, model_input
 from jepa.masks import MaskPolicy, motion_maps, sample_masks
 from jepa.models.sizes import ModelConfig
-from jepa.objectives import Denominators, compute_all
 from jepa.schedules import ScheduleConfig
 from jepa.variants import TargetConfig, VariantConfig, variant
 from jepa_kernels import use_backend
 
-PRETRAIN_PHASES = ("target", "context", "predictor", "objective", "backward", "optimiser")
 FINETUNE_PHASES = ("encoder", "head", "backward", "optimiser")
 # Three quarters through training: the context ramp is on and no annealed weight has reached 0.
 TOTAL_STEPS, STEP = 1000, 750
@@ -169,7 +168,7 @@ def clip_source(workload: Workload) -> Callable[[int], np.ndarray]:
 
 def make_batch(
     workload: Workload, policy: MaskPolicy | None, read: Callable[[int], np.ndarray], number: int
-) -> Batch:
+) -> LoadedBatch:
     """What a loader does for one batch, in this process: frames, motion maps if the policy asks,
     masks with their lists, to the device."""
     samples = [number * workload.batch + place for place in range(workload.batch)]
@@ -186,8 +185,17 @@ def make_batch(
             motion_maps=maps,
         )
     labels = torch.tensor([sample % CLASSES for sample in samples])
-    batch = Batch(torch.from_numpy(np.stack(frames)), labels, torch.tensor(samples), masks, STEP)
-    return batch if workload.device == "cpu" else batch.to(workload.device)
+    loaded = LoadedBatch(
+        torch.from_numpy(np.stack(frames)), labels, torch.tensor(samples), masks, views=None
+    )
+    return loaded if workload.device == "cpu" else loaded.to(workload.device)
+
+
+def normalised(workload: Workload, loaded: LoadedBatch) -> Tensor:
+    """The clips as the models take them: float32 [B, 3, frames, height, width]."""
+    return model_input(
+        loaded, ViewSpec(workload.resolution.height, workload.resolution.width, flip=0.0)
+    )
 
 
 def load_encoder(path: str, model: ModelConfig) -> nn.Module:
@@ -233,27 +241,11 @@ class Pretraining:
 
     def step(self, group: Group, batch: Batch, backend: str) -> dict[str, float]:
         """Seconds by phase of one step of the group with the baseline's objectives."""
-        cfg = self.config(group)
-        weight = training.objective_weights(cfg, batch.step)
+        self.optimizer.teacher = self._teacher if group.target == "ema" else None
+        state = training.TrainState(self.bundle, self.optimizer, self.config(group))
         with use_backend(backend):
             mark = Marks(self.workload)
-            target, live = training.target_features(self.bundle, batch, cfg)
-            mark("target")
-            context = training.context_features(self.bundle, batch, cfg)
-            mark("context")
-            predicted, predicted_context = training.predictions(self.bundle, context, batch, cfg)
-            mark("predictor")
-            counts = Denominators.of(batch.masks)
-            ctx = training.objective_context(
-                self.bundle, batch, cfg, counts, target, live, context, predicted, predicted_context
-            )
-            loss, _ = compute_all(ctx, cfg.variant.objectives, weight)
-            mark("objective")
-            training.backward(loss)
-            mark("backward")
-            self.optimizer.teacher = self._teacher if group.target == "ema" else None
-            training.update(training.TrainState(self.bundle, self.optimizer, cfg))
-            mark("optimiser")
+            training.train_step(state, batch, mark)
         return mark.seconds()
 
     def features(self, group: Group, batch: Batch) -> dict[str, Tensor]:
@@ -283,7 +275,7 @@ class Finetuning:
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
-        from jepa.finetune import FinetuneConfig, layer_groups
+        from jepa import finetune
         from jepa.models.encoder import Encoder
         from jepa.probe import Probe
 
@@ -291,35 +283,26 @@ class Finetuning:
         model, device, own = self.workload.model, self.workload.device, self.workload.encoder
         self.encoder = (Encoder(model) if own is None else load_encoder(own, model)).to(device)
         self.head = Probe("attentive", model.width, model.heads, {"class": CLASSES}).to(device)
-        cfg = FinetuneConfig(rate=1e-5)
+        cfg = finetune.FinetuneConfig(rate=1e-5)
         groups: Any = self.head.parameters()
         if not self.frozen:
-            groups = layer_groups(
+            groups = finetune.layer_groups(
                 SimpleNamespace(context_encoder=self.encoder), self.head, cfg, False
             )
         self.optimizer = torch.optim.AdamW(groups, lr=cfg.rate)
         self._limit = cfg.clip_gradient
-        self._trained = [
-            parameter for group in self.optimizer.param_groups for parameter in group["params"]
-        ]
+        self._step = training.StepConfig(model, precision=self.workload.precision)
 
-    def step(self, batch: Batch, backend: str) -> dict[str, float]:
-        device = torch.device(self.workload.device).type
+    def step(self, clips: Tensor, labels: Tensor, backend: str) -> dict[str, float]:
+        """Seconds by phase of one step."""
+        from jepa import finetune  # not at the top: a sweep of pre-training needs no data libraries
+
         with use_backend(backend):
             mark = Marks(self.workload)
-            with (
-                torch.autocast(device, torch.bfloat16, enabled=self.workload.precision == "bf16"),
-                torch.set_grad_enabled(not self.frozen),
-            ):
-                tokens = self.encoder(batch.clips, levels="last")
+            with torch.set_grad_enabled(not self.frozen):
+                tokens = finetune.tokens_of(self.encoder, clips, self._step)
             mark("encoder")
-            loss = nn.functional.cross_entropy(self.head(tokens.float())["class"], batch.labels)
+            loss = nn.functional.cross_entropy(self.head(tokens)["class"], labels)
             mark("head")
-            loss.backward()
-            mark("backward")
-            if self._limit is not None:
-                nn.utils.clip_grad_norm_(self._trained, self._limit)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            mark("optimiser")
+            finetune.update(self.optimizer, loss, self._limit, mark)
         return mark.seconds()

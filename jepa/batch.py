@@ -1,10 +1,10 @@
-"""What one training step reads: clips, and the token lists of their masks, packed so that no step
-needs a loop or a look-up on the host."""
+"""Clips and the token lists of their masks, packed so that no step needs a loop or a look-up on the
+host: as a loader reads them (`LoadedBatch`) and as a training step takes them (`Batch`)."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -16,19 +16,30 @@ from torch import Tensor
 from jepa import host, lattice
 
 
-def _moved(record: Any, change: Any) -> Any:
-    """A copy of a dataclass with `change` applied to every tensor (and every record of tensors) in
-    it."""
-    values = {}
-    for field in dataclasses.fields(record):
-        value = getattr(record, field.name)
-        movable = isinstance(value, Tensor | MaskBatch | Views)
-        values[field.name] = change(value) if movable else value
-    return type(record)(**values)
+@dataclass(frozen=True)
+class TensorRecord:
+    """A dataclass of tensors, of other such records and of plain values, that moves as a whole."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """A copy whose tensors are on `device`."""
+        return self._mapped(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """A copy whose tensors are in page-locked memory."""
+        return self._mapped(lambda value: value.pin_memory())
+
+    def _mapped(self, change: Callable[[Any], Any]) -> Self:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return type(self)(
+            **{
+                name: change(value) if isinstance(value, Tensor | TensorRecord) else value
+                for name, value in values.items()
+            }
+        )
 
 
 @dataclass(frozen=True)
-class MaskBatch:
+class MaskBatch(TensorRecord):
     """Context and target tokens of J mask sets over B samples, packed set-major: sequence s = j*B +
     b.
 
@@ -176,45 +187,59 @@ class MaskBatch:
             ),
         )
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        return _moved(self, lambda value: value.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Self:
-        return _moved(self, lambda value: value.pin_memory())
-
 
 @dataclass(frozen=True)
-class Views:
+class Views(TensorRecord):
     """The part of each clip that a step sees, in shares of the frame, and whether it is mirrored.
     Cut out on the device: data/transforms.py."""
 
     boxes: Tensor  # float32 [B, 4]: top, left, height, width
     flips: Tensor  # bool [B]
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        return _moved(self, lambda value: value.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> Self:
-        return _moved(self, lambda value: value.pin_memory())
+@dataclass(frozen=True)
+class LoadedBatch(TensorRecord):
+    """What a loader reads: bytes as decoded, with the part of each clip that the model will see."""
 
-
-@dataclass
-class Batch:
-    """Clips of one step. uint8 clips are channel-last as decoded; float clips are channel-first and
-    normalised."""
-
-    clips: Tensor  # uint8 [B, T_frames, H, W, 3] or float [B, 3, T_frames, H, W]
-    labels: Tensor | None  # int64 [B]
+    clips: Tensor  # uint8 [B, frames, H, W, 3]
+    labels: Tensor  # int64 [B]
     sample_ids: Tensor  # int64 [B]
-    masks: MaskBatch | None
+    masks: MaskBatch | None  # None where the loader samples none
+    views: Views | None  # None: the whole frame
+
+    def for_step(self, clips: Tensor, step: int) -> Batch:
+        """What optimiser step `step` takes, once `clips` have been normalised.
+
+        Raises:
+            ValueError: the loader samples no masks.
+        """
+        if self.masks is None:
+            raise ValueError("LoadedBatch: masks must be given for a training step, got None.")
+        return Batch(clips, self.masks, step)
+
+
+@dataclass(frozen=True)
+class Batch(TensorRecord):
+    """What a training step takes: normalised clips and the masks of every one of them.
+
+    `step` is the optimiser step that takes it, counted from 0. Micro-batches of one optimiser step
+    share it.
+
+    Raises:
+        ValueError: clips of another layout, such as a loader's bytes.
+    """
+
+    clips: Tensor  # float [B, 3, frames, H, W]
+    masks: MaskBatch
     step: int
-    views: Views | None = None
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        return _moved(self, lambda value: value.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Self:
-        return _moved(self, lambda value: value.pin_memory())
+    def __post_init__(self) -> None:
+        clips = self.clips
+        if not clips.is_floating_point() or clips.ndim != 5 or clips.shape[1] != 3:
+            raise ValueError(
+                f"Batch: clips must be float [B, 3, frames, H, W], got {clips.dtype} "
+                f"{list(clips.shape)}."
+            )
 
 
 def _checked_grid(grid: tuple[int, int, int]) -> tuple[int, int, int]:

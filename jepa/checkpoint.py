@@ -27,9 +27,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from jepa.atomic import UNFINISHED, flush, write_json
+
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d{8,})")
-_TEMPORARY = ".writing-"
 _TENSOR_FILES = ("model", "optimizer")
 _RANDOM = "rng/cpu"
 FORMAT = 1
@@ -37,17 +38,6 @@ FORMAT = 1
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used; the message says which file and why."""
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replaces `path` atomically."""
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -224,7 +214,7 @@ class Checkpoints:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._sweep()
-        temporary = self.folder / f"{_TEMPORARY}{os.getpid()}-{step:08d}"
+        temporary = self.folder / f"{UNFINISHED}{os.getpid()}-{step:08d}"
         temporary.mkdir()
         for name, tensors in zip(_TENSOR_FILES, (model, optimizer)):
             # Cloned on the way: safetensors refuses tensors that share memory.
@@ -246,8 +236,8 @@ class Checkpoints:
         }
         write_json(temporary / "state.json", {**head, **state})
         for file in temporary.iterdir():
-            _flush(file)
-        _flush(temporary)
+            flush(file)
+        flush(temporary)
         final = self.path(step)
         if final.exists():
             # A run that was resumed from an earlier step comes by again: the same step means the
@@ -255,7 +245,7 @@ class Checkpoints:
             shutil.rmtree(temporary)
         else:
             os.rename(temporary, final)
-            _flush(self.folder)
+            flush(self.folder)
         self._prune()
         return final
 
@@ -277,7 +267,7 @@ class Checkpoints:
         return load(self.path(step))
 
     def _sweep(self) -> None:
-        for entry in self.folder.glob(f"{_TEMPORARY}*"):
+        for entry in self.folder.glob(f"{UNFINISHED}*"):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def _prune(self) -> None:
@@ -287,7 +277,7 @@ class Checkpoints:
             if step not in keep:
                 # Renamed first: a kill in the middle of the removal must not leave half a
                 # checkpoint under a valid name.
-                doomed = self.folder / f"{_TEMPORARY}{os.getpid()}-old-{step:08d}"
+                doomed = self.folder / f"{UNFINISHED}{os.getpid()}-old-{step:08d}"
                 os.rename(self.path(step), doomed)
                 shutil.rmtree(doomed)
 
@@ -370,11 +360,3 @@ def warn_of_differences(saved: Mapping[str, Any]) -> list[str]:
             "resuming in another environment, so results will not be bitwise equal: %s", difference
         )
     return differences
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

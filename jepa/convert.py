@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from jepa.atomic import write_json
 from jepa.models.blocks import stripped
 
 Parts = dict[str, dict[str, Tensor]]
@@ -288,4 +289,4 @@ def write(parts: Parts, folder: str | Path, shard_bytes: int = 5_000_000_000) ->
         "metadata": {"total_size": sum(value.nbytes for value in flat.values())},
         "weight_map": where,
     }
-    (folder / _INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    write_json(folder / _INDEX, index)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from jepa.config import ConfigError
+from jepa.models.blocks import Block
 from jepa.step import ModelBundle
 
 Wrapper = Literal["auto", "none", "ddp", "fsdp2"]
@@ -109,7 +110,7 @@ def _sharded(bundle: ModelBundle, world: World) -> nn.Module:
             continue
         # Sharded again after every forward, the outermost ones too: between steps the EMA, the
         # optimiser and checkpoints see shards only.
-        for block in getattr(part, "blocks", ()) or getattr(part, "predictor_blocks", ()):
+        for block in [module for module in part.modules() if isinstance(module, Block)]:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
     # Heads belong to the outermost group: objectives read their weights without calling them.

@@ -4,7 +4,6 @@ memory and without gradients."""
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from jepa import distributed
+from jepa.atomic import replacing
 from jepa.batch import Views
 from jepa.config import ConfigError
 from jepa.data.clip import BadClipError, ClipSpec
@@ -140,13 +140,12 @@ def run(cfg: EncodeConfig) -> tuple[int, int]:
             torch.cat(parts).to("cpu", torch.float16 if cfg.half else torch.float32).contiguous()
         )
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".writing-{os.getpid()}-{target.name}")
-        save_file(
-            {"features": features},
-            temporary,
-            {"weights": digest, "source": str(path), "grid": str(encoder.grid(cut[0]))},
-        )
-        os.replace(temporary, target)
+        with replacing(target) as scratch:
+            save_file(
+                {"features": features},
+                scratch,
+                {"weights": digest, "source": str(path), "grid": str(encoder.grid(cut[0]))},
+            )
         written += 1
     _log.info("encoded %d files into %s; %d could not be read", written, cfg.output, bad)
     distributed.stop(world)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jepa.batch import Batch
+from jepa.atomic import replacing
 from jepa.checkpoint import Checkpoints, load_model, load_model_tensors
 from jepa.config import ConfigError
 from jepa.data.clip import ClipDataset, ClipSpec
@@ -69,8 +68,9 @@ class InputSpec:
 
     def batches(
         self, dataset: ClipDataset, batch_size: int, workers: int, device: torch.device
-    ) -> Iterator[Batch]:
-        """Every clip once, in order, its middle part, normalised on the device."""
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(clips [B, 3, frames, height, width] float32, labels [B] int64): every clip once, in
+        order, its middle part, normalised on the device."""
         canvas = (self.height, self.width) if self.whole else self.views.canvas()
         config = LoaderConfig(
             batch_size=batch_size,
@@ -84,8 +84,7 @@ class InputSpec:
         picker = InOrder(dataset)
         for fetched in Loader(picker, config, 0, picker.steps(batch_size)):
             batch = fetched.batch.to(device, non_blocking=True)
-            batch.clips = model_input(batch, self.views)
-            yield batch
+            yield model_input(batch, self.views), batch.labels
 
 
 def checkpoint_folder(run: Path, which: Which = "newest") -> Path:
@@ -146,21 +145,20 @@ def cached_features(
         device = torch.device("cpu") if device is None else device
         encoder = encoder.to(device).eval()
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
-        table: NDArray[np.float16] | None = None
-        done = 0
-        for batch in spec.batches(dataset, batch_size, workers, device):
-            features = encoder(batch.clips, levels=levels).to("cpu", torch.float16).numpy()
+        with replacing(path) as scratch:
+            table: NDArray[np.float16] | None = None
+            done = 0
+            for clips, _ in spec.batches(dataset, batch_size, workers, device):
+                features = encoder(clips, levels=levels).to("cpu", torch.float16).numpy()
+                if table is None:
+                    table = np.lib.format.open_memmap(
+                        scratch, "w+", np.float16, (len(dataset), *features.shape[1:])
+                    )
+                table[done : done + len(features)] = features
+                done += len(features)
             if table is None:
-                table = np.lib.format.open_memmap(
-                    temporary, "w+", np.float16, (len(dataset), *features.shape[1:])
-                )
-            table[done : done + len(features)] = features
-            done += len(features)
-        if table is None:
-            raise ValueError("cached_features: dataset must have clips, got none.")
-        table.flush()
-        os.replace(temporary, path)
+                raise ValueError("cached_features: dataset must have clips, got none.")
+            table.flush()
     return np.load(path, mmap_mode="r")
 
 

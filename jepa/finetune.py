@@ -16,25 +16,33 @@ from torch.nn import functional
 
 from jepa import distributed
 from jepa.allocator import keep_freed_memory
-from jepa.batch import Batch
+from jepa.atomic import write_json
 from jepa.checkpoint import (
     Checkpoints,
     load_training_tensors,
     read_state,
     training_tensors,
     warn_of_differences,
-    write_json,
 )
 from jepa.config import ConfigError, changed_keys, to_json
 from jepa.data.build import DataConfig, build_dataset
 from jepa.data.clip import ClipDataset
 from jepa.data.loader import Loader
 from jepa.data.mixture import Epochs
+from jepa.data.transforms import model_input
 from jepa.evaluation import InputSpec, Which, load_bundle, wilson
-from jepa.pretrain import PretrainConfig, prepared
+from jepa.pretrain import PretrainConfig
 from jepa.probe import Probe
 from jepa.schedules import cosine
-from jepa.step import ModelBundle, loss_step, precision
+from jepa.step import (
+    Mark,
+    ModelBundle,
+    StepConfig,
+    clip_gradients,
+    loss_step,
+    precision,
+    unmarked,
+)
 from jepa.target import update_ema
 
 _log = logging.getLogger(__name__)
@@ -140,10 +148,29 @@ def learning_rate(cfg: FinetuneConfig, step: int) -> float:
     return cosine(cfg.rate, 0.0, (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps))
 
 
-def logits_of(bundle: ModelBundle, head: Probe, clips: Tensor, cfg: PretrainConfig) -> Tensor:
+def tokens_of(encoder: nn.Module, clips: Tensor, cfg: StepConfig) -> Tensor:
+    """What the head reads: last-level features of every token, float32 [B, N, E]."""
     with precision(clips.device, cfg):
-        tokens = bundle.context_encoder(clips, levels="last")
-    return head(tokens.float())["class"]
+        tokens: Tensor = encoder(clips, levels="last")
+    return tokens.float()
+
+
+def logits_of(bundle: ModelBundle, head: Probe, clips: Tensor, cfg: StepConfig) -> Tensor:
+    """[B, classes] of clips [B, 3, frames, H, W]."""
+    return head(tokens_of(bundle.context_encoder, clips, cfg))["class"]
+
+
+def update(
+    optimizer: torch.optim.Optimizer, loss: Tensor, limit: float | None, mark: Mark = unmarked
+) -> None:
+    """Backward, clipping to `limit` and an optimiser step; marks "backward" and "optimiser"."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    mark("backward")
+    if limit is not None:
+        clip_gradients(optimizer, limit)
+    optimizer.step()
+    mark("optimiser")
 
 
 def run(cfg: FinetuneConfig) -> dict[str, Any]:
@@ -265,27 +292,22 @@ def _train(
     bundle, head = tuned["bundle"], tuned["head"]
     keeps = cfg.objective_weight > 0.0
     optimizer = torch.optim.AdamW(layer_groups(bundle, head, cfg, keeps), lr=cfg.rate)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     start, means, pending = _restored(tuned, optimizer, checkpoints)
     loader_cfg = step_cfg.loader(world)
     loader = Loader(
         Epochs(train), loader_cfg if keeps else replace(loader_cfg, masks=None), start, cfg.steps
     )
     for number, fetched in enumerate(loader, start=start + 1):
-        batch: Batch = prepared(fetched.batch, step_cfg, world.device, number - 1)
-        loss = functional.cross_entropy(
-            logits_of(bundle, head, batch.clips, step_cfg), batch.labels
-        )
+        loaded = fetched.batch.to(world.device, non_blocking=True)
+        clips = model_input(loaded, step_cfg.views_at(number - 1))
+        loss = functional.cross_entropy(logits_of(bundle, head, clips, step_cfg), loaded.labels)
         pending.append(loss.detach())
         if keeps:
+            batch = loaded.for_step(clips, number - 1)
             loss = loss + cfg.objective_weight * loss_step(bundle, batch, step_cfg)[0]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, number) * group["rate_scale"]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if cfg.clip_gradient is not None:
-            nn.utils.clip_grad_norm_(parameters, cfg.clip_gradient)
-        optimizer.step()
+        update(optimizer, loss, cfg.clip_gradient)
         if keeps and step_cfg.variant.target.kind == "ema":
             update_ema(
                 bundle.target_encoder,
@@ -337,6 +359,6 @@ def _right(
     bundle.eval()
     head.eval()
     right = torch.zeros((), device=device)
-    for batch in spec.batches(test, step_cfg.batch_size, step_cfg.workers, device):
-        right += (logits_of(bundle, head, batch.clips, step_cfg).argmax(-1) == batch.labels).sum()
+    for clips, labels in spec.batches(test, step_cfg.batch_size, step_cfg.workers, device):
+        right += (logits_of(bundle, head, clips, step_cfg).argmax(-1) == labels).sum()
     return int(right)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +12,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from jepa.atomic import write_text
 
 _SHOWN = ("loss", "effective_rank", "clips_per_s", "data_wait_share")
 
@@ -106,6 +107,4 @@ def _keep_until(path: Path, step: int) -> None:
             break
         if line["step"] <= step:
             kept.append(text)
-    temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
-    temporary.write_text("".join(text + "\n" for text in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(text + "\n" for text in kept))

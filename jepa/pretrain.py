@@ -16,14 +16,14 @@ from torch import Tensor
 
 from jepa import distributed
 from jepa.allocator import keep_freed_memory
-from jepa.batch import Batch
+from jepa.atomic import write_json
+from jepa.batch import Batch, LoadedBatch
 from jepa.checkpoint import (
     Checkpoints,
     load_training_tensors,
     training_tensors,
     warn_of_differences,
     whole,
-    write_json,
 )
 from jepa.config import ConfigError, changed_keys, load, to_json, to_yaml
 from jepa.data.build import DataConfig, build_picker
@@ -306,11 +306,11 @@ def compile_blocks(bundle: ModelBundle, backend: str = "inductor") -> None:
             module.compile(dynamic=True, backend=backend)
 
 
-def prepared(batch: Batch, cfg: PretrainConfig, device: torch.device, step: int) -> Batch:
-    """A loader's batch on the device: views cut out and normalised there, and numbered by the
-    optimiser step."""
-    batch = batch.to(device, non_blocking=True)
-    return replace(batch, clips=model_input(batch, cfg.views_at(step)), views=None, step=step)
+def prepared(loaded: LoadedBatch, cfg: PretrainConfig, device: torch.device, step: int) -> Batch:
+    """What optimiser step `step` takes: the loader's batch on the device, views cut out and
+    normalised there."""
+    loaded = loaded.to(device, non_blocking=True)
+    return loaded.for_step(model_input(loaded, cfg.views_at(step)), step)
 
 
 def _grouped(fetched: Iterator[Fetched], size: int) -> Iterator[list[Fetched]]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jepa import distributed
-from jepa.checkpoint import write_json
+from jepa.atomic import write_json
 from jepa.config import ConfigError
 from jepa.data.build import DataConfig, build_dataset
 from jepa.data.clip import ClipDataset, ClipSpec

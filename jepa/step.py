@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from jepa.batch import Batch, MaskBatch
+from jepa.batch import Batch
 from jepa.config import parsed_by
 from jepa.models.encoder import Encoder
 from jepa.models.patches import is_image
@@ -34,6 +34,14 @@ from jepa.target import frozen_copy, standardise, update_ema
 from jepa.variants import VariantConfig, parse_variant
 from jepa_kernels.nn import EMATeacher
 from jepa_kernels.optim import AdamWEMA
+
+LOSS_PHASES = ("target", "context", "predictor", "objective")
+STEP_PHASES = (*LOSS_PHASES, "backward", "optimiser")
+Mark = Callable[[str], object]
+
+
+def unmarked(phase: str) -> None:
+    """The mark of a step that nobody times."""
 
 
 @dataclass(frozen=True)
@@ -79,27 +87,35 @@ class ModelBundle(nn.Module):
         return {"context_encoder": self.context_encoder, "predictor": self.predictor}
 
     def forward(
-        self, batch: Batch, cfg: StepConfig, denominators: Denominators | None = None
+        self,
+        batch: Batch,
+        cfg: StepConfig,
+        denominators: Denominators | None = None,
+        mark: Mark = unmarked,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        masks = _masks(batch)
         weight = objective_weights(cfg, batch.step)
         target, target_live = target_features(self, batch, cfg)
+        mark("target")
         context_tokens = context_features(self, batch, cfg)
+        mark("context")
         predicted, predicted_context = predictions(
             self, context_tokens, batch, cfg, predict_context=bool(weight.get("context"))
         )
+        mark("predictor")
         ctx = objective_context(
             self,
             batch,
             cfg,
-            denominators or Denominators.of(masks),
+            denominators or Denominators.of(batch.masks),
             target,
             target_live,
             context_tokens,
             predicted,
             predicted_context,
         )
-        return compute_all(ctx, cfg.variant.objectives, weight)
+        loss, metrics = compute_all(ctx, cfg.variant.objectives, weight)
+        mark("objective")
+        return loss, metrics
 
 
 def objective_weights(cfg: StepConfig, step: int) -> dict[str, float]:
@@ -132,7 +148,7 @@ def context_features(bundle: ModelBundle, batch: Batch, cfg: StepConfig) -> Tens
     """The context encoder on the visible tokens of every mask set and sample, one packed call: [Nc,
     D]."""
     with precision(batch.clips.device, cfg):
-        return bundle.context_encoder(batch.clips, _masks(batch))
+        return bundle.context_encoder(batch.clips, batch.masks)
 
 
 def predictions(
@@ -143,10 +159,12 @@ def predictions(
     predict_context: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """The predictor at targets [Nt, D] and, if asked, at context tokens [Nc, D]."""
-    masks = _masks(batch)
     with precision(batch.clips.device, cfg):
         return bundle.predictor(
-            context_tokens, masks, image=is_image(batch.clips), predict_context=predict_context
+            context_tokens,
+            batch.masks,
+            image=is_image(batch.clips),
+            predict_context=predict_context,
         )
 
 
@@ -168,7 +186,7 @@ def objective_context(
         predicted_context=None if predicted_context is None else _wide(predicted_context),
         target=target,
         target_live=target_live,
-        masks=_masks(batch),
+        masks=batch.masks,
         denominators=denominators,
         levels=cfg.model.levels,
         factorisation=cfg.variant.factorisation,
@@ -184,7 +202,11 @@ def objective_context(
 
 
 def loss_step(
-    bundle: nn.Module, batch: Batch, cfg: StepConfig, denominators: Denominators | None = None
+    bundle: nn.Module,
+    batch: Batch,
+    cfg: StepConfig,
+    denominators: Denominators | None = None,
+    mark: Mark = unmarked,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one batch, with gradient, and the unweighted value of every objective.
 
@@ -194,12 +216,13 @@ def loss_step(
         cfg: the step's configuration.
         denominators: global row counts where the batch is a part of a larger one; None when it is
             the whole.
+        mark: called at the end of each phase of `LOSS_PHASES`.
 
     Returns:
         The loss (float32 scalar; this part's share of the global loss) and metrics (tensors without
         gradient).
     """
-    loss, metrics = bundle(batch, cfg, denominators)
+    loss, metrics = bundle(batch, cfg, denominators, mark)
     return loss, {"loss": loss.detach(), **metrics}
 
 
@@ -251,9 +274,12 @@ def build_optimizer(bundle: ModelBundle, cfg: StepConfig) -> torch.optim.Optimiz
 
 
 def train_step(
-    state: TrainState, batch: Batch | Sequence[Batch]
+    state: TrainState, batch: Batch | Sequence[Batch], mark: Mark = unmarked
 ) -> tuple[TrainState, dict[str, Tensor]]:
     """One optimiser step on a batch, or on micro-batches that make up one.
+
+    `mark` is called with the name of each phase of `STEP_PHASES` when it ends, those of the loss
+    once per micro-batch: what a profiler hangs its clock on.
 
     Returns:
         The same state, advanced, and the step's metrics: tensors on the device, summed over the
@@ -263,11 +289,13 @@ def train_step(
     denominators = global_denominators(batches, state.reduce, state.ranks)
     totals: dict[str, Tensor] = {}
     for part in batches:
-        loss, metrics = loss_step(state.module, part, state.cfg, denominators)
+        loss, metrics = loss_step(state.module, part, state.cfg, denominators, mark)
         backward(loss, state.ranks)
+        mark("backward")
         for name, value in metrics.items():
             totals[name] = totals[name] + value if name in totals else value
     totals.update(update(state, totals["loss"]))
+    mark("optimiser")
     return state, totals
 
 
@@ -275,7 +303,7 @@ def global_denominators(
     batches: Sequence[Batch], reduce: Reduce | None = None, ranks: int = 1
 ) -> Denominators:
     """Row counts over all micro-batches and, by one small all-reduce, all ranks."""
-    counts = [Denominators.of(_masks(batch)).packed() for batch in batches]
+    counts = [Denominators.of(batch.masks).packed() for batch in batches]
     total = counts[0] if len(counts) == 1 else torch.stack(counts).sum(0)
     return Denominators.unpacked(
         total if reduce is None else reduce(total), parts=len(batches) * ranks
@@ -308,7 +336,8 @@ def update(state: TrainState, loss: Tensor | None = None) -> dict[str, Tensor]:
         )
     optimizer = state.optimizer
     optimizer.found_inf, optimizer.grad_scale = skipped, None
-    teacher, follows = getattr(optimizer, "teacher", None), state.cfg.variant.target.kind == "ema"
+    teacher = optimizer.teacher if isinstance(optimizer, AdamWEMA) else None
+    follows = state.cfg.variant.target.kind == "ema"
     if teacher is not None:
         teacher.momentum = schedule.ema_momentum(step)
     optimizer.step()
@@ -332,12 +361,6 @@ def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None) -> Ten
     if limit is not None:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
-
-
-def _masks(batch: Batch) -> MaskBatch:
-    if batch.masks is None:
-        raise ValueError("step: batch.masks must be given, got None.")
-    return batch.masks
 
 
 def _wide(features: Tensor) -> Tensor:

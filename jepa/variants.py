@@ -82,7 +82,7 @@ class VariantConfig:
     def pair_horizon(self) -> int:
         """K of the mask pairs: the longest that any objective looks ahead."""
         return max(
-            [getattr(cfg, "horizon", 1) for cfg in self.objectives.values() if cfg.weight != 0.0],
+            [cfg.pair_horizon for cfg in self.objectives.values() if cfg.weight != 0.0],
             default=1,
         )
 

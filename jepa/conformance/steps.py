@@ -144,15 +144,8 @@ def _parameter_names(bundle: phases.ModelBundle) -> dict[str, nn.Parameter]:
 
 
 def _batch(golden: Golden, number: int) -> Batch:
-    clips = golden.tensor(f"step{number}_clip")
     masks = read_masks(golden, GOLDEN_GRID, f"step{number}_")
-    return Batch(
-        clips=clips,
-        labels=None,
-        sample_ids=torch.arange(clips.shape[0]),
-        masks=masks,
-        step=number - 1,
-    )
+    return Batch(golden.tensor(f"step{number}_clip"), masks, step=number - 1)
 
 
 def _first_step(golden: Golden, report: Report, state: phases.TrainState) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from jepa.batch import Batch, MaskBatch, Views
+from jepa.batch import LoadedBatch, MaskBatch, Views
 from jepa.counter_rng import Stream, stream_id, uniforms
 from jepa.data.clip import BadClipError, Clip, ClipSpec
 from jepa.data.mixture import Pick, Picker
@@ -145,7 +145,7 @@ class Fetched:
     """A batch and what it cost: seconds that the training loop waited for it, and the files that
     failed (with the reason)."""
 
-    batch: Batch
+    batch: LoadedBatch
     wait_s: float
     bad_files: tuple[str, ...]
     bad_total: int
@@ -156,7 +156,7 @@ class Fetched:
 class _Step:
     """What travels from a worker: pinned as a whole by the loader's pinning thread."""
 
-    batch: Batch
+    batch: LoadedBatch
     bad_files: tuple[str, ...]
 
     def pin_memory(self) -> Self:
@@ -195,7 +195,7 @@ class StepDataset(Dataset):
         labels = torch.tensor([pick.dataset.label(pick.index) for pick in picks], dtype=torch.int64)
         ids = torch.tensor([pick.sample_id for pick in picks], dtype=torch.int64)
         masks = self._masks(config, step, slots, frames, views)
-        return _Step(Batch(torch.from_numpy(frames), labels, ids, masks, step, views), tuple(bad))
+        return _Step(LoadedBatch(torch.from_numpy(frames), labels, ids, masks, views), tuple(bad))
 
     def _read(
         self, config: LoaderConfig, pick: Pick, slot: int, step: int, start: float, bad: list[str]

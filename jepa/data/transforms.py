@@ -17,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from jepa.batch import Batch, Views
+from jepa.batch import LoadedBatch, Views
 from jepa.counter_rng import Stream, stream_id, uniforms
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -140,14 +140,12 @@ def _centred(sizes: NDArray[np.float64], ratio: NDArray[np.float64]) -> NDArray[
     return np.concatenate([(1.0 - share) / 2, share], axis=1)
 
 
-def model_input(batch: Batch, spec: ViewSpec) -> Tensor:
-    """[B, 3, T, height, width] float32, normalised: cuts the batch's views out of its byte clips,
-    on their device.
+def model_input(batch: LoadedBatch, spec: ViewSpec) -> Tensor:
+    """[B, 3, T, height, width] float32, normalised: cuts the batch's views out of its clips, on
+    their device.
 
-    Float clips pass unchanged. A batch without views takes the whole canvas.
+    A batch without views takes the whole canvas.
     """
-    if batch.clips.dtype != torch.uint8:
-        return batch.clips
     return cut_views(batch.clips, batch.views, spec)
 
 

@@ -1,9 +1,8 @@
-"""Auxiliary objectives, one file each: a `Config` dataclass and `compute(ctx, cfg) -> Objective`;
-the configuration key is the file name.
+"""Auxiliary objectives, one file each: a `Config` (an `ObjectiveConfig`) and `compute(ctx, cfg) ->
+Objective`; the configuration key is the file name.
 
-A file may also have `build_head(dims, cfg) -> nn.Module` for parameters of its own (found in
-`ctx.heads[<name>]`) and `minimum_frames(cfg) -> int`, the temporal grid size below which it is
-skipped.
+`ObjectiveConfig` also has what a `Config` may override: the head that holds the objective's own
+parameters, the clip length below which it is skipped, and how far ahead it looks.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +27,7 @@ from jepa.objectives.base import (
     ObjectiveContext,
     WeightSchedule,
 )
+from jepa.objectives.context import published_factor
 
 __all__ = [
     "Denominators",
@@ -49,6 +48,15 @@ __all__ = [
 Objectives = Mapping[str, ObjectiveConfig]
 
 
+class ObjectiveModule(Protocol):
+    """What a file of this folder has to define."""
+
+    Config: type[ObjectiveConfig]
+
+    def compute(self, ctx: ObjectiveContext, cfg: Any) -> Objective:
+        """The objective of the features in `ctx`; `cfg` is one of the file's `Config`."""
+
+
 @functools.cache
 def names() -> tuple[str, ...]:
     """Every objective: the files of this folder, listed once (a step asks for modules by name)."""
@@ -57,7 +65,7 @@ def names() -> tuple[str, ...]:
     )
 
 
-def get(name: str) -> ModuleType:
+def get(name: str) -> ObjectiveModule:
     """The module of an objective.
 
     Raises:
@@ -65,7 +73,7 @@ def get(name: str) -> ModuleType:
     """
     if name not in names():
         raise ConfigError(f"config: unknown objective {name!r}; {nearest(name, names())}")
-    return importlib.import_module(f"jepa.objectives.{name}")
+    return cast(ObjectiveModule, importlib.import_module(f"jepa.objectives.{name}"))
 
 
 def parse_objectives(value: Any, path: str) -> dict[str, ObjectiveConfig]:
@@ -88,7 +96,7 @@ def weights(
     for name, cfg in objectives.items():
         factor = cfg.schedule.factor(progress)
         if name == "context" and quirks.context_ramp_fixed_steps:
-            factor = get("context").published_factor(step)
+            factor = published_factor(step)
         result[name] = cfg.weight * factor
     return result
 
@@ -97,9 +105,9 @@ def build_heads(objectives: Objectives, dims: FeatureDims) -> nn.ModuleDict:
     """The heads of the objectives that have one, by objective name; weight 0 builds none."""
     heads = nn.ModuleDict()
     for name, cfg in objectives.items():
-        build = getattr(get(name), "build_head", None)
-        if build is not None and cfg.weight != 0.0:
-            heads[name] = build(dims, cfg)
+        head = cfg.build_head(dims) if cfg.weight != 0.0 else None
+        if head is not None:
+            heads[name] = head
     return heads
 
 
@@ -123,16 +131,14 @@ def compute_all(
     for name, cfg in objectives.items():
         if weight[name] == 0.0:
             continue
-        module = get(name)
-        minimum = getattr(module, "minimum_frames", None)
-        if minimum is not None:
-            skipped = ctx.grid[0] < minimum(cfg)
+        if cfg.minimum_frames > 1:
+            skipped = ctx.grid[0] < cfg.minimum_frames
             metrics[f"{name}/skipped"] = torch.full(
                 (), skipped / ctx.denominators.parts, device=loss.device
             )
             if skipped:
                 continue
-        result: Objective = module.compute(ctx, cfg)
+        result = get(name).compute(ctx, cfg)
         loss = loss + weight[name] * result.loss
         metrics[name] = result.loss.detach()
         metrics.update({f"{name}/{key}": value.detach() for key, value in result.metrics.items()})

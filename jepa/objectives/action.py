@@ -25,16 +25,15 @@ class Config(ObjectiveConfig):
     hidden: int = 256
     channels: Literal["all", "dynamics"] = "all"
 
+    @property
+    def minimum_frames(self) -> int:
+        return 2
 
-def minimum_frames(cfg: Config) -> int:
-    return 2
-
-
-def build_head(dims: FeatureDims, cfg: Config) -> nn.Module:
-    """f: the features (or their dynamics channels) to three colour changes."""
-    return two_layer_head(
-        dims.dynamics_width if cfg.channels == "dynamics" else dims.width, cfg.hidden, COLOURS
-    )
+    def build_head(self, dims: FeatureDims) -> nn.Module:
+        """f: the features (or their dynamics channels) to three colour changes."""
+        return two_layer_head(
+            dims.dynamics_width if self.channels == "dynamics" else dims.width, self.hidden, COLOURS
+        )
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:

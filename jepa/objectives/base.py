@@ -43,10 +43,25 @@ class WeightSchedule:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The part of every objective's `Config`: its weight in the sum. Weight 0 skips the work."""
+    """The part of every objective's `Config`: its weight in the sum (0 skips the work), and what
+    the step has to know of it beforehand. An objective overrides what is different for it."""
 
     weight: float = 1.0
     schedule: WeightSchedule = field(default_factory=WeightSchedule)
+
+    @property
+    def minimum_frames(self) -> int:
+        """Time steps of the token grid below which the objective is skipped."""
+        return 1
+
+    @property
+    def pair_horizon(self) -> int:
+        """K: how many time steps ahead it looks, so that pairs of context tokens span them."""
+        return 1
+
+    def build_head(self, dims: FeatureDims) -> nn.Module | None:
+        """Its own parameters, found in `ctx.heads[<name>]`; None where it has none."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,18 @@ class Config(ObjectiveConfig):
     time_step: float = 0.1
     horizon: int = 1
 
+    @property
+    def minimum_frames(self) -> int:
+        return self.horizon + 1
 
-def minimum_frames(cfg: Config) -> int:
-    return cfg.horizon + 1
+    @property
+    def pair_horizon(self) -> int:
+        return self.horizon
+
+    def build_head(self, dims: FeatureDims) -> nn.Module:
+        if dims.width % 2:
+            raise ValueError(f"hamiltonian: the feature width must be even, got {dims.width}.")
+        return Energy(dims.width, self.hidden)
 
 
 class Energy(nn.Module):
@@ -38,12 +47,6 @@ class Energy(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         return self.net(state).squeeze(-1)
-
-
-def build_head(dims: FeatureDims, cfg: Config) -> nn.Module:
-    if dims.width % 2:
-        raise ValueError(f"hamiltonian: the feature width must be even, got {dims.width}.")
-    return Energy(dims.width, cfg.hidden)
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:

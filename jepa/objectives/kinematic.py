@@ -23,9 +23,9 @@ class Config(ObjectiveConfig):
     huber_delta: float = 0.1
     channel_share: float = 1.0
 
-
-def minimum_frames(cfg: Config) -> int:
-    return 3 if cfg.kind == "acceleration" else 2
+    @property
+    def minimum_frames(self) -> int:
+        return 3 if self.kind == "acceleration" else 2
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:

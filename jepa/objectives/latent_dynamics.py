@@ -28,16 +28,21 @@ class Config(ObjectiveConfig):
     temperature: float = 1.0
     horizon: int = 1
 
+    @property
+    def minimum_frames(self) -> int:
+        return self.horizon + 1
 
-def minimum_frames(cfg: Config) -> int:
-    return cfg.horizon + 1
+    @property
+    def pair_horizon(self) -> int:
+        return self.horizon
 
-
-def build_head(dims: FeatureDims, cfg: Config) -> nn.Module:
-    """f: the features (or their dynamics channels) to the change of all of them."""
-    return two_layer_head(
-        dims.dynamics_width if cfg.channels == "dynamics" else dims.width, cfg.hidden, dims.width
-    )
+    def build_head(self, dims: FeatureDims) -> nn.Module:
+        """f: the features (or their dynamics channels) to the change of all of them."""
+        return two_layer_head(
+            dims.dynamics_width if self.channels == "dynamics" else dims.width,
+            self.hidden,
+            dims.width,
+        )
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:

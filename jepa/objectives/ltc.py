@@ -15,9 +15,9 @@ class Config(ObjectiveConfig):
     weight: float = 0.5
     margin: float = 0.5
 
-
-def minimum_frames(cfg: Config) -> int:
-    return 2
+    @property
+    def minimum_frames(self) -> int:
+        return 2
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:

@@ -14,9 +14,9 @@ from jepa.objectives.base import Objective, ObjectiveConfig, ObjectiveContext
 class Config(ObjectiveConfig):
     lowest_gain: float = 0.1
 
-
-def minimum_frames(cfg: Config) -> int:
-    return 4
+    @property
+    def minimum_frames(self) -> int:
+        return 4
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:

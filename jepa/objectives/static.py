@@ -12,9 +12,9 @@ from jepa.objectives.base import Objective, ObjectiveConfig, ObjectiveContext
 class Config(ObjectiveConfig):
     weight: float = 0.05
 
-
-def minimum_frames(cfg: Config) -> int:
-    return 2
+    @property
+    def minimum_frames(self) -> int:
+        return 2
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:

@@ -16,9 +16,9 @@ from jepa.objectives.base import Objective, ObjectiveConfig, ObjectiveContext
 class Config(ObjectiveConfig):
     percentile: float = 0.5
 
-
-def minimum_frames(cfg: Config) -> int:
-    return 2
+    @property
+    def minimum_frames(self) -> int:
+        return 2
 
 
 def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:

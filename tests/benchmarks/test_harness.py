@@ -277,7 +277,7 @@ def test_the_step_bench_compares_equal_losses_and_its_gate_bites() -> None:
     state = bench_step.our_state("micro", "fp32", False, "cpu")
     twin = bench_step.their_twin(state, "micro", "float32", False, "cpu")
     given = bench_step.inputs(resolutions.parse_resolution("64"), options, truncate="batch_min")
-    batch = Batch(given.clip, None, torch.arange(2), given.masks, bench_step.STEP)
+    batch = Batch(given.clip, given.masks, bench_step.STEP)
     with torch.no_grad():
         twin.predictor.predictor_proj.bias.add_(0.1)
     with pytest.raises(harness.GateError, match="loss: relative error"):

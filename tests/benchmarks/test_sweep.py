@@ -427,7 +427,8 @@ def test_objective_cost_sees_work_that_is_there() -> None:
     work = workload.Workload(parse_resolution("64"), SIZES["micro"], frames=8)
     group = workload.Group.of(variant("baseline"), "none")
     pretraining = workload.Pretraining(work)
-    batch = workload.make_batch(work, group.policy, workload.TensorClips(work), 0)
+    loaded = workload.make_batch(work, group.policy, workload.TensorClips(work), 0)
+    batch = loaded.for_step(workload.normalised(work, loaded), workload.STEP)
     features = pretraining.features(group, batch)
     costs = {
         name: objective_cost.measure(

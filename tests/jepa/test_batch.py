@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from jepa import host
-from jepa.batch import Batch, MaskBatch
+from jepa.batch import Batch, LoadedBatch, MaskBatch
 from jepa.masks import mask_policy, sample_masks
 
 BACKENDS = ["numpy"] + (["host"] if not host.reason() else [])
@@ -164,12 +166,22 @@ def test_wrong_ids_are_named(context, target, grid, sentence):
 
 def test_a_batch_moves_whole():
     masks = sample_masks(mask_policy("blocks"), (2, 4, 4), seed=0, step=0, samples=[0, 1])
-    batch = Batch(torch.zeros(2, 4, 8, 8, 3, dtype=torch.uint8), None, torch.arange(2), masks, 7)
+    batch = Batch(torch.zeros(2, 3, 4, 8, 8), masks, 7)
     moved = batch.to("meta")
     assert moved.step == 7
-    assert moved.labels is None
     assert moved.clips.device.type == "meta"
-    assert moved.masks is not None
     assert moved.masks.pairs.device.type == "meta"
     assert moved.masks.grid == (2, 4, 4)
     assert batch.clips.device.type == "cpu"
+
+
+def test_what_a_loader_reads_is_not_yet_what_a_step_takes():
+    masks = sample_masks(mask_policy("blocks"), (2, 4, 4), seed=0, step=0, samples=[0, 1])
+    clips = torch.zeros(2, 4, 8, 8, 3, dtype=torch.uint8)
+    loaded = LoadedBatch(clips, torch.zeros(2).long(), torch.arange(2), masks, None)
+    normalised = torch.zeros(2, 3, 4, 8, 8)
+    assert loaded.for_step(normalised, 7).masks is masks
+    with pytest.raises(ValueError, match=r"clips must be float \[B, 3, .*, got torch.uint8 \[2, 4"):
+        loaded.for_step(clips, 7)
+    with pytest.raises(ValueError, match="masks must be given for a training step, got None"):
+        dataclasses.replace(loaded, masks=None).for_step(normalised, 7)

@@ -17,7 +17,7 @@ from jepa.models.encoder import Encoder
 from jepa.models.patches import CHANNEL_MEAN, CHANNEL_STD, clip_grid, gather_patches, patch_means
 from jepa.models.predictor import JointOrder, Predictor
 from jepa.models.sizes import SIZES, PredictorConfig, model_config, parse_model
-from tests.jepa.training_cases import make_batch, ragged_masks, small_model
+from tests.jepa.training_cases import make_batch, ragged_masks, random_bytes, small_model
 
 GRIDS = [(4, 3, 5), (3, 4, 2), (1, 4, 5), (2, 1, 6)]
 
@@ -85,18 +85,18 @@ def test_order_of_tokens_does_not_matter_and_ids_do():
 @pytest.mark.parametrize("frames", [1, 4])
 def test_patches_equal_a_convolution(dtype, frames):
     grid = (1, 2, 3) if frames == 1 else (2, 2, 3)
-    batch = make_batch(grid, 2, dtype=dtype)
-    assert clip_grid(batch.clips, 2, 16) == grid
+    given = random_bytes(grid, 2) if dtype == torch.uint8 else make_batch(grid, 2).clips
+    assert clip_grid(given, 2, 16) == grid
     model = encoder()
     embed = model.patch_embed_img if frames == 1 else model.patch_embed
-    clips = normalised(batch.clips) if dtype == torch.uint8 else batch.clips
+    clips = normalised(given) if dtype == torch.uint8 else given
     expected = embed.proj(clips).flatten(2).transpose(1, 2).flatten(0, 1)
     torch.testing.assert_close(
-        embed(gather_patches(batch.clips, None, 2, 16)), expected, rtol=1e-4, atol=1e-4
+        embed(gather_patches(given, None, 2, 16)), expected, rtol=1e-4, atol=1e-4
     )
     rows = torch.tensor([0, 5, 3, 7, 5])
     torch.testing.assert_close(
-        embed(gather_patches(batch.clips, rows, 2, 16)), expected[rows], rtol=1e-4, atol=1e-4
+        embed(gather_patches(given, rows, 2, 16)), expected[rows], rtol=1e-4, atol=1e-4
     )
     means = (
         functional.avg_pool3d(clips, (1 if frames == 1 else 2, 16, 16))
@@ -104,7 +104,7 @@ def test_patches_equal_a_convolution(dtype, frames):
         .transpose(1, 2)
         .flatten(0, 1)
     )
-    torch.testing.assert_close(patch_means(batch.clips, 2, 16), means, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(patch_means(given, 2, 16), means, rtol=1e-4, atol=1e-4)
 
 
 def test_bad_clips_and_masks_are_refused():
@@ -138,7 +138,7 @@ def test_images_and_videos_train_their_own_parameters():
 
 
 def test_two_frames_are_a_video():
-    clips = make_batch((2, 2, 3), 2).clips[:, :2]
+    clips = make_batch((2, 2, 3), 2).clips[:, :, :2]
     model = encoder()
     model(clips).sum().backward()
     assert model.patch_embed.proj.weight.grad is not None

@@ -217,8 +217,6 @@ def split(batch: Batch, parts: list[list[int]]) -> list[Batch]:
     return [
         Batch(
             batch.clips[part],
-            None,
-            batch.sample_ids[part],
             reordered_masks(batch.masks, part),
             batch.step,
         )
@@ -293,7 +291,7 @@ def test_ranks_share_denominators_by_one_reduction():
 @pytest.mark.parametrize("optimizer", ["adamw_ema", "adamw"])
 def test_a_gradient_that_is_not_finite_skips_the_update(optimizer):
     cfg = step_config("baseline", optimizer=optimizer)
-    state, batch = new_state(cfg), make_batch((4, 3, 3), 2, dtype=torch.float32)
+    state, batch = new_state(cfg), make_batch((4, 3, 3), 2)
     train_step(state, batch)
     before = copy.deepcopy(state.bundle.state_dict())
     moments = copy.deepcopy(state.optimizer.state_dict()["state"])
@@ -484,11 +482,14 @@ def test_two_resolutions_within_one_run():
         assert torch.isfinite(metrics["loss"])
 
 
-def test_a_batch_without_masks_is_refused():
-    cfg = step_config("baseline")
-    batch = dataclasses.replace(make_batch((4, 3, 3), 2), masks=None)
-    with pytest.raises(ValueError, match=r"step: batch.masks must be given, got None"):
-        loss_step(ModelBundle(cfg.model, cfg.variant), batch, cfg)
+def test_the_phases_of_a_step_are_marked_in_order():
+    state, batch = new_state(step_config("baseline")), make_batch((4, 3, 3), 2)
+    seen = []
+    train_step(state, batch, seen.append)
+    assert tuple(seen) == phases.STEP_PHASES
+    seen.clear()
+    train_step(state, split(batch, [[0], [1]]), seen.append)
+    assert seen == [*phases.STEP_PHASES[:-1], *phases.STEP_PHASES]
 
 
 def test_optimiser_groups_are_the_published_ones():

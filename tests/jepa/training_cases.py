@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from jepa.batch import Batch, MaskBatch
+from jepa.data.transforms import ViewSpec, cut_views
 from jepa.models.sizes import ModelConfig, PredictorConfig
 from jepa.objectives import (
     Denominators,
@@ -65,29 +66,29 @@ def ragged_masks(
     return MaskBatch.from_ids(context, target, grid, horizon)
 
 
-def make_batch(
-    grid=(4, 4, 4),
-    batch_size: int = 2,
-    *,
-    patch: int = 16,
-    tubelet: int = 2,
-    seed: int = 0,
-    step: int = 0,
-    dtype=torch.uint8,
-    horizon: int = 1,
-) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
+def random_bytes(
+    grid=(4, 4, 4), batch_size: int = 2, *, patch: int = 16, tubelet: int = 2, seed: int = 0
+) -> torch.Tensor:
+    """Clips as a loader reads them, uint8 [B, frames, H, W, 3], of a token grid."""
     frames = 1 if grid[0] == 1 else grid[0] * tubelet
     size = (grid[1] * patch, grid[2] * patch)
-    if dtype == torch.uint8:
-        clips = torch.randint(
-            0, 256, (batch_size, frames, *size, 3), dtype=torch.uint8, generator=generator
-        )
-    else:
-        clips = torch.randn(batch_size, 3, frames, *size, generator=generator, dtype=dtype)
-    masks = ragged_masks(grid, batch_size, seed=seed, horizon=horizon)
+    return torch.randint(
+        0,
+        256,
+        (batch_size, frames, *size, 3),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def make_batch(
+    grid=(4, 4, 4), batch_size: int = 2, *, seed: int = 0, step: int = 0, horizon: int = 1
+) -> Batch:
+    clips = random_bytes(grid, batch_size, seed=seed)
     return Batch(
-        clips=clips, labels=None, sample_ids=torch.arange(batch_size), masks=masks, step=step
+        cut_views(clips, None, ViewSpec(*clips.shape[2:4])),
+        ragged_masks(grid, batch_size, seed=seed, horizon=horizon),
+        step,
     )
 
 
@@ -110,7 +111,7 @@ def joined(parts: list[Batch]) -> Batch:
                 kind[j] += split[j * masks.batch_size : (j + 1) * masks.batch_size]
     clips = torch.cat([part.clips for part in parts])
     masks = MaskBatch.from_ids(context, target, parts[0].masks.grid, parts[0].masks.horizon)
-    return Batch(clips, None, torch.arange(len(clips)), masks, parts[0].step)
+    return Batch(clips, masks, parts[0].step)
 
 
 def step_config(
