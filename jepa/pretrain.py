@@ -26,7 +26,7 @@ from jepa.checkpoint import (
     write_json,
 )
 from jepa.config import ConfigError, changed_keys, load, to_json, to_yaml
-from jepa.data.build import DataConfig, build_picker
+from jepa.data.build import GENERATED, DataConfig, build_picker
 from jepa.data.clip import ClipSpec
 from jepa.data.loader import Fetched, Loader, LoaderConfig, Stage
 from jepa.data.mixture import Picker
@@ -141,7 +141,7 @@ class PretrainConfig(StepConfig):
 
     def _read_at(self, step: int) -> tuple[ClipSpec, ViewSpec]:
         views = self.views_at(step)
-        canvas = self.size_at(step) if self.data.kind == "moving_shapes" else views.canvas()
+        canvas = self.size_at(step) if self.data.kind in GENERATED else views.canvas()
         return ClipSpec(self.frames, self.stride, self.fps, *canvas), views
 
     def loader(self, world: distributed.World) -> LoaderConfig:
