@@ -184,6 +184,8 @@ class Trained:
 
     probe: Probe
     curve: tuple[float, ...]
+    learning_rate: float
+    weight_decay: float
 
     @property
     def converged(self) -> bool:
@@ -241,23 +243,47 @@ def train_probe(
         schedule.step()
         losses[step] = loss.detach()
     parts = losses.cpu().tensor_split(min(_CURVE_POINTS, cfg.steps))
-    return Trained(probe.eval(), tuple(float(part.mean()) for part in parts))
+    curve = tuple(float(part.mean()) for part in parts)
+    return Trained(probe.eval(), curve, rate, decay)
+
+
+def fitted(
+    cfg: ProbeConfig, kind: str, train: Features, classes: Mapping[str, int], seed: int
+) -> Trained:
+    """A probe trained on all of the features, with the rate and weight decay that do best on an
+    eighth of them where there are several."""
+    pairs = [(rate, decay) for rate in cfg.learning_rates for decay in cfg.weight_decays]
+    if len(pairs) > 1:
+        held, rest = _held_out(len(train.tokens), seed)
+
+        def score(pair: tuple[float, float]) -> float:
+            probe = train_probe(cfg, kind, train, rest, classes, seed, *pair).probe
+            return sum(answers(probe, train, held).values())
+
+        pairs = [max(pairs, key=score)]
+    every = np.arange(len(train.tokens))
+    return train_probe(cfg, kind, train, every, classes, seed, *pairs[0])
 
 
 @torch.inference_mode()
-def answers(
+def right_answers(
     probe: Probe, features: Features, rows: NDArray[np.int64], batch_size: int = 128
-) -> dict[str, float]:
-    """The share of right answers to every question."""
+) -> dict[str, NDArray[np.bool_]]:
+    """Whether the answer to every question is right, clip by clip."""
     device = next(probe.parameters()).device
     if probe.pooler is None:
         features = features.pooled()
-    right = dict.fromkeys(features.labels, 0.0)
+    right: dict[str, list[NDArray[np.bool_]]] = {name: [] for name in features.labels}
     for start in range(0, len(rows), batch_size):
         tokens, labels = features.at(rows[start : start + batch_size], device)
         for name, logits in probe(tokens).items():
-            right[name] += accuracy(logits, labels[name]) * len(tokens)
-    return {name: value / len(rows) for name, value in right.items()}
+            right[name].append((logits.argmax(-1) == labels[name]).cpu().numpy())
+    return {name: np.concatenate(parts) for name, parts in right.items()}
+
+
+def answers(probe: Probe, features: Features, rows: NDArray[np.int64]) -> dict[str, float]:
+    """The share of right answers to every question."""
+    return {name: float(hits.mean()) for name, hits in right_answers(probe, features, rows).items()}
 
 
 def probed(
@@ -276,15 +302,11 @@ def probed(
         training = _neighbours(train.pooled(), test.pooled(), classes, found, seen)
     else:
         everything = np.arange(len(train.tokens))
-        pairs = [(rate, decay) for rate in cfg.learning_rates for decay in cfg.weight_decays]
         training |= {"learning_rate": [], "weight_decay": [], "curves": []}
         for seed in cfg.seeds:
-            rate, decay = (
-                pairs[0] if len(pairs) == 1 else _chosen(cfg, kind, train, classes, seed, pairs)
-            )
-            trained = train_probe(cfg, kind, train, everything, classes, seed, rate, decay)
-            training["learning_rate"].append(rate)
-            training["weight_decay"].append(decay)
+            trained = fitted(cfg, kind, train, classes, seed)
+            training["learning_rate"].append(trained.learning_rate)
+            training["weight_decay"].append(trained.weight_decay)
             training["curves"].append(trained.curve)
             training["converged"] &= trained.converged
             for into, features, rows in (
@@ -314,23 +336,6 @@ def _held_out(count: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int6
     rows = np.random.default_rng(seed).permutation(count)
     held = max(1, round(_HELD_OUT * count))
     return rows[:held], rows[held:]
-
-
-def _chosen(
-    cfg: ProbeConfig,
-    kind: str,
-    train: Features,
-    classes: Mapping[str, int],
-    seed: int,
-    pairs: list[tuple[float, float]],
-) -> tuple[float, float]:
-    """The pair that does best on the validation clips."""
-    held, rest = _held_out(len(train.tokens), seed)
-    scores = []
-    for pair in pairs:
-        trained = train_probe(cfg, kind, train, rest, classes, seed, *pair)
-        scores.append(sum(answers(trained.probe, train, held).values()))
-    return pairs[int(np.argmax(scores))]
 
 
 def _neighbours(

@@ -101,7 +101,7 @@ def test_probes_find_planted_answers_and_only_those(kind):
     seeds = (0, 1) if kind == "linear" else (0,)
     options = dict(batch_size=16, heads=2, learning_rates=rates, weight_decays=(0.01,))
     cfg = ProbeConfig(seeds=seeds, steps=300, **options)
-    train, test, classes = planted(128, 0), planted(64, 1), {"a": 2, "b": 3}
+    train, test, classes = planted(512, 0), planted(64, 1), {"a": 2, "b": 3}
     result = probed(cfg, kind, train, test, classes)["questions"]
     for name in classes:
         assert result[name]["top1"] > 0.75
