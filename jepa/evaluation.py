@@ -19,6 +19,7 @@ from torch import Tensor
 from jepa.atomic import replacing
 from jepa.checkpoint import Checkpoints, load_model, load_model_tensors
 from jepa.config import ConfigError
+from jepa.data.build import GENERATED
 from jepa.data.clip import ClipDataset, ClipSpec
 from jepa.data.loader import Loader, LoaderConfig
 from jepa.data.mixture import InOrder
@@ -59,7 +60,7 @@ class InputSpec:
             cfg.stride,
             cfg.fps,
             *size,
-            kind == "moving_shapes",
+            kind in GENERATED,
         )
 
     @property

@@ -25,7 +25,7 @@ from jepa.checkpoint import (
     warn_of_differences,
 )
 from jepa.config import ConfigError, changed_keys, to_json
-from jepa.data.build import DataConfig, build_dataset
+from jepa.data.build import GENERATED, DataConfig, build_dataset
 from jepa.data.clip import ClipDataset
 from jepa.data.loader import Loader
 from jepa.data.mixture import Epochs
@@ -55,8 +55,8 @@ class FinetuneConfig:
     Args:
         run, checkpoint: whose evaluation encoder to start from; `scratch` starts from random
             weights of its architecture.
-        data: labelled data; None means the run's own (moving_shapes asks for `data.target`).
-            train_clips, test_clips: of moving_shapes.
+        data: labelled data; None means the run's own (generated clips ask for `data.target`).
+            train_clips, test_clips: of generated clips.
         frames, height, width: of the input, None for the run's.
         steps, batch_size, warmup_steps, rate, layer_decay, weight_decay: AdamW; block i of n trains
         at rate * layer_decay^(n - i). objective_weight: 0 trains on labels alone; otherwise the
@@ -189,7 +189,7 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
     else:
         bundle.context_encoder.load_state_dict(bundle.evaluation_encoder.state_dict())
     data = trained_with.data if cfg.data is None else cfg.data
-    if data.kind == "moving_shapes":
+    if data.kind in GENERATED:
         data = replace(data, size=cfg.train_clips, test_size=cfg.test_clips)
     train, test = (build_dataset(data, split) for split in ("train", "test"))
     size = dict(zip(("height", "width"), trained_with.final_size, strict=True))

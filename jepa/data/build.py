@@ -3,7 +3,7 @@ on."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +13,23 @@ from jepa.data.diving48 import diving48
 from jepa.data.imagenet100 import imagenet100
 from jepa.data.mixture import Epochs, Picker, mixed_regime
 from jepa.data.moving_shapes import MovingShapes
+from jepa.data.moving_textures import MovingTextures, TextureOptions
 from jepa.data.pathlist import pathlist
 from jepa.data.ssv2 import ssv2
 from jepa.data.ucf101 import ucf101
 
-Kind = Literal["moving_shapes", "ucf101", "ssv2", "diving48", "imagenet100", "list", "mixed"]
+Kind = Literal[
+    "moving_textures",
+    "moving_shapes",
+    "ucf101",
+    "ssv2",
+    "diving48",
+    "imagenet100",
+    "list",
+    "mixed",
+]
+# Drawn at the size asked for, whole: no files, no canvas around a view.
+GENERATED = ("moving_textures", "moving_shapes")
 
 
 @dataclass(frozen=True)
@@ -41,9 +53,10 @@ class DataConfig:
     Args:
         kind: a data set, or ``mixed`` for the mixed regime (UCF-101 .2, Something-Something V2 .6,
             ImageNet-100 .2).
-        at: where it is; not needed for moving_shapes.
+        at: where it is; not needed for generated clips.
         ucf101, ssv2, imagenet100: where the three parts of ``mixed`` are.
-        size, test_size: clips of moving_shapes. target: its factor that labels give.
+        size, test_size: number of generated clips. target: their factor that labels give, None for
+            the first. textures: what varies in moving_textures, and how.
         fold: split of UCF-101. repeat_stills: stills become clips of equal frames, as in the
             published code (also a quirk of that name).
     """
@@ -56,7 +69,8 @@ class DataConfig:
     size: int = 10_000
     test_size: int = 1_000
     seed: int = 0
-    target: str = "shape"
+    target: str | None = None
+    textures: TextureOptions = field(default_factory=TextureOptions)
     fold: int = 1
     repeat_stills: bool = False
 
@@ -68,10 +82,11 @@ def build_dataset(config: DataConfig, split: Literal["train", "test"] = "train")
         ConfigError: a place that must be given is not, or ``mixed``, which is no single data set.
         MissingDataError: nothing is where the configuration says.
     """
-    if config.kind == "moving_shapes":
-        return MovingShapes(
-            config.size if split == "train" else config.test_size, config.seed, split, config.target
-        )
+    if config.kind in GENERATED:
+        size = config.size if split == "train" else config.test_size
+        if config.kind == "moving_textures":
+            return MovingTextures(size, config.seed, split, config.target, config.textures)
+        return MovingShapes(size, config.seed, split, config.target)
     if config.kind == "mixed":
         raise ConfigError("config: data.kind must be a single data set here, got 'mixed'.")
     return _at(config.kind, config.at, split, config.fold, "data.at")
