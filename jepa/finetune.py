@@ -26,11 +26,12 @@ from jepa.checkpoint import (
 )
 from jepa.config import ConfigError, changed_keys, to_json
 from jepa.data.build import GENERATED, DataConfig, build_dataset
-from jepa.data.clip import ClipDataset
+from jepa.data.clip import ClipDataset, labelled
 from jepa.data.loader import Loader
 from jepa.data.mixture import Epochs
 from jepa.data.transforms import model_input
-from jepa.evaluation import InputSpec, Which, load_bundle, wilson
+from jepa.evaluation import InputSpec, Which, content, load_bundle, wilson
+from jepa.lock import exclusive
 from jepa.pretrain import PretrainConfig
 from jepa.probe import Probe
 from jepa.schedules import cosine
@@ -174,7 +175,18 @@ def update(
 
 
 def run(cfg: FinetuneConfig) -> dict[str, Any]:
-    """Fine-tunes and evaluates on the test split; writes and returns the results."""
+    """Fine-tunes and evaluates on the test split; writes and returns the results.
+
+    Raises:
+        ConfigError, MissingDataError: before anything is trained; also where another process is at
+            work on the same results.
+    """
+    path = cfg.run / "finetune.json" if cfg.output is None else cfg.output
+    with exclusive(path.with_suffix("")):
+        return _run(cfg, path)
+
+
+def _run(cfg: FinetuneConfig, path: Path) -> dict[str, Any]:
     world = distributed.start(cfg.device)
     if world.size > 1:
         raise ConfigError(f"config: fine-tuning must run in one process, got {world.size}.")
@@ -191,7 +203,8 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
     data = trained_with.data if cfg.data is None else cfg.data
     if data.kind in GENERATED:
         data = replace(data, size=cfg.train_clips, test_size=cfg.test_clips)
-    train, test = (build_dataset(data, split) for split in ("train", "test"))
+    train = labelled(build_dataset(data, "train"))
+    test = labelled(build_dataset(data, "test"), train.num_classes)
     size = dict(zip(("height", "width"), trained_with.final_size, strict=True))
     size |= {
         key: getattr(cfg, key)
@@ -214,15 +227,15 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
     head = Probe("attentive", trained_with.model.width, cfg.heads, {"class": train.num_classes}).to(
         world.device
     )
-    path = cfg.run / "finetune.json" if cfg.output is None else cfg.output
     tuned = nn.ModuleDict({"bundle": bundle, "head": head})
-    checkpoints = _checkpoints(cfg, path, digest)
+    identity = _identity(cfg, digest, content(train, labels=True))
+    checkpoints = _checkpoints(cfg, path, identity)
     losses, began = (
-        _train(cfg, step_cfg, tuned, train, world, checkpoints, digest),
+        _train(cfg, step_cfg, tuned, train, world, checkpoints, identity),
         time.perf_counter(),
     )
     spec = InputSpec.of(step_cfg, data.kind)
-    right = _right(bundle, head, step_cfg, spec, test, world.device)
+    right, tested = _right(bundle, head, step_cfg, spec, test, world.device)
     report = {
         "run": str(cfg.run),
         "weights": "scratch" if cfg.scratch else digest,
@@ -230,12 +243,13 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
         "objective_weight": cfg.objective_weight,
         "steps": cfg.steps,
         "train_clips": len(train),
-        "test_clips": len(test),
+        "test_clips": tested,
+        "test_clips_unreadable": len(test) - tested,
         "classes": train.num_classes,
         "loss_first": losses[0],
         "loss_last": losses[-1],
-        "top1": right / len(test),
-        "interval": wilson(right, len(test)),
+        "top1": right / tested,
+        "interval": wilson(right, tested),
         "test_s": time.perf_counter() - began,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,30 +260,29 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
         100 * report["top1"],
         100 * low,
         100 * high,
-        len(test),
+        tested,
         path,
     )
     return report
 
 
-def _identity(cfg: FinetuneConfig, digest: str) -> dict[str, Any]:
-    """What makes a fine-tuning the one that a checkpoint is of."""
+def _identity(cfg: FinetuneConfig, digest: str, data: str) -> dict[str, Any]:
+    """What makes a fine-tuning the one that a checkpoint is of: settings, the weights it starts
+    from, and the clips and labels it trains on."""
     settings = {
         key: value
         for key, value in to_json(cfg).items()
         if key not in ("device", "threads", "workers", "output", "resume")
     }
-    return {**settings, "weights": digest}
+    return {**settings, "weights": digest, "the training clips and labels": data}
 
 
-def _checkpoints(cfg: FinetuneConfig, output: Path, digest: str) -> Checkpoints:
+def _checkpoints(cfg: FinetuneConfig, output: Path, identity: dict[str, Any]) -> Checkpoints:
     """Where this fine-tuning keeps its checkpoints, with none in it but its own."""
     checkpoints = Checkpoints(output.with_suffix("") / "checkpoints", keep_last=1)
     steps = checkpoints.steps()
     if steps:
-        others = changed_keys(
-            read_state(checkpoints.path(steps[-1])).get("identity"), _identity(cfg, digest)
-        )
+        others = changed_keys(read_state(checkpoints.path(steps[-1])).get("identity"), identity)
         reason = f"it was of another value of {', '.join(others)}" if others else "resume is off"
         if others or not cfg.resume:
             _log.warning(
@@ -286,7 +299,7 @@ def _train(
     train: ClipDataset,
     world: distributed.World,
     checkpoints: Checkpoints,
-    digest: str,
+    identity: dict[str, Any],
 ) -> list[float]:
     """Cross-entropy (and objective) training; mean losses of ten stretches, each read once."""
     bundle, head = tuned["bundle"], tuned["head"]
@@ -321,9 +334,7 @@ def _train(
         if number % cfg.checkpoint_every == 0 or number == cfg.steps:
             weights, moments = training_tensors(tuned, optimizer)
             losses = {"means": means, "pending": [float(value) for value in pending]}
-            checkpoints.save(
-                number, weights, moments, {"identity": _identity(cfg, digest), "losses": losses}
-            )
+            checkpoints.save(number, weights, moments, {"identity": identity, "losses": losses})
     return means
 
 
@@ -355,10 +366,19 @@ def _right(
     spec: InputSpec,
     test: ClipDataset,
     device: torch.device,
-) -> int:
+) -> tuple[int, int]:
+    """Right answers, and how many test clips could be read; the loader names the others."""
     bundle.eval()
     head.eval()
     right = torch.zeros((), device=device)
-    for clips, labels in spec.batches(test, step_cfg.batch_size, step_cfg.workers, device):
+    tested = 0
+    for clips, labels, _ in spec.batches(test, step_cfg.batch_size, step_cfg.workers, device):
         right += (logits_of(bundle, head, clips, step_cfg).argmax(-1) == labels).sum()
-    return int(right)
+        tested += len(labels)
+    if not tested:
+        raise ConfigError(
+            f"config: data must have test clips that can be read, got none of {len(test)}."
+        )
+    if tested < len(test):
+        _log.warning("left out %d test clips that could not be read", len(test) - tested)
+    return int(right), tested

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from jepa.data.clip import ClipSpec
 from jepa.data.loader import Fetched, Loader, LoaderConfig, Stage
 from jepa.data.mixture import Picker
 from jepa.data.transforms import ViewSpec, model_input
+from jepa.lock import exclusive
 from jepa.logs import RunLog
 from jepa.models.blocks import Block
 from jepa.monitor import MonitorConfig, Watch, collapse_metrics, warnings
@@ -234,7 +236,8 @@ def run(cfg: PretrainConfig) -> TrainState:
         keep_freed_memory()
     torch.manual_seed(cfg.seed)
     try:
-        return _run(cfg, picker, world)
+        with exclusive(cfg.output) if world.leads else nullcontext():
+            return _run(cfg, picker, world)
     finally:
         distributed.stop(world)
 

@@ -31,7 +31,7 @@ from jepa.atomic import write_json
 from jepa.config import ConfigError
 from jepa.data import moving_shapes, moving_textures
 from jepa.data.build import GENERATED, DataConfig, build_dataset
-from jepa.data.clip import ClipDataset, ClipSpec
+from jepa.data.clip import BadClipError, ClipDataset, ClipSpec, labelled
 from jepa.data.moving_shapes import MovingShapes
 from jepa.data.moving_textures import MovingTextures
 from jepa.evaluation import (
@@ -40,7 +40,9 @@ from jepa.evaluation import (
     accuracy,
     cache_key,
     cached_features,
+    content,
     load_bundle,
+    readable,
     untrained_encoder,
     wilson,
 )
@@ -169,6 +171,13 @@ class Features:
         return tokens, {
             name: values[torch.from_numpy(rows)].to(device) for name, values in self.labels.items()
         }
+
+    def at_rows(self, rows: NDArray[np.int64]) -> Features:
+        """Those clips alone; itself where they are all."""
+        if len(rows) == len(self.tokens):
+            return self
+        labels = {name: values[torch.from_numpy(rows)] for name, values in self.labels.items()}
+        return Features(self.tokens[rows], labels)
 
     def pooled(self) -> Features:
         """The mean token of every clip: [clips, 1, D] float32."""
@@ -389,10 +398,6 @@ def questions(dataset: ClipDataset) -> tuple[dict[str, int], dict[str, Tensor]]:
         }
         return {name: len(values) for name, values in dataset.questions.items()}, labels
     labels = {"class": torch.tensor([dataset.label(i) for i in range(len(dataset))])}
-    if int(labels["class"].min()) < 0:
-        raise ConfigError(
-            f"config: data must have a label for every clip of {dataset.name}, got one without."
-        )
     return {"class": dataset.num_classes}, labels
 
 
@@ -407,18 +412,19 @@ def group_of(question: str) -> str:
 
 
 def pixel_features(dataset: ClipDataset, spec: InputSpec) -> NDArray[np.float16]:
-    """[clips, 1, frames * 8 * 8 * 3]: every frame scaled down to 8 x 8 pixels, nothing learned."""
+    """[clips, 1, frames * 8 * 8 * 3]: every frame scaled down to 8 x 8 pixels, nothing learned. A
+    clip that cannot be read is a row of NaN."""
     small = ClipSpec(spec.frames, spec.stride, spec.fps, spec.height, spec.width)
-    rows = []
+    frames_read = 1 if dataset.still else spec.frames
+    rows = np.full((len(dataset), 1, frames_read * 3 * _PIXEL_SIDE**2), np.nan, np.float16)
     for index in range(len(dataset)):
-        frames = (
-            torch.from_numpy(dataset.read(index, small, 0.5).frames).permute(0, 3, 1, 2).float()
-            / 255
-        )
-        rows.append(
-            functional.adaptive_avg_pool2d(frames, _PIXEL_SIDE).flatten().to(torch.float16).numpy()
-        )
-    return np.stack(rows)[:, None]
+        try:
+            pixels = dataset.read(index, small, 0.5).frames
+        except BadClipError:
+            continue
+        frames = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+        rows[index, 0] = functional.adaptive_avg_pool2d(frames, _PIXEL_SIDE).flatten().numpy()
+    return rows
 
 
 def run(cfg: ProbeConfig) -> dict[str, Any]:
@@ -431,7 +437,8 @@ def run(cfg: ProbeConfig) -> dict[str, Any]:
     data = trained_with.data if cfg.data is None else cfg.data
     if data.kind in GENERATED:
         data = replace(data, size=cfg.train_clips, test_size=cfg.test_clips)
-    sets = {split: build_dataset(data, split) for split in ("train", "test")}
+    train = labelled(build_dataset(data, "train"))
+    sets = {"train": train, "test": labelled(build_dataset(data, "test"), train.num_classes)}
     spec = InputSpec.of(trained_with, data.kind, cfg.frames, cfg.height, cfg.width)
     classes, _ = questions(sets["train"])
     labels = {split: questions(dataset)[1] for split, dataset in sets.items()}
@@ -448,7 +455,7 @@ def run(cfg: ProbeConfig) -> dict[str, Any]:
                 asdict(trained_with.model),
                 asdict(data),
                 split,
-                len(dataset),
+                content(dataset),
                 asdict(spec),
                 cfg.levels,
             )
@@ -462,14 +469,13 @@ def run(cfg: ProbeConfig) -> dict[str, Any]:
                 workers=cfg.workers,
                 device=world.device,
             )
-            parts[split] = Features(tokens, labels[split])
+            parts[split] = Features(tokens, labels[split]).at_rows(readable(tokens, dataset))
         for kind in cfg.kinds:
             results[kind][name] = probed(cfg, kind, parts["train"], parts["test"], classes)
     if cfg.pixels:
-        parts = {
-            split: Features(pixel_features(dataset, spec), labels[split])
-            for split, dataset in sets.items()
-        }
+        for split, dataset in sets.items():
+            tokens = pixel_features(dataset, spec)
+            parts[split] = Features(tokens, labels[split]).at_rows(readable(tokens, dataset))
         # One token: there is nothing to attend to.
         for kind in (kind for kind in cfg.kinds if kind != "attentive"):
             results[kind]["pixels"] = probed(cfg, kind, parts["train"], parts["test"], classes)
@@ -478,8 +484,8 @@ def run(cfg: ProbeConfig) -> dict[str, Any]:
         "weights": digest,
         "data": data.kind,
         "input": asdict(spec),
-        "train_clips": len(sets["train"]),
-        "test_clips": len(sets["test"]),
+        "train_clips": len(parts["train"].tokens),
+        "test_clips": len(parts["test"].tokens),
         "steps": cfg.steps,
         "results": results,
     }

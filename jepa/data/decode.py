@@ -68,6 +68,10 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# Changes when a file gives other frames or pixels than before, so that features kept on disk are
+# computed anew.
+READER = 2
+
 _local = threading.local()
 
 

@@ -297,7 +297,9 @@ def test_encode_writes_a_file_per_video_and_names_bad_ones(tiny, tmp_path, share
     features = load_file(out / "deep" / "b.avi.safetensors")["features"]
     assert features.shape == (2, 2 * 4 * 4, 24) and features.dtype == torch.float16
     assert features.isfinite().all() and not torch.equal(features[0], features[1])
-    assert encode.run(encode.EncodeConfig(source, out, run=tiny, threads=1)) == (0, 1)
+    assert encode.run(encode.EncodeConfig(source, out, run=tiny, clips=2, threads=1)) == (0, 1)
+    # One clip is another size than two.
+    assert encode.run(encode.EncodeConfig(source, out, run=tiny, threads=1)) == (2, 1)
 
 
 def test_encode_refuses_what_is_not_there(tiny, tmp_path):
