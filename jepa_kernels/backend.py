@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 import torch
 
+from . import transforms
+
 BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
 CHOICES = ("auto", *BACKENDS)
 
@@ -140,7 +142,9 @@ class Room:
         """Why `backend` cannot run `call`; empty when it can."""
         if backend not in self.modules:
             return [f"{self.name} has no {backend} backend"]
-        return self.modules[backend].unsupported_reasons(call)
+        obstacle = transforms.obstacle(self.name, backend)
+        reasons = self.modules[backend].unsupported_reasons(call)
+        return reasons if obstacle is None else [obstacle, *reasons]
 
     def slower(self, backend: str, call: Any) -> Preference | None:
         """The committed measurement that makes `auto` pass `backend` by for this call, if there is

@@ -114,13 +114,13 @@ def momentum_tensor(momentum: float | torch.Tensor) -> torch.Tensor:
     synchronises."""
     if isinstance(momentum, torch.Tensor):
         return momentum.detach().to(torch.float64)
-    return torch.tensor(momentum, dtype=torch.float64)
+    return torch.tensor(momentum, dtype=torch.float64, device="cpu")
 
 
 def seed_tensor(seed: int | torch.Tensor | None) -> torch.Tensor | None:
     if seed is None or isinstance(seed, torch.Tensor):
         return seed
-    return torch.tensor(seed, dtype=torch.int64)
+    return torch.tensor(seed, dtype=torch.int64, device="cpu")
 
 
 def prepare(

@@ -220,7 +220,9 @@ def _autocast(states: Any, cell: Any, actions: Any) -> tuple[Any, Any, Any]:
     checks.is_tensor(_NAME, "states", states)
     _check_cell_kind(cell)
     kind = states.device.type
-    if states.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    # Devices without autocast, such as meta, refuse the question whether it is on.
+    available = torch.amp.is_autocast_available(kind)
+    if states.dtype == torch.float64 or not available or not torch.is_autocast_enabled(kind):
         return states, cell, actions
     dtype = torch.get_autocast_dtype(kind)
     return (

@@ -234,7 +234,7 @@ def _exact(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     kind = tensor.device.type
     return (
         torch.autocast(kind, enabled=False)
-        if torch.is_autocast_enabled(kind)
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         else contextlib.nullcontext()
     )
 

@@ -121,7 +121,8 @@ def _autocast(
     for argument, tensor in (("query", query), ("key", key), ("value", value)):
         checks.is_tensor(_NAME, argument, tensor)
     kind = query.device.type
-    if not torch.is_autocast_enabled(kind):
+    # Devices without autocast, such as meta, refuse the question whether it is on.
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return query, key, value
     dtype = torch.get_autocast_dtype(kind)
     query, key, value = (

@@ -1,0 +1,42 @@
+"""Which of PyTorch's function transforms a call is under: a kernel has a formula for reverse mode
+alone, and forward mode would take its derivative for zero."""
+
+from __future__ import annotations
+
+import torch
+from torch._C import _functorch
+from torch.autograd import forward_ad
+
+# Backends that compose an op of PyTorch's own, which know these derivatives;
+# scaled_dot_product_attention has no forward mode.
+_OWN = {
+    "masked_attention": {"forward": ("reference",), "reverse": ("torch", "reference")},
+    "latent_rollout": {"forward": ("reference",), "reverse": ("reference",)},
+}
+_ASKED = {
+    "forward": "forward-mode AD (torch.func.jvp, jacfwd, forward_ad.dual_level)",
+    "reverse": "reverse mode of torch.func (grad, vjp, jacrev; not tensor.backward())",
+}
+
+
+@torch.compiler.assume_constant_result
+def _mode() -> str:
+    """``forward``, ``reverse`` or nothing: what a compiled graph is traced under holds for all its
+    calls."""
+    forward = forward_ad._current_level >= 0
+    if not forward and _functorch.peek_interpreter_stack() is None:
+        return ""
+    kinds = {level.key() for level in _functorch.get_interpreter_stack() or ()}
+    if forward or _functorch.TransformType.Jvp in kinds:
+        return "forward"
+    return "reverse" if _functorch.TransformType.Grad in kinds else ""
+
+
+def obstacle(op: str, backend: str) -> str | None:
+    """Why `backend` would give `op` no derivative, or a wrong one, under the transforms in force;
+    None where it need not."""
+    mode = _mode()
+    if not mode or op not in _OWN or backend in _OWN[op][mode]:
+        return None
+    names = " or ".join(f"backend={name!r}" for name in _OWN[op][mode])
+    return f"{_ASKED[mode]} needs {names}"
