@@ -3,7 +3,6 @@ alone, and forward mode would take its derivative for zero."""
 
 from __future__ import annotations
 
-import torch
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
@@ -19,7 +18,6 @@ _ASKED = {
 }
 
 
-@torch.compiler.assume_constant_result
 def _mode() -> str:
     """``forward``, ``reverse`` or nothing: what a compiled graph is traced under holds for all its
     calls."""
@@ -30,6 +28,10 @@ def _mode() -> str:
     if forward or _functorch.TransformType.Jvp in kinds:
         return "forward"
     return "reverse" if _functorch.TransformType.Grad in kinds else ""
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import Dynamo with this package.
+_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def obstacle(op: str, backend: str) -> str | None:
