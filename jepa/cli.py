@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jepa.config import ConfigError, load, to_dict, to_yaml
+from jepa.failures import sentence_of
 
 
 def _pretrain() -> tuple[type, Callable[[Any], object]]:
@@ -161,13 +162,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from jepa.conformance.__main__ import main as conformance
 
         return int(conformance(rest) or 0)
-    from jepa.checkpoint import CheckpointError
-
     try:
         return _variants() if command == "variants" else _configured(command, rest)
-    except (ConfigError, FileNotFoundError, CheckpointError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    except (Exception, KeyboardInterrupt) as error:
+        told = sentence_of(error)
+        if told is None:
+            raise
+        print(told[0], file=sys.stderr)
+        return told[1]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from jepa.config import ConfigError
@@ -31,7 +31,7 @@ def exclusive(folder: Path, *, name: str = ".lock", wait: bool = False) -> Itera
     process ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / name, "a+", encoding="utf-8") as file:
+    with open(folder / name, "a+b", buffering=0) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
@@ -39,11 +39,12 @@ def exclusive(folder: Path, *, name: str = ".lock", wait: bool = False) -> Itera
                 file.seek(0)
                 raise ConfigError(
                     f"config: output must be a folder that no other run uses, got {folder}, where "
-                    f"process {file.read().strip() or 'unknown'} is at work."
+                    f"process {file.read().decode() or 'unknown'} is at work."
                 ) from None
             # A file system without locks: two runs are the user's own care there.
             _log.warning("%s cannot be locked (%s)", folder, error.strerror)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        # Only for the sentence: a full disk does not undo the lock.
+        with suppress(OSError):
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
         yield
