@@ -222,7 +222,7 @@ class Checkpoints:
                 self._write(temporary, final, step, model, optimizer, state, score)
                 self._prune()
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            sweep(self.folder)
         return final
 
     def _write(
