@@ -203,13 +203,22 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         parts = key.strip().split(".")
         if not separator or not all(parts):
             raise ConfigError(f"config: override must look like a.b.c=value, got {override!r}.")
-        value: Any = yaml.safe_load(text)
+        value: Any = _yaml(text, repr(override))
         if isinstance(value, str):
             value = _number(value)
         for part in reversed(parts):
             value = {part: value}
         result = merged(result, value)
     return result
+
+
+def _yaml(text: str | bytes, source: str) -> Any:
+    """What a text holds, or ConfigError in one line."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        told = " ".join(str(error).split())
+        raise ConfigError(f"config: {source} must be YAML, got {told}.") from error
 
 
 def _number(text: str) -> str | float:
@@ -236,7 +245,7 @@ def load(
     """
     data: Mapping[str, Any] = base or {}
     if path is not None:
-        read = yaml.safe_load(Path(path).read_text())
+        read = _yaml(Path(path).read_bytes(), str(path))
         if not isinstance(read, Mapping):
             raise ConfigError(f"config: {path} must hold a mapping, got {type(read).__name__}.")
         data = merged(data, read)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Literal
 
 import numpy as np
@@ -175,7 +176,7 @@ def _known_features(path: Path, count: int) -> NDArray[np.float16] | None:
         return None
     try:
         table = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, MemoryError, TokenError) as error:
         _log.warning("computing features anew, %s is damaged: %s", path, error)
         return None
     if table.dtype == np.float16 and table.ndim == 3 and len(table) == count:

@@ -45,6 +45,8 @@ _DAMAGED = (
     TypeError,
     ValueError,
     struct.error,
+    av.FFmpegError,
+    Image.DecompressionBombError,
 )
 # Decoders that leave out a frame that no other refers to when asked to, and nothing else: the tests
 # read numbered frames of each. Others ignore the request or honour it late (libdav1d).

@@ -38,10 +38,11 @@ class Recipe:
     container_options: dict[str, str] = field(default_factory=dict)
     milliseconds: Sequence[int] | None = None
     dropped: int = 0
+    frames: int = FRAMES
     changed: Callable[[bytes], bytes] | None = None
 
     def write(self, path: Path) -> None:
-        """Writes `FRAMES` frames at 25 per second."""
+        """Writes the frames, 25 per second."""
         with av.open(
             str(path), "w", format=self.container, options=self.container_options
         ) as container:
@@ -51,7 +52,7 @@ class Recipe:
             if self.milliseconds is not None:
                 stream.codec_context.time_base = Fraction(1, 1000)
             packets = 0
-            for number in [*range(FRAMES), None]:
+            for number in [*range(self.frames), None]:
                 frame = None
                 if number is not None:
                     frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
