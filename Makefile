@@ -51,7 +51,7 @@ bench: dev ## the main job: throughput of every variant against frame resolution
 PARTS := jepa ops gates interpret simt integrations conformance benchmarks reliability core native
 JOBS ?= 2
 # Parts side by side share the cores: a thread that waits must sleep, or small parallel regions take forty times as long.
-test quick: export OMP_WAIT_POLICY := passive
+test quick bench bench-ops: export OMP_WAIT_POLICY ?= passive
 test: dev ## everything that needs no GPU (under 12 minutes on 2 cores)
 	@echo "parts, $(JOBS) at a time, each printed when it is done: $(PARTS)"
 	@$(MAKE) --no-print-directory --jobs=$(JOBS) --keep-going --output-sync=target $(PARTS:%=part-%)

@@ -36,7 +36,7 @@ def parsed_by(parse: Parse) -> Mapping[str, Parse]:
 def nearest(name: str, valid: Iterable[str]) -> str:
     """The end of an error sentence: the closest valid name if one is close, else all of them."""
     names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
     listed = ", ".join(names) if names else "none"
     return f"did you mean {close[0]!r}?" if close else f"valid names: {listed}."
 
@@ -82,7 +82,12 @@ def from_dict(kind: type[T], data: Mapping[str, Any], path: str = "") -> T:
             )
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"config: key {_joined(path, name)!r} must be given.")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"config: {path or kind.__name__}: {error}") from error
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

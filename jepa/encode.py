@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from jepa import distributed
-from jepa.atomic import UNFINISHED, replacing, save_tensors
+from jepa.atomic import UNFINISHED, replacing
 from jepa.batch import Views
 from jepa.config import ConfigError
 from jepa.data.clip import BadClipError, ClipSpec
@@ -211,16 +212,14 @@ def _encode(
         )
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as scratch:
-            save_tensors(
-                scratch,
-                {"features": features},
-                {
-                    "weights": digest,
-                    "source": _printable(path),
-                    "grid": str(encoder.grid(cut[0])),
-                    "identity": identity,
-                },
-            )
+            metadata = {
+                "weights": digest,
+                "source": _printable(path),
+                "grid": str(encoder.grid(cut[0])),
+                "identity": identity,
+            }
+            # As bytes: `save_file` has a temporary file of its own, which a kill would leave.
+            scratch.write_bytes(save({"features": features}, metadata))
         written += 1
     _log.info(
         "encoded %d files into %s; %d were there, %d could not be read",

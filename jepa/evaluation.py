@@ -34,6 +34,11 @@ from jepa.pretrain import PretrainConfig, load_config
 from jepa.step import ModelBundle
 
 _log = logging.getLogger(__name__)
+# What numpy raises for the header of a damaged file.
+_DAMAGED = (
+    *(ArithmeticError, EOFError, LookupError, MemoryError, OSError, SyntaxError, TokenError),
+    *(TypeError, ValueError),
+)
 
 Which = Literal["newest", "best"] | int
 
@@ -176,7 +181,7 @@ def _known_features(path: Path, count: int) -> NDArray[np.float16] | None:
         return None
     try:
         table = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError, SyntaxError, MemoryError, TokenError) as error:
+    except _DAMAGED as error:
         _log.warning("computing features anew, %s is damaged: %s", path, error)
         return None
     if table.dtype == np.float16 and table.ndim == 3 and len(table) == count:
