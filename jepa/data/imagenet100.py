@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
 from jepa.config import ConfigError
 from jepa.data.files import IMAGES, FileClips, existing, text_lines
+
+_log = logging.getLogger(__name__)
 
 
 def imagenet100(images: str | Path, classes: str | Path) -> FileClips:
@@ -32,7 +35,7 @@ def imagenet100(images: str | Path, classes: str | Path) -> FileClips:
         folder = existing(root / name, "imagenet100", f"the folder of class {name}")
         images_here = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in IMAGES)
         if not images_here:
-            raise ConfigError(f"imagenet100: {folder} must hold images, got none.")
+            _log.warning("imagenet100: %s holds no images", folder)
         files += [f"{name}/{image}" for image in images_here]
         labels += [label] * len(images_here)
     return FileClips("imagenet100", root, files, labels, len(names), still=True)

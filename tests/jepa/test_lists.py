@@ -183,12 +183,15 @@ def test_ucf101_refuses_class_numbers(tmp_path, text):
         ucf101(tmp_path, tmp_path)
 
 
-def test_imagenet100_reads_as_meant(written, tmp_path):
+def test_imagenet100_reads_as_meant(written, tmp_path, caplog):
     for name in ("n1", "n2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.JPEG").touch()
     data = imagenet100(tmp_path, written("classes.txt", "n2\trobin\nn1,wren\n"))
     assert data.files == ["n2/a.JPEG", "n1/a.JPEG"]
     (tmp_path / "n1" / "a.JPEG").unlink()
-    with pytest.raises(ConfigError, match="n1 must hold images, got none"):
+    assert imagenet100(tmp_path, tmp_path / "classes.txt").files == ["n2/a.JPEG"]
+    assert "n1 holds no images" in caplog.text
+    (tmp_path / "n2" / "a.JPEG").unlink()
+    with pytest.raises(ConfigError, match="files must not be empty"):
         imagenet100(tmp_path, tmp_path / "classes.txt")
