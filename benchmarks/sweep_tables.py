@@ -157,7 +157,15 @@ def summary(record: Row) -> str:
 
 
 def prediction(record: Row, size: Resolution, frames: int, batch: int, source: Path) -> str:
-    """Expected step time and memory of every mode (and variant) at a size that was not measured."""
+    """Expected step time and memory of every mode (and variant) at a size that was not measured.
+
+    Raises:
+        ValueError: every cell was measured while other programs had the cores.
+    """
+    if not record["fits"]:
+        raise ValueError(
+            "sweep: record must have cells that had the cores to themselves, got busy ones only."
+        )
     model_tokens = size.tokens(frames)
     measured = max(row["tokens"] for row in record["sizes"])
     backend = ours(record)
