@@ -11,12 +11,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from jepa import options
 from jepa.config import ConfigError, load, parsing_of, to_dict, to_yaml
+from jepa.failures import sentence_of
+
+# Before torch loads OpenMP: threads that wait for one another spin by default, and beside another
+# program a parallel region then takes twenty times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _pretrain() -> tuple[type, Callable[[Any], object]]:
@@ -158,10 +164,11 @@ def main(words: Sequence[str]) -> int:
         from jepa.conformance.__main__ import main as conformance
 
         return int(conformance(rest) or 0)
-    from jepa.checkpoint import CheckpointError
-
     try:
         return _variants() if command == "variants" else _configured(command, rest)
-    except (ConfigError, FileNotFoundError, CheckpointError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    except (Exception, KeyboardInterrupt) as error:
+        told = sentence_of(error)
+        if told is None:
+            raise
+        print(told[0], file=sys.stderr)
+        return told[1]

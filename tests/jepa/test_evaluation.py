@@ -26,7 +26,7 @@ from jepa.evaluation import (
     wilson,
 )
 from jepa.finetune import FinetuneConfig, layer_groups
-from jepa.probe import Features, Probe, ProbeConfig, probed, train_probe
+from jepa.probe import Features, Probe, ProbeConfig, has_converged, probed, train_probe
 from jepa_kernels.testing import FLOAT16_STORED, FLOAT32_STORED
 from tests.jepa.run_cases import tiny_run
 
@@ -97,35 +97,69 @@ def planted(clips: int, seed: int) -> Features:
     return Features(tokens, {name: torch.from_numpy(values) for name, values in labels.items()})
 
 
-@pytest.mark.parametrize("kind", ["attentive", "linear"])
+@pytest.mark.parametrize("kind", ["attentive", "linear", "knn"])
 def test_probes_find_planted_answers_and_only_those(kind):
-    # The worse of the linear probe's rates must lose on the held-out tenth.
+    # The worse of the linear probe's rates must lose on the held-out clips.
     rates = (1e-2,) if kind == "attentive" else (1e-5, 5e-3)
-    cfg = ProbeConfig(seeds=(0, 1), epochs=30, batch_size=16, heads=2, learning_rates=rates)
-    train, test, classes = planted(128, 0), planted(64, 1), {"a": 2, "b": 3}
-    result = probed(cfg, kind, train, test, classes)
+    seeds = (0, 1) if kind == "linear" else (0,)
+    options = dict(batch_size=16, heads=2, learning_rates=rates, weight_decays=(0.01,))
+    cfg = ProbeConfig(seeds=seeds, steps=300, **options)
+    train, test, classes = planted(512, 0), planted(64, 1), {"a": 2, "b": 3}
+    result = probed(cfg, kind, train, test, classes)["questions"]
     for name in classes:
         assert result[name]["top1"] > 0.75
+        assert result[name]["train"] > 0.75
         low, high = result[name]["interval"]
         assert low < result[name]["top1"] < high or result[name]["top1"] == 1.0
-        assert len(result[name]["seeds"]) == 2
+        assert len(result[name]["seeds"]) == len(seeds)
     noise = Features(
         train.tokens,
         {name: values[torch.randperm(len(values))] for name, values in train.labels.items()},
     )
-    shuffled = probed(cfg, kind, noise, test, classes)
+    shuffled = probed(cfg, kind, noise, test, classes)["questions"]
     assert shuffled["b"]["top1"] < 0.6
 
 
+def test_a_probe_says_whether_it_has_converged():
+    train, test, classes = planted(256, 0), planted(64, 1), {"a": 2, "b": 3}
+    few = ProbeConfig(steps=40, learning_rates=(1e-3,), weight_decays=(0.01,))
+    for steps, expected in ((40, False), (2000, True)):
+        training = probed(replace(few, steps=steps), "linear", train, test, classes)["training"]
+        assert training["converged"] is expected
+        assert len(training["curves"][0]) == 20
+
+
+def test_convergence_is_read_from_the_curve():
+    assert not has_converged([4.0, 3.0])
+    assert not has_converged(np.linspace(2.0, 1.0, 20))
+    assert has_converged(1.0 + np.exp(-np.arange(20.0)))
+    assert has_converged(np.ones(20))
+
+
+def test_weight_decay_is_chosen_on_validation_clips_alone():
+    """The test clips have no say: turning all their labels around does not change the choice."""
+    rng = np.random.default_rng(0)
+    tokens = rng.standard_normal((96, 1, 64)).astype(np.float32)
+    labels = {
+        "a": torch.from_numpy((tokens[:, 0, 0] + 2 * rng.standard_normal(96) > 0).astype(int))
+    }
+    cfg = ProbeConfig(steps=300, weight_decays=(0.0, 30.0), learning_rates=(1e-2,))
+    train = Features(tokens, labels)
+    chosen = {
+        probed(cfg, "linear", train, Features(tokens, answers), {"a": 2})["training"][
+            "weight_decay"
+        ][0]
+        for answers in (labels, {"a": 1 - labels["a"]})
+    }
+    assert len(chosen) == 1
+
+
 def test_a_probe_depends_on_its_seed_only():
-    cfg, train = ProbeConfig(epochs=1, heads=2), planted(32, 0)
+    cfg, train = ProbeConfig(steps=2, heads=2), planted(32, 0)
 
     def trained(seed):
-        return (
-            train_probe(cfg, "attentive", train, np.arange(32), {"a": 2}, seed, 1e-3, 0.0)
-            .linears["a"]
-            .weight
-        )
+        probe = train_probe(cfg, "attentive", train, np.arange(32), {"a": 2}, seed, 1e-3, 0.0).probe
+        return probe.linears["a"].weight
 
     assert torch.equal(trained(0), trained(0))
     assert not torch.equal(trained(0), trained(1))
@@ -140,19 +174,23 @@ def test_published_probes_have_one_query_and_their_classes(classes):
         Probe("attentive", 24, 5, {"class": classes})
 
 
-def test_probing_a_run_reports_every_factor_beside_the_baselines(tiny, capsys):
-    options = ["train_clips=16", "test_clips=8", "epochs=1", "seeds=[0]", "threads=1"]
+def test_probing_a_run_reports_every_factor_beside_the_baselines(tiny, capsys, caplog):
+    options = ["train_clips=16", "test_clips=8", "steps=4", "seeds=[0]", "threads=1"]
     assert cli.main(["probe", f"run={tiny}", *options]) == 0
     report = json.loads((tiny / "probe.json").read_text())
-    assert list(report["results"]) == ["trained", "untrained", "pixels"]
-    for result in report["results"].values():
-        assert list(result) == list(FACTORS)
+    assert list(report["results"]) == ["linear", "attentive", "knn"]
+    for kind, results in report["results"].items():
+        expected = ["trained", "untrained", *(["pixels"] if kind != "attentive" else [])]
+        assert list(results) == expected
+        for result in results.values():
+            assert list(result["questions"]) == list(FACTORS)
     shown = capsys.readouterr().out
     assert "appearance" in shown and "motion" in shown and "direction" in shown
+    assert "the linear probe of trained has not converged in 4 steps" in caplog.text
     cached = sorted((tiny / "features").iterdir())
     assert len(cached) == 4
     before = [entry.stat().st_mtime_ns for entry in cached]
-    assert cli.main(["probe", f"run={tiny}", "kind=linear", *options]) == 0
+    assert cli.main(["probe", f"run={tiny}", "kinds=[linear]", *options]) == 0
     assert [entry.stat().st_mtime_ns for entry in sorted((tiny / "features").iterdir())] == before
 
 
@@ -262,7 +300,9 @@ def test_encode_writes_a_file_per_video_and_names_bad_ones(tiny, tmp_path, share
     features = load_file(out / "deep" / "b.avi.safetensors")["features"]
     assert features.shape == (2, 2 * 4 * 4, 24) and features.dtype == torch.float16
     assert features.isfinite().all() and not torch.equal(features[0], features[1])
-    assert encode.run(encode.EncodeConfig(source, out, run=tiny, threads=1)) == (0, 1)
+    assert encode.run(encode.EncodeConfig(source, out, run=tiny, clips=2, threads=1)) == (0, 1)
+    # One clip is another size than two.
+    assert encode.run(encode.EncodeConfig(source, out, run=tiny, threads=1)) == (2, 1)
 
 
 def test_encode_refuses_what_is_not_there(tiny, tmp_path):
