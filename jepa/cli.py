@@ -1,7 +1,8 @@
 """The command line: ``jepa pretrain | probe | finetune | encode | variants | conformance``. Every
 option is a field of the command's configuration.
 
-jepa pretrain variant=fwm_hw_ld model=micro schedule.total_steps=300 output=runs/demo
+jepa pretrain variant=fwm_hw_ld schedule.total_steps=300 output=runs/demo
+jepa pretrain recipe=published variant=fwm_hw_ld output=runs/published
 jepa probe run=runs/demo
 jepa pretrain --config run.yaml --data.kind ucf101 --data.at.files /data/UCF-101 --data.at.lists
 /data/ucfTrainTestlist
@@ -16,7 +17,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jepa.config import ConfigError, load, to_dict, to_yaml
+from jepa import recipes
+from jepa.config import ConfigError, load, merged, to_dict, to_yaml
 
 
 def _pretrain() -> tuple[type, Callable[[Any], object]]:
@@ -95,13 +97,23 @@ def _describe(kind: type) -> str:
     return f"{kind.__doc__}\nkeys:\n" + "\n".join(fields)
 
 
+def _recipes(name: str) -> str:
+    if name != "pretrain":
+        return ""
+    names = ", ".join(recipes.RECIPES)
+    return (
+        f"\nrecipe=NAME starts from one of {names} (jepa/recipes.py); {recipes.DEFAULT} where "
+        "neither it nor --config is given"
+    )
+
+
 def _configured(name: str, arguments: Sequence[str]) -> int:
     purpose, find = COMMANDS[name]
     parser = argparse.ArgumentParser(
         prog=f"jepa {name}",
         description=purpose,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_describe(find()[0]),
+        epilog=_describe(find()[0]) + _recipes(name),
     )
     parser.add_argument(
         "--config", help="YAML file; what is given on the command line is laid over it"
@@ -111,7 +123,11 @@ def _configured(name: str, arguments: Sequence[str]) -> int:
     )
     known, rest = parser.parse_known_args(arguments)
     kind, run = find()
-    config = load(kind, known.config, overrides(rest), base=_nested_defaults(kind))
+    words, base = overrides(rest), _nested_defaults(kind)
+    if name == "pretrain":
+        settings, words = recipes.taken_from(words, known.config is not None)
+        base = merged(base, settings)
+    config = load(kind, known.config, words, base=base)
     if known.show:
         print(to_yaml(config), end="")
         return 0

@@ -140,18 +140,21 @@ class Probe(nn.Module):
             raise ConfigError(f"config: heads must divide the feature width {width}, got {heads}.")
         self.pooler = AttentivePooler(width, heads, len(classes)) if kind == "attentive" else None
         self.norm = nn.BatchNorm1d(width, affine=False)
-        self.linears = nn.ModuleDict(
-            {name: nn.Linear(width, count) for name, count in classes.items()}
-        )
-        self.linears.apply(initialise)
+        self.classes = dict(classes)
+        # One layer for all questions, row by row: small products cost their launches.
+        self.linear = nn.Linear(width, sum(classes.values()))
+        initialise(self.linear)
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+        counts = list(self.classes.values())
         if self.pooler is None:
-            pooled = self.norm(tokens.mean(1))
-            return {name: linear(pooled) for name, linear in self.linears.items()}
+            logits = self.linear(self.norm(tokens.mean(1))).split(counts, dim=1)
+            return dict(zip(self.classes, logits))
+        own = zip(self.linear.weight.split(counts), self.linear.bias.split(counts))
+        pooled = self.pooler(tokens).unbind(1)
         return {
-            name: linear(pooled)
-            for (name, linear), pooled in zip(self.linears.items(), self.pooler(tokens).unbind(1))
+            name: functional.linear(one, weight, bias)
+            for name, one, (weight, bias) in zip(self.classes, pooled, own)
         }
 
 

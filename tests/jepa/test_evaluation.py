@@ -156,7 +156,7 @@ def test_a_probe_depends_on_its_seed_only():
 
     def trained(seed):
         probe = train_probe(cfg, "attentive", train, np.arange(32), {"a": 2}, seed, 1e-3, 0.0).probe
-        return probe.linears["a"].weight
+        return probe.linear.weight
 
     assert torch.equal(trained(0), trained(0))
     assert not torch.equal(trained(0), trained(1))
