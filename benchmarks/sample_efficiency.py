@@ -216,7 +216,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    made.add_argument("--masks", nargs="+", choices=POLICY_NAMES, default=["future"])
+    made.add_argument("--masks", nargs="+", choices=POLICY_NAMES, default=["blocks"])
     made.add_argument("--sides", type=int, nargs="+", default=[32], help="pixels (default 32)")
     made.add_argument(
         "--clips", type=int, nargs="+", default=[0, 256, 1024], help="unique; 0: all are new"

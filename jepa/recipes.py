@@ -18,7 +18,7 @@ RECIPES: Mapping[str, dict[str, Any]] = {
     "published": {},
     "small": {
         "model": {"size": "micro", "patch_size": 8, "rope_interpolate_from": None},
-        "variant": {"masks": {"name": "half_time"}},
+        "variant": {"base": "ld"},
         "schedule": {
             "total_steps": 600,
             "warmup_steps": 30,
@@ -29,7 +29,7 @@ RECIPES: Mapping[str, dict[str, Any]] = {
             "final_momentum": 0.999,
         },
         "data": {"kind": "moving_textures", "size": 100_000},
-        "batch_size": 32,
+        "batch_size": 16,
         "frames": 8,
         "stride": 1,
         "height": 32,

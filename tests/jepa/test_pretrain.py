@@ -468,6 +468,7 @@ def test_a_recipe_is_laid_under_what_is_given(capsys):
     assert published == pretrain.PretrainConfig()
     small = shown()
     assert small == shown("recipe=small")
+    assert "latent_dynamics" in small.variant.objectives
     assert (small.data.kind, small.model.patch_size) == ("moving_textures", 8)
     assert small.model.width == published.model.width
     # A name in place of a mapping keeps what the recipe says beside it.
