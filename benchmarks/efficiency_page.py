@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +91,9 @@ def named(setting: Setting) -> str:
     return f"{side} px, {masks} masks, {data}, {steps} steps"
 
 
-@lru_cache(maxsize=2)
-def _study(path: Path) -> Study:
-    return Study(path)
-
-
 def text(path: Path) -> str:
     """The tables as Markdown."""
-    study = _study(path)
+    study = Study(path)
     if not study.series:
         return "No record is committed yet."
     lines = [f"Record: `{_shown(path)}`, a line per measurement.", ""]
