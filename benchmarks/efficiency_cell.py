@@ -44,7 +44,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 }
 # Where a run is asked, in shares of its steps.
 CHECKPOINTS = (0.25, 0.5, 1.0)
-LABEL_SHARES = (0.1,)
+LABEL_SHARES = (0.01, 0.1)
 _EVALUATION_BATCH = 64
 _TYPICAL_STEPS = 8  # whose masks stand for all in the count of FLOP
 
@@ -70,12 +70,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Asked:
-    """How many labelled clips a probe learns from and is asked, and for how many steps it is
-    trained (records say whether that was enough)."""
+    """How many labelled clips a probe learns from and is asked."""
 
     labels: int = 2048
     tests: int = 2048
-    probe_steps: int = 1000
 
 
 def configuration(cell: Cell, output: Path) -> PretrainConfig:
@@ -190,7 +188,7 @@ def run_pixels(side: int, asked: Asked) -> dict[str, Any]:
         split: probe.Features(probe.pixel_features(data, spec), probe.questions(data)[1])
         for split, data in sets.items()
     }
-    point = _answered(features, probe.questions(sets["train"])[0], asked, ())
+    point = _answered(features, probe.questions(sets["train"])[0], ())
     return {
         "kind": "pixels",
         "side": side,
@@ -286,16 +284,13 @@ def ask(
         split: probe.Features(mean_features(encoder, data, spec), probe.questions(data)[1])
         for split, data in sets.items()
     }
-    return _answered(features, probe.questions(sets["train"])[0], asked, shares)
+    return _answered(features, probe.questions(sets["train"])[0], shares)
 
 
 def _answered(
-    features: Mapping[str, probe.Features],
-    classes: Mapping[str, int],
-    asked: Asked,
-    shares: Sequence[float],
+    features: Mapping[str, probe.Features], classes: Mapping[str, int], shares: Sequence[float]
 ) -> dict[str, Any]:
-    cfg = probe.ProbeConfig(device="cpu", steps=asked.probe_steps)
+    cfg = probe.ProbeConfig(device="cpu")
     train, test = features["train"], features["test"]
     every = np.arange(len(test.tokens))
     trained = probe.fitted(cfg, "linear", train, classes, 0)
@@ -313,7 +308,7 @@ def _answered(
         "linear": {name: float(values.mean()) for name, values in hits.items()},
         "linear_train": probe.answers(trained.probe, train, np.arange(len(train.tokens))),
         "linear_converged": trained.converged,
-        "weight_decay": trained.weight_decay,
+        "penalty": trained.decay,
         "knn": {name: value["top1"] for name, value in neighbours.items()},
         "fewer_labels": fewer,
         # Clip by clip, so that intervals can be paired over clips: bit i of the bytes is clip i.

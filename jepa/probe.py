@@ -2,9 +2,12 @@
 attentive (one learned query per question, one cross-attention block, a linear layer).
 
 A linear probe and neighbours say what the features hold; an attentive probe has enough weights of
-its own to answer much from an untrained encoder too, so it is read beside that. Features are
-computed once and kept on disk; only the probe trains, for a number of steps that does not depend on
-how many clips there are, and it says so when that was too few. On generated clips every factor is a
+its own to answer much from an untrained encoder too, so it is read beside that. Mean tokens lie
+close to a few directions (of an untrained encoder, to one), along which stochastic steps are spent
+while the rest is never reached: the linear probe whitens them, which does not change what it can
+express, and is solved rather than trained. Features are computed once and kept on disk; only the
+probe trains, for a number of steps that does not depend on how many clips there are, and it says so
+when that was too few. On generated clips every factor is a
 question of its own, answered side by side from the same features; any other data set asks for its
 class.
 """
@@ -12,8 +15,9 @@ class.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +60,8 @@ _HELD_OUT = 0.125  # of the training clips, to choose by
 _CURVE_POINTS = 20
 _STILL_FALLING = 0.05
 _NEIGHBOURS = (5, 20, 80)
+# Standard deviations below this share of the largest are noise of the arithmetic.
+_WHITENING_FLOOR = 1e-4
 _NEIGHBOUR_TEMPERATURE = 0.07
 
 Kind = Literal["linear", "attentive", "knn"]
@@ -74,8 +80,9 @@ class ProbeConfig:
             (published) or ``all``, side by side.
         seeds: of the probe's weights and data order, one probe each. steps, batch_size, heads: of
             its training.
-        learning_rates, weight_decays: every pair is tried; with several the best on an eighth of
-            the training clips is taken, and trained again on all of them.
+        learning_rates, weight_decays: of the attentive probe; every pair is tried; with several the
+            best on an eighth of the training clips is taken, and trained again on all of them.
+        penalties: weights of |W|^2 / 2 in the loss of the linear probe, chosen in the same way.
         untrained, pixels: also probe an untrained encoder and the bare pixels.
         output: JSON file of the results, None for `probe.json` in the run's folder.
     """
@@ -96,6 +103,7 @@ class ProbeConfig:
     heads: int = 3
     learning_rates: tuple[float, ...] = (2e-3,)
     weight_decays: tuple[float, ...] = (0.01, 1.0)
+    penalties: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
     untrained: bool = True
     pixels: bool = True
     workers: int = 0
@@ -107,7 +115,7 @@ class ProbeConfig:
         for name in ("train_clips", "test_clips", "steps", "batch_size", "heads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"config: {name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("kinds", "seeds", "learning_rates", "weight_decays"):
+        for name in ("kinds", "seeds", "learning_rates", "weight_decays", "penalties"):
             if not getattr(self, name):
                 raise ConfigError(f"config: {name} must not be empty, got ().")
 
@@ -131,6 +139,34 @@ class AttentivePooler(nn.Module):
         return query + self.mlp(self.norm2(query))
 
 
+class Whitening(nn.Module):
+    """Mean 0 and unit variance in every direction of the features it was fitted to: [B, D] -> [B,
+    D]. In float64, since what is small before may be large after."""
+
+    centre: Tensor
+    directions: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(width, dtype=torch.float64))
+        self.register_buffer("directions", torch.eye(width, dtype=torch.float64))
+
+    def fit(self, features: Tensor) -> None:
+        wide = features.double()
+        std, mean = torch.std_mean(wide, dim=0, correction=0)
+        scale = 1.0 / (std + 1e-6)
+        _, values, vectors = torch.linalg.svd((wide - mean) * scale, full_matrices=False)
+        spread = values / len(wide) ** 0.5
+        spread = spread + _WHITENING_FLOOR * spread.max().clamp(min=1e-12)
+        self.centre.copy_(mean)
+        # With fewer clips than dimensions there are fewer directions.
+        self.directions.zero_()
+        self.directions[:, : len(values)] = scale[:, None] * vectors.T / spread
+
+    def forward(self, features: Tensor) -> Tensor:
+        return ((features.double() - self.centre) @ self.directions).float()
+
+
 class Probe(nn.Module):
     """Logits of every question from the tokens of a clip: [B, N, D] -> one [B, classes] each."""
 
@@ -139,7 +175,7 @@ class Probe(nn.Module):
         if kind == "attentive" and width % heads:
             raise ConfigError(f"config: heads must divide the feature width {width}, got {heads}.")
         self.pooler = AttentivePooler(width, heads, len(classes)) if kind == "attentive" else None
-        self.norm = nn.BatchNorm1d(width, affine=False)
+        self.whitening = Whitening(width) if kind == "linear" else None
         self.classes = dict(classes)
         # One layer for all questions, row by row: small products cost their launches.
         self.linear = nn.Linear(width, sum(classes.values()))
@@ -147,9 +183,10 @@ class Probe(nn.Module):
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
         counts = list(self.classes.values())
-        if self.pooler is None:
-            logits = self.linear(self.norm(tokens.mean(1))).split(counts, dim=1)
+        if self.whitening is not None:
+            logits = self.linear(self.whitening(tokens.mean(1))).split(counts, dim=1)
             return dict(zip(self.classes, logits))
+        assert self.pooler is not None
         own = zip(self.linear.weight.split(counts), self.linear.bias.split(counts))
         pooled = self.pooler(tokens).unbind(1)
         return {
@@ -183,16 +220,14 @@ class Features:
 
 @dataclass(frozen=True)
 class Trained:
-    """A probe and its training loss, as means over equal parts of its steps."""
+    """A probe and its training loss, as means over equal parts of its steps. `decay` is the weight
+    decay of an attentive probe, the penalty of a linear one, which has no rate."""
 
     probe: Probe
     curve: tuple[float, ...]
-    learning_rate: float
-    weight_decay: float
-
-    @property
-    def converged(self) -> bool:
-        return has_converged(self.curve)
+    converged: bool
+    rate: float | None
+    decay: float
 
 
 def has_converged(curve: Sequence[float]) -> bool:
@@ -216,15 +251,9 @@ def train_probe(
     rate: float,
     decay: float,
 ) -> Trained:
-    """A probe trained on `rows` of the features: AdamW, a cosine to 0, cross-entropy summed over
-    the questions, batches drawn with replacement."""
-    device = torch.device(
-        "cuda"
-        if cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
-        else "cpu"
-    )
-    if kind == "linear":
-        train = train.pooled()
+    """An attentive probe trained on `rows` of the features: AdamW, a cosine to 0, cross-entropy
+    summed over the questions, batches drawn with replacement."""
+    device = _device(cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         probe = Probe(kind, train.tokens.shape[2], cfg.heads, classes).to(device)
@@ -234,12 +263,7 @@ def train_probe(
     losses = torch.zeros(cfg.steps, device=device)
     for step in range(cfg.steps):
         tokens, labels = train.at(order.choice(rows, min(cfg.batch_size, len(rows))), device)
-        loss = torch.stack(
-            [
-                functional.cross_entropy(logits, labels[name])
-                for name, logits in probe(tokens).items()
-            ]
-        ).sum()
+        loss = _cross_entropy(probe(tokens), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -247,25 +271,87 @@ def train_probe(
         losses[step] = loss.detach()
     parts = losses.cpu().tensor_split(min(_CURVE_POINTS, cfg.steps))
     curve = tuple(float(part.mean()) for part in parts)
-    return Trained(probe.eval(), curve, rate, decay)
+    return Trained(probe.eval(), curve, has_converged(curve), rate, decay)
+
+
+def solve_linear(
+    cfg: ProbeConfig,
+    train: Features,
+    rows: NDArray[np.int64],
+    classes: Mapping[str, int],
+    penalty: float,
+) -> Trained:
+    """The linear probe of `rows`: multinomial logistic regression of every question from whitened
+    mean tokens, by L-BFGS from zero weights until it stops or `steps` are made. Convex: no seed."""
+    device = _device(cfg)
+    tokens, labels = train.pooled().at(rows, device)
+    probe = Probe("linear", tokens.shape[2], cfg.heads, classes).to(device)
+    assert probe.whitening is not None
+    probe.whitening.fit(tokens[:, 0])
+    inputs = probe.whitening(tokens[:, 0])
+    for parameter in probe.linear.parameters():
+        nn.init.zeros_(parameter)
+    optimizer = torch.optim.LBFGS(
+        probe.linear.parameters(),
+        max_iter=cfg.steps,
+        history_size=10,
+        tolerance_grad=1e-4,
+        tolerance_change=1e-7,
+        line_search_fn="strong_wolfe",
+    )
+    curve: list[float] = []
+    counts = list(classes.values())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        logits = dict(zip(classes, probe.linear(inputs).split(counts, dim=1)))
+        loss = _cross_entropy(logits, labels) + 0.5 * penalty * probe.linear.weight.square().sum()
+        loss.backward()
+        curve.append(float(loss))
+        return loss
+
+    optimizer.step(closure)
+    iterations = optimizer.state[probe.linear.weight]["n_iter"]
+    return Trained(probe.eval(), tuple(curve), iterations < cfg.steps, None, penalty)
+
+
+def _device(cfg: ProbeConfig) -> torch.device:
+    on_gpu = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def _cross_entropy(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
+    """Summed over the questions."""
+    return torch.stack(
+        [functional.cross_entropy(one, labels[name]) for name, one in logits.items()]
+    ).sum()
 
 
 def fitted(
     cfg: ProbeConfig, kind: str, train: Features, classes: Mapping[str, int], seed: int
 ) -> Trained:
-    """A probe trained on all of the features, with the rate and weight decay that do best on an
-    eighth of them where there are several."""
-    pairs = [(rate, decay) for rate in cfg.learning_rates for decay in cfg.weight_decays]
-    if len(pairs) > 1:
+    """A probe trained on all of the features, with the rate and weight decay (or penalty) that do
+    best on an eighth of them where there are several."""
+    tried: list[Callable[[NDArray[np.int64]], Trained]] = (
+        [
+            partial(solve_linear, cfg, train, classes=classes, penalty=penalty)
+            for penalty in cfg.penalties
+        ]
+        if kind == "linear"
+        else [
+            partial(
+                train_probe, cfg, kind, train, classes=classes, seed=seed, rate=rate, decay=decay
+            )
+            for rate in cfg.learning_rates
+            for decay in cfg.weight_decays
+        ]
+    )
+    best = tried[0]
+    if len(tried) > 1:
         held, rest = _held_out(len(train.tokens), seed)
-
-        def score(pair: tuple[float, float]) -> float:
-            probe = train_probe(cfg, kind, train, rest, classes, seed, *pair).probe
-            return sum(answers(probe, train, held).values())
-
-        pairs = [max(pairs, key=score)]
-    every = np.arange(len(train.tokens))
-    return train_probe(cfg, kind, train, every, classes, seed, *pairs[0])
+        scores = [sum(answers(one(rest).probe, train, held).values()) for one in tried]
+        best = tried[int(np.argmax(scores))]
+    return best(np.arange(len(train.tokens)))
 
 
 @torch.inference_mode()
@@ -305,11 +391,12 @@ def probed(
         training = _neighbours(train.pooled(), test.pooled(), classes, found, seen)
     else:
         everything = np.arange(len(train.tokens))
-        training |= {"learning_rate": [], "weight_decay": [], "curves": []}
-        for seed in cfg.seeds:
+        training |= {"rate": [], "decay": [], "curves": []}
+        # A linear probe is the solution of a convex problem: one seed says all.
+        for seed in cfg.seeds if kind == "attentive" else cfg.seeds[:1]:
             trained = fitted(cfg, kind, train, classes, seed)
-            training["learning_rate"].append(trained.learning_rate)
-            training["weight_decay"].append(trained.weight_decay)
+            training["rate"].append(trained.rate)
+            training["decay"].append(trained.decay)
             training["curves"].append(trained.curve)
             training["converged"] &= trained.converged
             for into, features, rows in (

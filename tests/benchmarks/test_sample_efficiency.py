@@ -133,7 +133,7 @@ def test_records_survive_a_kill_in_the_middle_of_a_line(tmp_path):
 
 
 def test_a_small_study_runs_and_is_drawn(tmp_path):
-    asked = Asked(160, 64, probe_steps=20)
+    asked = Asked(160, 64)
     options = small(tmp_path)
     records = [
         efficiency_cell.run_untrained(32, 0, asked),
