@@ -307,7 +307,7 @@ def solve_linear(
         logits = dict(zip(classes, probe.linear(inputs).split(counts, dim=1)))
         loss = _cross_entropy(logits, labels) + 0.5 * penalty * probe.linear.weight.square().sum()
         loss.backward()
-        curve.append(float(loss))
+        curve.append(float(loss.detach()))
         return loss
 
     optimizer.step(closure)
