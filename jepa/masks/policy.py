@@ -63,8 +63,6 @@ class MotionGuidance:
 BLOCK_SETS = (MaskSet(8, (0.15, 0.15)), MaskSet(2, (0.7, 0.7)))
 # Part of the clip alone, so that what is hidden is seen at another time.
 TUBE_SETS = (MaskSet(8, (0.15, 0.15), (0.5, 0.5)), MaskSet(2, (0.7, 0.7), (0.5, 0.5)))
-# Whole frames of half the time steps, wherever they lie: past, middle or future.
-HALF_TIME_SETS = (MaskSet(1, (1.0, 1.0), (0.5, 0.5)), MaskSet(8, (0.15, 0.15), (0.5, 0.5)))
 FUTURE_SETS = (MaskSet(4, (0.15, 0.15)), MaskSet(1, (0.7, 0.7)))
 
 
@@ -118,18 +116,18 @@ class MaskPolicy:
         return replace(self, motion=motion, truncate="batch_min", shared_block_size=True)
 
 
-POLICY_NAMES = ("blocks", "motion", "future", "motion_future", "tubes", "half_time")
+POLICY_NAMES = ("blocks", "motion", "future", "motion_future", "tubes")
 
 
 def mask_policy(name: str, *, strength: float = 2.0, random_rate: float = 0.1) -> MaskPolicy:
-    """The named policies: the study's four, then tubes of half the clip, and a mixture of half the
-    time with such tubes. `strength` and `random_rate` matter to the motion-guided ones only."""
+    """The named policies: the study's four, and blocks that last half the clip (`tubes`). `strength`
+    and `random_rate` matter to the motion-guided ones only. A mixture is a policy with sets of its
+    own: each set is one kind of mask."""
     guidance = MotionGuidance(strength, random_rate)
     policies = {
         "blocks": MaskPolicy(),
         "motion": MaskPolicy(motion=guidance),
         "tubes": MaskPolicy(sets=TUBE_SETS),
-        "half_time": MaskPolicy(sets=HALF_TIME_SETS),
         "future": MaskPolicy(sets=FUTURE_SETS, context_share=0.5),
         "motion_future": MaskPolicy(sets=FUTURE_SETS, context_share=0.5, motion=guidance),
     }

@@ -98,7 +98,8 @@ def test_cells_of_a_seed_start_alike_and_differ_in_their_objectives(name, tmp_pa
 
 
 def small(tmp_path, *more):
-    words = "--variants baseline ld --clips 0 --seeds 0 --steps 4 --labels 160 --tests 64 --null 2"
+    words = "--variants baseline ld --masks future --clips 0 --seeds 0 --steps 4 --labels 160"
+    words += " --tests 64 --null 2"
     places = ["--records", str(tmp_path / "r.jsonl"), "--runs", str(tmp_path / "runs")]
     return sample_efficiency.parser().parse_args(
         [*words.split(), "--jobs", "1", "--supervised", "1", *places, *more]
