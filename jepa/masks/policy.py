@@ -120,9 +120,11 @@ POLICY_NAMES = ("blocks", "motion", "future", "motion_future", "tubes")
 
 
 def mask_policy(name: str, *, strength: float = 2.0, random_rate: float = 0.1) -> MaskPolicy:
-    """The named policies: the study's four, and blocks that last half the clip (`tubes`). `strength`
-    and `random_rate` matter to the motion-guided ones only. A mixture is a policy with sets of its
-    own: each set is one kind of mask."""
+    """The named policies: the study's four, and blocks that last half the clip (`tubes`).
+
+    `strength` and `random_rate` matter to the motion-guided ones only. A mixture is a policy with
+    sets of its own: each set is one kind of mask.
+    """
     guidance = MotionGuidance(strength, random_rate)
     policies = {
         "blocks": MaskPolicy(),
