@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks.efficiency_cell import VARIANTS
 from benchmarks.efficiency_statistics import (
+    Difference,
     Interval,
     difference,
     gain,
@@ -85,6 +86,10 @@ def percent(value: Interval, sign: bool = False) -> str:
     return form.format(*(100 * v for v in (value.value, value.low, value.high)))
 
 
+def _apart(found: Difference | None) -> str:
+    return "" if found is None else percent(found, sign=True) + ("*" if found.strict else "")
+
+
 def named(setting: Setting) -> str:
     masks, side, clips, steps = setting
     data = f"{clips} unique clips" if clips else "every clip new"
@@ -148,14 +153,15 @@ def setting_tables(study: Study, setting: Setting) -> list[str]:
     """Accuracies, differences to the baseline of the same seeds, the gain in clips, and costs."""
     series, variants = study.series[setting], study.variants(setting)
     compared = [name for name in variants if name != "baseline" and "baseline" in series]
-    comparisons = max(1, len(compared) * len(GROUPS))
+    # To the untrained start and, but for itself, to the baseline.
+    comparisons = len(GROUPS) * (len(variants) + len(compared))
     lines = [
         f"**{named(setting)}**",
         "",
-        "| variant | seeds | motion | appearance | motion - untrained | motion - baseline | "
-        "appearance - baseline | clips the baseline needs, motion | TFLOP | processor s | "
-        "effective rank |",
-        f"|{'---|' * 11}",
+        "| variant | seeds | motion | appearance | motion - untrained | appearance - untrained | "
+        "motion - baseline | appearance - baseline | clips the baseline needs, motion | TFLOP | "
+        "processor s | effective rank |",
+        f"|{'---|' * 12}",
     ]
     spreads = []
     for name in variants:
@@ -165,16 +171,13 @@ def setting_tables(study: Study, setting: Setting) -> list[str]:
         row = [name, str(len(seeds))]
         row += [percent(mean_interval(final(cells, seeds, group))) for group in GROUPS]
         started = [seed for seed in seeds if seed in start]
-        row.append(
-            percent(
-                difference(
-                    final(cells, started, "motion"), final(start, started, "motion"), comparisons
-                ),
-                sign=True,
+        for group in GROUPS:
+            found = (
+                difference(final(cells, started, group), final(start, started, group), comparisons)
+                if started
+                else None
             )
-            if started
-            else ""
-        )
+            row.append(_apart(found))
         paired = [seed for seed in seeds if seed in series.get("baseline", {})]
         if name in compared and paired:
             for group in GROUPS:
@@ -183,7 +186,7 @@ def setting_tables(study: Study, setting: Setting) -> list[str]:
                     final(series["baseline"], paired, group),
                     comparisons,
                 )
-                row.append(percent(found, sign=True) + ("*" if found.strict else ""))
+                row.append(_apart(found))
                 spreads.append((group, found.spread, found.seeds))
             both = [seed for seed in paired if seed in start]
             row.append(_gain_cell(study, setting, name, both) if both else "")
