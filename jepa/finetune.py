@@ -31,8 +31,8 @@ from jepa.data.clip import ClipDataset
 from jepa.data.loader import Loader
 from jepa.data.mixture import Epochs
 from jepa.evaluation import InputSpec, Which, load_bundle, wilson
+from jepa.models.probes import Probe
 from jepa.pretrain import PretrainConfig, prepared
-from jepa.probe import Probe
 from jepa.schedules import cosine
 from jepa.step import ModelBundle, loss_step, precision
 from jepa.target import update_ema

@@ -26,7 +26,8 @@ from jepa.evaluation import (
     wilson,
 )
 from jepa.finetune import FinetuneConfig, layer_groups
-from jepa.probe import Features, Probe, ProbeConfig, has_converged, probed, train_probe
+from jepa.models.probes import Probe
+from jepa.probe import Features, ProbeConfig, has_converged, probed, train_probe
 from tests.jepa.run_cases import tiny_run
 
 
@@ -316,3 +317,21 @@ def test_encode_refuses_what_is_not_there(tiny, tmp_path):
         encode.run(encode.EncodeConfig(tmp_path / "none", tmp_path / "out", run=tiny))
     with pytest.raises(ConfigError, match="got none in"):
         encode.run(encode.EncodeConfig(tmp_path, tmp_path / "out", run=tiny))
+
+
+@pytest.mark.slow
+def test_the_two_commands_of_the_readme_put_motion_into_frozen_features(tmp_path):
+    """At a third of the recipe's length, with half the margin that it has there."""
+    run = tmp_path / "demo"
+    one = ["threads=1", "device=cpu"]
+    steps = ["schedule.total_steps=200", "checkpoint_every=200"]
+    assert cli.main(["pretrain", f"output={run}", *steps, *one]) == 0
+    clips = ["train_clips=1536", "test_clips=1024", "kinds=[linear]", "pixels=false"]
+    assert cli.main(["probe", f"run={run}", *clips, *one]) == 0
+    report = json.loads((run / "probe.json").read_text())["results"]["linear"]
+    motion = {
+        name: np.mean([result["questions"][q]["top1"] for q in ("direction", "speed")])
+        for name, result in report.items()
+    }
+    assert all(result["training"]["converged"] for result in report.values())
+    assert motion["trained"] > motion["untrained"] + 0.03
