@@ -72,8 +72,8 @@ class Cell:
 class Asked:
     """How many labelled clips a probe learns from and is asked."""
 
-    labels: int = 2048
-    tests: int = 2048
+    labels: int = 1536
+    tests: int = 1536
 
 
 def configuration(cell: Cell, output: Path) -> PretrainConfig:

@@ -222,9 +222,9 @@ def parser() -> argparse.ArgumentParser:
         "--clips", type=int, nargs="+", default=[0, 256, 1024], help="unique; 0: all are new"
     )
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    made.add_argument("--steps", type=int, default=600)
-    made.add_argument("--labels", type=int, default=2048, help="labelled clips of a probe")
-    made.add_argument("--tests", type=int, default=2048)
+    made.add_argument("--steps", type=int, default=400)
+    made.add_argument("--labels", type=int, default=1536, help="labelled clips of a probe")
+    made.add_argument("--tests", type=int, default=1536)
     made.add_argument("--null", type=int, default=20, help="untrained encoders (default 20)")
     made.add_argument(
         "--supervised", type=float, default=SUPERVISED_S, help="seconds of training on labels"
