@@ -73,8 +73,9 @@ class ProbeConfig:
         data: labelled data; None means the run's own. frames, height, width: of the input, None for
             the run's.
         train_clips, test_clips: how many are used of generated clips.
-        kinds: ``linear`` and ``knn`` (on the mean token), ``attentive``. levels: ``last``
-            (published) or ``all``, side by side.
+        kinds: ``linear`` and ``knn`` (on the mean token), ``attentive``. levels,
+            attentive_levels: ``last`` (published) or ``all``, side by side; an attentive probe of
+            all of them costs the square of their number.
         seeds: of the probe's weights and data order, one probe each. steps, batch_size, heads: of
             its training.
         learning_rates, weight_decays: of the attentive probe; every pair is tried; with several the
@@ -94,9 +95,10 @@ class ProbeConfig:
     test_clips: int = 1024
     kinds: tuple[Kind, ...] = ("linear", "attentive", "knn")
     levels: Levels = "all"
+    attentive_levels: Levels = "last"
     seeds: tuple[int, ...] = (0,)
     steps: int = 2000
-    batch_size: int = 64
+    batch_size: int = 32
     heads: int = 3
     learning_rates: tuple[float, ...] = (2e-3,)
     weight_decays: tuple[float, ...] = (0.01, 1.0)
@@ -131,6 +133,10 @@ class Features:
         return tokens, {
             name: values[torch.from_numpy(rows)].to(device) for name, values in self.labels.items()
         }
+
+    def last(self, width: int) -> Features:
+        """The last `width` channels: those of the last level."""
+        return Features(self.tokens[..., -width:], self.labels)
 
     def pooled(self) -> Features:
         """The mean token of every clip: [clips, 1, D] float32."""
@@ -476,7 +482,10 @@ def run(cfg: ProbeConfig) -> dict[str, Any]:
             )
             parts[split] = Features(tokens, labels[split])
         for kind in cfg.kinds:
-            results[kind][name] = probed(cfg, kind, parts["train"], parts["test"], classes)
+            seen = parts
+            if kind == "attentive" and cfg.attentive_levels == "last":
+                seen = {split: part.last(trained_with.model.width) for split, part in parts.items()}
+            results[kind][name] = probed(cfg, kind, seen["train"], seen["test"], classes)
     if cfg.pixels:
         parts = {
             split: Features(pixel_features(dataset, spec), labels[split])
