@@ -518,7 +518,7 @@ def show(report: Mapping[str, Any]) -> None:
     for kind, results in report["results"].items():
         # Narrow enough for 80 columns: the group is a row of its own.
         table = Table(
-            title=f"{kind} probe, top-1 in % [95 % interval] (training clips), "
+            title=f"{kind} probe, top-1 in % [95 % interval], training clips; "
             f"{report['test_clips']} test clips",
             box=SIMPLE,
         )
@@ -549,5 +549,5 @@ def show(report: Mapping[str, Any]) -> None:
 
 def _cell(value: Mapping[str, Any]) -> str:
     low, high = value["interval"]
-    test = f"{100 * value['top1']:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
-    return f"{test} ({100 * value['train']:.0f})"
+    test = f"{100 * value['top1']:.1f} [{100 * low:.0f},{100 * high:.0f}]"
+    return f"{test} {100 * value['train']:.0f}"
