@@ -32,8 +32,8 @@ from jepa.data.mixture import Epochs
 from jepa.data.transforms import model_input
 from jepa.evaluation import InputSpec, Which, content, load_bundle, wilson
 from jepa.lock import exclusive
+from jepa.models.probes import Probe
 from jepa.pretrain import PretrainConfig
-from jepa.probe import Probe
 from jepa.schedules import cosine
 from jepa.step import (
     Mark,

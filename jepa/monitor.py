@@ -122,8 +122,8 @@ class Watch:
             if share > self.monitor.max_of_mean:
                 found["mean"] = (
                     f"the prediction loss {line['prediction']:.3g} is {100 * share:.0f} % of what "
-                    f"predicting the mean feature costs ({line['mean_prediction']:.3g}): the "
-                    "context says nothing to the predictor yet"
+                    f"predicting the mean feature costs ({line['mean_prediction']:.3g}): it "
+                    "knows little more of the context than that"
                 )
             self._losses.append(line["prediction"])
             patience = self.monitor.patience

@@ -45,8 +45,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PretrainConfig(StepConfig):
-    """A whole run. The defaults are the embedded one: the micro model on moving_shapes, a few
-    minutes on two cores."""
+    """A whole run. The defaults are the published recipe around the micro model on moving_shapes;
+    jepa/recipes.py has others."""
 
     schedule: ScheduleConfig = field(
         default_factory=lambda: ScheduleConfig(

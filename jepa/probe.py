@@ -2,9 +2,12 @@
 attentive (one learned query per question, one cross-attention block, a linear layer).
 
 A linear probe and neighbours say what the features hold; an attentive probe has enough weights of
-its own to answer much from an untrained encoder too, so it is read beside that. Features are
-computed once and kept on disk; only the probe trains, for a number of steps that does not depend on
-how many clips there are, and it says so when that was too few. On generated clips every factor is a
+its own to answer much from an untrained encoder too, so it is read beside that. Mean tokens lie
+close to a few directions (of an untrained encoder, to one), along which stochastic steps are spent
+while the rest is never reached: the linear probe whitens them, which does not change what it can
+express, and is solved rather than trained. Features are computed once and kept on disk; only the
+probe trains, for a number of steps that does not depend on how many clips there are, and it says so
+when that was too few. On generated clips every factor is a
 question of its own, answered side by side from the same features; any other data set asks for its
 class.
 """
@@ -12,8 +15,9 @@ class.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,9 +50,8 @@ from jepa.evaluation import (
     untrained_encoder,
     wilson,
 )
-from jepa.models.blocks import Mlp, initialise
 from jepa.models.encoder import Levels
-from jepa_kernels.nn import CrossAttention
+from jepa.models.probes import Probe
 
 _log = logging.getLogger(__name__)
 _PIXEL_SIDE = 8
@@ -86,12 +89,14 @@ class ProbeConfig:
     kinds: tuple[Kind, ...] = ("linear", "attentive", "knn")
     """linear and knn: on the mean token; attentive: a learned query over the tokens."""
     levels: Levels = "all"
-    """Features to probe: the last level (published) or all of them, side by side."""
+    """Features to probe: all levels side by side, or the last alone."""
+    attentive_levels: Levels = "last"
+    """Of the attentive probe, published with the last; all cost the square of their number."""
     seeds: tuple[int, ...] = (0,)
     """Of the probe's weights and data order: one probe each."""
     steps: int = 2000
-    """Training steps of a probe."""
-    batch_size: int = 64
+    """Training steps of an attentive probe."""
+    batch_size: int = 32
     """Clips per step."""
     heads: int = 3
     """Of the attentive pooler."""
@@ -99,6 +104,8 @@ class ProbeConfig:
     """All are tried; the best on an eighth of the training clips is taken."""
     weight_decays: tuple[float, ...] = (0.01, 1.0)
     """All are tried, with every learning rate."""
+    penalties: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0)
+    """Weights of |W|^2 / 2 in the loss of the linear probe; chosen in the same way."""
     untrained: bool = True
     """Also probe an untrained encoder."""
     pixels: bool = True
@@ -116,53 +123,9 @@ class ProbeConfig:
         for name in ("train_clips", "test_clips", "steps", "batch_size", "heads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"config: {name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("kinds", "seeds", "learning_rates", "weight_decays"):
+        for name in ("kinds", "seeds", "learning_rates", "weight_decays", "penalties"):
             if not getattr(self, name):
                 raise ConfigError(f"config: {name} must not be empty, got ().")
-
-
-class AttentivePooler(nn.Module):
-    """The published pooler with a query per question: q + cross-attention(q, norm(x)), then q +
-    mlp(norm(q)). [B, N, D] -> [B, Q, D]."""
-
-    def __init__(self, width: int, heads: int, questions: int = 1) -> None:
-        super().__init__()
-        self.query_tokens = nn.Parameter(torch.empty(1, questions, width))
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.xattn = CrossAttention(width, heads, qkv_bias=True)
-        self.mlp = Mlp(width, 4 * width)
-        self.apply(initialise)
-        nn.init.trunc_normal_(self.query_tokens, std=0.02)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        query = self.query_tokens.expand(len(tokens), -1, -1)
-        query = query + self.xattn(query, self.norm1(tokens))
-        pooled: Tensor = query + self.mlp(self.norm2(query))
-        return pooled
-
-
-class Probe(nn.Module):
-    """Logits of every question from the tokens of a clip: [B, N, D] -> one [B, classes] each."""
-
-    def __init__(self, kind: str, width: int, heads: int, classes: Mapping[str, int]) -> None:
-        super().__init__()
-        if kind == "attentive" and width % heads:
-            raise ConfigError(f"config: heads must divide the feature width {width}, got {heads}.")
-        self.pooler = AttentivePooler(width, heads, len(classes)) if kind == "attentive" else None
-        self.norm = nn.BatchNorm1d(width, affine=False)
-        self.linears = nn.ModuleDict(
-            {name: nn.Linear(width, count) for name, count in classes.items()}
-        )
-        self.linears.apply(initialise)
-
-    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
-        if self.pooler is None:
-            pooled = self.norm(tokens.mean(1))
-            return {name: linear(pooled) for name, linear in self.linears.items()}
-        return {
-            name: linear(pooled)
-            for (name, linear), pooled in zip(self.linears.items(), self.pooler(tokens).unbind(1))
-        }
 
 
 @dataclass(frozen=True)
@@ -187,6 +150,10 @@ class Features:
         labels = {name: values[torch.from_numpy(rows)] for name, values in self.labels.items()}
         return Features(self.tokens[rows], labels)
 
+    def last(self, width: int) -> Features:
+        """The last `width` channels: those of the last level."""
+        return Features(self.tokens[..., -width:], self.labels)
+
     def pooled(self) -> Features:
         """The mean token of every clip: [clips, 1, D] float32."""
         tokens = self.tokens
@@ -197,16 +164,14 @@ class Features:
 
 @dataclass(frozen=True)
 class Trained:
-    """A probe and its training loss, as means over equal parts of its steps."""
+    """A probe and its training loss, as means over equal parts of its steps. `decay` is the weight
+    decay of an attentive probe, the penalty of a linear one, which has no rate."""
 
     probe: Probe
     curve: tuple[float, ...]
-    learning_rate: float
-    weight_decay: float
-
-    @property
-    def converged(self) -> bool:
-        return has_converged(self.curve)
+    converged: bool
+    rate: float | None
+    decay: float
 
 
 def has_converged(curve: Sequence[float]) -> bool:
@@ -230,15 +195,9 @@ def train_probe(
     rate: float,
     decay: float,
 ) -> Trained:
-    """A probe trained on `rows` of the features: AdamW, a cosine to 0, cross-entropy summed over
-    the questions, batches drawn with replacement."""
-    device = torch.device(
-        "cuda"
-        if cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
-        else "cpu"
-    )
-    if kind == "linear":
-        train = train.pooled()
+    """An attentive probe trained on `rows` of the features: AdamW, a cosine to 0, cross-entropy
+    summed over the questions, batches drawn with replacement."""
+    device = _device(cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         probe = Probe(kind, train.tokens.shape[2], cfg.heads, classes).to(device)
@@ -248,12 +207,7 @@ def train_probe(
     losses = torch.zeros(cfg.steps, device=device)
     for step in range(cfg.steps):
         tokens, labels = train.at(order.choice(rows, min(cfg.batch_size, len(rows))), device)
-        loss = torch.stack(
-            [
-                functional.cross_entropy(logits, labels[name])
-                for name, logits in probe(tokens).items()
-            ]
-        ).sum()
+        loss = _cross_entropy(probe(tokens), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -261,25 +215,87 @@ def train_probe(
         losses[step] = loss.detach()
     parts = losses.cpu().tensor_split(min(_CURVE_POINTS, cfg.steps))
     curve = tuple(float(part.mean()) for part in parts)
-    return Trained(probe.eval(), curve, rate, decay)
+    return Trained(probe.eval(), curve, has_converged(curve), rate, decay)
+
+
+def solve_linear(
+    cfg: ProbeConfig,
+    train: Features,
+    rows: NDArray[np.int64],
+    classes: Mapping[str, int],
+    penalty: float,
+) -> Trained:
+    """The linear probe of `rows`: multinomial logistic regression of every question from whitened
+    mean tokens, by L-BFGS from zero weights until it stops or `steps` are made. Convex: no seed."""
+    device = _device(cfg)
+    tokens, labels = train.pooled().at(rows, device)
+    probe = Probe("linear", tokens.shape[2], cfg.heads, classes).to(device)
+    assert probe.whitening is not None
+    probe.whitening.fit(tokens[:, 0])
+    inputs = probe.whitening(tokens[:, 0])
+    for parameter in probe.linear.parameters():
+        nn.init.zeros_(parameter)
+    optimizer = torch.optim.LBFGS(
+        probe.linear.parameters(),
+        max_iter=cfg.steps,
+        history_size=10,
+        tolerance_grad=1e-4,
+        tolerance_change=1e-7,
+        line_search_fn="strong_wolfe",
+    )
+    curve: list[float] = []
+    counts = list(classes.values())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        logits = dict(zip(classes, probe.linear(inputs).split(counts, dim=1)))
+        loss = _cross_entropy(logits, labels) + 0.5 * penalty * probe.linear.weight.square().sum()
+        loss.backward()
+        curve.append(float(loss.detach()))
+        return loss
+
+    optimizer.step(closure)
+    iterations = optimizer.state[probe.linear.weight]["n_iter"]
+    return Trained(probe.eval(), tuple(curve), iterations < cfg.steps, None, penalty)
+
+
+def _device(cfg: ProbeConfig) -> torch.device:
+    on_gpu = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def _cross_entropy(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
+    """Summed over the questions."""
+    return torch.stack(
+        [functional.cross_entropy(one, labels[name]) for name, one in logits.items()]
+    ).sum()
 
 
 def fitted(
     cfg: ProbeConfig, kind: str, train: Features, classes: Mapping[str, int], seed: int
 ) -> Trained:
-    """A probe trained on all of the features, with the rate and weight decay that do best on an
-    eighth of them where there are several."""
-    pairs = [(rate, decay) for rate in cfg.learning_rates for decay in cfg.weight_decays]
-    if len(pairs) > 1:
+    """A probe trained on all of the features, with the rate and weight decay (or penalty) that do
+    best on an eighth of them where there are several."""
+    tried: list[Callable[[NDArray[np.int64]], Trained]] = (
+        [
+            partial(solve_linear, cfg, train, classes=classes, penalty=penalty)
+            for penalty in cfg.penalties
+        ]
+        if kind == "linear"
+        else [
+            partial(
+                train_probe, cfg, kind, train, classes=classes, seed=seed, rate=rate, decay=decay
+            )
+            for rate in cfg.learning_rates
+            for decay in cfg.weight_decays
+        ]
+    )
+    best = tried[0]
+    if len(tried) > 1:
         held, rest = _held_out(len(train.tokens), seed)
-
-        def score(pair: tuple[float, float]) -> float:
-            probe = train_probe(cfg, kind, train, rest, classes, seed, *pair).probe
-            return sum(answers(probe, train, held).values())
-
-        pairs = [max(pairs, key=score)]
-    every = np.arange(len(train.tokens))
-    return train_probe(cfg, kind, train, every, classes, seed, *pairs[0])
+        scores = [sum(answers(one(rest).probe, train, held).values()) for one in tried]
+        best = tried[int(np.argmax(scores))]
+    return best(np.arange(len(train.tokens)))
 
 
 @torch.inference_mode()
@@ -319,11 +335,12 @@ def probed(
         training = _neighbours(train.pooled(), test.pooled(), classes, found, seen)
     else:
         everything = np.arange(len(train.tokens))
-        training |= {"learning_rate": [], "weight_decay": [], "curves": []}
-        for seed in cfg.seeds:
+        training |= {"rate": [], "decay": [], "curves": []}
+        # A linear probe is the solution of a convex problem: one seed says all.
+        for seed in cfg.seeds if kind == "attentive" else cfg.seeds[:1]:
             trained = fitted(cfg, kind, train, classes, seed)
-            training["learning_rate"].append(trained.learning_rate)
-            training["weight_decay"].append(trained.weight_decay)
+            training["rate"].append(trained.rate)
+            training["decay"].append(trained.decay)
             training["curves"].append(trained.curve)
             training["converged"] &= trained.converged
             for into, features, rows in (
@@ -479,7 +496,10 @@ def run(cfg: ProbeConfig) -> dict[str, Any]:
             )
             parts[split] = Features(tokens, labels[split]).at_rows(readable(tokens, dataset))
         for kind in cfg.kinds:
-            results[kind][name] = probed(cfg, kind, parts["train"], parts["test"], classes)
+            seen = parts
+            if kind == "attentive" and cfg.attentive_levels == "last":
+                seen = {split: part.last(trained_with.model.width) for split, part in parts.items()}
+            results[kind][name] = probed(cfg, kind, seen["train"], seen["test"], classes)
     if cfg.pixels:
         for split, dataset in sets.items():
             tokens = pixel_features(dataset, spec)
@@ -511,7 +531,7 @@ def show(report: Mapping[str, Any]) -> None:
     for kind, results in report["results"].items():
         # Narrow enough for 80 columns: the group is a row of its own.
         table = Table(
-            title=f"{kind} probe, top-1 in % [95 % interval] (training clips), "
+            title=f"{kind} probe, top-1 in % [95 % interval], training clips; "
             f"{report['test_clips']} test clips",
             box=SIMPLE,
         )
@@ -542,5 +562,5 @@ def show(report: Mapping[str, Any]) -> None:
 
 def _cell(value: Mapping[str, Any]) -> str:
     low, high = value["interval"]
-    test = f"{100 * value['top1']:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
-    return f"{test} ({100 * value['train']:.0f})"
+    test = f"{100 * value['top1']:.1f} [{100 * low:.0f},{100 * high:.0f}]"
+    return f"{test} {100 * value['train']:.0f}"

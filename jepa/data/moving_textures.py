@@ -217,79 +217,29 @@ class MovingTextures:
     ) -> NDArray[np.uint8]:
         """[frames, height, width, 3] of one sample, `stride` source frames apart."""
         draws = self._draws(np.array([index]))[0]
-        kinds = {name: self._class(name, draws[k]) for k, name in enumerate(FACTORS)}
-        free = dict(zip(_NUISANCES, draws[len(FACTORS) :].tolist()))
         window_draws, ground_draws, occluder_draws = np.split(
             draws[len(FACTORS) + len(_NUISANCES) :], np.cumsum(_FIELDS)[:-1]
         )
-        time = np.arange(frames, dtype=np.float64) * stride
-        side = min(height, width)
-        # Of pixel centres, in sides.
-        y, x = (np.arange(n, dtype=np.float64)[None] / side + 0.5 / side for n in (height, width))
-        moved = _travelled(
-            self.options.speeds[kinds["speed"]], kinds["acceleration"], time, frames * stride
+        kinds = {name: self._class(name, draws[k]) for k, name in enumerate(FACTORS)}
+        scene = _Scene.of(
+            kinds,
+            dict(zip(_NUISANCES, draws[len(FACTORS) :].tolist())),
+            self.options,
+            np.arange(frames, dtype=np.float64) * stride,
+            frames * stride,
+            (height, width),
         )
-        heading = kinds["direction"] * (math.pi / 4)
-        still = np.zeros(frames)
-        mover = MOTION["mover"][kinds["mover"]]
-
-        span = np.array([height / side, width / side])
-        object_moved = still if mover == "camera" else moved
-        down = _wrapped(
-            y - free["y"] * span[0] - (object_moved * math.sin(heading))[:, None], span[0]
-        )
-        across = _wrapped(
-            x - free["x"] * span[1] - (object_moved * math.cos(heading))[:, None], span[1]
-        )
-        low, high = self.options.radius
-        radius = low + (high - low) * free["radius"]
-        distance = _WINDOWS[kinds["window"]](
-            down.astype(np.float32)[:, :, None] / np.float32(radius),
-            across.astype(np.float32)[:, None, :] / np.float32(radius),
-        )
-        cover = np.clip(np.float32(0.5) - distance * np.float32(radius * side), 0.0, 1.0)
-        waves = _waves(
-            window_draws,
-            _WAVES,
-            _BANDS[kinds["texture"]],
-            (kinds["orientation"] * math.pi / 4, _SPREAD),
-            time * _ZOOM * (1 - kinds["zoom"]),
-            time * _ROTATION * (kinds["rotation"] - 1),
-        )
-        contrast = np.float32(_CONTRAST * (0.8 + 0.4 * free["contrast"]))
-        texture = contrast * _drawn(waves, down, across)
-        grey = np.float32(95.0 + 40.0 * free["grey"])
-        lift = np.float32(20.0 + 15.0 * free["lift"])
+        grey = np.float32(95.0 + 40.0 * scene.free["grey"])
+        cover, paint = _window(scene, window_draws, self.options.radius)
         behind: Float32 | np.float32 = grey
         if self.options.ground > 0.0:
-            ground_moved = moved if mover in ("camera", "both") else still
-            ground = _drawn(
-                _waves(ground_draws, _GROUND_WAVES, _GROUND_BAND, (0.0, math.pi / 2), still, still),
-                y - (ground_moved * math.sin(heading))[:, None],
-                x - (ground_moved * math.cos(heading))[:, None],
-            )
-            shade = np.float32(_CONTRAST * self.options.ground) * ground
+            shade = np.float32(_CONTRAST * self.options.ground) * _ground(scene, ground_draws)
             behind = (grey + shade * (1.0 - cover))[..., None]
-        paint = lift + texture[..., None] * _COLOURS[kinds["colour"]]
         picture = behind + cover[..., None] * paint
         if kinds["occluder"] < len(MOTION["occluder"]):
-            centre = free["occluder_x"] * span[1] + _OCCLUDER_SPEED * time * (kinds["occluder"] - 1)
-            aside = _wrapped(x - centre[:, None], span[1])
-            bar = np.clip(0.5 - (np.abs(aside) - _OCCLUDER_HALF_WIDTH) * side, 0.0, 1.0)
-            own = _drawn(
-                _waves(
-                    occluder_draws,
-                    _OCCLUDER_WAVES,
-                    _OCCLUDER_BAND,
-                    (0.0, math.pi / 2),
-                    still,
-                    still,
-                ),
-                np.broadcast_to(y, (frames, height)),
-                aside,
-            )
-            over = (grey + np.float32(_CONTRAST) * own)[..., None]
-            picture = picture + bar.astype(np.float32)[:, None, :, None] * (over - picture)
+            bar, texture = _occluder(scene, occluder_draws)
+            over = (grey + np.float32(_CONTRAST) * texture)[..., None]
+            picture = picture + bar[:, None, :, None] * (over - picture)
         rounded: NDArray[np.uint8] = np.rint(np.clip(picture, 0.0, 255.0)).astype(np.uint8)
         return rounded
 
@@ -306,6 +256,98 @@ class MovingTextures:
                 f"{indices.max()}."
             )
         return uniforms(self.seed, 0, indices, self._stream, _NUM_DRAWS)
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """What the parts of a picture have in common. Lengths are in sides, times in source frames."""
+
+    kinds: Mapping[str, int]
+    free: Mapping[str, float]
+    time: Float64  # [F]
+    y: Float64  # [1, H], of pixel centres
+    x: Float64  # [1, W]
+    span: tuple[float, float]  # height and width of the picture
+    side: int  # in pixels
+    moved: tuple[Float64, Float64]  # [F, 1] down and right, of what moves
+    still: Float64  # [F], zeros
+
+    @classmethod
+    def of(
+        cls,
+        kinds: Mapping[str, int],
+        free: Mapping[str, float],
+        options: TextureOptions,
+        time: Float64,
+        duration: float,
+        size: tuple[int, int],
+    ) -> _Scene:
+        side = min(size)
+        y, x = (np.arange(n, dtype=np.float64)[None] / side + 0.5 / side for n in size)
+        speed = options.speeds[kinds["speed"]]
+        moved = _travelled(speed, kinds["acceleration"], time, duration)[:, None]
+        heading = kinds["direction"] * (math.pi / 4)
+        return cls(
+            kinds,
+            free,
+            time,
+            y,
+            x,
+            (size[0] / side, size[1] / side),
+            side,
+            (moved * math.sin(heading), moved * math.cos(heading)),
+            np.zeros(len(time)),
+        )
+
+    def shift(self, moves: bool) -> tuple[Float64, Float64]:
+        """[F, 1] down and right, of something that moves or does not."""
+        return self.moved if moves else (self.still[:, None], self.still[:, None])
+
+
+def _window(scene: _Scene, draws: Float64, radii: tuple[float, float]) -> tuple[Float32, Float32]:
+    """How much of each pixel the window covers, [F, H, W], and what it adds there, [F, H, W, 3]."""
+    kinds, free = scene.kinds, scene.free
+    shift = scene.shift(MOTION["mover"][kinds["mover"]] != "camera")
+    down = _wrapped(scene.y - free["y"] * scene.span[0] - shift[0], scene.span[0])
+    across = _wrapped(scene.x - free["x"] * scene.span[1] - shift[1], scene.span[1])
+    radius = radii[0] + (radii[1] - radii[0]) * free["radius"]
+    distance = _WINDOWS[kinds["window"]](
+        down.astype(np.float32)[:, :, None] / np.float32(radius),
+        across.astype(np.float32)[:, None, :] / np.float32(radius),
+    )
+    cover = np.clip(np.float32(0.5) - distance * np.float32(radius * scene.side), 0.0, 1.0)
+    waves = _waves(
+        draws,
+        _WAVES,
+        _BANDS[kinds["texture"]],
+        (kinds["orientation"] * math.pi / 4, _SPREAD),
+        scene.time * _ZOOM * (1 - kinds["zoom"]),
+        scene.time * _ROTATION * (kinds["rotation"] - 1),
+    )
+    contrast = np.float32(_CONTRAST * (0.8 + 0.4 * free["contrast"]))
+    texture = contrast * _drawn(waves, down, across)
+    lift = np.float32(20.0 + 15.0 * free["lift"])
+    return cover, lift + texture[..., None] * _COLOURS[kinds["colour"]]
+
+
+def _ground(scene: _Scene, draws: Float64) -> Float32:
+    """[F, H, W], a texture without orientation over the whole picture."""
+    shift = scene.shift(MOTION["mover"][scene.kinds["mover"]] != "object")
+    waves = _waves(draws, _GROUND_WAVES, _GROUND_BAND, (0.0, math.pi / 2), scene.still, scene.still)
+    return _drawn(waves, scene.y - shift[0], scene.x - shift[1])
+
+
+def _occluder(scene: _Scene, draws: Float64) -> tuple[Float32, Float32]:
+    """An upright bar: how much of each column it covers, [F, W], and its texture, [F, H, W]."""
+    moved = _OCCLUDER_SPEED * scene.time * (scene.kinds["occluder"] - 1)
+    centre = scene.free["occluder_x"] * scene.span[1] + moved
+    aside = _wrapped(scene.x - centre[:, None], scene.span[1])
+    bar = np.clip(0.5 - (np.abs(aside) - _OCCLUDER_HALF_WIDTH) * scene.side, 0.0, 1.0)
+    waves = _waves(
+        draws, _OCCLUDER_WAVES, _OCCLUDER_BAND, (0.0, math.pi / 2), scene.still, scene.still
+    )
+    rows = np.broadcast_to(scene.y, (len(aside), scene.y.shape[1]))
+    return bar.astype(np.float32), _drawn(waves, rows, aside)
 
 
 def _travelled(speed: float, acceleration: int, time: Float64, duration: float) -> Float64:

@@ -10,11 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from jepa import cli, distributed, pretrain
 from jepa.checkpoint import CheckpointError, Checkpoints
-from jepa.config import ConfigError
+from jepa.config import ConfigError, from_dict
 from jepa.data.build import DataConfig, Location
 from jepa.distributed import World
 from jepa.evaluation import InputSpec, load_bundle
@@ -459,6 +460,28 @@ def test_unknown_keys_are_refused_with_the_nearest(capsys):
     assert "did you mean 'fwm_ld'?" in capsys.readouterr().err
     assert cli.main(["pretrain", "steps"]) == 2
     assert "must look like key=value" in capsys.readouterr().err
+
+
+def test_a_recipe_is_laid_under_what_is_given(capsys):
+    def shown(*words):
+        assert cli.main(["pretrain", "--show", *words]) == 0
+        return from_dict(pretrain.PretrainConfig, yaml.safe_load(capsys.readouterr().out))
+
+    published = shown("recipe=published")
+    assert published == pretrain.PretrainConfig()
+    small = shown()
+    assert small == shown("recipe=small")
+    assert "latent_dynamics" in small.variant.objectives
+    assert (small.data.kind, small.model.patch_size) == ("moving_textures", 8)
+    assert small.model.width == published.model.width
+    # A name in place of a mapping keeps what the recipe says beside it.
+    named = shown("variant=ld", "model=tiny", "schedule.total_steps=7", "data.size=50")
+    assert named.variant.masks == small.variant.masks
+    assert "latent_dynamics" in named.variant.objectives
+    assert (named.model.width, named.model.patch_size) == (192, 8)
+    assert named.schedule == replace(small.schedule, total_steps=7)
+    assert cli.main(["pretrain", "recipe=smal"]) == 2
+    assert "unknown recipe 'smal'; did you mean 'small'?" in capsys.readouterr().err
 
 
 def test_the_command_line_lays_flags_over_a_file(tmp_path, capsys):
