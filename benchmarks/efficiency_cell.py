@@ -229,8 +229,8 @@ def supervised(
     step = 0
     batches = spec.batches(train, cfg.batch_size, 0, torch.device("cpu"))
     while step < steps:
-        batch = next(batches)
-        labels = train.factors(batch.sample_ids.numpy())  # type: ignore[attr-defined]
+        clips, _, places = next(batches)
+        labels = train.factors(places)  # type: ignore[attr-defined]
         if step == trial:
             per_step = (time.process_time() - began) / trial
             steps = max(trial + 1, min(steps, int(0.97 * cpu_seconds / per_step)))
@@ -238,7 +238,7 @@ def supervised(
         factor = min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * progress))
         for group in optimizer.param_groups:
             group["lr"] = rate * factor
-        pooled = encoder(batch.clips).mean(1)
+        pooled = encoder(clips).mean(1)
         loss = torch.stack(
             [
                 functional.cross_entropy(head(pooled), torch.from_numpy(labels[name]))
@@ -264,7 +264,7 @@ def mean_features(encoder: Encoder, dataset: Any, spec: InputSpec) -> NDArray[np
     encoder = encoder.eval()
     batches = spec.batches(dataset, _EVALUATION_BATCH, 0, torch.device("cpu"))
     return np.concatenate(
-        [encoder(batch.clips).mean(1, keepdim=True).float().numpy() for batch in batches]
+        [encoder(clips).mean(1, keepdim=True).float().numpy() for clips, _, _ in batches]
     )
 
 
