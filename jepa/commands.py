@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,10 +19,6 @@ from typing import Any
 from jepa import options, recipes
 from jepa.config import ConfigError, load, merged, parsing_of, to_dict, to_yaml
 from jepa.failures import sentence_of
-
-# Before torch loads OpenMP: threads that wait for one another spin by default, and beside another
-# program a parallel region then takes twenty times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _pretrain() -> tuple[type, Callable[[Any], object]]:
