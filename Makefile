@@ -17,7 +17,7 @@ export PYTEST_TIMEOUT ?= 300
 PYTEST := $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: docs help dev bench test quick conformance test-rounding test-interpret test-simt test-gpu wheel-test gpu gpu-check gpu-time gpu-test gpu-dry gpu-records bench-ops lint format golden clean
+.PHONY: docs help dev bench test quick conformance test-rounding test-interpret test-simt reliability test-gpu wheel-test gpu gpu-check gpu-time gpu-test gpu-dry gpu-records bench-ops lint format golden clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -48,10 +48,10 @@ bench: dev ## the main job: throughput of every variant against frame resolution
 	$(PY) -m benchmarks.sweep --main-job $(BENCH)
 
 # A process for each part, so that compiled graphs, process groups and patched peers of one do not reach another. Longest first.
-PARTS := jepa ops gates interpret simt integrations conformance benchmarks core native
+PARTS := jepa ops gates interpret simt integrations conformance benchmarks reliability core native
 JOBS ?= 2
 # Parts side by side share the cores: a thread that waits must sleep, or small parallel regions take forty times as long.
-test quick: export OMP_WAIT_POLICY := passive
+test quick bench bench-ops: export OMP_WAIT_POLICY ?= passive
 test: dev ## everything that needs no GPU (under 12 minutes on 2 cores)
 	@echo "parts, $(JOBS) at a time, each printed when it is done: $(PARTS)"
 	@$(MAKE) --no-print-directory --jobs=$(JOBS) --keep-going --output-sync=target $(PARTS:%=part-%)
@@ -86,6 +86,9 @@ test-interpret: dev ## the Triton kernels under Triton's interpreter
 
 test-simt: dev ## the CUDA kernels on the CPU, with sanitizers and the race check
 	$(PYTEST) tests/simt tests/gates
+
+reliability: dev ## 200,000 damaged files and 1,000 kills of runs (nightly; about half an hour); writes benchmarks/results/reliability.json
+	OMP_WAIT_POLICY=passive $(PY) -m tests.reliability
 
 test-gpu: dev ## the tests that need a CUDA device
 	$(PYTEST) tests/ops -m gpu

@@ -8,7 +8,8 @@ Three libraries, compiled by ninja with every source in parallel and incremental
 
 Environment: JEPA_KERNELS_CUDA=0|1 decides about the CUDA library, JEPA_KERNELS_CUDA_ARCHS="80;90a"
 its architectures, JEPA_KERNELS_NATIVE=0 leaves all native code out (the package then runs on the
-torch backend).
+torch backend), JEPA_KERNELS_NATIVE=1 refuses to. Without a C++ compiler it is left out too, and
+`python -m jepa_kernels doctor` says so.
 """
 
 from __future__ import annotations
@@ -168,7 +169,8 @@ class Ninja:
         except subprocess.CalledProcessError as error:
             raise SystemExit(
                 f"jepa-kernels: the native build failed (ninja exit status {error.returncode}); "
-                "its output is above."
+                "its output is above. It needs a g++ with C++20 (11 or later); "
+                "JEPA_KERNELS_NATIVE=0 pip install ... leaves the native code out."
             ) from None
 
 
@@ -258,8 +260,24 @@ class NinjaBuild(build_ext):
                 os.replace(target.with_suffix(".tmp"), target)
 
 
+def missing_compiler() -> str | None:
+    """Why no C++ can be compiled here, or None."""
+    compiler = os.environ.get("CXX", "g++").split()
+    absent = [word for word in compiler if word[0] != "-" and shutil.which(word) is None]
+    return f"the C++ compiler {absent[0]!r} was not found" if absent else None
+
+
 def extensions() -> list[Extension]:
     if os.environ.get("JEPA_KERNELS_NATIVE") == "0" or platform.system() != "Linux":
+        return []
+    if missing_compiler() is not None:
+        if os.environ.get("JEPA_KERNELS_NATIVE") == "1":
+            raise SystemExit(f"jepa-kernels: JEPA_KERNELS_NATIVE=1, but {missing_compiler()}.")
+        print(
+            f"jepa-kernels: {missing_compiler()}; the native code is left out, and the package "
+            "runs on its torch backend. Install g++ (for example: apt-get install g++) and install "
+            "again for the fast kernels."
+        )
         return []
     names = ["_native", "_host"] + (["_cuda"] if find_nvcc() is not None and cuda_sources() else [])
     return [Extension(f"jepa_kernels.{name}", sources=[]) for name in names]

@@ -93,8 +93,7 @@ def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
                 return read_video(path, spec, DRAW).frames
 
             def gate(path: Path = path, spec: ClipSpec = spec, ours=ours) -> None:
-                # Converters round and filter differently, and AVI with B frames may start one frame
-                # off: a few grey levels on average.
+                # Converters round and filter differently: a few grey levels on average.
                 read, theirs = ours(), naive(path, spec)
                 error = float(np.abs(read.astype(np.int16) - theirs).mean())
                 if read.shape != theirs.shape or error > 8:

@@ -46,7 +46,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import machine
+from benchmarks import contention, machine
 from benchmarks.memory import peak_memory
 from jepa.atomic import write_text
 
@@ -234,11 +234,19 @@ class Clock:
 
 @dataclass(frozen=True)
 class Pair:
-    """Seconds of every A B B A round: (mean of the two A, mean of the two B)."""
+    """Seconds of every A B B A round: (mean of the two A, mean of the two B).
+
+    `busy` says that other programs had the cores in most rounds, also when repeated: the seconds
+    are then not those of the code. `usage` is over all rounds, `contended_rounds` of which were
+    measured again.
+    """
 
     candidate_s: tuple[float, ...]
     reference_s: tuple[float, ...]
     repeats: int
+    busy: bool = False
+    contended_rounds: int = 0
+    usage: contention.Usage = contention.NOTHING
 
     @property
     def ratios(self) -> list[float]:
@@ -260,7 +268,8 @@ def time_pair(
     device: torch.device | str = "cpu",
 ) -> Pair:
     """Warm both sides, then rounds of A B B A in this process, so that drift of the machine hits
-    both alike."""
+    both alike. A round in which other programs had the cores is measured again while the budget
+    lasts."""
     clock = Clock(device, flush_cache=settings.flush_cache, clock=settings.clock)
     begin = time.perf_counter()
     for _ in range(max(1, settings.warmup)):
@@ -275,17 +284,29 @@ def time_pair(
         if settings.flush_cache
         else max(1, min(200, round(settings.min_sample_s / max(slower, 1e-9))))
     )
-    ours: list[float] = []
-    theirs: list[float] = []
+    clean: list[tuple[float, float]] = []
+    contended: list[tuple[float, float]] = []
+    used = contention.NOTHING
+    wanted = max(settings.rounds, settings.min_rounds)
     deadline = time.perf_counter() + settings.budget_s
-    for done in range(max(settings.rounds, settings.min_rounds)):
+    # CPU time is not inflated by waiting.
+    judged = settings.clock == "wall"
+    while len(clean) < wanted and len(clean) + len(contended) < 2 * wanted:
+        done = len(clean) + len(contended)
         if done >= settings.min_rounds and time.perf_counter() > deadline:
             break
+        watch = contention.Watch()
         first = clock.seconds(candidate, repeats)
         other = clock.seconds(reference, repeats) + clock.seconds(reference, repeats)
-        ours.append((first + clock.seconds(candidate, repeats)) / 2)
-        theirs.append(other / 2)
-    return Pair(tuple(ours), tuple(theirs), repeats)
+        last = clock.seconds(candidate, repeats)
+        usage = watch.stop()
+        used += usage
+        kept = contended if judged and usage.contended else clean
+        kept.append(((first + last) / 2, other / 2))
+    busy = len(clean) < min(settings.min_rounds, wanted)
+    rounds = clean + contended if busy else clean
+    ours, theirs = zip(*rounds, strict=True)
+    return Pair(ours, theirs, repeats, busy, len(contended), used)
 
 
 def summarize(seconds: Sequence[float]) -> dict[str, float]:
@@ -350,6 +371,8 @@ def measure(
     record |= {
         "status": "ok",
         "samples": len(ratios),
+        "busy": pair.busy,
+        "contention": {**pair.usage.as_dict(), "contended_rounds": pair.contended_rounds},
         "repeats_per_sample": pair.repeats,
         "ratio": statistics.median(ratios),
         "interval": list(interval),
@@ -413,6 +436,8 @@ def format_row(record: dict[str, object]) -> str:
     share = record["floor_share"]
     floor_text = "" if share is None else f"  {100 * share:5.1f} % of floor"
     mark = "" if low >= 1 else "  LOSS" if high < 1 else "  even"
+    if record.get("busy"):
+        mark = "  BUSY: other programs had the cores, these times say nothing"
     times = (
         f"{record['candidate']['median_ms']:9.3f} ms vs {record['reference']['median_ms']:9.3f} ms"
     )

@@ -30,12 +30,13 @@ LEAST_OBJECTIVE_ROUNDS = 3  # whatever the budget: their differences are small b
 @dataclass(frozen=True)
 class ObjectiveCost:
     """Seconds and bytes above the baseline's objectives; the interval is that of the median
-    difference."""
+    difference. `busy`: other programs had the cores."""
 
     added_s: float
     interval_s: tuple[float, float]
     samples: int
     added_bytes: int | None
+    busy: bool = False
 
 
 def signature(config: VariantConfig) -> str:
@@ -147,4 +148,5 @@ def measure(
         harness.bootstrap_interval(differences),
         len(differences),
         added,
+        pair.busy,
     )

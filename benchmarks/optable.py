@@ -78,6 +78,7 @@ def text(rows: Sequence[Row], unfinished: Sequence[str] = ()) -> str:
             continue
         low, high = row["interval"]
         verdict = "loss" if high < 1 else "" if low > 1 else "even"
+        verdict = "busy" if row.get("busy") else verdict
         lines.append(
             [
                 *head,
@@ -99,7 +100,14 @@ def text(rows: Sequence[Row], unfinished: Sequence[str] = ()) -> str:
         "our ms",
         "",
     ]
-    note = f"\nnot finished within the budget: {', '.join(unfinished)}" if unfinished else ""
+    busy = sum(bool(row.get("busy")) for row in rows)
+    note = (
+        f"\nbusy: in {busy} of {len(rows)} rows other programs had the cores; those times say "
+        "nothing"
+        if busy
+        else ""
+    )
+    note += f"\nnot finished within the budget: {', '.join(unfinished)}" if unfinished else ""
     return (
         "ops against their baselines (ratio = baseline time / our time)\n"
         + table(header, lines)

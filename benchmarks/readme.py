@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import architecture, code_tables, headlines, report_text
+from benchmarks import architecture, code_tables, efficiency_page, headlines, report_text
 from benchmarks.records import (
     RESULTS,
     ROOT,
@@ -119,54 +119,11 @@ def sweep(name: str | None) -> str:
     return "\n".join([findings(name), "", *pictures(plot for plot in plots if plot.exists())])
 
 
-def study(_: str | None) -> str:
-    """Accuracies of the study: real clips by class; generated clips by the mean over appearance and
-    over motion questions."""
-    lines = []
-    for path in sorted(RESULTS.glob("*/study.json")):
-        content = read(path)
-        for part in sorted({row["part"] for row in content["summary"]}):
-            records = [record for record in content["records"] if record["part"] == part]
-            steps = " / ".join(map(str, sorted({record["steps"] for record in records})))
-            lines += [
-                "",
-                f"**{part}**, {steps} steps of pre-training, top-1 in % "
-                f"(`{path.relative_to(ROOT)}`):",
-                "",
-            ]
-            rows = [row for row in content["summary"] if row["part"] == part]
-            lines += _study_rows(rows, records)
-        lines += ["", *pictures(sorted(path.parent.glob("study_*.png")))]
-    return "\n".join(lines).strip() or "No record is committed yet."
-
-
-def _study_rows(rows: list[dict[str, Any]], records: list[dict[str, Any]]) -> list[str]:
-    groups = [name for name in ("class", "appearance", "motion") if name in rows[0]]
-    tunings = [
-        name
-        for name in ("finetune", "finetune_scratch", "finetune_objective")
-        if any(name in record for record in records)
-    ]
-    head = [
-        "variant, seed",
-        "encoder",
-        *(f"probe: {group}" for group in groups),
-        *(name.replace("_", ": ") for name in tunings),
-    ]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    tuned = {(record["variant"], record["seed"]): record for record in records}
-    # The untrained encoder and the pixels are the same beside every variant: shown once, at the
-    # end.
-    beside = {row["encoder"]: row for row in reversed(rows) if row["encoder"] != "trained"}
-    for row in [*(row for row in rows if row["encoder"] == "trained"), *reversed(beside.values())]:
-        record = tuned[row["variant"], row["seed"]]
-        cells = [f"{100 * row[group]:.1f}" for group in groups]
-        for name in tunings:
-            shown = row["encoder"] == "trained" and name in record
-            cells.append(f"{100 * record[name]['top1']:.1f}" if shown else "")
-        name = f"{row['variant']}, {row['seed']}" if row["encoder"] == "trained" else "-"
-        lines.append(f"| {name} | {row['encoder']} | {' | '.join(cells)} |")
-    return lines
+def sample_efficiency(_: str | None) -> str:
+    """Tables and plots of the sample-efficiency study, of the cells that are on record."""
+    folder = RESULTS / "sample_efficiency"
+    plots = pictures(sorted(folder.glob("*.png")))
+    return "\n".join([efficiency_page.text(folder / "records.jsonl"), "", *plots]).strip()
 
 
 def integration(name: str | None) -> str:
@@ -220,7 +177,7 @@ PARTS: dict[str, Callable[[str | None], str]] = {
     "measured": measured,
     "findings": findings,
     "sweep": sweep,
-    "study": study,
+    "sample_efficiency": sample_efficiency,
     "integration": integration,
 }
 PICTURES: dict[str, Callable[[], str]] = {

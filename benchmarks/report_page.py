@@ -162,7 +162,7 @@ def _cells(record: Row) -> str:
             [
                 *lead,
                 number(cell["clips_per_s"]),
-                number(cell["step_ms"], "{:.1f}"),
+                number(cell["step_ms"], "{:.1f} busy" if cell.get("busy") else "{:.1f}"),
                 span(cell["interval_ms"], "{:.1f}"),
                 number(cell["tokens_per_s"], "{:,.0f}"),
                 number(cell.get("speedup"), "{:.2f}"),

@@ -12,6 +12,7 @@ Row = dict[str, Any]
 
 
 def _at(record: Row, mode: str, variant: str, resolution: str) -> Row | None:
+    """A cell to speak of: one that ran, with the cores to itself."""
     cell = sweep_record.find(
         record["cells"],
         mode=mode,
@@ -19,7 +20,7 @@ def _at(record: Row, mode: str, variant: str, resolution: str) -> Row | None:
         resolution=resolution,
         backend=sweep_tables.ours(record),
     )
-    return cell if cell is not None and cell["status"] == "ok" else None
+    return None if cell is None or cell["status"] != "ok" or cell.get("busy") else cell
 
 
 def _rate(value: float) -> str:
@@ -150,6 +151,9 @@ def _caution(record: Row) -> str | None:
             "Times are CPU time of one thread, because this machine was shared; two threads on "
             "an idle machine take less."
         )
+    note = sweep_tables.busy_note(record)
+    if note is not None:
+        return note[0].upper() + note[1:] + "."
     load, cores = record["machine"].get("load_average"), record["machine"].get("cores")
     if load is not None and cores and load > 1.5 * cores:
         busy = f"This machine was busy when the sweep began (load {load:.1f} on {cores} cores)"

@@ -272,8 +272,10 @@ def measure_resolution(
     configs: dict[str, VariantConfig],
     arguments: argparse.Namespace,
     budget_s: float,
+    rounds: int,
 ) -> None:
-    """Adds one resolution's rows to the record."""
+    """Adds one resolution's rows to the record, or puts them in the place of those of fewer
+    rounds."""
     started = time.perf_counter()
     pretrains = any(mode in ("pretrain", "finetune+objective") for mode in arguments.modes)
     groups = (
@@ -296,8 +298,13 @@ def measure_resolution(
         )
         return
     sides = list(bench.sides(arguments.backends))
-    time_sides(sides, arguments.rounds, STEP_SHARE * budget_s)
-    record["measured"] += [side_row(side, work) for side in sides]
+    time_sides(sides, rounds, STEP_SHARE * budget_s)
+    for side in sides:
+        sweep_record.replace_row(
+            record["measured"],
+            side_row(side, work),
+            *("kind", "group", "backend", "resolution"),
+        )
     jobs = {}
     for group in groups:
         members = [
@@ -310,27 +317,25 @@ def measure_resolution(
     remaining = max(0.0, started + budget_s - time.perf_counter())
     for group, variants in jobs.items():
         if variants:
-            record["objectives"] += list(
-                objective_rows(
-                    bench,
-                    group,
-                    variants,
-                    arguments.backends,
-                    arguments.rounds,
-                    remaining / max(1, count),
+            for row in objective_rows(
+                bench, group, variants, arguments.backends, rounds, remaining / max(1, count)
+            ):
+                sweep_record.replace_row(
+                    record["objectives"], row, "signature", "group", "backend", "resolution"
                 )
-            )
-    record["sizes"].append(
-        {
-            "resolution": work.resolution.name,
-            "tokens": work.tokens,
-            "grid": list(work.grid),
-            "pixels": work.resolution.pixels,
-            "frames": work.frames,
-            "batch": work.batch,
-        }
-    )
-    record["spent_s"][work.resolution.name] = time.perf_counter() - started
+    size = {
+        "resolution": work.resolution.name,
+        "tokens": work.tokens,
+        "grid": list(work.grid),
+        "pixels": work.resolution.pixels,
+        "frames": work.frames,
+        "batch": work.batch,
+        "rounds": rounds,
+    }
+    sweep_record.replace_row(record["sizes"], size, "resolution")
+    spent = record["spent_s"]
+    name = work.resolution.name
+    spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -365,7 +370,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     print(plan.describe(todo), flush=True)
     if arguments.plan:
         return record
-    for number, work in enumerate(todo):
+
+    def measure(work: Workload, budget_s: float, rounds: int) -> None:
+        began = time.perf_counter()
+        measure_resolution(record, work, configs, arguments, budget_s, rounds)
+        plan.learn(work, rounds, time.perf_counter() - began)
+        record["sizes"].sort(key=lambda row: row["tokens"])
+        record["cells"] = sweep_record.assemble(record)
+        record["fits"] = sweep_record.fits(record["cells"])
+        sweep_record.save(arguments.output, record)
+        print(sweep_tables.resolution_line(record, work.resolution.name), flush=True)
+
+    # One round of every size first: no size is left out for the sake of another's intervals.
+    for work in todo:
         reason = plan.refusal(work)
         if reason is not None:
             record["left_out"].append(
@@ -373,18 +390,21 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             )
             print(f"{work.resolution.name:>8} px: left out, {reason}", flush=True)
             continue
-        budget = plan.share(todo[number:])
-        measure_resolution(record, work, configs, arguments, budget)
-        plan.learn(work)
-        record["sizes"].sort(key=lambda row: row["tokens"])
-        record["cells"] = sweep_record.assemble(record)
-        record["fits"] = sweep_record.fits(record["cells"])
-        sweep_record.save(arguments.output, record)
-        print(sweep_tables.resolution_line(record, work.resolution.name), flush=True)
+        measure(work, plan.seconds(work, 1), 1)
+    again = [work for work in todo if sweep_record.find(record["sizes"], **named(work))]
+    if arguments.rounds > 1:
+        for number, work in enumerate(again):
+            rounds, budget_s = plan.more_rounds(again[number:])
+            if rounds > 1:
+                measure(work, budget_s, rounds)
     record["cells"] = sweep_record.assemble(record)
     record["fits"] = sweep_record.fits(record["cells"])
     sweep_record.save(arguments.output, record)
     return record
+
+
+def named(work: Workload) -> dict[str, str]:
+    return {"resolution": work.resolution.name}
 
 
 def predict(arguments: argparse.Namespace) -> str:

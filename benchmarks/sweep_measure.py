@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import flop, objective_cost
+from benchmarks import contention, flop, objective_cost
 from benchmarks.harness import timer
 from benchmarks.memory import peak_memory
 from benchmarks.workload import (
@@ -66,6 +66,9 @@ class Side:
     rounds: list[float] = field(default_factory=list)
     phases: list[dict[str, float]] = field(default_factory=list)
     problem: tuple[str, str] | None = None
+    cpu_time: bool = False  # which waiting does not inflate
+    busy: bool = False
+    usage: contention.Usage = contention.NOTHING
 
     def attempt(self, number: int) -> dict[str, float] | None:
         try:
@@ -127,7 +130,15 @@ class Bench:
             )
             for backend in backends:
                 run = self._pretrain(group, backend)
-                yield Side("pretrain", group.name, backend, run, cost, self.data_s[group])
+                yield Side(
+                    "pretrain",
+                    group.name,
+                    backend,
+                    run,
+                    cost,
+                    self.data_s[group],
+                    cpu_time=work.clock == "cpu",
+                )
         for kind in ("finetune", "frozen"):
             if kind in self.modes or (kind == "finetune" and "finetune+objective" in self.modes):
                 trainer = Finetuning(work, frozen=kind == "frozen")
@@ -142,6 +153,7 @@ class Bench:
                         self._finetune(trainer, backend),
                         cost,
                         self.data_s[None],
+                        cpu_time=work.clock == "cpu",
                     )
 
     def _pretrain(self, group: Group, backend: str) -> Callable[[int], dict[str, float]]:
@@ -158,25 +170,46 @@ def _lengths(batch: Batch) -> tuple[list[int], list[int]]:
 
 
 def time_sides(sides: Sequence[Side], rounds: int, budget_s: float) -> None:
-    """Warm every side, then palindromic rounds until `rounds`, or until one more would pass the
-    budget (but at least one)."""
+    """Warm every side, then palindromic rounds until `rounds` of them had the cores to themselves,
+    or until one more would pass the budget (but at least one).
+
+    Rounds in which other programs had the cores are dropped where others are left, and else mark
+    every side as busy.
+    """
     deadline = time.perf_counter() + budget_s
     for side in sides:
         side.attempt(0)
     longest = 0.0
-    for number in range(rounds):
+    contended: list[bool] = []
+    while contended.count(False) < rounds and len(contended) < 2 * rounds:
         started = time.perf_counter()
-        if number > 0 and started + longest > deadline:
+        if contended and started + longest > deadline:
             break
+        number = len(contended)
         alive = [side for side in sides if side.problem is None]
-        first = [side.attempt(number) for side in alive]
-        second = [side.attempt(number) for side in reversed(alive)][::-1]
-        for side, one, two in zip(alive, first, second, strict=True):
+        used = contention.NOTHING
+        first = [watched(side, number) for side in alive]
+        second = [watched(side, number) for side in reversed(alive)][::-1]
+        for side, (one, before), (two, after) in zip(alive, first, second, strict=True):
+            side.usage += before + after
+            used += before + after
             if one is not None and two is not None:
                 phases = _mean(one, two)
                 side.phases.append(phases)
                 side.rounds.append(sum(phases.values()))
+        contended.append(used.contended and not all(s.cpu_time for s in alive))
         longest = max(longest, time.perf_counter() - started)
+    clean = [number for number, bad in enumerate(contended) if not bad]
+    for side in sides:
+        side.busy = not clean
+        # A side with a problem left some rounds; the others have them all.
+        if clean and len(side.rounds) == len(contended):
+            side.rounds = [side.rounds[number] for number in clean]
+            side.phases = [side.phases[number] for number in clean]
+
+
+def watched(side: Side, number: int) -> tuple[dict[str, float] | None, contention.Usage]:
+    return contention.watched(lambda: side.attempt(number))
 
 
 def side_row(side: Side, workload: Workload) -> Row:
@@ -200,6 +233,8 @@ def side_row(side: Side, workload: Workload) -> Row:
     return row | {
         "status": "ok",
         "rounds_s": side.rounds,
+        "busy": side.busy,
+        "contention": side.usage.as_dict(),
         "phases_s": {
             name: statistics.median(phases[name] for phases in side.phases) for name in names
         },
@@ -255,5 +290,6 @@ def objective_rows(
                 "added_s": cost.added_s,
                 "interval_s": list(cost.interval_s),
                 "samples": cost.samples,
+                "busy": cost.busy,
                 "added_bytes": cost.added_bytes,
             }

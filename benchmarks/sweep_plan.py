@@ -67,6 +67,8 @@ class Plan:
         self.record, self.arguments = record, arguments
         self.deadline = time.perf_counter() + arguments.budget
         self.rate = FIRST_GUESS_OF_PEAK * record["peak_flops"]
+        # What sizes took beyond what was expected of them: models, batches, objectives, memory.
+        self.correction = 1.0
         pretrains = any(mode in ("pretrain", "finetune+objective") for mode in arguments.modes)
         self.groups = (
             {Group.of(config, arguments.truncate) for config in configs.values()}
@@ -100,7 +102,8 @@ class Plan:
             * self.objectives
             * (0.005 + OBJECTIVE_SHARE * step)
         )
-        return len(self.arguments.backends) * (passes * step + objectives) + 1.0
+        expected = len(self.arguments.backends) * (passes * step + objectives) + 1.0
+        return self.correction * expected
 
     def remaining(self) -> float:
         return self.deadline - time.perf_counter()
@@ -133,8 +136,20 @@ class Plan:
                 return min(fair, spare)
         return min(fair, self.seconds(first, 1))
 
-    def learn(self, work: Workload) -> None:
-        """Corrects the rate from the baseline steps just measured."""
+    def more_rounds(self, todo: Sequence[Workload]) -> tuple[int, float]:
+        """(rounds, seconds) for the first of the sizes that have one round each, its share of what
+        is left; one round means that it stays as it is."""
+        if self.refusal(todo[0]) is not None:
+            return 1, 0.0
+        budget_s = min(self.share(todo), self.remaining())
+        for rounds in range(self.arguments.rounds, 1, -1):
+            if self.seconds(todo[0], rounds) <= budget_s:
+                return rounds, budget_s
+        return 1, budget_s
+
+    def learn(self, work: Workload, rounds: int = 1, spent_s: float | None = None) -> None:
+        """Corrects the rate from the baseline steps just measured, and the expectation from what
+        the whole size took."""
         rows = [
             row
             for row in self.record["measured"]
@@ -144,6 +159,8 @@ class Plan:
         if steps:
             mean = sum(steps) / len(steps)
             self.rate = step_flop(work) / max(1e-3, mean - OVERHEAD_S)
+        if spent_s is not None:
+            self.correction *= spent_s / self.seconds(work, rounds)
 
     def describe(self, todo: Sequence[Workload]) -> str:
         lines = [

@@ -51,6 +51,15 @@ def save(path: Path, record: Row) -> None:
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
+def replace_row(rows: list[Row], row: Row, *names: str) -> None:
+    """Puts a row in the place of the one with the same values of `names`, or at the end."""
+    for place, old in enumerate(rows):
+        if all(old.get(name) == row.get(name) for name in names):
+            rows[place] = row
+            return
+    rows.append(row)
+
+
 def find(rows: Iterable[Row], **wanted: object) -> Row | None:
     """The first row with these values."""
     for row in rows:
@@ -167,6 +176,7 @@ def _cell(
     data = max(part["data_s"] for part in parts)
     cell: Row = {
         "status": "ok",
+        "busy": any(row.get("busy", False) for row in (*parts, extra or {})),
         "step_ms": 1e3 * step,
         "interval_ms": [1e3 * (ends[0] + low), 1e3 * (ends[1] + high)],
         "samples": len(rounds),
@@ -258,10 +268,10 @@ def _against_torch(
 
 def fits(cells: Sequence[Row]) -> list[Row]:
     """Cost models of every (mode, variant, backend): the step, each phase, and peak memory, with a
-    held-out check and local exponents."""
+    held-out check and local exponents. Busy cells have no say."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for cell in cells:
-        if cell["status"] == "ok":
+        if cell["status"] == "ok" and not cell.get("busy"):
             groups.setdefault((cell["mode"], cell["variant"], cell["backend"]), []).append(cell)
     made = []
     for (mode, variant, backend), rows in groups.items():

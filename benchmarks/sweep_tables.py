@@ -56,7 +56,7 @@ def resolution_line(record: Row, resolution: str) -> str:
     return (
         f"{resolution:>8} px: {cell['variant']} {cell['step_ms']:.1f} ms per step, "
         f"{cell['clips_per_s']:.2f} clips/s on {backend}{gain} "
-        f"({spent:.0f} s)"
+        f"({spent:.0f} s)" + ("  BUSY: other programs had the cores" if cell.get("busy") else "")
     )
 
 
@@ -82,14 +82,15 @@ def throughput(record: Row, mode: str) -> str:
             line.append(
                 "-"
                 if cell is None
-                else f"{cell['clips_per_s']:.2f}"
+                else f"{cell['clips_per_s']:.2f}" + (" busy" if cell.get("busy") else "")
                 if cell["status"] == "ok"
                 else cell["status"]
             )
         model = sweep_record.find(record["fits"], mode=mode, variant=name, backend=backend)
         line.append(f"{model['exponents'][-1]:.2f}" if model else "-")
         last = found.get(sizes[-1]) if sizes else None
-        line.append(f"{last['speedup']:.2f}" if last and last.get("speedup") else "-")
+        told = last is not None and last.get("speedup") and not last.get("busy")
+        line.append(f"{last['speedup']:.2f}" if told else "-")
         rows.append(line)
     return f"clips/s, {mode}, backend {backend}\n" + table(header, rows)
 
@@ -114,12 +115,24 @@ def overheads(record: Row) -> str:
             cell["variant"],
             f"{cell['objective_added_ms']:.2f}",
             interval(*cell["objective_interval_ms"]),
-            f"{100 * cell['overhead']:.1f} %",
+            f"{100 * cell['overhead']:.1f} %" + (" busy" if cell.get("busy") else ""),
         ]
         for cell in cells
     ]
     return f"cost of the objectives at {size} px, backend {backend}\n" + table(
         ["variant", "added ms", "interval", "of the step"], rows
+    )
+
+
+def busy_note(record: Row) -> str | None:
+    """How many cells other programs spoiled; None where none."""
+    cells = _ok(record)
+    busy = sum(bool(cell.get("busy")) for cell in cells)
+    if not busy:
+        return None
+    return (
+        f"busy: in {busy} of {len(cells)} cells other programs had the cores while they were "
+        "measured; their times say nothing, and no sentence or cost model uses them"
     )
 
 
@@ -137,11 +150,22 @@ def summary(record: Row) -> str:
     parts += [throughput(record, mode) for mode in modes if mode != "pretrain"]
     for row in record["left_out"]:
         parts.append(f"left out: {row['resolution']} px, {row['reason']}")
+    note = busy_note(record)
+    if note is not None:
+        parts.append(note)
     return "\n\n".join(["", *parts, ""])
 
 
 def prediction(record: Row, size: Resolution, frames: int, batch: int, source: Path) -> str:
-    """Expected step time and memory of every mode (and variant) at a size that was not measured."""
+    """Expected step time and memory of every mode (and variant) at a size that was not measured.
+
+    Raises:
+        ValueError: every cell was measured while other programs had the cores.
+    """
+    if not record["fits"]:
+        raise ValueError(
+            "sweep: record must have cells that had the cores to themselves, got busy ones only."
+        )
     model_tokens = size.tokens(frames)
     measured = max(row["tokens"] for row in record["sizes"])
     backend = ours(record)

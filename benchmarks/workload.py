@@ -277,7 +277,7 @@ class Finetuning:
     def __post_init__(self) -> None:
         from jepa import finetune
         from jepa.models.encoder import Encoder
-        from jepa.probe import Probe
+        from jepa.models.probes import Probe
 
         torch.manual_seed(self.workload.seed)
         model, device, own = self.workload.model, self.workload.device, self.workload.encoder

@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from jepa.atomic import UNFINISHED, flush, write_json
+from jepa.atomic import UNFINISHED, flush, named_failure, save_tensors, sweep, write_json
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d{8,})")
@@ -211,19 +211,41 @@ class Checkpoints:
             model, optimizer: tensors by name; ones that share storage are written out each.
             state: anything JSON can hold.
             score: lower is better; one that is None or not finite is never the best.
+
+        Raises:
+            OSError: it could not be written; the checkpoints are then those of before.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._sweep()
+        final = self.path(step)
         temporary = self.folder / f"{UNFINISHED}{os.getpid()}-{step:08d}"
+        try:
+            with named_failure(final):
+                self._write(temporary, final, step, model, optimizer, state, score)
+                self._prune()
+        finally:
+            sweep(self.folder)
+        return final
+
+    def _write(
+        self,
+        temporary: Path,
+        final: Path,
+        step: int,
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        score: float | None,
+    ) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sweep(self.folder)
         temporary.mkdir()
         for name, tensors in zip(_TENSOR_FILES, (model, optimizer)):
             # Cloned on the way: safetensors refuses tensors that share memory.
-            save_file(
+            save_tensors(
+                temporary / f"{name}.safetensors",
                 {
                     key: value.detach().to("cpu").contiguous().clone()
                     for key, value in tensors.items()
                 },
-                temporary / f"{name}.safetensors",
             )
         digests = {name: _digest(temporary / f"{name}.safetensors") for name in _TENSOR_FILES}
         known = None if score is None or not math.isfinite(score) else score
@@ -238,16 +260,11 @@ class Checkpoints:
         for file in temporary.iterdir():
             flush(file)
         flush(temporary)
-        final = self.path(step)
-        if final.exists():
-            # A run that was resumed from an earlier step comes by again: the same step means the
-            # same bits.
-            shutil.rmtree(temporary)
-        else:
+        # A run that was resumed from an earlier step comes by again: the same step means the same
+        # bits.
+        if not final.exists():
             os.rename(temporary, final)
             flush(self.folder)
-        self._prune()
-        return final
 
     def load(
         self, step: int | None = None
@@ -265,10 +282,6 @@ class Checkpoints:
                 )
             step = steps[-1]
         return load(self.path(step))
-
-    def _sweep(self) -> None:
-        for entry in self.folder.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def _prune(self) -> None:
         best = self.best()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+
+# Before torch loads OpenMP: threads that wait for one another spin by default, and beside another
+# program a parallel region then takes twenty times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # What the extra `train` of this package brings, by the name that an import uses.
 TRAIN_EXTRA = (

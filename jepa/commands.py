@@ -1,6 +1,7 @@
 r"""The commands of ``jepa``: every option is a field of the command's configuration.
 
-jepa pretrain variant=fwm_hw_ld model=micro schedule.total_steps=300 output=runs/demo
+jepa pretrain variant=fwm_hw_ld schedule.total_steps=300 output=runs/demo
+jepa pretrain recipe=published variant=fwm_hw_ld output=runs/published
 jepa probe run=runs/demo
 jepa pretrain --config run.yaml --data.kind ucf101 --data.at.files /data/UCF-101 \
     --data.at.lists /data/ucfTrainTestlist
@@ -15,8 +16,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jepa import options
-from jepa.config import ConfigError, load, parsing_of, to_dict, to_yaml
+from jepa import options, recipes
+from jepa.config import ConfigError, load, merged, parsing_of, to_dict, to_yaml
+from jepa.failures import sentence_of
 
 
 def _pretrain() -> tuple[type, Callable[[Any], object]]:
@@ -95,17 +97,29 @@ def nested_defaults(kind: type) -> dict[str, Any]:
     return {name: to_dict(value) for name, value in made.items() if dataclasses.is_dataclass(value)}
 
 
+_RECIPES = (
+    f"  recipe=NAME    start from one of {', '.join(recipes.RECIPES)} (jepa/recipes.py); "
+    f"{recipes.DEFAULT} where\n"
+    "                 neither it nor --config is given. The defaults below are those of "
+    "published\n"
+)
+
+
 def _configured(name: str, arguments: Sequence[str]) -> int:
     purpose, find = COMMANDS[name]
     kind, run = find()
     if "--help" in arguments or "-h" in arguments:
-        options.print_help(name, purpose, kind)
+        options.print_help(name, purpose, kind, _RECIPES if name == "pretrain" else "")
         return 0
     parser = argparse.ArgumentParser(prog=f"jepa {name}", add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     parser.add_argument("--show", action="store_true")
     known, rest = parser.parse_known_args(arguments)
-    config: Any = load(kind, known.config, overrides(rest), base=nested_defaults(kind))
+    words, base = overrides(rest), nested_defaults(kind)
+    if name == "pretrain":
+        settings, words = recipes.taken_from(words, known.config is not None)
+        base = merged(base, settings)
+    config: Any = load(kind, known.config, words, base=base)
     if known.show:
         print(to_yaml(config), end="")
         return 0
@@ -158,10 +172,11 @@ def main(words: Sequence[str]) -> int:
         from jepa.conformance.__main__ import main as conformance
 
         return int(conformance(rest) or 0)
-    from jepa.checkpoint import CheckpointError
-
     try:
         return _variants() if command == "variants" else _configured(command, rest)
-    except (ConfigError, FileNotFoundError, CheckpointError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    except (Exception, KeyboardInterrupt) as error:
+        told = sentence_of(error)
+        if told is None:
+            raise
+        print(told[0], file=sys.stderr)
+        return told[1]

@@ -53,7 +53,7 @@ def parsing_of(field: dataclasses.Field[Any]) -> Parsing | None:
 def nearest(name: str, valid: Iterable[str]) -> str:
     """The end of an error sentence: the closest valid name if one is close, else all of them."""
     names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
     listed = ", ".join(names) if names else "none"
     return f"did you mean {close[0]!r}?" if close else f"valid names: {listed}."
 
@@ -100,7 +100,12 @@ def from_dict(kind: type[T], data: Mapping[str, Any], path: str = "") -> T:
             )
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"config: key {_joined(path, name)!r} must be given.")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"config: {path or kind.__name__}: {error}") from error
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
@@ -222,13 +227,22 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         parts = key.strip().split(".")
         if not separator or not all(parts):
             raise ConfigError(f"config: override must look like a.b.c=value, got {override!r}.")
-        value: Any = yaml.safe_load(text)
+        value: Any = _yaml(text, repr(override))
         if isinstance(value, str):
             value = _number(value)
         for part in reversed(parts):
             value = {part: value}
         result = merged(result, value)
     return result
+
+
+def _yaml(text: str | bytes, source: str) -> Any:
+    """What a text holds, or ConfigError in one line."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        told = " ".join(str(error).split())
+        raise ConfigError(f"config: {source} must be YAML, got {told}.") from error
 
 
 def _number(text: str) -> str | float:
@@ -255,7 +269,7 @@ def load(
     """
     data: Mapping[str, Any] = base or {}
     if path is not None:
-        read = yaml.safe_load(Path(path).read_text())
+        read = _yaml(Path(path).read_bytes(), str(path))
         if not isinstance(read, Mapping):
             raise ConfigError(f"config: {path} must hold a mapping, got {type(read).__name__}.")
         data = merged(data, read)

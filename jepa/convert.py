@@ -20,9 +20,11 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -228,8 +230,13 @@ def read(path: str | Path, encoder: str = "encoder") -> Parts:
 
 def _found(path: Path) -> Parts:
     """Every part of a file or folder; `read` picks."""
-    if path.suffix in (".pt", ".pth", ".tar"):
-        found = torch.load(path, map_location="cpu", weights_only=True)
+    if path.suffix in (".pt", ".pth", ".tar", ".bin", ".ckpt"):
+        found = _unpickled(path)
+        if _all_tensors(found):
+            raise ConversionError(
+                f"convert: {path} must hold parts such as encoder and predictor, got the "
+                f"{len(found)} tensors of one module; save it as {{'encoder': state}}."
+            )
         kept = {
             part: state
             for part, state in found.items()
@@ -245,14 +252,37 @@ def _found(path: Path) -> Parts:
         )
         flat: dict[str, Tensor] = {}
         for name in files:
-            flat |= load_file(path / name)
+            flat |= _tensors(path / name)
     else:
-        flat = load_file(path)
+        flat = _tensors(path)
     parts: Parts = {}
     for full, value in stripped(flat).items():
         part, _, name = full.removeprefix("vjepa2.").partition(".")
         parts.setdefault(part, {})[name] = value
     return parts
+
+
+def _unpickled(path: Path) -> Mapping[str, Any]:
+    """What a PyTorch file holds, without executing what is pickled in it."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, UnpicklingError, EOFError, ValueError, LookupError, TypeError) as error:
+        told = str(error).strip().partition("\n")[0]
+        raise ConversionError(
+            f"convert: {path} must be a PyTorch file of tensors, got {type(error).__name__}: {told}"
+        ) from error
+    if not isinstance(found, Mapping):
+        raise ConversionError(
+            f"convert: {path} must hold a mapping of parts, got {type(found).__name__}."
+        )
+    return found
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ConversionError(f"convert: {path} must be safetensors, got {error}.") from error
 
 
 def _all_tensors(state: Mapping[str, Any]) -> bool:

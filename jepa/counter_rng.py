@@ -34,6 +34,7 @@ class Stream(IntEnum):
     REPLACEMENT = 7
     SHAPES = 8
     MODALITY = 9
+    TEXTURES = 10
 
 
 def stream_id(stream: Stream, sub_stream: int = 0) -> int:

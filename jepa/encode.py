@@ -3,29 +3,33 @@ memory and without gradients."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from dataclasses import dataclass
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from jepa import distributed
-from jepa.atomic import replacing
+from jepa.atomic import UNFINISHED, replacing
 from jepa.batch import Views
 from jepa.config import ConfigError
 from jepa.data.clip import BadClipError, ClipSpec
-from jepa.data.decode import read_image, read_video
+from jepa.data.decode import READER, read_image, read_video
+from jepa.data.files import IMAGES, VIDEOS
 from jepa.data.pathlist import pathlist
 from jepa.data.transforms import centre_views, cut_views
 from jepa.evaluation import InputSpec, Which, load_bundle
+from jepa.lock import exclusive
 from jepa.models.encoder import Levels
 
 _log = logging.getLogger(__name__)
-
-VIDEOS = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg")
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class EncodeConfig:
     """What to encode and where to."""
 
     input: Path
-    """Folder, searched through for videos and images, or a text file of paths."""
+    """A folder, searched through for videos and images; one of them; or a text file of paths."""
     output: Path
     """Folder; a/b.mp4 of the input becomes a/b.mp4.safetensors with features [clips, N, D]."""
     run: Path = Path("runs/pretrain")
@@ -57,7 +61,7 @@ class EncodeConfig:
     half: bool = True
     """Store float16 instead of float32."""
     skip_existing: bool = True
-    """Leave files alone that are there."""
+    """Leave features alone that are of the same file, weights and settings."""
     device: str = "auto"
     """auto, cpu or cuda."""
     threads: int | None = None
@@ -69,41 +73,105 @@ class EncodeConfig:
 
 
 def found(source: Path) -> list[tuple[Path, Path]]:
-    """(path, name under the output folder) of every file to encode.
+    """(path, name under the output folder) of every file to encode, no name twice.
 
     Raises:
         ConfigError: nothing is there, or nothing that can be encoded.
     """
+    suffixes = (*VIDEOS, *IMAGES)
     if source.is_dir():
-        files = sorted(path for path in source.rglob("*") if path.suffix.lower() in VIDEOS + IMAGES)
-        pairs = [(path, path.relative_to(source)) for path in files]
+        files = sorted(path for path in source.rglob("*") if path.is_file())
+        pairs = [(p, p.relative_to(source)) for p in files if p.suffix.lower() in suffixes]
+        others = [p for p in files if p.suffix.lower() not in (*suffixes, ".safetensors")]
+        ignored = Counter(p.suffix.lower() or "none" for p in others if p.name[0] != ".")
+        if ignored:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
+            _log.warning(
+                "ignored %d files of other kinds in %s: %s", ignored.total(), source, kinds
+            )
+    elif source.suffix.lower() in suffixes and source.is_file():
+        pairs = [(source, Path(source.name))]
     elif source.is_file():
         listed = pathlist(source)
-        pairs = [
-            (
-                listed.root / name,
-                Path(*(part for part in Path(name).parts if part not in ("/", ".."))),
-            )
-            for name in listed.files
-        ]
+        pairs = [(listed.root / name, _inside(name)) for name in listed.files]
     else:
         raise ConfigError(
-            f"config: input must be a folder or a list of files, got {source}, where nothing is."
+            "config: input must be a folder, a video, an image or a list of files, got "
+            f"{source}, where nothing is."
         )
     if not pairs:
         raise ConfigError(
             f"config: input must hold videos ({', '.join(VIDEOS)}) or images "
             f"({', '.join(IMAGES)}), got none in {source}."
         )
-    return pairs
+    return _distinct(pairs)
 
 
-@torch.inference_mode()
+def _printable(path: Path) -> str:
+    """A path as UTF-8; bytes of it that are not are written as escapes."""
+    return str(path).encode(errors="backslashreplace").decode()
+
+
+def _inside(name: str) -> Path:
+    """A listed path as one below the output folder."""
+    return Path(*(part for part in Path(name).parts if part not in ("/", "..")))
+
+
+def _distinct(pairs: list[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
+    """No file twice, and no name for two files."""
+    owners: dict[Path, Path] = {}
+    result = []
+    for path, listed in dict(pairs).items():
+        # safetensors opens UTF-8 names only.
+        name = Path(_printable(listed))
+        if owners.setdefault(name, path) != path:
+            digest = hashlib.sha256(str(path).encode(errors="surrogateescape")).hexdigest()
+            name = name.with_name(f"{name.stem}.{digest[:12]}{name.suffix}")
+        result.append((path, name))
+    return result
+
+
+def _identity(path: Path, clip: ClipSpec, cfg: EncodeConfig, digest: str) -> str:
+    """What the features of a file depend on."""
+    try:
+        status = path.stat()
+        version = [status.st_size, status.st_mtime_ns]
+    except OSError:
+        version = []
+    spec = [asdict(clip), cfg.levels, cfg.clips, cfg.half, READER]
+    return json.dumps([digest, str(path), version, spec])
+
+
+def _is_done(target: Path, identity: str) -> bool:
+    try:
+        with safe_open(target, "pt") as file:
+            return (file.metadata() or {}).get("identity") == identity
+    except (OSError, SafetensorError):
+        return False
+
+
 def run(cfg: EncodeConfig) -> tuple[int, int]:
     """Encodes every file; (number written, number that could not be read). One video is in memory
     at a time."""
     pairs = found(cfg.input)
     world = distributed.start(cfg.device)
+    try:
+        with exclusive(cfg.output) if world.leads else nullcontext():
+            if world.leads:
+                for entry in cfg.output.rglob(f"{UNFINISHED}*"):
+                    entry.unlink()
+            world.barrier()
+            counts = _encode(cfg, pairs, world)
+            world.barrier()
+            return counts
+    finally:
+        distributed.stop(world)
+
+
+@torch.inference_mode()
+def _encode(
+    cfg: EncodeConfig, pairs: list[tuple[Path, Path]], world: distributed.World
+) -> tuple[int, int]:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     bundle, trained_with, digest = load_bundle(cfg.run, cfg.checkpoint)
@@ -113,10 +181,12 @@ def run(cfg: EncodeConfig) -> tuple[int, int]:
     clip = ClipSpec(
         spec.frames, stride, spec.fps if cfg.fps is None else cfg.fps, *spec.views.canvas()
     )
-    written = bad = 0
+    written = bad = kept = 0
     for path, name in pairs[world.rank :: world.size]:
         target = cfg.output / f"{name}.safetensors"
-        if cfg.skip_existing and target.exists():
+        identity = _identity(path, clip, cfg, digest)
+        if cfg.skip_existing and _is_done(target, identity):
+            kept += 1
             continue
         still = path.suffix.lower() in IMAGES
         draws = [0.5] if still else [(i + 0.5) / cfg.clips for i in range(cfg.clips)]
@@ -145,12 +215,20 @@ def run(cfg: EncodeConfig) -> tuple[int, int]:
         )
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as scratch:
-            save_file(
-                {"features": features},
-                scratch,
-                {"weights": digest, "source": str(path), "grid": str(encoder.grid(cut[0]))},
-            )
+            metadata = {
+                "weights": digest,
+                "source": _printable(path),
+                "grid": str(encoder.grid(cut[0])),
+                "identity": identity,
+            }
+            # As bytes: `save_file` has a temporary file of its own, which a kill would leave.
+            scratch.write_bytes(save({"features": features}, metadata))
         written += 1
-    _log.info("encoded %d files into %s; %d could not be read", written, cfg.output, bad)
-    distributed.stop(world)
+    _log.info(
+        "encoded %d files into %s; %d were there, %d could not be read",
+        written,
+        cfg.output,
+        kept,
+        bad,
+    )
     return written, bad

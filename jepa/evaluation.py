@@ -5,27 +5,40 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from tokenize import TokenError
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jepa.atomic import replacing
+from jepa.atomic import replacing, sweep
 from jepa.checkpoint import Checkpoints, load_model, load_model_tensors
 from jepa.config import ConfigError
+from jepa.data.build import GENERATED
 from jepa.data.clip import ClipDataset, ClipSpec
+from jepa.data.decode import READER
 from jepa.data.loader import Loader, LoaderConfig
 from jepa.data.mixture import InOrder
 from jepa.data.transforms import ViewSpec, model_input
+from jepa.lock import exclusive
 from jepa.models.encoder import Encoder, Levels
 from jepa.pretrain import PretrainConfig, load_config
 from jepa.step import ModelBundle
+
+_log = logging.getLogger(__name__)
+# What numpy raises for the header of a damaged file.
+_DAMAGED = (
+    *(ArithmeticError, EOFError, LookupError, MemoryError, OSError, SyntaxError, TokenError),
+    *(TypeError, ValueError),
+)
 
 Which = Literal["newest", "best"] | int
 
@@ -59,7 +72,7 @@ class InputSpec:
             cfg.stride,
             cfg.fps,
             *size,
-            kind == "moving_shapes",
+            kind in GENERATED,
         )
 
     @property
@@ -68,9 +81,10 @@ class InputSpec:
 
     def batches(
         self, dataset: ClipDataset, batch_size: int, workers: int, device: torch.device
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(clips [B, 3, frames, height, width] float32, labels [B] int64): every clip once, in
-        order, its middle part, normalised on the device."""
+    ) -> Iterator[tuple[Tensor, Tensor, NDArray[np.int64]]]:
+        """(clips [B, 3, frames, height, width] float32, labels [B] int64, places in the data set
+        [B]): every clip that can be read once, in order, its middle part, normalised on the
+        device."""
         canvas = (self.height, self.width) if self.whole else self.views.canvas()
         config = LoaderConfig(
             batch_size=batch_size,
@@ -80,11 +94,14 @@ class InputSpec:
             masks=None,
             workers=workers,
             pin_memory=device.type == "cuda",
+            substitutes=False,
+            max_bad_share=1.0,
         )
         picker = InOrder(dataset)
         for fetched in Loader(picker, config, 0, picker.steps(batch_size)):
             batch = fetched.batch.to(device, non_blocking=True)
-            yield model_input(batch, self.views), batch.labels
+            places = fetched.batch.sample_ids.numpy()
+            yield model_input(batch, self.views), batch.labels, places
 
 
 def checkpoint_folder(run: Path, which: Which = "newest") -> Path:
@@ -139,28 +156,106 @@ def cached_features(
     workers: int = 0,
     device: torch.device | None = None,
 ) -> NDArray[np.float16]:
-    """float16 [clips, N, D] of every clip, mapped from `path`, which is computed once and appears
-    whole or not at all."""
+    """float16 [clips, N, D], mapped from `path`, which is computed once and appears whole or not at
+    all. A clip that cannot be read is a row of NaN: see `readable`.
+
+    Raises:
+        ConfigError: no clip can be read.
+        OSError: the file cannot be written.
+    """
+    # A second probe waits for the features instead of computing them too.
+    folder = path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder.parent, name=f".{folder.name}.lock", wait=True):
+        sweep(path.parent)
+        known = _known_features(path, len(dataset))
+        if known is not None:
+            return known
+        _write_features(encoder, dataset, spec, path, levels, batch_size, workers, device)
+    table: NDArray[np.float16] = np.load(path, mmap_mode="r")
+    return table
+
+
+def _known_features(path: Path, count: int) -> NDArray[np.float16] | None:
+    """What is kept under `path`, None where that is nothing or damaged."""
     if not path.exists():
-        device = torch.device("cpu") if device is None else device
-        encoder = encoder.to(device).eval()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as scratch:
-            table: np.memmap[Any, np.dtype[np.float16]] | None = None
-            done = 0
-            for clips, _ in spec.batches(dataset, batch_size, workers, device):
-                features = encoder(clips, levels=levels).to("cpu", torch.float16).numpy()
-                if table is None:
-                    table = np.lib.format.open_memmap(
-                        scratch, "w+", np.float16, (len(dataset), *features.shape[1:])
-                    )
-                table[done : done + len(features)] = features
-                done += len(features)
-            if table is None:
-                raise ValueError("cached_features: dataset must have clips, got none.")
-            table.flush()
-    features_on_disk: NDArray[np.float16] = np.load(path, mmap_mode="r")
-    return features_on_disk
+        return None
+    try:
+        table: NDArray[np.float16] = np.load(path, mmap_mode="r")
+    except _DAMAGED as error:
+        _log.warning("computing features anew, %s is damaged: %s", path, error)
+        return None
+    if table.dtype == np.float16 and table.ndim == 3 and len(table) == count:
+        return table
+    _log.warning("computing features anew, %s holds something else", path)
+    return None
+
+
+def _write_features(
+    encoder: Encoder,
+    dataset: ClipDataset,
+    spec: InputSpec,
+    path: Path,
+    levels: Levels,
+    batch_size: int,
+    workers: int,
+    device: torch.device | None,
+) -> None:
+    device = torch.device("cpu") if device is None else device
+    encoder = encoder.to(device).eval()
+    # Written in order, not mapped: a full disk is then an error and not a signal.
+    with replacing(path) as scratch, open(scratch, "wb") as file:
+        shape: tuple[int, ...] = ()
+        done = 0
+        for clips, _, places in spec.batches(dataset, batch_size, workers, device):
+            features = encoder(clips, levels=levels).to("cpu", torch.float16).numpy()
+            if not shape:
+                shape = features.shape[1:]
+                header = {"descr": "<f2", "fortran_order": False}
+                np.lib.format.write_array_header_1_0(
+                    file, {**header, "shape": (len(dataset), *shape)}
+                )
+            for place, row in zip(places.tolist(), features, strict=True):
+                file.write(np.full((place - done, *shape), np.nan, np.float16).tobytes())
+                file.write(row.tobytes())
+                done = place + 1
+        if not shape:
+            raise ConfigError(
+                f"config: data must have clips that can be read, got none of {len(dataset)} "
+                f"in {dataset.name}."
+            )
+        file.write(np.full((len(dataset) - done, *shape), np.nan, np.float16).tobytes())
+
+
+def readable(features: NDArray[np.floating], dataset: ClipDataset) -> NDArray[np.int64]:
+    """Rows of `features` whose clip could be read; names the others."""
+    suspects = np.flatnonzero(np.isnan(features[:, 0, 0]))
+    bad = [int(row) for row in suspects if np.isnan(features[row]).all()]
+    if bad:
+        _log.warning(
+            "left out %d of %d clips of %s that could not be read: %s",
+            len(bad),
+            len(dataset),
+            dataset.name,
+            ", ".join(dataset.where(row) for row in bad),
+        )
+    return np.setdiff1d(np.arange(len(features)), bad)
+
+
+def content(dataset: ClipDataset, *, labels: bool = False) -> str:
+    """A digest of what a data set holds: its samples in order, size and time of each file, and the
+    labels on demand. Generated clips have no files; their configuration names them."""
+    digest = hashlib.sha256(str(READER).encode())
+    for index in range(len(dataset)):
+        place = dataset.where(index)
+        try:
+            status = os.stat(place)
+            version = f"{status.st_size} {status.st_mtime_ns}"
+        except (OSError, ValueError):
+            version = "none"
+        label = dataset.label(index) if labels else ""
+        digest.update(f"{place}\0{version}\0{label}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def cache_key(*parts: object) -> str:

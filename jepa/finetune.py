@@ -25,14 +25,15 @@ from jepa.checkpoint import (
     warn_of_differences,
 )
 from jepa.config import ConfigError, changed_keys, to_json
-from jepa.data.build import DataConfig, build_dataset
-from jepa.data.clip import ClipDataset
+from jepa.data.build import GENERATED, DataConfig, build_dataset
+from jepa.data.clip import ClipDataset, labelled
 from jepa.data.loader import Loader
 from jepa.data.mixture import Epochs
 from jepa.data.transforms import model_input
-from jepa.evaluation import InputSpec, Which, load_bundle, wilson
+from jepa.evaluation import InputSpec, Which, content, load_bundle, wilson
+from jepa.lock import exclusive
+from jepa.models.probes import Probe
 from jepa.pretrain import PretrainConfig
-from jepa.probe import Probe
 from jepa.schedules import cosine
 from jepa.step import (
     Mark,
@@ -59,11 +60,11 @@ class FinetuneConfig:
     scratch: bool = False
     """Start from random weights of the run's architecture instead."""
     data: DataConfig | None = None
-    """Labelled data; null: the run's own (moving_shapes asks for data.target)."""
+    """Labelled data; null: the run's own (generated clips ask for data.target)."""
     train_clips: int = 512
-    """Training clips of moving_shapes."""
+    """Training clips, where they are generated."""
     test_clips: int = 256
-    """Test clips of moving_shapes."""
+    """Test clips, where they are generated."""
     frames: int | None = None
     """Frames of a clip; null: the run's."""
     height: int | None = None
@@ -101,7 +102,7 @@ class FinetuneConfig:
     checkpoint_every: int = 50
     """Steps from one checkpoint to the next."""
     resume: bool = True
-    """Go on from the newest checkpoint of this configuration and these weights."""
+    """Go on from the newest checkpoint of this configuration, weights and data."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -185,7 +186,18 @@ def update(
 
 
 def run(cfg: FinetuneConfig) -> dict[str, Any]:
-    """Fine-tunes and evaluates on the test split; writes and returns the results."""
+    """Fine-tunes and evaluates on the test split; writes and returns the results.
+
+    Raises:
+        ConfigError, MissingDataError: before anything is trained; also where another process is at
+            work on the same results.
+    """
+    path = cfg.run / "finetune.json" if cfg.output is None else cfg.output
+    with exclusive(path.with_suffix("")):
+        return _run(cfg, path)
+
+
+def _run(cfg: FinetuneConfig, path: Path) -> dict[str, Any]:
     world = distributed.start(cfg.device)
     if world.size > 1:
         raise ConfigError(f"config: fine-tuning must run in one process, got {world.size}.")
@@ -200,9 +212,10 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
     else:
         bundle.context_encoder.load_state_dict(bundle.evaluation_encoder.state_dict())
     data = trained_with.data if cfg.data is None else cfg.data
-    if data.kind == "moving_shapes":
+    if data.kind in GENERATED:
         data = replace(data, size=cfg.train_clips, test_size=cfg.test_clips)
-    train, test = (build_dataset(data, split) for split in ("train", "test"))
+    train = labelled(build_dataset(data, "train"))
+    test = labelled(build_dataset(data, "test"), train.num_classes)
     height, width = trained_with.final_size
     schedule = replace(trained_with.schedule, total_steps=cfg.steps)
     step_cfg = replace(
@@ -222,16 +235,16 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
     head = Probe("attentive", trained_with.model.width, cfg.heads, {"class": train.num_classes}).to(
         world.device
     )
-    path = cfg.run / "finetune.json" if cfg.output is None else cfg.output
     tuned = nn.ModuleDict({"bundle": bundle, "head": head})
-    checkpoints = _checkpoints(cfg, path, digest)
+    identity = _identity(cfg, digest, content(train, labels=True))
+    checkpoints = _checkpoints(cfg, path, identity)
     losses, began = (
-        _train(cfg, step_cfg, tuned, train, world, checkpoints, digest),
+        _train(cfg, step_cfg, tuned, train, world, checkpoints, identity),
         time.perf_counter(),
     )
     spec = InputSpec.of(step_cfg, data.kind)
-    right = _right(bundle, head, step_cfg, spec, test, world.device)
-    share, (low, high) = right / len(test), wilson(right, len(test))
+    right, tested = _right(bundle, head, step_cfg, spec, test, world.device)
+    share, (low, high) = right / tested, wilson(right, tested)
     report = {
         "run": str(cfg.run),
         "weights": "scratch" if cfg.scratch else digest,
@@ -239,7 +252,8 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
         "objective_weight": cfg.objective_weight,
         "steps": cfg.steps,
         "train_clips": len(train),
-        "test_clips": len(test),
+        "test_clips": tested,
+        "test_clips_unreadable": len(test) - tested,
         "classes": train.num_classes,
         "loss_first": losses[0],
         "loss_last": losses[-1],
@@ -254,30 +268,29 @@ def run(cfg: FinetuneConfig) -> dict[str, Any]:
         100 * share,
         100 * low,
         100 * high,
-        len(test),
+        tested,
         path,
     )
     return report
 
 
-def _identity(cfg: FinetuneConfig, digest: str) -> dict[str, Any]:
-    """What makes a fine-tuning the one that a checkpoint is of."""
+def _identity(cfg: FinetuneConfig, digest: str, data: str) -> dict[str, Any]:
+    """What makes a fine-tuning the one that a checkpoint is of: settings, the weights it starts
+    from, and the clips and labels it trains on."""
     settings = {
         key: value
         for key, value in to_json(cfg).items()
         if key not in ("device", "threads", "workers", "output", "resume")
     }
-    return {**settings, "weights": digest}
+    return {**settings, "weights": digest, "the training clips and labels": data}
 
 
-def _checkpoints(cfg: FinetuneConfig, output: Path, digest: str) -> Checkpoints:
+def _checkpoints(cfg: FinetuneConfig, output: Path, identity: dict[str, Any]) -> Checkpoints:
     """Where this fine-tuning keeps its checkpoints, with none in it but its own."""
     checkpoints = Checkpoints(output.with_suffix("") / "checkpoints", keep_last=1)
     steps = checkpoints.steps()
     if steps:
-        others = changed_keys(
-            read_state(checkpoints.path(steps[-1])).get("identity"), _identity(cfg, digest)
-        )
+        others = changed_keys(read_state(checkpoints.path(steps[-1])).get("identity"), identity)
         reason = f"it was of another value of {', '.join(others)}" if others else "resume is off"
         if others or not cfg.resume:
             _log.warning(
@@ -294,7 +307,7 @@ def _train(
     train: ClipDataset,
     world: distributed.World,
     checkpoints: Checkpoints,
-    digest: str,
+    identity: dict[str, Any],
 ) -> list[float]:
     """Cross-entropy (and objective) training; mean losses of ten stretches, each read once."""
     bundle, head = cast(ModelBundle, tuned["bundle"]), cast(Probe, tuned["head"])
@@ -329,9 +342,7 @@ def _train(
         if number % cfg.checkpoint_every == 0 or number == cfg.steps:
             weights, moments = training_tensors(tuned, optimizer)
             losses = {"means": means, "pending": [float(value) for value in pending]}
-            checkpoints.save(
-                number, weights, moments, {"identity": _identity(cfg, digest), "losses": losses}
-            )
+            checkpoints.save(number, weights, moments, {"identity": identity, "losses": losses})
     return means
 
 
@@ -363,10 +374,19 @@ def _right(
     spec: InputSpec,
     test: ClipDataset,
     device: torch.device,
-) -> int:
+) -> tuple[int, int]:
+    """Right answers, and how many test clips could be read; the loader names the others."""
     bundle.eval()
     head.eval()
     right = torch.zeros((), device=device)
-    for clips, labels in spec.batches(test, step_cfg.batch_size, step_cfg.workers, device):
+    tested = 0
+    for clips, labels, _ in spec.batches(test, step_cfg.batch_size, step_cfg.workers, device):
         right += (logits_of(bundle, head, clips, step_cfg).argmax(-1) == labels).sum()
-    return int(right)
+        tested += len(labels)
+    if not tested:
+        raise ConfigError(
+            f"config: data must have test clips that can be read, got none of {len(test)}."
+        )
+    if tested < len(test):
+        _log.warning("left out %d test clips that could not be read", len(test) - tested)
+    return int(right), tested

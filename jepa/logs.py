@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from jepa.atomic import write_text
+from jepa.atomic import named_failure, write_text
 
 _SHOWN = ("loss", "effective_rank", "clips_per_s", "data_wait_share")
 
@@ -36,7 +38,8 @@ class RunLog:
             return
         self._path = folder / "log.jsonl"
         _keep_until(self._path, step)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
+        # Not buffered: what could not be written must not be tried again on closing.
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed in __exit__)
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -66,25 +69,24 @@ class RunLog:
             self._progress.stop()
         if self.active:
             self._file.close()
-            self._board.close()
+            # A board that could not write what it had fails at closing again: the first failure is
+            # the one to tell.
+            failed = exception[:1] != (None,)
+            with suppress(OSError) if failed else named_failure(self.folder / "tensorboard"):
+                self._board.close()
 
     def write(self, line: Mapping[str, Any], total_steps: int) -> None:
         if not self.active:
             return
         # JSON has no NaN.
-        self._file.write(
-            json.dumps(
-                {
-                    k: None if isinstance(v, float) and not math.isfinite(v) else v
-                    for k, v in line.items()
-                }
-            )
-            + "\n"
-        )
-        self._file.flush()
-        for name, value in line.items():
-            if name != "step":
-                self._board.add_scalar(name, value, line["step"])
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
+        }
+        self._append(json.dumps(finite) + "\n")
+        with named_failure(self.folder / "tensorboard"):
+            for name, value in line.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, line["step"])
         note = "  ".join(f"{name} {line[name]:.4g}" for name in _SHOWN if name in line)
         if self._progress is None:
             self.console.print(f"step {line['step']}/{total_steps}  {note}", highlight=False)
@@ -93,6 +95,17 @@ class RunLog:
             self._task = self._progress.add_task("training", total=total_steps, note="")
         self._progress.update(self._task, completed=line["step"], note=note)
 
+    def _append(self, text: str) -> None:
+        """Writes a line whole, or OSError and nothing of it."""
+        content, size = text.encode(), os.fstat(self._file.fileno()).st_size
+        with named_failure(self._path):
+            try:
+                while content:
+                    content = content[self._file.write(content) :]
+            except OSError:
+                self._file.truncate(size)
+                raise
+
 
 def _keep_until(path: Path, step: int) -> None:
     """Drops the lines of steps that a resumed run will do again, and a last line that a kill cut
@@ -100,10 +113,12 @@ def _keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
         except ValueError:
+            break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
             break
         if line["step"] <= step:
             kept.append(text)

@@ -67,8 +67,8 @@ def options(kind: type, made: Any = None, prefix: str = "") -> Iterator[Option]:
         yield from options(inner, value, f"{name}.")
 
 
-def print_help(command: str, purpose: str, kind: type) -> None:
-    """The page of ``jepa COMMAND --help``."""
+def print_help(command: str, purpose: str, kind: type, more: str = "") -> None:
+    """The page of ``jepa COMMAND --help``; `more` follows the flags."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=_PAGE_WIDTH)
@@ -77,7 +77,8 @@ def print_help(command: str, purpose: str, kind: type) -> None:
         f"  jepa {command} [--config FILE.yaml] [key=value | --key value ...]\n\n"
         "  --config FILE  YAML file; what is given on the command line is laid over it\n"
         "  --show         print the resolved configuration and stop\n"
-        "  --help         this page\n\n"
+        "  --help         this page\n"
+        f"{more}\n"
         "Values are read as YAML: null, true, [1, 2]. Where a name stands for a mapping, its keys "
         "can still be given.\n",
         markup=False,

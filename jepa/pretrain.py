@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,16 @@ from jepa.checkpoint import (
     whole,
 )
 from jepa.config import ConfigError, changed_keys, load, to_json, to_yaml
-from jepa.data.build import DataConfig, build_picker
+from jepa.data.build import GENERATED, DataConfig, build_picker
 from jepa.data.clip import ClipSpec
 from jepa.data.loader import Fetched, Loader, LoaderConfig, Stage
 from jepa.data.mixture import Picker
 from jepa.data.transforms import ViewSpec, model_input
 from jepa.distributed import World
+from jepa.lock import exclusive
 from jepa.logs import RunLog
 from jepa.models.blocks import Block
-from jepa.monitor import MonitorConfig, collapse_metrics, warnings
+from jepa.monitor import MonitorConfig, Watch, collapse_metrics, warnings
 from jepa.schedules import ScheduleConfig
 from jepa.step import ModelBundle, StepConfig, TrainState, build_optimizer, new_state, train_step
 
@@ -43,8 +45,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PretrainConfig(StepConfig):
-    """A whole run. The defaults are the embedded one: the micro model on moving_shapes, a few
-    minutes on two cores."""
+    """A whole run. The defaults are the published recipe around the micro model on moving_shapes;
+    jepa/recipes.py has others."""
 
     schedule: ScheduleConfig = field(
         default_factory=lambda: ScheduleConfig(
@@ -148,7 +150,7 @@ class PretrainConfig(StepConfig):
 
     def _read_at(self, step: int) -> tuple[ClipSpec, ViewSpec]:
         views = self.views_at(step)
-        canvas = self.size_at(step) if self.data.kind == "moving_shapes" else views.canvas()
+        canvas = self.size_at(step) if self.data.kind in GENERATED else views.canvas()
         return ClipSpec(self.frames, self.stride, self.fps, *canvas), views
 
     def loader(self, world: World) -> LoaderConfig:
@@ -241,7 +243,8 @@ def run(cfg: PretrainConfig) -> TrainState:
         keep_freed_memory()
     torch.manual_seed(cfg.seed)
     try:
-        return _run(cfg, picker, world)
+        with exclusive(cfg.output) if world.leads else nullcontext():
+            return _run(cfg, picker, world)
     finally:
         distributed.stop(world)
 
@@ -285,6 +288,7 @@ def _loop(
         picker, cfg.loader(world), min(state.step, total) * cfg.accumulate, total * cfg.accumulate
     )
     interval, losses = _Interval(), []
+    watch = Watch(cfg.monitor, total)
     for parts in _grouped(iter(loader), cfg.accumulate):
         batches = [prepared(part.batch, cfg, world.device, state.step) for part in parts]
         _, metrics = train_step(state, batches)
@@ -296,7 +300,7 @@ def _loop(
             values, skipped = interval.read(world)
             losses.append(values["loss"])
             skipped_total += len(skipped)
-            _report(cfg, state, interval, values, batches[0], parts[-1], log)
+            _report(cfg, state, interval, values, batches[0], parts[-1], log, watch)
             if skipped:
                 _replay(cfg, interval, skipped, skipped_total, world)
             interval = _Interval()
@@ -337,13 +341,16 @@ def _report(
     batch: Batch,
     last: Fetched,
     log: RunLog,
+    watch: Watch,
 ) -> None:
     seconds = time.perf_counter() - interval.began
     watched = {
         name: float(value)
         for name, value in collapse_metrics(state.bundle, batch, cfg, cfg.monitor).items()
     }
-    for sentence in warnings(watched, cfg.monitor):
+    sentences = warnings(watched, cfg.monitor)
+    sentences += watch.sentences({"step": state.step, **values, **watched})
+    for sentence in sentences:
         _log.warning("step %d: %s", state.step, sentence)
     line = {
         "step": state.step,

@@ -106,4 +106,6 @@ def parse_quirks(value: Any, path: str) -> Quirks:
         return value
     if isinstance(value, Mapping):
         return from_dict(Quirks, value, path)
+    if not isinstance(value, str | list | tuple):
+        raise ConfigError(f"config: {path} must be a list of names, got {value!r}.")
     return Quirks.of([value] if isinstance(value, str) else value)

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from . import transforms
 from .checks import dtype_name, sentence
 
 ANY_DEVICE = ("any",)
@@ -158,7 +159,9 @@ class Op:
         """Why `backend` cannot run these inputs; empty when it can."""
         if backend not in self.backends:
             return [Reason(f"{self.name} has no {backend} backend")]
-        return self.backends[backend].unsupported(inputs)
+        obstacle = transforms.obstacle(self.name, backend)
+        reasons = self.backends[backend].unsupported(inputs)
+        return reasons if obstacle is None else [Reason(obstacle), *reasons]
 
     def passed_by(self, backend: str, inputs: Inputs) -> Preference | None:
         """Why `auto` passes `backend` by for these inputs, if it does."""
@@ -268,13 +271,14 @@ def resolve(op: Op, inputs: Inputs, backend: str | None = None) -> Backend:
         if reasons:
             raise BackendUnsupportedError(_refusal(op, inputs, {name: reasons}, name, source))
         return op.backends[name]
-    device_type = inputs.device_type
+    device_type, transformed = inputs.device_type, transforms.active()
     for candidate in op.priority:
         record = op.backends[candidate]
         # A backend of another device is passed over before it spells out its reasons: this runs at
         # every call.
         if (
             record.takes(device_type)
+            and not (transformed and transforms.obstacle(op.name, candidate))
             and not record.unsupported(inputs)
             and op.passed_by(candidate, inputs) is None
         ):

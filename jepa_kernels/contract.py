@@ -19,7 +19,6 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import checks
@@ -222,8 +221,6 @@ class Function(Contract):
                 self._check_values(inputs, backend)
             return backend.compose(inputs)  # type: ignore[misc] # runs_composed says it is there
         values = self.signature.values(inputs)
-        if forward_ad._current_level >= 0:
-            self._refuse_forward_mode(values, backend)
         if not is_plain(self.signature.given(values)):
             return self.forward_op(*values, backend.name)
         self._check_values(inputs, backend)
@@ -232,15 +229,6 @@ class Function(Contract):
             if any([t is not None and t.requires_grad for t in leaves]):
                 return _Eager.apply(self, backend, inputs, values, *leaves)
         return _exact(backend.forward, inputs)
-
-    def _refuse_forward_mode(self, values: Sequence[Any], backend: Backend) -> None:
-        """A kernel has no formula for tangents, and dropping them would give a derivative of 0."""
-        for tensor in self.signature.leaves(values):
-            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-                raise NotImplementedError(
-                    f"{self.name}: forward-mode derivatives must not be requested of backend "
-                    f"{backend.name!r}, got a tensor with a tangent. Use backend='reference'."
-                )
 
 
 class InPlace(Contract):
@@ -300,7 +288,8 @@ def _exact(call: Callable[..., Any] | None, inputs: Any, *more: Any) -> Any:
     """Calls a backend with autocast off: the public function has cast what it should."""
     assert call is not None
     kind = inputs.device_type
-    if torch.is_autocast_enabled(kind):
+    # Devices without autocast, such as meta, refuse the question whether it is on.
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
             return call(inputs, *more)
     return call(inputs, *more)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ _BUILD_HINT = "build it with: pip install -e . --no-build-isolation"
 
 def _load() -> str | None:
     if not _library.exists():
+        if shutil.which(os.environ.get("CXX", "g++").split()[-1]) is None:
+            return (
+                "the native library is not built, and there is no C++ compiler (install g++, for "
+                f"example with apt-get install g++, then {_BUILD_HINT})"
+            )
         return f"the native library is not built ({_BUILD_HINT})"
     try:
         torch.ops.load_library(str(_library))

@@ -3,7 +3,7 @@ on."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +13,23 @@ from jepa.data.diving48 import diving48
 from jepa.data.imagenet100 import imagenet100
 from jepa.data.mixture import Epochs, Picker, mixed_regime
 from jepa.data.moving_shapes import MovingShapes
+from jepa.data.moving_textures import MovingTextures, TextureOptions
 from jepa.data.pathlist import pathlist
 from jepa.data.ssv2 import ssv2
 from jepa.data.ucf101 import ucf101
 
-Kind = Literal["moving_shapes", "ucf101", "ssv2", "diving48", "imagenet100", "list", "mixed"]
+Kind = Literal[
+    "moving_textures",
+    "moving_shapes",
+    "ucf101",
+    "ssv2",
+    "diving48",
+    "imagenet100",
+    "list",
+    "mixed",
+]
+# Drawn at the size asked for, whole: no files, no canvas around a view.
+GENERATED = ("moving_textures", "moving_shapes")
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class DataConfig:
     kind: Kind = "moving_shapes"
     """A data set; mixed is UCF-101 .2, Something-Something V2 .6, ImageNet-100 .2."""
     at: Location = Location()
-    """Where it is; not needed for moving_shapes."""
+    """Where it is; not needed for generated clips."""
     ucf101: Location = Location()
     """Where the UCF-101 part of `mixed` is."""
     ssv2: Location = Location()
@@ -56,13 +68,16 @@ class DataConfig:
     imagenet100: Location = Location()
     """Where the ImageNet-100 part of `mixed` is."""
     size: int = 10_000
-    """Training clips of moving_shapes."""
+    """Generated training clips."""
     test_size: int = 1_000
-    """Test clips of moving_shapes."""
+    """Generated test clips."""
     seed: int = 0
-    """Of moving_shapes."""
-    target: str = "shape"
-    """The factor of moving_shapes that labels give."""
+
+    """Of generated clips."""
+    target: str | None = None
+    """The factor of generated clips that labels give; null: the first."""
+    textures: TextureOptions = field(default_factory=TextureOptions)
+    """What varies in moving_textures, and how."""
     fold: int = 1
     """Split of UCF-101, 1 to 3."""
     repeat_stills: bool = False
@@ -76,10 +91,11 @@ def build_dataset(config: DataConfig, split: Literal["train", "test"] = "train")
         ConfigError: a place that must be given is not, or ``mixed``, which is no single data set.
         MissingDataError: nothing is where the configuration says.
     """
-    if config.kind == "moving_shapes":
-        return MovingShapes(
-            config.size if split == "train" else config.test_size, config.seed, split, config.target
-        )
+    if config.kind in GENERATED:
+        size = config.size if split == "train" else config.test_size
+        if config.kind == "moving_textures":
+            return MovingTextures(size, config.seed, split, config.target, config.textures)
+        return MovingShapes(size, config.seed, split, config.target)
     if config.kind == "mixed":
         raise ConfigError("config: data.kind must be a single data set here, got 'mixed'.")
     return _at(config.kind, config.at, split, config.fold, "data.at")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from jepa.data.files import FileClips, existing
+from jepa.config import ConfigError
+from jepa.data.files import FileClips, existing, read_json
 
 NUM_CLASSES = 48
 
@@ -24,15 +24,16 @@ def diving48(videos: str | Path, annotations: str | Path) -> FileClips:
         "diving48",
         "the annotation file (Diving48_V2_train.json or Diving48_V2_test.json)",
     )
-    records = json.loads(listing.read_text(encoding="utf-8"))
-    if not isinstance(records, list) or any(
-        "vid_name" not in record or "label" not in record for record in records
-    ):
-        raise ValueError(
-            f"diving48: {listing.name} must be a list of records with vid_name and label, got "
-            "something else."
-        )
+    records = read_json(listing, "diving48")
+    if not isinstance(records, list):
+        records = [records]
+    for record in records:
+        label = record.get("label") if isinstance(record, dict) else None
+        named = isinstance(record, dict) and isinstance(record.get("vid_name"), str)
+        if not named or type(label) is not int or label < 0:
+            raise ConfigError(
+                f"diving48: {listing.name} must be a list of records with vid_name and label "
+                f"(a whole number from 0 on), got {record!r:.120}."
+            )
     files = [f"{record['vid_name']}.mp4" for record in records]
-    return FileClips(
-        "diving48", root, files, [int(record["label"]) for record in records], NUM_CLASSES
-    )
+    return FileClips("diving48", root, files, [record["label"] for record in records], NUM_CLASSES)

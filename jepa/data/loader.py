@@ -44,7 +44,8 @@ class LoaderConfig:
     video. `masks` None samples none. Ranks share one global batch: rank r of `world` reads places
     r*batch_size .. (r+1)*batch_size-1, and each place has random numbers of its own. With
     `rank_independent_seed` (a quirk of the published code) all ranks draw those of rank 0 for their
-    own samples. `stages`, by rising step, change the size within a run.
+    own samples. `stages`, by rising step, change the size within a run. A sample that cannot be
+    read makes way for another one, or with `substitutes` False is left out of its batch.
     """
 
     batch_size: int = 8
@@ -64,6 +65,7 @@ class LoaderConfig:
     pin_memory: bool = False
     max_bad_share: float = 0.05
     judge_after: int = 100
+    substitutes: bool = True
     stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
@@ -156,11 +158,12 @@ class Fetched:
 class _Step:
     """What travels from a worker: pinned as a whole by the loader's pinning thread."""
 
-    batch: LoadedBatch
+    batch: LoadedBatch | None  # None: no sample of the step could be read
     bad_files: tuple[str, ...]
 
     def pin_memory(self) -> Self:
-        self.batch = self.batch.pin_memory()
+        if self.batch is not None:
+            self.batch = self.batch.pin_memory()
         return self
 
 
@@ -189,7 +192,11 @@ class StepDataset(Dataset[_Step]):
             self._read(config, pick, int(slot), step, start, bad)
             for pick, slot, start in zip(picks, slots, starts, strict=True)
         ]
-        picks, clips = [pick for pick, _ in read], [clip for _, clip in read]
+        kept = [place for place, one in enumerate(read) if one is not None]
+        if not kept:
+            return _Step(None, tuple(bad))
+        slots, found = slots[kept], [one for one in read if one is not None]
+        picks, clips = [pick for pick, _ in found], [clip for _, clip in found]
         views = self._views(config, step, slots, picks, clips)
         frames = self._frames(config, clips)
         labels = torch.tensor([pick.dataset.label(pick.index) for pick in picks], dtype=torch.int64)
@@ -199,15 +206,17 @@ class StepDataset(Dataset[_Step]):
 
     def _read(
         self, config: LoaderConfig, pick: Pick, slot: int, step: int, start: float, bad: list[str]
-    ) -> tuple[Pick, Clip]:
+    ) -> tuple[Pick, Clip] | None:
         """The clip of a pick; a bad file makes way for other samples of the same data set, in an
-        order fixed by the keys."""
+        order fixed by the keys, or for none."""
         first = pick
         for attempt in range(_REPLACEMENTS + 1):
             try:
                 return pick, pick.dataset.read(pick.index, config.clip, float(start))
             except BadClipError as error:
                 bad.append(str(error))
+                if not config.substitutes:
+                    return None
                 number = uniforms(
                     config.seed, step, np.int64(slot), stream_id(Stream.REPLACEMENT), 1, 2 * attempt
                 ).item()
@@ -317,7 +326,8 @@ class Loader:
             if step is None:
                 return
             bad_total += len(step.bad_files)
-            read_total += len(step.batch.clips) + len(step.bad_files)
+            good = 0 if step.batch is None else len(step.batch.clips)
+            read_total += good + len(step.bad_files)
             for reason in step.bad_files:
                 if reason not in named:
                     named.add(reason)
@@ -328,6 +338,8 @@ class Loader:
                     f"got {bad_total} of {read_total} reads; "
                     f"{len(named)} different ones, among them {sorted(named)[0]}."
                 )
+            if step.batch is None:
+                continue
             yield Fetched(step.batch, wait, step.bad_files, bad_total, read_total)
 
 

@@ -81,15 +81,17 @@ class MovingShapes:
         size: number of samples; indices beyond it are an error, though any number of clips exists.
         seed: key of all random numbers.
         split: "train" or "test"; their samples never coincide.
-        target: the factor that `label` gives.
+        target: the factor that `label` gives, None for the first one.
     """
 
     name = "moving_shapes"
     still = False
+    questions = FACTORS
 
     def __init__(
-        self, size: int = 10000, seed: int = 0, split: str = "train", target: str = "shape"
+        self, size: int = 10000, seed: int = 0, split: str = "train", target: str | None = None
     ) -> None:
+        target = next(iter(FACTORS)) if target is None else target
         if size < 1:
             raise ValueError(f"MovingShapes: size must be at least 1, got {size}.")
         if split not in ("train", "test"):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jepa.data.files import FileClips, existing, text_lines
+from jepa.config import ConfigError
+from jepa.data.files import FileClips, existing, text_lines, whole_number
 
 NUM_CLASSES = 101
 
@@ -31,26 +32,29 @@ def ucf101(
     number that a train list gives is checked.
     """
     if split not in ("train", "test"):
-        raise ValueError(f"ucf101: split must be 'train' or 'test', got {split!r}.")
+        raise ConfigError(f"ucf101: split must be 'train' or 'test', got {split!r}.")
     if fold not in (1, 2, 3):
-        raise ValueError(f"ucf101: fold must be 1, 2 or 3, got {fold}.")
+        raise ConfigError(f"ucf101: fold must be 1, 2 or 3, got {fold}.")
     root = existing(videos, "ucf101", "the folder of class folders with .avi files")
     folder = existing(lists, "ucf101", "the folder with classInd.txt and the split lists")
     classes = _class_numbers(existing(folder / "classInd.txt", "ucf101", "the class index"))
     chosen = Path(list_file) if list_file is not None else folder / f"{split}list{fold:02d}.txt"
     files, labels = [], []
-    for line in text_lines(existing(chosen, "ucf101", "the split list")):
-        name, _, number = line.partition(" ")
+    for line in text_lines(existing(chosen, "ucf101", "the split list"), "ucf101"):
+        name, _, number = line.text.replace("\t", " ").rpartition(" ")
+        if whole_number(number) is None:
+            name, number = line.text, ""
+        name = name.rstrip()
         # Lists of a subset may carry folders before the class folder.
         class_name = Path(name).parent.name
         if class_name not in classes:
-            raise ValueError(
+            raise ConfigError(
                 f"ucf101: {chosen.name} must name classes of classInd.txt, got {class_name!r} in "
-                f"{line!r}."
+                f"{line.text!r}."
             )
-        if number and int(number) - 1 != classes[class_name]:
-            raise ValueError(
-                f"ucf101: {chosen.name} must agree with classInd.txt, got {line!r} for class "
+        if number and whole_number(number) != classes[class_name] + 1:
+            raise ConfigError(
+                f"ucf101: {chosen.name} must agree with classInd.txt, got {line.text!r} for class "
                 f"{classes[class_name] + 1}."
             )
         files.append(name)
@@ -59,10 +63,15 @@ def ucf101(
 
 
 def _class_numbers(path: Path) -> dict[str, int]:
-    pairs = [line.split() for line in text_lines(path)]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ValueError(
-            f"ucf101: {path.name} must hold lines of number and class name, got "
-            f"{next(p for p in pairs if len(p) != 2)}."
-        )
-    return {name: int(number) - 1 for number, name in pairs}
+    classes: dict[str, int] = {}
+    for line in text_lines(path, "ucf101"):
+        number, _, name = line.text.replace("\t", " ").partition(" ")
+        name, value = name.strip(), whole_number(number)
+        if not name or " " in name or value is None:
+            raise line.refused("ucf101", "hold lines of number and class name")
+        if not 1 <= value <= NUM_CLASSES:
+            raise line.refused("ucf101", f"number classes from 1 to {NUM_CLASSES}")
+        if name in classes or value - 1 in classes.values():
+            raise line.refused("ucf101", "give each class and number once")
+        classes[name] = value - 1
+    return classes

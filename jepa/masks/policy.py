@@ -61,6 +61,8 @@ class MotionGuidance:
 
 
 BLOCK_SETS = (MaskSet(8, (0.15, 0.15)), MaskSet(2, (0.7, 0.7)))
+# Part of the clip alone, so that what is hidden is seen at another time.
+TUBE_SETS = (MaskSet(8, (0.15, 0.15), (0.5, 0.5)), MaskSet(2, (0.7, 0.7), (0.5, 0.5)))
 FUTURE_SETS = (MaskSet(4, (0.15, 0.15)), MaskSet(1, (0.7, 0.7)))
 
 
@@ -120,16 +122,20 @@ class MaskPolicy:
         return replace(self, motion=motion, truncate="batch_min", shared_block_size=True)
 
 
-POLICY_NAMES = ("blocks", "motion", "future", "motion_future")
+POLICY_NAMES = ("blocks", "motion", "future", "motion_future", "tubes")
 
 
 def mask_policy(name: str, *, strength: float = 2.0, random_rate: float = 0.1) -> MaskPolicy:
-    """The named policies of the study. `strength` and `random_rate` matter to the motion-guided
-    ones only."""
+    """The named policies: the study's four, and blocks that last half the clip (`tubes`).
+
+    `strength` and `random_rate` matter to the motion-guided ones only. A mixture is a policy with
+    sets of its own: each set is one kind of mask.
+    """
     guidance = MotionGuidance(strength, random_rate)
     policies = {
         "blocks": MaskPolicy(),
         "motion": MaskPolicy(motion=guidance),
+        "tubes": MaskPolicy(sets=TUBE_SETS),
         "future": MaskPolicy(sets=FUTURE_SETS, context_share=0.5),
         "motion_future": MaskPolicy(sets=FUTURE_SETS, context_share=0.5, motion=guidance),
     }

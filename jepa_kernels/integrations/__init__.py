@@ -80,14 +80,16 @@ def accelerate(model: nn.Module, *, options: Sequence[str] = ()) -> Report:
 
 
 def patch(*names: str, options: Sequence[str] = ()) -> AbstractContextManager[list[str]]:
-    """A context in which the classes of the named code bases (all, without names) use the fused op.
+    """A context in which the classes of the named code bases use the fused op; without names, of
+    all that are installed.
 
     Args:
         names: of `CODE_BASES`.
         options: those of `accelerate`.
 
     Raises:
-        ValueError: no code base or option of that name.
+        ValueError: no code base or option of that name. ModuleNotFoundError: a named code base, or
+            a package that it needs, is not installed.
     """
     by_name = {base.name: base for base in CODE_BASES}
     for name in names:
@@ -97,4 +99,4 @@ def patch(*names: str, options: Sequence[str] = ()) -> AbstractContextManager[li
             )
     bases = [by_name[name] for name in names] or CODE_BASES
     replace.check_options("patch", bases, options)
-    return replace.patched(bases, options)
+    return replace.patched(bases, options, named=bool(names))

@@ -32,6 +32,8 @@ class Target:
         fuses: what the new forward does in one op, for reports and docs.
         marker: an attribute that an instance must have, where releases use one name for different
             classes; empty: any instance.
+        keeps: whether a call, given the module and its arguments, must run the original, which then
+            serves what the fused op does not.
         method: the method that is replaced.
         option: the name to ask `accelerate` for this target by; empty: it is always replaced.
 
@@ -45,6 +47,7 @@ class Target:
     obstacles: Callable[[nn.Module], list[str]]
     fuses: str
     marker: str = ""
+    keeps: Callable[..., bool] | None = None
     method: str = "forward"
     option: str = ""
 
@@ -145,7 +148,10 @@ def accelerate(model: nn.Module, bases: Sequence[CodeBase], options: Sequence[st
             continue
         # A partial, not a bound method: copies bind to the copy either way, and only a partial can
         # be pickled.
-        setattr(module, target.method, functools.partial(target.forward, module))
+        fused = functools.partial(target.forward, module)
+        if target.keeps is not None:
+            fused = functools.partial(_either, target, module)
+        setattr(module, target.method, fused)
         setattr(module, _MARK, target.method)
         report.replaced.setdefault(base.name, []).append(name)
     if not report.replaced and not report.left:
@@ -176,6 +182,15 @@ def accelerate(model: nn.Module, bases: Sequence[CodeBase], options: Sequence[st
     return report
 
 
+def _either(target: Target, module: nn.Module, *args, **kwargs):
+    """The fused forward, or the class's own for a call that it keeps."""
+    assert target.keeps is not None
+    own = getattr(type(module), target.method)
+    return (own if target.keeps(module, *args, **kwargs) else target.forward)(
+        module, *args, **kwargs
+    )
+
+
 def restore(model: nn.Module) -> int:
     """Gives every replaced module its own forward back; returns how many."""
     count = 0
@@ -188,16 +203,22 @@ def restore(model: nn.Module) -> int:
 
 
 @contextmanager
-def patched(bases: Sequence[CodeBase], options: Sequence[str] = ()) -> Iterator[list[str]]:
+def patched(
+    bases: Sequence[CodeBase], options: Sequence[str] = (), named: bool = True
+) -> Iterator[list[str]]:
     """Replaces forwards on the classes themselves, for code that builds its own models; yields the
     names of the patched classes.
 
-    An instance with an obstacle keeps its own forward, call by call.
+    An instance with an obstacle keeps its own forward, call by call. A code base that is not
+    installed, or lacks a package of its own, is passed over, or refused where the caller `named`
+    it.
     """
     undo: list[tuple[type, str, Callable]] = []
     names = []
     try:
         for base in bases:
+            if named:
+                _require(base)
             for target in base.targets:
                 if target.option and target.option not in options:
                     continue
@@ -218,21 +239,41 @@ def patched(bases: Sequence[CodeBase], options: Sequence[str] = ()) -> Iterator[
 def _choosing(target: Target, original: Callable) -> Callable:
     def forward(self, *args, **kwargs):
         fused = target.fits(self) and not target.obstacles(self)
+        if fused and target.keeps is not None:
+            fused = not target.keeps(self, *args, **kwargs)
         return (target.forward if fused else original)(self, *args, **kwargs)
 
     return forward
+
+
+def _require(base: CodeBase) -> None:
+    """Refuses a code base none of whose modules can be imported."""
+    packages = {name.partition(".")[0] for target in base.targets for name in target.names}
+    reasons: list[str] = []
+    for target in base.targets:
+        for name in target.names:
+            path = name.partition(":")[0]
+            try:
+                importlib.import_module(path)
+            except ImportError as error:
+                # A package that is there and lacks something of its own says more than one that is
+                # not.
+                lacks = (error.name or "").partition(".")[0] not in packages
+                reasons.insert(0 if lacks else len(reasons), str(error))
+            else:
+                return
+    raise ModuleNotFoundError(
+        sentence("patch", "name", "be of an installed code base", repr(base.name))
+        + f" {reasons[0]}."
+    )
 
 
 def _installed(name: str, method: str) -> type | None:
     path, _, kind = name.partition(":")
     try:
         found = getattr(importlib.import_module(path), kind, None)
-    except ModuleNotFoundError as error:
-        # Absent is fine; a package that is there and lacks something of its own is not ours to
-        # hide.
-        if error.name is not None and path.startswith(error.name):
-            return None
-        raise
+    except ImportError:
+        return None
     return (
         found
         if isinstance(found, type) and full_name(found) == name and method in vars(found)

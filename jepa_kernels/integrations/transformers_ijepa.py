@@ -9,7 +9,6 @@ from .replace import CodeBase, Target, dropout_obstacles
 
 
 def _forward(self: nn.Module, hidden_states: Tensor, attention_mask: None = None, **kwargs):
-    _refuse("attention_mask", attention_mask)
     layers = (self.q_proj, self.k_proj, self.v_proj)
     query, key, value = (
         layer(hidden_states).unflatten(-1, (-1, self.head_dim)) for layer in layers
@@ -17,13 +16,17 @@ def _forward(self: nn.Module, hidden_states: Tensor, attention_mask: None = None
     return self.o_proj(masked_attention(query, key, value, scale=self.scaling).flatten(-2)), None
 
 
+def _keeps(
+    self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
+) -> bool:
+    return attention_mask is not None
+
+
 def _forward_self(
     self: nn.Module, hidden_states: Tensor, head_mask: None = None, output_attentions: bool = False
 ):
     """The class of releases before 5: projections named query, key, value; the output projection is
     a module of its own."""
-    _refuse("head_mask", head_mask)
-    _refuse("output_attentions", output_attentions or None)
     layers = (self.query, self.key, self.value)
     query, key, value = (
         layer(hidden_states).unflatten(-1, (self.num_attention_heads, -1)) for layer in layers
@@ -31,16 +34,23 @@ def _forward_self(
     return masked_attention(query, key, value, scale=self.scaling).flatten(-2), None
 
 
-def _refuse(name: str, value: object) -> None:
-    if value is not None:
-        raise ValueError(
-            f"I-JEPA attention: {name} must be None or False with the fused op. Undo it with "
-            f"restore(model) to use {name}."
-        )
+def _keeps_self(
+    self: nn.Module,
+    hidden_states: Tensor,
+    head_mask: Tensor | None = None,
+    output_attentions: bool = False,
+) -> bool:
+    return head_mask is not None or output_attentions
 
 
 def _obstacles(module: nn.Module) -> list[str]:
-    return dropout_obstacles(module, attention_probs_dropout_prob=module.attention_dropout)
+    """Attention weights that every call is to return, and dropout."""
+    found = dropout_obstacles(module, attention_probs_dropout_prob=module.attention_dropout)
+    if getattr(module.config, "output_attentions", False):
+        found.append(
+            "config.output_attentions must be False, since the fused op computes no weights"
+        )
+    return found
 
 
 def _obstacles_self(module: nn.Module) -> list[str]:
@@ -54,7 +64,20 @@ BASE = CodeBase(
     (
         # Before release 5 a class of this name wraps the one below, and has no projections of its
         # own.
-        Target((f"{_PATH}:IJepaAttention",), _forward, _obstacles, "attention", marker="q_proj"),
-        Target((f"{_PATH}:IJepaSelfAttention",), _forward_self, _obstacles_self, "attention"),
+        Target(
+            (f"{_PATH}:IJepaAttention",),
+            _forward,
+            _obstacles,
+            "attention",
+            marker="q_proj",
+            keeps=_keeps,
+        ),
+        Target(
+            (f"{_PATH}:IJepaSelfAttention",),
+            _forward_self,
+            _obstacles_self,
+            "attention",
+            keeps=_keeps_self,
+        ),
     ),
 )

@@ -17,6 +17,10 @@ from ..ops.ema_update import ema_update_
 
 _NAME = "EMATeacher"
 _HALF = (torch.bfloat16, torch.float16)
+_FSDP1_HINT = (
+    "FullyShardedDataParallel flattens parameters; torch.distributed.fsdp.fully_shard (FSDP2) "
+    "keeps them."
+)
 _FORWARD = "forward_copy."
 
 
@@ -50,8 +54,8 @@ class EMATeacher(nn.Module):
             is kept, and written in the same pass, only where it differs from the master.
         rounding: ``"nearest"``, ``"kahan"`` or ``"stochastic"`` for masters kept in 16 bits
             (``master_dtype=None``); see `ema_update_`.
-        average_buffers: float buffers (batch-norm statistics) are averaged like parameters; False
-            copies them. Other buffers are copied.
+        average_buffers: float and complex buffers (batch-norm statistics) are averaged like
+            parameters; False copies them. Other buffers are copied.
         warmup: momentum is at most ``(1 + n) / (10 + n)`` at update n, so that a short run does not
             lag.
         debias: weigh the student's history alone, as if the average had started at zero and were
@@ -112,6 +116,18 @@ class EMATeacher(nn.Module):
         self.register_load_state_dict_pre_hook(_add_forward_copy)
         super().train(False)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> EMATeacher:
+        """A teacher that follows the same student; within a copy of a module that holds both, one
+        that follows the copied student."""
+        if not memo:
+            memo[id(self.student)] = self.student
+        made = self.__class__.__new__(self.__class__)
+        memo[id(self)] = made
+        made.__dict__.update(
+            {name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()}
+        )
+        return made
+
     @property
     def student(self) -> nn.Module:
         return self._student[0]
@@ -161,11 +177,9 @@ class EMATeacher(nn.Module):
         modules = [self.student, self.module, self.forward_copy, self.compensation]
         trees = [[] if m is None else list(m.modules()) for m in modules]
         if len(trees[0]) != len(trees[1]):
-            raise ValueError(
-                checks.sentence(
-                    _NAME, "student", f"keep its {len(trees[1])} submodules", len(trees[0])
-                )
-            )
+            hint = _FSDP1_HINT if _is_fsdp1(self.student) else ""
+            wanted = f"keep its {len(trees[1])} submodules"
+            raise ValueError(checks.sentence(_NAME, "student", wanted, len(trees[0]), hint))
         # FSDP2 leaves a root's own parameters gathered after a forward without gradients.
         for module in _sharded_modules([m for tree in trees for m in tree]):
             module.reshard()
@@ -177,12 +191,12 @@ class EMATeacher(nn.Module):
             for kind, averaged in (("_parameters", True), ("_buffers", self.average_buffers)):
                 for name, target in master.__dict__[kind].items():
                     if target is not None and id(target) not in found:
-                        source = student.__dict__[kind][name]
+                        source = _of_student(student, kind, name)
                         others = (
                             None if m is None else m.__dict__[kind][name] for m in (low, lost)
                         )
                         found[id(target)] = Pair(
-                            name, target, source, *others, averaged and target.is_floating_point()
+                            name, target, source, *others, averaged and _is_averaged(target)
                         )
         return list(found.values())
 
@@ -250,7 +264,7 @@ class EMATeacher(nn.Module):
     ) -> None:
         """Moves the targets of `pairs` by `momentum` and copies those that are not averaged,
         without counting an update."""
-        moved = [p for p in pairs if p.is_float]
+        moved = [_real(p) for p in pairs if p.is_float]
         by_device: dict[tuple[torch.device, bool], list[Pair]] = {}
         for pair in moved:
             by_device.setdefault((pair.target.device, pair.copy is not None), []).append(pair)
@@ -294,13 +308,14 @@ class EMATeacher(nn.Module):
             raise ValueError(
                 checks.sentence(_NAME, "module", "have a float parameter to measure a lag", "none")
             )
-        sums = [_squares(p) for p in pairs]
+        sums = [_squares(_real(p)) for p in pairs]
         device = sums[0].device
         difference, size = torch.stack([s.to(device) for s in sums]).sum(0).unbind()
         return (difference / size).sqrt()
 
     def get_extra_state(self) -> torch.Tensor:
-        return torch.tensor([self.num_updates, self.history_weight], dtype=torch.float64)
+        state = [self.num_updates, self.history_weight]
+        return torch.tensor(state, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         self.num_updates, self.history_weight = int(state[0]), float(state[1])
@@ -329,6 +344,11 @@ def _check(
                     "another",
                 )
             )
+    if _is_fsdp1(student):
+        got = "FullyShardedDataParallel (FSDP1)"
+        raise ValueError(
+            checks.sentence(_NAME, "student", "not be wrapped in FSDP1", got, _FSDP1_HINT)
+        )
     if rounding not in ROUNDINGS:
         raise ValueError(
             checks.sentence(_NAME, "rounding", f"be one of {', '.join(ROUNDINGS)}", repr(rounding))
@@ -356,6 +376,44 @@ def _check(
         checks.is_finite_number(_NAME, "momentum", momentum)
         if not 0.0 <= momentum <= 1.0:  # type: ignore[operator]
             raise ValueError(checks.sentence(_NAME, "momentum", "be from 0 to 1", momentum))
+
+
+def _of_student(student: nn.Module, kind: str, name: str) -> torch.Tensor:
+    """The student's tensor of a name, or ValueError where it has been made into something else
+    since the teacher was built."""
+    own = student.__dict__[kind].get(name)
+    if own is not None:
+        return own
+    hint = "Build the teacher from the module as it is now."
+    if _is_fsdp1(student):
+        hint = _FSDP1_HINT
+    elif f"{name}_orig" in student._parameters:
+        hint = "torch.nn.utils.prune.remove makes the pruning permanent."
+    elif hasattr(student, "parametrizations"):
+        hint = "torch.nn.utils.parametrize.remove_parametrizations undoes a parametrization."
+    wanted = f"keep its {'parameter' if kind == '_parameters' else 'buffer'} {name!r}"
+    raise ValueError(checks.sentence(_NAME, "student", wanted, type(student).__name__, hint))
+
+
+def _is_fsdp1(module: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kind = None if fsdp is None else getattr(fsdp, "FullyShardedDataParallel", None)
+    return kind is not None and any(isinstance(m, kind) for m in module.modules())
+
+
+def _is_averaged(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _real(pair: Pair) -> Pair:
+    """A complex tensor as its real and imaginary parts, which are averaged one by one."""
+    if not pair.target.is_complex():
+        return pair
+    parts = (
+        None if tensor is None else torch.view_as_real(tensor.detach())
+        for tensor in (pair.target, pair.source, pair.copy, pair.compensation)
+    )
+    return Pair(pair.name, *parts, True)  # type: ignore[arg-type]
 
 
 def _cast(module: nn.Module, rule: Callable[[torch.dtype], torch.dtype]) -> None:

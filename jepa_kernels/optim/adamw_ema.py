@@ -269,7 +269,7 @@ def _count(steps: list[torch.Tensor], flag: torch.Tensor | None) -> None:
         )
     else:
         # A tensor: the number 1 would be wrapped anew for each of the step counts on the host.
-        torch._foreach_add_(steps, torch.ones(()) if on_host else 1)
+        torch._foreach_add_(steps, torch.ones((), device="cpu") if on_host else 1)
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -292,7 +292,8 @@ def _hyper(groups: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
         v for row in rows for v in row if isinstance(v, torch.Tensor) and v.device.type != "cpu"
     ]
     if not tensors:
-        return torch.tensor([[float(v) for v in row] for row in rows], dtype=torch.float64)
+        numbers = [[float(v) for v in row] for row in rows]
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
     # Numbers become fills, not copies from the host, so that a CUDA graph can record them.
     values = [
         v.to(device, torch.float64).reshape(())

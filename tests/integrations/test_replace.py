@@ -203,3 +203,22 @@ loaded = {name.partition('.')[0] for name in sys.modules} & peers
 assert not loaded, loaded
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_patch_takes_what_is_installed_and_refuses_what_was_named(monkeypatch):
+    """A package that is there and lacks one of its own stands for one that is not there."""
+
+    def absent(path):
+        if path.startswith("vjepa2"):
+            raise ModuleNotFoundError("No module named 'timm'", name="timm")
+        raise ModuleNotFoundError(f"No module named {path!r}", name=path)
+
+    monkeypatch.setattr("jepa_kernels.integrations.replace.importlib.import_module", absent)
+    with patch() as names:
+        assert names == []
+    with pytest.raises(ModuleNotFoundError, match=r"got 'vjepa2'\. No module named 'timm'\.$"):
+        with patch("vjepa2"):
+            pass
+    with pytest.raises(ModuleNotFoundError, match=r"be of an installed code base, got 'ijepa'\."):
+        with patch("ijepa"):
+            pass

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 
-from jepa_kernels.integrations import accelerate
+from jepa_kernels.integrations import accelerate, patch, restore
 from tests.integrations.peers import DTYPES, check, peer, randomised, steps_apart
 
 
@@ -71,3 +74,35 @@ def test_dropout_is_an_obstacle():
     assert {tuple(reasons) for reasons in report.left.values()} == {
         ("attention_probs_dropout_prob must be 0, got 0.1",)
     }
+
+
+def test_masks_are_served_by_the_original():
+    x, masked = torch.randn(2, 3, 12, 12), torch.ones(2, 9, dtype=torch.long)
+    masked[:, 5:] = 0
+    made = model().eval()
+    call = lambda: made(pixel_values=x, attention_mask=masked).last_hidden_state  # noqa: E731
+    before, unmasked = call(), features(made, x)
+    assert not torch.allclose(before, unmasked, atol=1e-3)
+    accelerate(made)
+    assert torch.equal(call(), before)
+    restore(made)
+    with patch("transformers-ijepa"):
+        assert torch.equal(call(), before)
+        assert torch.allclose(features(made, x), unmasked, atol=1e-5)
+
+
+def test_attention_weights_are_an_obstacle():
+    report = accelerate(model(output_attentions=True, attn_implementation="eager"))
+    assert not report.replaced
+    assert "config.output_attentions must be False" in str(report)
+
+
+def test_an_accelerated_model_can_be_pickled_and_copied():
+    x, made = torch.randn(1, 3, 12, 12), model().eval()
+    accelerate(made)
+    wanted = features(made, x)
+    copied = copy.deepcopy(made)
+    with torch.no_grad():
+        made.layers[0].attention.q_proj.weight.zero_()
+    assert torch.equal(features(copied, x), wanted)
+    assert torch.equal(features(pickle.loads(pickle.dumps(copied)), x), wanted)

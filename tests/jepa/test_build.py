@@ -17,7 +17,7 @@ from jepa.data.build import DataConfig, Kind, Location, build_dataset, build_pic
 from jepa.data.clip import MissingDataError
 from jepa.data.mixture import Epochs, Mixture
 
-NAMES = ("moving_shapes", "ucf101", "ssv2", "diving48", "imagenet100", "list")
+NAMES = ("moving_textures", "moving_shapes", "ucf101", "ssv2", "diving48", "imagenet100", "list")
 
 
 @pytest.fixture
@@ -66,6 +66,7 @@ def places(tmp_path) -> dict[str, Location]:
         "diving48": {"files": "rgb", "lists": "dive_train.json", "test_lists": "dive_test.json"},
         "imagenet100": {"files": "train", "test_files": "val", "classes": "classes.txt"},
         "list": {"list_file": "train.txt", "test_list_file": "test.txt"},
+        "moving_textures": {},
         "moving_shapes": {},
     }
     return {

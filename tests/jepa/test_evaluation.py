@@ -26,7 +26,8 @@ from jepa.evaluation import (
     wilson,
 )
 from jepa.finetune import FinetuneConfig, layer_groups
-from jepa.probe import Features, Probe, ProbeConfig, probed, train_probe
+from jepa.models.probes import Probe
+from jepa.probe import Features, ProbeConfig, has_converged, probed, train_probe
 from jepa_kernels.testing import FLOAT16_STORED, FLOAT32_STORED
 from tests.jepa.run_cases import tiny_run
 
@@ -97,35 +98,84 @@ def planted(clips: int, seed: int) -> Features:
     return Features(tokens, {name: torch.from_numpy(values) for name, values in labels.items()})
 
 
-@pytest.mark.parametrize("kind", ["attentive", "linear"])
+@pytest.mark.parametrize("kind", ["attentive", "linear", "knn"])
 def test_probes_find_planted_answers_and_only_those(kind):
-    # The worse of the linear probe's rates must lose on the held-out tenth.
-    rates = (1e-2,) if kind == "attentive" else (1e-5, 5e-3)
-    cfg = ProbeConfig(seeds=(0, 1), epochs=30, batch_size=16, heads=2, learning_rates=rates)
-    train, test, classes = planted(128, 0), planted(64, 1), {"a": 2, "b": 3}
-    result = probed(cfg, kind, train, test, classes)
+    # The worst of the penalties and rates must lose on the held-out clips.
+    seeds, rates = ((0, 1), (1e-5, 1e-2)) if kind == "attentive" else ((0,), (1.0,))
+    options = dict(batch_size=16, heads=2, learning_rates=rates, weight_decays=(0.01,))
+    options["penalties"] = (1e-3, 1e3)
+    cfg = ProbeConfig(seeds=seeds, steps=200, **options)
+    train, test, classes = planted(512, 0), planted(64, 1), {"a": 2, "b": 3}
+    result = probed(cfg, kind, train, test, classes)["questions"]
     for name in classes:
         assert result[name]["top1"] > 0.75
+        assert result[name]["train"] > 0.75
         low, high = result[name]["interval"]
         assert low < result[name]["top1"] < high or result[name]["top1"] == 1.0
-        assert len(result[name]["seeds"]) == 2
+        assert len(result[name]["seeds"]) == len(seeds)
     noise = Features(
         train.tokens,
         {name: values[torch.randperm(len(values))] for name, values in train.labels.items()},
     )
-    shuffled = probed(cfg, kind, noise, test, classes)
+    shuffled = probed(cfg, kind, noise, test, classes)["questions"]
     assert shuffled["b"]["top1"] < 0.6
 
 
+def test_a_probe_says_whether_it_has_converged():
+    train, test, classes = planted(256, 0), planted(64, 1), {"a": 2, "b": 3}
+    cfg = ProbeConfig(heads=2, learning_rates=(1e-3,), weight_decays=(0.01,))
+    for kind, steps, expected in (
+        ("attentive", 4, False),
+        ("linear", 1, False),
+        ("linear", 2000, True),
+    ):
+        training = probed(replace(cfg, steps=steps), kind, train, test, classes)["training"]
+        assert training["converged"] is expected, (kind, steps)
+
+
+def test_convergence_is_read_from_the_curve():
+    assert not has_converged([4.0, 3.0])
+    assert not has_converged(np.linspace(2.0, 1.0, 20))
+    assert has_converged(1.0 + np.exp(-np.arange(20.0)))
+    assert has_converged(np.ones(20))
+
+
+def test_weight_decay_is_chosen_on_validation_clips_alone():
+    """The test clips have no say: turning all their labels around does not change the choice."""
+    rng = np.random.default_rng(0)
+    tokens = rng.standard_normal((96, 1, 64)).astype(np.float32)
+    labels = {
+        "a": torch.from_numpy((tokens[:, 0, 0] + 2 * rng.standard_normal(96) > 0).astype(int))
+    }
+    cfg = ProbeConfig(penalties=(1e-4, 10.0))
+    train = Features(tokens, labels)
+    chosen = {
+        probed(cfg, "linear", train, Features(tokens, answers), {"a": 2})["training"]["decay"][0]
+        for answers in (labels, {"a": 1 - labels["a"]})
+    }
+    assert len(chosen) == 1
+
+
+def test_a_linear_probe_reaches_directions_that_hardly_vary():
+    """An answer in a direction a thousand times smaller than the others: whitening finds it."""
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((600, 1, 8)) * np.array([1.0] * 7 + [1e-3])
+    labels = {"a": torch.from_numpy((hidden[:, 0, 7] > 0).astype(int))}
+    turned = (hidden @ np.linalg.qr(rng.standard_normal((8, 8)))[0]).astype(np.float32)
+    train, test = (
+        Features(turned[rows], {"a": labels["a"][rows]}) for rows in (slice(400), slice(400, 600))
+    )
+    result = probed(ProbeConfig(), "linear", train, test, {"a": 2})
+    assert result["questions"]["a"]["top1"] > 0.95
+    assert result["training"]["converged"]
+
+
 def test_a_probe_depends_on_its_seed_only():
-    cfg, train = ProbeConfig(epochs=1, heads=2), planted(32, 0)
+    cfg, train = ProbeConfig(steps=2, heads=2), planted(32, 0)
 
     def trained(seed):
-        return (
-            train_probe(cfg, "attentive", train, np.arange(32), {"a": 2}, seed, 1e-3, 0.0)
-            .linears["a"]
-            .weight
-        )
+        probe = train_probe(cfg, "attentive", train, np.arange(32), {"a": 2}, seed, 1e-3, 0.0).probe
+        return probe.linear.weight
 
     assert torch.equal(trained(0), trained(0))
     assert not torch.equal(trained(0), trained(1))
@@ -140,19 +190,23 @@ def test_published_probes_have_one_query_and_their_classes(classes):
         Probe("attentive", 24, 5, {"class": classes})
 
 
-def test_probing_a_run_reports_every_factor_beside_the_baselines(tiny, capsys):
-    options = ["train_clips=16", "test_clips=8", "epochs=1", "seeds=[0]", "threads=1"]
+def test_probing_a_run_reports_every_factor_beside_the_baselines(tiny, capsys, caplog):
+    options = ["train_clips=16", "test_clips=8", "steps=4", "seeds=[0]", "threads=1"]
     assert cli.main(["probe", f"run={tiny}", *options]) == 0
     report = json.loads((tiny / "probe.json").read_text())
-    assert list(report["results"]) == ["trained", "untrained", "pixels"]
-    for result in report["results"].values():
-        assert list(result) == list(FACTORS)
+    assert list(report["results"]) == ["linear", "attentive", "knn"]
+    for kind, results in report["results"].items():
+        expected = ["trained", "untrained", *(["pixels"] if kind != "attentive" else [])]
+        assert list(results) == expected
+        for result in results.values():
+            assert list(result["questions"]) == list(FACTORS)
     shown = capsys.readouterr().out
     assert "appearance" in shown and "motion" in shown and "direction" in shown
+    assert "the attentive probe of trained has not converged in 4 steps" in caplog.text
     cached = sorted((tiny / "features").iterdir())
     assert len(cached) == 4
     before = [entry.stat().st_mtime_ns for entry in cached]
-    assert cli.main(["probe", f"run={tiny}", "kind=linear", *options]) == 0
+    assert cli.main(["probe", f"run={tiny}", "kinds=[linear]", *options]) == 0
     assert [entry.stat().st_mtime_ns for entry in sorted((tiny / "features").iterdir())] == before
 
 
@@ -238,11 +292,7 @@ def test_rates_fall_layer_by_layer(tiny):
     encoder = bundle.context_encoder
     assert scale[id(encoder.patch_embed.proj.weight)] == 0.125
     assert [scale[id(block.mlp.fc1.weight)] for block in encoder.blocks] == [0.25, 0.5]
-    assert (
-        scale[id(head.linears["class"].weight)]
-        == scale[id(next(bundle.predictor.parameters()))]
-        == 1.0
-    )
+    assert scale[id(head.linear.weight)] == scale[id(next(bundle.predictor.parameters()))] == 1.0
     assert not any(id(p) in scale for p in bundle.target_encoder.parameters())
     assert all(group["weight_decay"] == 0.0 for group in groups if group["params"][0].ndim == 1)
 
@@ -262,7 +312,9 @@ def test_encode_writes_a_file_per_video_and_names_bad_ones(tiny, tmp_path, share
     features = load_file(out / "deep" / "b.avi.safetensors")["features"]
     assert features.shape == (2, 2 * 4 * 4, 24) and features.dtype == torch.float16
     assert features.isfinite().all() and not torch.equal(features[0], features[1])
-    assert encode.run(encode.EncodeConfig(source, out, run=tiny, threads=1)) == (0, 1)
+    assert encode.run(encode.EncodeConfig(source, out, run=tiny, clips=2, threads=1)) == (0, 1)
+    # One clip is another size than two.
+    assert encode.run(encode.EncodeConfig(source, out, run=tiny, threads=1)) == (2, 1)
 
 
 def test_encode_refuses_what_is_not_there(tiny, tmp_path):
@@ -270,3 +322,21 @@ def test_encode_refuses_what_is_not_there(tiny, tmp_path):
         encode.run(encode.EncodeConfig(tmp_path / "none", tmp_path / "out", run=tiny))
     with pytest.raises(ConfigError, match="got none in"):
         encode.run(encode.EncodeConfig(tmp_path, tmp_path / "out", run=tiny))
+
+
+@pytest.mark.slow
+def test_the_two_commands_of_the_readme_put_motion_into_frozen_features(tmp_path):
+    """At a third of the recipe's length, with half the margin that it has there."""
+    run = tmp_path / "demo"
+    one = ["threads=1", "device=cpu"]
+    steps = ["schedule.total_steps=200", "checkpoint_every=200"]
+    assert cli.main(["pretrain", f"output={run}", *steps, *one]) == 0
+    clips = ["train_clips=1536", "test_clips=1024", "kinds=[linear]", "pixels=false"]
+    assert cli.main(["probe", f"run={run}", *clips, *one]) == 0
+    report = json.loads((run / "probe.json").read_text())["results"]["linear"]
+    motion = {
+        name: np.mean([result["questions"][q]["top1"] for q in ("direction", "speed")])
+        for name, result in report.items()
+    }
+    assert all(result["training"]["converged"] for result in report.values())
+    assert motion["trained"] > motion["untrained"] + 0.03

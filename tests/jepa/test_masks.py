@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ BACKENDS = ["numpy"] + (["host"] if not host.reason() else [])
 needs_host = pytest.mark.skipif(
     bool(host.reason()), reason=f"the host module is missing: {host.reason()}"
 )
-POLICIES = ["blocks", "motion", "future", "motion_future"]
+POLICIES = ["blocks", "motion", "future", "motion_future", "tubes"]
 
 
 def test_the_host_module_is_built():
@@ -466,3 +467,17 @@ def test_wrong_arguments_are_named():
             (2, 3, 3),
             MotionGuidance(maximum="published"),
         )
+
+
+def test_tubes_hide_a_place_for_half_the_clip():
+    """Full-length blocks hide a place at every time."""
+    grid, samples = (4, 6, 6), np.arange(16)
+
+    def times_hidden(name):
+        one = replace(mask_policy(name), sets=(replace(mask_policy(name).sets[1], num_blocks=1),))
+        hidden = ~sample_contexts(one, grid, seed=0, step=0, samples=samples)[0]
+        counts = hidden.sum(axis=1)
+        return set(counts[counts > 0].tolist())
+
+    assert times_hidden("blocks") == {4}
+    assert times_hidden("tubes") == {2}

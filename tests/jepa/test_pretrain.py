@@ -10,18 +10,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from jepa import cli, distributed, pretrain
 from jepa.checkpoint import CheckpointError, Checkpoints
-from jepa.config import ConfigError
+from jepa.config import ConfigError, from_dict
 from jepa.data.build import DataConfig, Location
 from jepa.distributed import World
 from jepa.evaluation import InputSpec, load_bundle
-from jepa.monitor import MonitorConfig, collapse_metrics, effective_rank, warnings
+from jepa.monitor import MonitorConfig, Watch, collapse_metrics, effective_rank, warnings
 from jepa.pretrain import NotFiniteError, load_config
 from jepa.quirks import Quirks
 from jepa.step import new_state, train_step
+from jepa.target import standardise
 from jepa_kernels.testing import DERIVED, FLOAT32, FLOAT32_DEEP
 from tests.jepa.run_cases import tiny_run
 from tests.jepa.training_cases import joined, make_batch, small_model, step_config
@@ -391,6 +393,49 @@ def test_collapsed_features_are_warned_of():
     assert gone["teacher_student_cosine"] < healthy["teacher_student_cosine"]
 
 
+def watched(*lines, **monitor):
+    """The sentences of a watched run of ten lines; a line is (prediction, rank)."""
+    watch = Watch(MonitorConfig(**monitor), total_steps=10)
+    return [
+        watch.sentences(
+            {
+                "step": step + 1,
+                "prediction": prediction,
+                "mean_prediction": 0.8,
+                "effective_rank": rank,
+                "teacher_student_cosine": 0.99,
+            }
+        )
+        for step, (prediction, rank) in enumerate(lines)
+    ]
+
+
+def test_a_run_that_learns_is_left_in_peace():
+    assert watched(*((0.7 * 0.9**i, 20.0) for i in range(10)), patience=3) == [[]] * 10
+
+
+def test_halved_rank_a_mean_prediction_and_a_plateau_are_told_once_each():
+    falling = watched(*((0.7 * 0.9**i, rank) for i, rank in enumerate((20, 15, 9, 8))))
+    assert [len(found) for found in falling] == [0, 0, 1, 0]
+    assert "the effective rank of the features has fallen from 20.0 to 9.0" in falling[2][0]
+    mean = watched((0.79, 20.0), (0.79, 20.0), (0.79, 20.0), after=0.2)
+    assert [len(found) for found in mean] == [0, 1, 0]
+    assert "is 99 % of what predicting the mean feature costs (0.8)" in mean[1][0]
+    flat = watched(*[(0.5, 20.0)] * 6, patience=3, after=0.1)
+    assert [len(found) for found in flat] == [0, 0, 0, 1, 0, 0]
+    assert flat[3][0].startswith("plateau: the prediction loss has not fallen by 1 % in 3 log")
+
+
+def test_the_loss_of_the_mean_feature_is_what_predicting_it_costs():
+    cfg, monitor = step_config(), MonitorConfig(clips=2)
+    bundle, batch = new_state(cfg).bundle, make_batch()
+    bundle.target_encoder.norms_block[0].weight.data.zero_()
+    features = standardise(bundle.target_encoder(batch.clips[:2]).flatten(0, 1), cfg.model.levels)
+    expected = (features - features.mean(0)).abs().mean()
+    found = collapse_metrics(bundle, batch, cfg, monitor)["mean_prediction"]
+    torch.testing.assert_close(found, expected)
+
+
 def test_effective_rank_counts_directions():
     generator = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(32, 8, generator=generator)).Q
@@ -415,6 +460,28 @@ def test_unknown_keys_are_refused_with_the_nearest(capsys):
     assert "did you mean 'fwm_ld'?" in capsys.readouterr().err
     assert cli.main(["pretrain", "steps"]) == 2
     assert "must look like key=value" in capsys.readouterr().err
+
+
+def test_a_recipe_is_laid_under_what_is_given(capsys):
+    def shown(*words):
+        assert cli.main(["pretrain", "--show", *words]) == 0
+        return from_dict(pretrain.PretrainConfig, yaml.safe_load(capsys.readouterr().out))
+
+    published = shown("recipe=published")
+    assert published == pretrain.PretrainConfig()
+    small = shown()
+    assert small == shown("recipe=small")
+    assert "latent_dynamics" in small.variant.objectives
+    assert (small.data.kind, small.model.patch_size) == ("moving_textures", 8)
+    assert small.model.width == published.model.width
+    # A name in place of a mapping keeps what the recipe says beside it.
+    named = shown("variant=ld", "model=tiny", "schedule.total_steps=7", "data.size=50")
+    assert named.variant.masks == small.variant.masks
+    assert "latent_dynamics" in named.variant.objectives
+    assert (named.model.width, named.model.patch_size) == (192, 8)
+    assert named.schedule == replace(small.schedule, total_steps=7)
+    assert cli.main(["pretrain", "recipe=smal"]) == 2
+    assert "unknown recipe 'smal'; did you mean 'small'?" in capsys.readouterr().err
 
 
 def test_the_command_line_lays_flags_over_a_file(tmp_path, capsys):

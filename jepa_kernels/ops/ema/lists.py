@@ -34,7 +34,7 @@ def momentum_tensor(momentum: float | torch.Tensor) -> torch.Tensor:
     synchronises."""
     if isinstance(momentum, torch.Tensor):
         return momentum.detach().to(torch.float64)
-    return torch.tensor(momentum, dtype=torch.float64)
+    return torch.tensor(momentum, dtype=torch.float64, device="cpu")
 
 
 def seed_tensor(
@@ -44,7 +44,9 @@ def seed_tensor(
     if seed is None:
         return None
     _check_seed(op, seed, device)
-    return seed if isinstance(seed, torch.Tensor) else torch.tensor(seed, dtype=torch.int64)
+    if isinstance(seed, torch.Tensor):
+        return seed
+    return torch.tensor(seed, dtype=torch.int64, device="cpu")
 
 
 def check_list(op: str, argument: str, values: object, optional: bool = False) -> None:

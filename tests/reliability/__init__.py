@@ -1,0 +1,1 @@
+"""Mutated inputs and killed runs: `python -m tests.reliability` writes the record."""
