@@ -17,7 +17,7 @@ export PYTEST_TIMEOUT ?= 300
 PYTEST := $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: docs help dev bench test quick conformance test-rounding test-interpret test-simt reliability test-gpu wheel-test gpu gpu-check gpu-time gpu-test gpu-dry gpu-records bench-ops lint format golden clean
+.PHONY: docs help dev bench test quick conformance test-rounding test-nightly test-interpret test-simt reliability test-gpu wheel-test gpu gpu-check gpu-time gpu-test gpu-dry gpu-records bench-ops lint format golden clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
@@ -89,6 +89,9 @@ test-simt: dev ## the CUDA kernels on the CPU, with sanitizers and the race chec
 
 reliability: dev ## 200,000 damaged files and 1,000 kills of runs (nightly; about half an hour); writes benchmarks/results/reliability.json
 	OMP_WAIT_POLICY=passive $(PY) -m tests.reliability
+
+test-nightly: dev ## training that takes minutes: what the small recipe and the supervised ceilings reach
+	$(PYTEST) tests -m nightly
 
 test-gpu: dev ## the tests that need a CUDA device
 	$(PYTEST) tests/ops -m gpu

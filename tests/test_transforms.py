@@ -15,6 +15,7 @@ from jepa_kernels import (
     transforms,
 )
 from jepa_kernels.backend import OPS
+from jepa_kernels.testing import FLOAT32_DEEP
 
 torch.manual_seed(0)
 QUERY, KEY, VALUE = (torch.randn(1, 4, 1, 8) for _ in range(3))
@@ -92,7 +93,7 @@ def test_derivatives_are_right_or_refused(case, transform):
         except BackendUnsupportedError as error:
             refused[backend] = str(error)
         else:
-            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(got, wanted, **FLOAT32_DEEP)
             right.append(backend)
     assert {None, *backends} - {"cpu", "triton", "cuda", "torch"} == {*right} - {"torch"}
     assert "needs backend=" in refused["cpu"] and "'reference'" in refused["cpu"]

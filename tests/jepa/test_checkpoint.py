@@ -214,7 +214,8 @@ def test_forty_kills_change_nothing(tmp_path, root):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
 def test_interrupted_runs_leave_nothing_unfinished(tmp_path, root):
     kills = {"pretrain": 3, "finetune": 3, "encode": 2}
     words = [f"{kind}={count}" for kind, count in kills.items()]

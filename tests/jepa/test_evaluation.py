@@ -325,6 +325,7 @@ def test_encode_refuses_what_is_not_there(tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_two_commands_of_the_readme_put_motion_into_frozen_features(tmp_path):
     """At a third of the recipe's length, with half the margin that it has there."""
     run = tmp_path / "demo"

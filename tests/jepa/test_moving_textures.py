@@ -254,6 +254,7 @@ def test_wrong_arguments_are_named():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("free", [moving_textures.DEFAULT_FREE])
 def test_the_micro_encoder_learns_every_factor_from_labels(free, tmp_path):

@@ -316,7 +316,10 @@ def rollout_op(
         cell, actions = example(channels, 4, 512, zeros)
         targets = zeros(4, 512, channels) if output == "errors" else None
         how = {} if targets is not None else {"output": output}
-        return prepare(kind, zeros(512, channels), cell, 4, actions=actions, targets=targets, **how)
+        given = prepare(
+            kind, zeros(512, channels), cell, 4, actions=actions, targets=targets, **how
+        )
+        return replace(given, save=True)  # as in training
 
     op = Function(
         name,
