@@ -112,7 +112,7 @@ def _ratios(
         call()
     once = max(_seconds(call, 1, device) for call in (first, other))
     calls = max(1, min(200, int(budget_s / (4 * ROUNDS * max(once, 1e-7)))))
-    ratios = []
+    ratios: list[float] = []
     while len(ratios) < ROUNDS and (len(ratios) < 3 or time.perf_counter() < end):
         a, b, c, d = (_seconds(call, calls, device) for call in (first, other, other, first))
         ratios.append((a + d) / (b + c))

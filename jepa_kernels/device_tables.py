@@ -76,7 +76,7 @@ def _made_now(result: tuple[Any, ...], device: torch.device) -> _Entry:
 
 def _order(entry: _Entry, stream: torch.cuda.Stream) -> None:
     """Work on `stream` comes after the making, and the memory outlives it."""
-    if stream == entry.stream:
+    if stream == entry.stream or entry.made is None:
         return
     stream.wait_event(entry.made)
     for item in entry.result:

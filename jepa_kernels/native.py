@@ -155,12 +155,13 @@ def _processor_flags() -> frozenset[str]:
 
 # Read once: torch.compile traces cpu_kind and cannot trace a file system.
 _has_tiles = "amx_bf16" in _processor_flags()
+_cpu_kind = "amx" if _has_tiles and isa_name() == ISAS[-1] else isa_name()
 
 
 def cpu_kind() -> str:
     """What preferences call this CPU: ``amx`` where the processor has bfloat16 tiles, else the
     instruction set that the kernels use."""
-    return "amx" if _has_tiles and isa_name() == ISAS[-1] else isa_name()
+    return _cpu_kind
 
 
 def multiplies_bf16() -> bool:

@@ -18,13 +18,16 @@ from .backend import Preference, prefer_by
 from .checks import dtype_name
 
 _COMMITTED = Path(__file__).with_name("preferences.json")
-Table = dict[tuple[str, str, str, str, str], Preference]
+Table = dict[tuple[str, str, str], dict[tuple[str, str], Preference]]
 _table: Table = {}
 
 
 def indexed(rows: Iterable[Preference]) -> Table:
     """The rows by the case in which `slower` is passed by."""
-    return {(r.op, r.slower, r.device, r.dtype, r.size_class): r for r in rows}
+    table: Table = {}
+    for row in rows:
+        table.setdefault((row.op, row.slower, row.device), {})[row.dtype, row.size_class] = row
+    return table
 
 
 def committed() -> list[Preference]:
@@ -88,10 +91,9 @@ def summary() -> str:
 
 def found(op: str, backend: str, inputs: Any) -> Preference | None:
     """The preference that passes `backend` by for these inputs, if there is one."""
-    if not _table:
-        return None
-    device = device_kind(inputs.device_type)
-    return _table.get((op, backend, device, dtype_name(inputs.dtype), inputs.size_class()))
+    # Nothing is asked of the inputs where no row can concern them: this runs at every call.
+    rows = _table.get((op, backend, device_kind(inputs.device_type)))
+    return None if rows is None else rows.get((dtype_name(inputs.dtype), inputs.size_class()))
 
 
 def device_kind(device_type: str) -> str:

@@ -157,7 +157,7 @@ class profile:
 
     def _ranged_backend(self, op: str, backend: Backend) -> Backend:
         """The same backend, its passes inside a range."""
-        passes = {
+        passes: dict[str, Any] = {
             name: self._ranged(op, _PASSES[name], backend.name, call)
             for name in _PASSES
             if (call := getattr(backend, name)) is not None

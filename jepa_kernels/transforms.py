@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 # Backends that compose an op of PyTorch's own, which know these derivatives;
 # scaled_dot_product_attention has no forward mode.
-_OWN = {
+_OWN: dict[str, dict[str, tuple[str, ...]]] = {
     "masked_attention": {"forward": ("reference",), "reverse": ("torch", "reference")},
     "rollout_mlp": {"forward": ("reference",), "reverse": ("reference",)},
     "rollout_hamiltonian": {"forward": ("reference",), "reverse": ("reference",)},
