@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ... import checks
+from ...contract import PLAIN
 
 
 def _module() -> Any:
@@ -34,9 +35,7 @@ def local(
     """
     present = {name: values for name, values in named.items() if values is not None}
     module = _module()
-    if module is None or not any(
-        isinstance(t, module.DTensor) for values in present.values() for t in values
-    ):
+    if module is None or not any([_has_shards(values) for values in present.values()]):
         return {name: list(values) for name, values in present.items()}
     first_name, first = next(iter(present.items()))
     for i in range(len(first)):
@@ -47,6 +46,12 @@ def local(
                     checks.sentence(op, f"{name}[{i}]", requirement, layout_text(values[i]))
                 )
     return {name: [shard(t) for t in values] for name, values in present.items()}
+
+
+def _has_shards(values: Sequence[torch.Tensor]) -> bool:
+    if not torch.compiler.is_compiling() and set(map(type, values)) <= PLAIN:
+        return False
+    return any(is_sharded(t) for t in values)
 
 
 def shard(tensor: torch.Tensor) -> torch.Tensor:
