@@ -326,12 +326,12 @@ def test_encode_refuses_what_is_not_there(tiny, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.nightly
+@pytest.mark.timeout(1800)
 def test_the_two_commands_of_the_readme_put_motion_into_frozen_features(tmp_path):
-    """At a third of the recipe's length, with half the margin that it has there."""
+    """At the recipe's length, which takes minutes: after a third of it nothing is gained yet."""
     run = tmp_path / "demo"
     one = ["threads=1", "device=cpu"]
-    steps = ["schedule.total_steps=200", "checkpoint_every=200"]
-    assert cli.main(["pretrain", f"output={run}", *steps, *one]) == 0
+    assert cli.main(["pretrain", f"output={run}", *one]) == 0
     clips = ["train_clips=1536", "test_clips=1024", "kinds=[linear]", "pixels=false"]
     assert cli.main(["probe", f"run={run}", *clips, *one]) == 0
     report = json.loads((run / "probe.json").read_text())["results"]["linear"]
@@ -340,4 +340,4 @@ def test_the_two_commands_of_the_readme_put_motion_into_frozen_features(tmp_path
         for name, result in report.items()
     }
     assert all(result["training"]["converged"] for result in report.values())
-    assert motion["trained"] > motion["untrained"] + 0.03
+    assert motion["trained"] > motion["untrained"] + 0.05
