@@ -19,14 +19,7 @@ def unsupported(inputs: Inputs) -> list[Reason]:
 def forward(inputs: Inputs):
     return native.call(
         torch.ops.jepa_kernels_native.masked_attention_cuda_fwd,
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        inputs.query_ids,
-        inputs.key_ids,
-        inputs.cu_seqlens_q,
-        inputs.cu_seqlens_k,
-        inputs.rope_table,
+        *inputs.tensors(),
         inputs.grid,
         inputs.scale,
     )
@@ -37,14 +30,7 @@ def backward(inputs: Inputs, saved, grad_out, needs):
     return native.call(
         torch.ops.jepa_kernels_native.masked_attention_cuda_bwd,
         rows_of_channels(grad_out),
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        inputs.query_ids,
-        inputs.key_ids,
-        inputs.cu_seqlens_q,
-        inputs.cu_seqlens_k,
-        inputs.rope_table,
+        *inputs.tensors(),
         out,
         lse,
         inputs.grid,

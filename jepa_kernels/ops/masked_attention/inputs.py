@@ -55,6 +55,19 @@ class Inputs:
     def packed(self) -> bool:
         return self.cu_seqlens_q is not None
 
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Every tensor, in the order of the native ops."""
+        return (
+            self.query,
+            self.key,
+            self.value,
+            self.query_ids,
+            self.key_ids,
+            self.cu_seqlens_q,
+            self.cu_seqlens_k,
+            self.rope_table,
+        )
+
     def lse_shape(self) -> list[int]:
         """[B, heads, Nq] dense, [heads, tokens] packed."""
         shape = self.query.shape
