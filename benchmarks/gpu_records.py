@@ -24,8 +24,8 @@ from typing import Any
 
 from benchmarks import gpu_lines, harness, machine, preference_rows
 from benchmarks.gpu_lines import Row
-from benchmarks.gpu_run import write_atomically
 from benchmarks.sweep_tables import table
+from jepa import atomic
 
 ROWS_SCHEMA = 1
 
@@ -191,7 +191,7 @@ def write(folder: Path, results: Path) -> list[str]:
         raise ValueError(f"gpu_records: {folder} must hold the output of a GPU run, got no rows.")
     target = results / origin["device_key"]
     target.mkdir(parents=True, exist_ok=True)
-    write_atomically(target / "gpu.md", page(folder, origin["device"]))
+    atomic.write_text(target / "gpu.md", page(folder, origin["device"]))
     if timed:
         by_op: dict[str, list[Row]] = {}
         for record in comparisons(timed):
@@ -219,7 +219,7 @@ def _write_rows(path: Path, content: dict[str, Any]) -> None:
     """One row a line, so that a change is a readable diff."""
     rows = ",\n".join(json.dumps(row, sort_keys=True) for row in content["rows"])
     head = f'{{"schema": {ROWS_SCHEMA}, "machine": {json.dumps(content["machine"])}, "rows": [\n'
-    write_atomically(path, f"{head}{rows}\n]}}\n")
+    atomic.write_text(path, f"{head}{rows}\n]}}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,6 +27,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jepa import atomic
+
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 200.0  # of one command
 _SHORTEST_S = 3.0  # with less time than this left, no step is started
@@ -50,13 +52,6 @@ class _Running:
     process: subprocess.Popen[bytes]
     began: float
     stops: float
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """A reader, or a kill, sees the old file or the new one."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    scratch.write_text(text)
-    os.replace(scratch, path)
 
 
 def status_of(folder: Path, step: str) -> dict[str, object] | None:
@@ -98,7 +93,7 @@ def _record(step: Step, folder: Path, status: str, code: int | None, seconds: fl
         "seconds": round(seconds, 2),
         "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    write_atomically(folder / f"{step.name}.status.json", json.dumps(row) + "\n")
+    atomic.write_text(folder / f"{step.name}.status.json", json.dumps(row) + "\n")
     print(f"{step.name:24} {status} (exit {code}) after {seconds:.1f} s", flush=True)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from jepa import atomic
 from jepa_kernels import preferences
 from jepa_kernels.backend import OPS
 from jepa_kernels.ops.ema.lists import class_of
@@ -191,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = table()
     if arguments.check:
         return int(TABLE.read_text() != text)
-    TABLE.write_text(text)
+    atomic.write_text(TABLE, text)
     return 0
 
 

@@ -7,7 +7,6 @@ import torch
 
 from ... import native
 from ...backend import Backend, Reason
-from ..ema.lists import ROUNDINGS
 from .inputs import Inputs, kernel_reasons
 
 
@@ -19,22 +18,7 @@ def forward(inputs: Inputs) -> None:
     with inputs.flat() as flat:
         native.call(
             torch.ops.jepa_kernels_native.adamw_ema_cpu_,
-            flat.params,
-            flat.grads,
-            flat.exp_avgs,
-            flat.exp_avg_sqs,
-            flat.steps,
-            flat.hyper,
-            flat.groups,
-            flat.targets,
-            flat.momentum,
-            flat.copies,
-            flat.compensations,
-            flat.streams,
-            ROUNDINGS.index(flat.rounding),
-            flat.seed,
-            flat.grad_scale,
-            flat.found_inf,
+            *flat.native_arguments(),
             native.isa(),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -64,6 +65,27 @@ class Inputs:
         return (
             f"{len(self.params)} parameters, {len(self.targets)} with a teacher, {elements} "
             f"elements, {dtypes} {self.device_type}; rounding {self.rounding}"
+        )
+
+    def native_arguments(self) -> tuple[Any, ...]:
+        """What the native ops take, in their order."""
+        return (
+            self.params,
+            self.grads,
+            self.exp_avgs,
+            self.exp_avg_sqs,
+            self.steps,
+            self.hyper,
+            self.groups,
+            self.targets,
+            self.momentum,
+            self.copies,
+            self.compensations,
+            self.streams,
+            lists.ROUNDINGS.index(self.rounding),
+            self.seed,
+            self.grad_scale,
+            self.found_inf,
         )
 
     def flat(self, *, row_major: bool | None = None) -> memory.FlatInputs:
