@@ -52,11 +52,23 @@ def test_the_rotation_compiles_without_spills(architecture, head_dim, transposed
 
 
 FLASH_ATTENTION_4 = """
+import cutlass.utils
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from jepa_kernels.ops.masked_attention.flash import FlashAttention4, Packed
 
-torch.zeros = torch.empty  # a torch without CUDA fakes the one and not the other
+
+def zeros(*shape, **options):
+    # Its semaphores go through DLPack, which asks for the current GPU, unless they are on a CPU.
+    return torch.empty(*shape, dtype=options["dtype"])
+
+class Hardware:
+    # The number of multiprocessors, which the launch grid depends on, is asked of the driver.
+    def __getattr__(self, name):
+        return lambda *given, **named: 132
+
+torch.zeros = zeros
+cutlass.utils.HardwareInfo = Hardware
 torch.use_deterministic_algorithms({deterministic})
 library = FlashAttention4()
 with FakeTensorMode():
