@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_kernel(const
   T* keys = queries + Tile::kQueries * kLd;  // two stages
   T* values = keys + 2 * kKeys * kLd;        // two stages
   Sequence s;
-  if (!find_sequence<Tile::kQueries>(a, a.p.cu_q, a.p.cu_k, a.p.len_q, a.p.len_k, s)) return;
+  if (!find_queries<Tile::kQueries>(a, s)) return;
   const int64_t head = blockIdx.y;
   if (s.other == 0) return write_no_keys<T, Tile::kQueries>(a, s, head);
 

@@ -64,9 +64,8 @@ const Stream kStreams[] = {
 // How the scratch space is laid out: copies of the streams that need one, then the row statistics.
 struct Plan {
   Args args{};
-  Copies copies{};
-  int count = 0;
-  int64_t longest = 0;  // rows of the longest copy
+  Preparation made{};
+  int64_t blocks = 0;  // that the longest part of the preparation takes
   int64_t bytes = 0;
 };
 
@@ -91,13 +90,17 @@ Plan make_plan(const jk_masked_attention_params& p, bool backward) {
     const int64_t length = p.*stream.length, rows = rows_of(p, cu, length);
     if (rows == 0 || (!rotate && aligned)) continue;
     void* const to = scratch + plan.bytes;
-    plan.copies.item[plan.count++] = {
+    plan.made.copy[plan.made.copies++] = {
         from, rotate ? p.*stream.ids : jk_ints{}, cu, to, rows, length, aligned};
     a.p.*stream.rows = {to, length * p.head_dim, p.head_dim, rows * p.head_dim};
-    plan.longest = std::max(plan.longest, rows);
+    plan.blocks = std::max(plan.blocks, (rows * (p.head_dim / 8) + kThreads - 1) / kThreads);
     plan.bytes += round_up(p.heads * rows * p.head_dim * element_bytes(p));
   }
   if (backward) {
+    plan.made.stats = a.rows_q > 0;
+    plan.made.grad_out = p.grad_out;
+    plan.made.vector_grad_out = is_aligned(p, p.grad_out, p.cu_q);
+    plan.blocks = std::max(plan.blocks, (a.rows_q + kRowsOfStats - 1) / kRowsOfStats);
     a.stats = reinterpret_cast<float2*>(scratch + plan.bytes);
     plan.bytes += round_up(p.heads * a.rows_q * int64_t(sizeof(float2)));
   }
@@ -105,38 +108,54 @@ Plan make_plan(const jk_masked_attention_params& p, bool backward) {
 }
 
 template <class Kernel>
-const char* launch(Kernel kernel, size_t bytes, int64_t tiles, const Args& a, void* stream) {
+const char* launch(Kernel kernel, size_t bytes, int64_t tiles, int passes, const Args& a,
+                   void* stream) {
+  if (tiles == 0) return nullptr;
   if (tiles > INT32_MAX)
     return "masked_attention: query and key must have fewer than 2147483647 tiles of rows on CUDA.";
   if (bytes > 48 * 1024)
     if (const char* error = allow_dynamic_shared(kernel, bytes)) return error;
-  JK_LAUNCH(kernel, dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(a.p.heads)),
-            dim3(kThreads), bytes, stream, a);
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(a.p.heads),
+                  static_cast<unsigned>(passes));
+  JK_LAUNCH(kernel, grid, dim3(kThreads), bytes, stream, a);
   return launch_error();
 }
 
-// Launches a kernel over tiles of kRows rows of one side. How packed rows fall into tiles is only
-// known on the device: the grid is the upper bound that find_sequence assumes.
-template <int kRows, class Kernel>
-const char* launch_tiles(Kernel kernel, size_t bytes, Args a, const jk_ints& cu, int64_t length,
-                         void* stream) {
-  a.tiles = (length + kRows - 1) / kRows;
-  const int64_t tiles = cu.data ? length / kRows + a.p.num_seqs + 2 : a.tiles * a.p.num_seqs;
-  return tiles == 0 ? nullptr : launch(kernel, bytes, tiles, a, stream);
+// Tiles of `rows` rows of one side, and of one sequence of a dense batch. How packed rows fall into
+// tiles is only known on the device: this is the upper bound that find_sequence assumes.
+int64_t count_tiles(const Args& a, const jk_ints& cu, int64_t length, int rows,
+                    int64_t& of_sequence) {
+  of_sequence = (length + rows - 1) / rows;
+  return cu.data ? length / rows + a.p.num_seqs + 2 : of_sequence * a.p.num_seqs;
+}
+
+template <class Kernel>
+const char* launch_forward(Kernel kernel, size_t bytes, Args a, int rows, void* stream) {
+  const int64_t tiles = count_tiles(a, a.p.cu_q, a.p.len_q, rows, a.tiles_q);
+  return launch(kernel, bytes, tiles, 1, a, stream);
+}
+
+// Blocks that own keys and blocks that own queries.
+template <class Kernel>
+const char* launch_backward(Kernel kernel, size_t bytes, Args a, int rows_k, int rows_q,
+                            void* stream) {
+  const int64_t tiles_k = count_tiles(a, a.p.cu_k, a.p.len_k, rows_k, a.tiles_k),
+                tiles_q = count_tiles(a, a.p.cu_q, a.p.len_q, rows_q, a.tiles_q);
+  return launch(kernel, bytes, std::max(tiles_k, tiles_q), 2, a, stream);
 }
 
 template <class T>
-const char* launch_copies(const Plan& plan, void* stream) {
-  if (plan.count == 0) return nullptr;
+const char* prepare(const Plan& plan, void* stream) {
   const Args a = plan.args;
-  const Copies copies = plan.copies;
-  const int64_t blocks = (plan.longest * (a.p.head_dim / 8) + kThreads - 1) / kThreads,
-                groups = (a.p.heads + kHeadsPerCopy - 1) / kHeadsPerCopy;
-  if (blocks > INT32_MAX)
+  const Preparation made = plan.made;
+  const int parts = made.copies + (made.stats ? 1 : 0);
+  if (parts == 0) return nullptr;
+  if (plan.blocks > INT32_MAX)
     return "masked_attention: query and key must have fewer than 2147483647 tiles of rows on CUDA.";
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(groups),
-                  static_cast<unsigned>(plan.count));
-  JK_LAUNCH((masked_attention_copy_kernel<T>), grid, dim3(kThreads), 0, stream, a, copies);
+  const int64_t groups = (a.p.heads + kHeadsAtOnce - 1) / kHeadsAtOnce;
+  const dim3 grid(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(groups),
+                  static_cast<unsigned>(parts));
+  JK_LAUNCH((masked_attention_prepare_kernel<T>), grid, dim3(kThreads), 0, stream, a, made);
   return launch_error();
 }
 
@@ -153,48 +172,39 @@ constexpr const char* kNotBuilt =
 template <class T, class Tile>
 const char* forward_tile(const Args& a, void* stream) {
   if constexpr (kBuilt<Tile>)
-    return launch_tiles<Tile::kQueries>(masked_attention_fwd_kernel<T, Tile>,
-                                        Tile::template bytes<T>(), a, a.p.cu_q, a.p.len_q, stream);
+    return launch_forward(masked_attention_fwd_kernel<T, Tile>, Tile::template bytes<T>(), a,
+                          Tile::kQueries, stream);
   else
     return kNotBuilt;
 }
 
 template <class T, class Keys, class Queries>
 const char* backward_tiles(const Args& a, void* stream) {
-  if constexpr (kBuilt<Keys>) {
-    const char* error =
-        launch_tiles<Keys::kOwn>(masked_attention_bwd_keys_kernel<T, Keys>,
-                                 Keys::template bytes<T>(true), a, a.p.cu_k, a.p.len_k, stream);
-    if (error) return error;
-    return launch_tiles<Queries::kOwn>(masked_attention_bwd_queries_kernel<T, Queries>,
-                                       Queries::template bytes<T>(false), a, a.p.cu_q, a.p.len_q,
-                                       stream);
-  } else {
+  if constexpr (kBuilt<Keys>)
+    return launch_backward(
+        masked_attention_bwd_kernel<T, Keys, Queries>,
+        std::max(Keys::template bytes<T>(true), Queries::template bytes<T>(false)), a, Keys::kOwn,
+        Queries::kOwn, stream);
+  else
     return kNotBuilt;
-  }
 }
 
 template <class Tile>
 const char* forward_float(const Args& a, void* stream) {
   if constexpr (kBuilt<Tile>)
-    return launch_tiles<Tile::kRows>(masked_attention_fwd_float_kernel<Tile>, Tile::kForwardBytes,
-                                     a, a.p.cu_q, a.p.len_q, stream);
+    return launch_forward(masked_attention_fwd_float_kernel<Tile>, Tile::kForwardBytes, a,
+                          Tile::kRows, stream);
   else
     return kNotBuilt;
 }
 
 template <class Tile>
 const char* backward_float(const Args& a, void* stream) {
-  if constexpr (kBuilt<Tile>) {
-    const char* error =
-        launch_tiles<Tile::kRows>(masked_attention_bwd_float_kernel<Tile, true>,
-                                  Tile::kBackwardBytes, a, a.p.cu_k, a.p.len_k, stream);
-    if (error) return error;
-    return launch_tiles<Tile::kRows>(masked_attention_bwd_float_kernel<Tile, false>,
-                                     Tile::kBackwardBytes, a, a.p.cu_q, a.p.len_q, stream);
-  } else {
+  if constexpr (kBuilt<Tile>)
+    return launch_backward(masked_attention_bwd_float_kernel<Tile>, Tile::kBackwardBytes, a,
+                           Tile::kRows, Tile::kRows, stream);
+  else
     return kNotBuilt;
-  }
 }
 
 // The table of tile shapes, by head_dim class: 16-row bands per warp, rows of the other side per
@@ -248,15 +258,8 @@ const char* run(const jk_masked_attention_params& p, bool is_backward, void* str
            "names.";
   const Args& a = plan.args;
   if (p.heads == 0 || (a.rows_q == 0 && (!is_backward || a.rows_k == 0))) return nullptr;
-  if (const char* error = launch_copies<T>(plan, stream)) return error;
-  if (!is_backward) return forward<T>(a, stream);
-  if (a.rows_q > 0) {
-    constexpr int kRowsPerBlock = kThreads / kLanesPerRow;
-    if (const char* error = launch(masked_attention_stats_kernel<T>, 0,
-                                   (a.rows_q + kRowsPerBlock - 1) / kRowsPerBlock, a, stream))
-      return error;
-  }
-  return backward<T>(a, stream);
+  if (const char* error = prepare<T>(plan, stream)) return error;
+  return is_backward ? backward<T>(a, stream) : forward<T>(a, stream);
 }
 
 const char* run_any(const jk_masked_attention_params* p, bool is_backward, void* stream) {

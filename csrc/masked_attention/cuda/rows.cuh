@@ -19,7 +19,7 @@ struct Args {
   float2* stats;  // [heads, rows_q]: lse / ln 2, and delta = sum over channels of grad_out * out
                   // (backward only)
   int64_t rows_q, rows_k;  // rows of all sequences together
-  int64_t tiles;           // dense: tiles of one sequence in this launch
+  int64_t tiles_q, tiles_k;  // dense: tiles of one sequence on each side, in this launch
   // Whether rows can be accessed 16 bytes at a time.
   bool vector_q, vector_out, vector_grad_q, vector_grad_k, vector_grad_v;
 };
@@ -64,15 +64,16 @@ JK_DEVICE int64_t boundary(const jk_ints& cu, int64_t num_seqs, int64_t total, i
 // warp searches 32 candidates at a time.
 template <int kRows>
 JK_DEVICE bool find_sequence(const Args& a, const jk_ints& cu, const jk_ints& cu_other,
-                             int64_t total, int64_t total_other, Sequence& s) {
+                             int64_t tiles, int64_t total, int64_t total_other, Sequence& s) {
   const int64_t tile = blockIdx.x;
   if (cu.data == nullptr) {
-    s.seq = tile / a.tiles;
+    if (tile >= tiles * a.p.num_seqs) return false;
+    s.seq = tile / tiles;
     s.begin = s.partner = 0;
     s.length = static_cast<int>(total);
     s.other = static_cast<int>(total_other);
-    s.first = static_cast<int>(tile % a.tiles) * kRows;
-    return s.first < s.length;
+    s.first = static_cast<int>(tile % tiles) * kRows;
+    return true;
   }
   const int64_t n = a.p.num_seqs;
   int64_t low = 0, count = n + 2;
@@ -93,6 +94,16 @@ JK_DEVICE bool find_sequence(const Args& a, const jk_ints& cu, const jk_ints& cu
   const int64_t other = outside ? 0 : boundary(cu_other, n, total_other, low + 1) - s.partner;
   s.other = other > 0 ? static_cast<int>(other) : 0;
   return s.first < s.length;
+}
+
+template <int kRows>
+JK_DEVICE bool find_queries(const Args& a, Sequence& s) {
+  return find_sequence<kRows>(a, a.p.cu_q, a.p.cu_k, a.tiles_q, a.p.len_q, a.p.len_k, s);
+}
+
+template <int kRows>
+JK_DEVICE bool find_keys(const Args& a, Sequence& s) {
+  return find_sequence<kRows>(a, a.p.cu_k, a.p.cu_q, a.tiles_k, a.p.len_k, a.p.len_q, s);
 }
 
 template <class T>
