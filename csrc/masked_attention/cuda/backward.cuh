@@ -1,5 +1,5 @@
-// Backward kernel for bfloat16 and float16. A block owns the rows it writes, of keys or of queries, so
-// nothing is added up by atomics and the result does not depend on scheduling.
+// Backward kernel for bfloat16 and float16. A block owns the rows it writes, of keys or of queries,
+// so nothing is added up by atomics and the result does not depend on scheduling.
 //   P_ij = exp(scale q_i k_j - lse_i),  dP_ij = grad_out_i v_j,  dS_ij = P_ij (dP_ij - delta_i)
 //   grad_v_j = sum_i P_ij grad_out_i,  grad_k_j = R^T scale sum_i dS_ij q_i,  grad_q_i = R^T scale
 //   sum_j dS_ij k_j
@@ -41,7 +41,7 @@ JK_DEVICE void own_keys(const Args& a) {
   float2* stats = reinterpret_cast<float2*>(grads + 2 * kStep * kLd);
   Sequence s;
   if (!find_keys<Tile::kOwn>(a, s)) return;
-  const int64_t head = blockIdx.y, own = s.begin + s.first;
+  const int64_t head = s.head, own = s.begin + s.first;
   const int head_dim = static_cast<int>(a.p.head_dim), steps = (s.other + kStep - 1) / kStep;
   // The loop needs the registers: what follows it finds the sequence here.
   Sequence* const kept = reinterpret_cast<Sequence*>(stats + 2 * kStep);
@@ -134,11 +134,11 @@ JK_DEVICE void own_keys(const Args& a) {
     }
   write_rows<T, kDim, true>(
       a, at, a.p.ids_k, grad_key, scales, keys,
-      row_pointer<T>(a.p.grad_k, a.p.cu_k, at.seq, at.begin + at.first, blockIdx.y),
+      row_pointer<T>(a.p.grad_k, a.p.cu_k, at.seq, at.begin + at.first, at.head),
       a.p.grad_k.stride_token, a.vector_grad_k);
   write_rows<T, kDim, false>(
       a, at, a.p.ids_k, grad_value, ones, values,
-      row_pointer<T>(a.p.grad_v, a.p.cu_k, at.seq, at.begin + at.first, blockIdx.y),
+      row_pointer<T>(a.p.grad_v, a.p.cu_k, at.seq, at.begin + at.first, at.head),
       a.p.grad_v.stride_token, a.vector_grad_v);
 }
 
@@ -153,7 +153,7 @@ JK_DEVICE void own_queries(const Args& a) {
   T* values = keys + 2 * kStep * kLd;  // two stages
   Sequence s;
   if (!find_queries<Tile::kOwn>(a, s)) return;
-  const int64_t head = blockIdx.y, own = s.begin + s.first;
+  const int64_t head = s.head, own = s.begin + s.first;
   const int head_dim = static_cast<int>(a.p.head_dim), steps = (s.other + kStep - 1) / kStep;
   T* target = row_pointer<T>(a.p.grad_q, a.p.cu_q, s.seq, own, head);
   const int rows = s.length - s.first < Tile::kOwn ? s.length - s.first : Tile::kOwn;

@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_float_kernel
   float* weights = values + kStep * kLd;
   Sequence s;
   if (!find_queries<Tile::kRows>(a, s)) return;
-  const int64_t head = blockIdx.y;
+  const int64_t head = s.head;
   if (s.other == 0) return write_no_keys<float, Tile::kRows>(a, s, head);
   const float* key = row_pointer<const float>(a.p.k, a.p.cu_k, s.seq, s.partner, head);
   const float* value = row_pointer<const float>(a.p.v, a.p.cu_k, s.seq, s.partner, head);
@@ -227,7 +227,7 @@ JK_DEVICE void own_floats(const Args& a) {
                 &cu_other = kKeysOwned ? a.p.cu_q : a.p.cu_k;
   Sequence s;
   if (!(kKeysOwned ? find_keys<kRows>(a, s) : find_queries<kRows>(a, s))) return;
-  const int64_t head = blockIdx.y, own = s.begin + s.first;
+  const int64_t head = s.head, own = s.begin + s.first;
   const int head_dim = static_cast<int>(a.p.head_dim), y = static_cast<int>(threadIdx.x) / 8,
             x = static_cast<int>(threadIdx.x) % 8;
   const int rows = s.length - s.first < kRows ? s.length - s.first : kRows;

@@ -61,7 +61,11 @@ const Stream kStreams[] = {
     {&P::grad_out, &P::cu_q, &P::ids_q, &P::len_q, false, true},
 };
 
-// How the scratch space is laid out: copies of the streams that need one, then the row statistics.
+// The most packed sequences that are ranked: each is compared with all.
+constexpr int64_t kMostRanked = 256;
+
+// How the scratch space is laid out: copies of the streams that need one, then the row statistics,
+// then the ranks.
 struct Plan {
   Args args{};
   Preparation made{};
@@ -81,6 +85,11 @@ Plan make_plan(const jk_masked_attention_params& p, bool backward) {
   a.vector_grad_k = is_aligned(p, p.grad_k, p.cu_k);
   a.vector_grad_v = is_aligned(p, p.grad_v, p.cu_k);
   char* const scratch = static_cast<char*>(p.scratch);
+  auto take = [&](int64_t size) {
+    void* const at = scratch + plan.bytes;
+    plan.bytes += round_up(size);
+    return at;
+  };
   for (const Stream& stream : kStreams) {
     if (stream.backward_only && !backward) continue;
     const jk_rows from = p.*stream.rows;
@@ -89,20 +98,31 @@ Plan make_plan(const jk_masked_attention_params& p, bool backward) {
                aligned = is_aligned(p, from, cu);
     const int64_t length = p.*stream.length, rows = rows_of(p, cu, length);
     if (rows == 0 || (!rotate && aligned)) continue;
-    void* const to = scratch + plan.bytes;
+    void* const to = take(p.heads * rows * p.head_dim * element_bytes(p));
     plan.made.copy[plan.made.copies++] = {
         from, rotate ? p.*stream.ids : jk_ints{}, cu, to, rows, length, aligned};
     a.p.*stream.rows = {to, length * p.head_dim, p.head_dim, rows * p.head_dim};
     plan.blocks = std::max(plan.blocks, (rows * (p.head_dim / 8) + kThreads - 1) / kThreads);
-    plan.bytes += round_up(p.heads * rows * p.head_dim * element_bytes(p));
   }
   if (backward) {
     plan.made.stats = a.rows_q > 0;
     plan.made.grad_out = p.grad_out;
     plan.made.vector_grad_out = is_aligned(p, p.grad_out, p.cu_q);
     plan.blocks = std::max(plan.blocks, (a.rows_q + kRowsOfStats - 1) / kRowsOfStats);
-    a.stats = reinterpret_cast<float2*>(scratch + plan.bytes);
-    plan.bytes += round_up(p.heads * a.rows_q * int64_t(sizeof(float2)));
+    a.stats = static_cast<float2*>(take(p.heads * a.rows_q * int64_t(sizeof(float2))));
+  }
+  // A launch for the ranks alone would cost what they save.
+  plan.made.ranks = p.cu_q.data && p.num_seqs > 1 && p.num_seqs <= kMostRanked &&
+                    (plan.made.copies > 0 || plan.made.stats);
+  if (plan.made.ranks) {
+    const int64_t count = p.num_seqs + 2;
+    auto ranks = [&] {
+      return Ranks{static_cast<int32_t*>(take(count * int64_t(sizeof(int32_t)))),
+                   static_cast<int64_t*>(take(count * int64_t(sizeof(int64_t))))};
+    };
+    a.ranks_q = ranks();
+    if (backward) a.ranks_k = ranks();
+    plan.blocks = std::max(plan.blocks, (count + kThreads - 1) / kThreads);
   }
   return plan;
 }
@@ -111,11 +131,13 @@ template <class Kernel>
 const char* launch(Kernel kernel, size_t bytes, int64_t tiles, int passes, const Args& a,
                    void* stream) {
   if (tiles == 0) return nullptr;
-  if (tiles > INT32_MAX)
+  const bool ranked = a.ranks_q.sequence != nullptr;
+  const int64_t across = ranked ? tiles * a.p.heads : tiles;
+  if (across > INT32_MAX)
     return "masked_attention: query and key must have fewer than 2147483647 tiles of rows on CUDA.";
   if (bytes > 48 * 1024)
     if (const char* error = allow_dynamic_shared(kernel, bytes)) return error;
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(a.p.heads),
+  const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(ranked ? 1 : a.p.heads),
                   static_cast<unsigned>(passes));
   JK_LAUNCH(kernel, grid, dim3(kThreads), bytes, stream, a);
   return launch_error();
@@ -148,7 +170,7 @@ template <class T>
 const char* prepare(const Plan& plan, void* stream) {
   const Args a = plan.args;
   const Preparation made = plan.made;
-  const int parts = made.copies + (made.stats ? 1 : 0);
+  const int parts = made.copies + (made.stats ? 1 : 0) + (made.ranks ? 1 : 0);
   if (parts == 0) return nullptr;
   if (plan.blocks > INT32_MAX)
     return "masked_attention: query and key must have fewer than 2147483647 tiles of rows on CUDA.";

@@ -15,12 +15,12 @@ struct Copy {
   int64_t rows, length;  // rows in all; dense: rows of one sequence
   bool vector;
 };
-// What one launch makes: the copies, and in the backward pass the stats, from the caller's own
-// grad_out since its copy is made at the same time.
+// What one launch makes: the copies; in the backward pass the stats, from the caller's own grad_out
+// since its copy is made at the same time; and the ranks of packed sequences.
 struct Preparation {
   Copy copy[4];
   int copies;
-  bool stats;
+  bool stats, ranks;
   jk_rows grad_out;
   bool vector_grad_out;
 };
@@ -75,14 +75,37 @@ JK_DEVICE void write_stats(const Args& a, const Preparation& made) {
   }
 }
 
-// grid: (pieces of all rows, groups of heads, copies and stats).
+// One thread finds the rank of one sequence: by the length of its partner, which its tiles walk
+// through, then by its number. Two sequences more than there are stand for the rows outside.
+JK_DEVICE void write_ranks(const Args& a, const jk_ints& cu, const jk_ints& cu_other, int64_t total,
+                           int64_t total_other, const Ranks& ranks) {
+  const int64_t n = a.p.num_seqs, own = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (own >= n + 2 || blockIdx.y > 0 || ranks.sequence == nullptr) return;
+  auto partner = [&](int64_t i) {
+    if (i == 0 || i == n + 1) return int64_t(0);
+    return boundary(cu_other, n, total_other, i + 1) - boundary(cu_other, n, total_other, i);
+  };
+  const int64_t length = partner(own);
+  int64_t rank = 0, start = 0;
+  for (int64_t i = 0; i < n + 2; i++) {
+    const int64_t other = partner(i);
+    if (other < length || (other == length && i >= own)) continue;
+    rank++;
+    start += clamp_to(boundary(cu, n, total, i + 1) - boundary(cu, n, total, i), 0, total);
+  }
+  ranks.sequence[rank] = static_cast<int32_t>(own);
+  ranks.start[rank] = start;
+}
+
+// grid: (pieces of all rows, groups of heads, copies and stats and ranks).
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     masked_attention_prepare_kernel(const Args a, const Preparation made) {
-  if (static_cast<int>(blockIdx.z) < made.copies)
-    copy_rows<T>(a, made.copy[blockIdx.z]);
-  else
-    write_stats<T>(a, made);
+  const int part = static_cast<int>(blockIdx.z);
+  if (part < made.copies) return copy_rows<T>(a, made.copy[part]);
+  if (part == made.copies && made.stats) return write_stats<T>(a, made);
+  write_ranks(a, a.p.cu_q, a.p.cu_k, a.p.len_q, a.p.len_k, a.ranks_q);
+  write_ranks(a, a.p.cu_k, a.p.cu_q, a.p.len_k, a.p.len_q, a.ranks_k);
 }
 
 }  // namespace jk::attention
