@@ -95,8 +95,7 @@ def _autocast(
     """What torch's autocast does to scaled_dot_product_attention: float inputs take its dtype."""
     checks.is_tensor(NAME, "query", query)
     kind = query.device.type
-    # Devices without autocast, such as meta, refuse the question whether it is on.
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not checks.is_autocast_enabled(kind):
         return query, key, value
     for argument, tensor in (("key", key), ("value", value)):
         checks.is_tensor(NAME, argument, tensor)

@@ -96,7 +96,7 @@ class Inputs:
 
     def with_contiguous_channels(self) -> Inputs:
         """The same call with channel stride 1, which kernels read."""
-        if all([t.stride(-1) == 1 for t in (self.query, self.key, self.value)]):
+        if self.query.stride(-1) == self.key.stride(-1) == self.value.stride(-1) == 1:
             return self
         query, key, value = (
             t if t.stride(-1) == 1 else t.contiguous() for t in (self.query, self.key, self.value)
@@ -271,8 +271,8 @@ def check_values(inputs: Inputs) -> None:
 
 def shape_reasons(inputs: Inputs, dtypes: tuple[torch.dtype, ...]) -> list[Reason]:
     """The dtypes and head widths that kernel backends take."""
-    head_dim = inputs.head_dim
-    reasons = dtype_reasons((inputs.dtype,), dtypes)
+    head_dim, dtype = inputs.query.shape[-1], inputs.query.dtype
+    reasons = [] if dtype in dtypes else dtype_reasons((dtype,), dtypes)
     if head_dim % 8 or not 8 <= head_dim <= 128:
         reasons.append(Reason(f"head_dim must be a multiple of 8 from 8 to 128, got {head_dim}"))
     return reasons
