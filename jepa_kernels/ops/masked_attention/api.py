@@ -61,8 +61,9 @@ def masked_attention(
     Notes:
         Accumulates in float32 (float64 for float64). The cpu, triton and cuda backends are
         deterministic: bitwise equal for any thread count, packing order and process, forward and
-        backward. Double backward, causal and dense masks are not supported. Under autocast float32
-        inputs are cast to the autocast dtype, as for scaled_dot_product_attention.
+        backward; flash repeats its gradients under torch.use_deterministic_algorithms. Double
+        backward, causal and dense masks are not supported. Under autocast float32 inputs are cast
+        to the autocast dtype, as for scaled_dot_product_attention.
 
     Example:
         >>> import torch
