@@ -16,7 +16,7 @@ import torch
 from ... import triton_runtime
 from ...backend import Backend, Reason
 from ...rope3d import rope_dim
-from .inputs import Inputs, rows_of_channels, shape_reasons
+from .inputs import Inputs, rows_of_channels, shape_reasons, times_reasons
 from .triton_table import ROTATE_HEADS, ROTATE_TILE, Tile, channels, tile
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,7 +24,11 @@ _SEARCH_FANOUT = 128  # of triton_tiles.find_sequence
 
 
 def unsupported(inputs: Inputs) -> list[Reason]:
-    return triton_runtime.unavailable_reasons(inputs.device_type) + shape_reasons(inputs, _DTYPES)
+    return (
+        triton_runtime.unavailable_reasons(inputs.device_type)
+        + shape_reasons(inputs, _DTYPES)
+        + times_reasons(inputs)
+    )
 
 
 def forward(inputs: Inputs):
