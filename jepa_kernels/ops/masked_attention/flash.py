@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ... import capability, checks, triton_runtime
 from ...backend import Backend, Reason
 from ...rope3d import rope_dim
-from .inputs import NAME, Inputs, shape_reasons
+from .inputs import NAME, Inputs, shape_reasons, times_reasons
 from .triton_launch import alignment, id_strides, launch_options, on_device_of, panel_strides
 from .triton_table import ROTATE_HEADS, ROTATE_TILE, channels
 
@@ -306,7 +306,7 @@ LIBRARIES: tuple[Library, ...] = (FlashAttention3(), FlashAttention4(), TorchVar
 
 def unsupported(inputs: Inputs) -> list[Reason]:
     reasons = triton_runtime.unavailable_reasons(inputs.device_type)
-    reasons += shape_reasons(inputs, _DTYPES)
+    reasons += shape_reasons(inputs, _DTYPES) + times_reasons(inputs)
     if not inputs.scale > 0:
         reasons.append(Reason(f"scale must be positive, got {inputs.scale}"))
     obstacles = _obstacles(torch.are_deterministic_algorithms_enabled())

@@ -15,7 +15,7 @@ import torch
 from ... import triton_runtime
 from ...backend import Backend, Reason
 from ...rope3d import rope_dim
-from .inputs import Inputs, rows_of_channels, shape_reasons
+from .inputs import Inputs, rows_of_channels, shape_reasons, times_reasons
 from .triton_launch import alignment, id_strides, launch_options, on_device_of, panel_strides
 from .triton_table import ROTATE_HEADS, ROTATE_TILE, Tile, channels, tile
 
@@ -24,7 +24,11 @@ _SEARCH_FANOUT = 128  # of triton_tiles.find_sequence
 
 
 def unsupported(inputs: Inputs) -> list[Reason]:
-    return triton_runtime.unavailable_reasons(inputs.device_type) + shape_reasons(inputs, _DTYPES)
+    return (
+        triton_runtime.unavailable_reasons(inputs.device_type)
+        + shape_reasons(inputs, _DTYPES)
+        + times_reasons(inputs)
+    )
 
 
 def forward(inputs: Inputs):
