@@ -230,7 +230,9 @@ const char* backward_float(const Args& a, void* stream) {
 }
 
 // The table of tile shapes, by head_dim class: 16-row bands per warp, rows of the other side per
-// step, left operands in registers.
+// step, left operands in registers. Two bands read a right operand once for both, which is what
+// shared memory allows; of wide heads, keys with two bands spill (96: 52 bytes, 128: 976), and
+// queries of 128 channels leave an A100 one block for two.
 template <class T>
 const char* forward(const Args& a, void* stream) {
   const int64_t d = a.p.head_dim;
@@ -256,16 +258,16 @@ const char* backward(const Args& a, void* stream) {
     return backward_float<FloatTile<128, 2>>(a, stream);
   } else {
     if (d <= 16)
-      return backward_tiles<T, BackwardTile<16, 1, 64, true>, BackwardTile<16, 1, 64, true>>(
+      return backward_tiles<T, BackwardTile<16, 2, 64, true>, BackwardTile<16, 2, 64, true>>(
           a, stream);
     if (d <= 32)
-      return backward_tiles<T, BackwardTile<32, 2, 64, true, 32>, BackwardTile<32, 1, 64, true>>(
+      return backward_tiles<T, BackwardTile<32, 2, 64, true, 32>, BackwardTile<32, 2, 64, true>>(
           a, stream);
     if (d <= 64)
       return backward_tiles<T, BackwardTile<64, 2, 32, false>, BackwardTile<64, 2, 32, true>>(
           a, stream);
     if (d <= 96)
-      return backward_tiles<T, BackwardTile<96, 1, 32, false>, BackwardTile<96, 1, 64, false>>(
+      return backward_tiles<T, BackwardTile<96, 1, 32, false>, BackwardTile<96, 2, 32, false>>(
           a, stream);
     return backward_tiles<T, BackwardTile<128, 1, 32, false>, BackwardTile<128, 1, 32, false>>(
         a, stream);
