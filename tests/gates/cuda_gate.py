@@ -139,8 +139,8 @@ def assemble(ptx: Path, architecture: str) -> dict[str, dict[str, int]]:
         lines = [(int(at, 16), name, rest) for at, name, rest in _LINE.findall(body)]
         counts = Counter(name for _, name, _ in lines)
         rows[mangled.strip()].update({name: counts[name] for name in INSTRUCTIONS})
-        wanted = LOOPS if any(name in mangled for name in OF_TWO_KINDS) else LOOPS[:1]
-        for place, loop in zip(wanted, hot_loops(lines), strict=False):
+        count = 2 if any(name in mangled for name in OF_TWO_KINDS) else 1
+        for place, loop in zip(LOOPS, hot_loops(lines, count), strict=False):
             rows[mangled.strip()][place] = {
                 "instructions": sum(loop.values()),
                 **{name: loop[name] for name in ("HMMA", "LDSM")},
@@ -151,10 +151,13 @@ def assemble(ptx: Path, architecture: str) -> dict[str, dict[str, int]]:
     return dict(sorted(zip(names, rows.values(), strict=True)))
 
 
-def hot_loops(lines: Sequence[tuple[int, str, str]]) -> list[Counter[str]]:
-    """Instructions of the loops that use the tensor cores, longest first and none within another:
-    from the target of a backward branch to the branch. What ends the kernel in between is no loop,
-    but code that was put behind the end and returns from there."""
+def hot_loops(lines: Sequence[tuple[int, str, str]], count: int = 1) -> list[Counter[str]]:
+    """Instructions of the longest `count` loops that use the tensor cores, none within another:
+    from the target of a backward branch to the branch.
+
+    Of a kernel with two kinds of blocks, a branch across the end of the kernel is no loop: one kind
+    returns from code that was put behind the end.
+    """
     found: list[tuple[int, int, Counter[str]]] = []
     for end, name, rest in lines:
         target = re.search(r"\b0x([0-9a-f]+)", rest) if name == "BRA" else None
@@ -162,13 +165,13 @@ def hot_loops(lines: Sequence[tuple[int, str, str]]) -> list[Counter[str]]:
             continue
         start = int(target[1], 16)
         body = Counter(n for at, n, _ in lines if start <= at <= end)
-        if body["HMMA"] and not body["EXIT"]:
+        if body["HMMA"] and (count == 1 or not body["EXIT"]):
             found.append((start, end, body))
     apart: list[tuple[int, int, Counter[str]]] = []
     for start, end, body in sorted(found, key=lambda loop: -loop[2].total()):
         if all(end < other[0] or start > other[1] for other in apart):
             apart.append((start, end, body))
-    return [body for _, _, body in apart]
+    return [body for _, _, body in apart[:count]]
 
 
 def compile_op(

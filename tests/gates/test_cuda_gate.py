@@ -104,7 +104,8 @@ def test_a_warp_is_together_before_ldmatrix() -> None:
 # The eight warps of a multiprocessor take 12.8 clocks of its tensor cores for an HMMA each and 32
 # of its shared memory for an LDSM: from 0.4 on memory is the bound.
 # Of the backward kernel's two loops the longer one is of blocks that own keys where heads have 64
-# channels, and of blocks that own queries, 64 scores of a lane at a time or of wide heads, elsewhere.
+# channels. Elsewhere it is of blocks that own queries, which make 64 scores at a time or have wide
+# heads.
 LOOPS = {
     ("fwd", 64, "loop"): (770, 0.35),
     ("bwd", 64, "loop"): (440, 0.4),
