@@ -73,9 +73,9 @@ struct Softmax {
 };
 
 // One block owns kQueries queries of one head and reads all keys and values of their sequence;
-// grid: (tiles, heads), or
-// all in one where sequences are ranked. m_i = max_j s_ij,  out_i = sum_j exp(s_ij - m_i) v_j /
-// sum_j exp(s_ij - m_i),  s = scale R(q) R(k)^T; keys come rotated.
+// grid: (tiles, heads), in one axis where sequences are ranked. m_i = max_j s_ij,
+// out_i = sum_j exp(s_ij - m_i) v_j / sum_j exp(s_ij - m_i),  s = scale R(q) R(k)^T; keys come
+// rotated.
 template <class T, class Tile>
 __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_kernel(const Args a) {
   constexpr int kDim = Tile::kDim, kBands = Tile::kBands, kKeys = Tile::kKeys,

@@ -61,7 +61,7 @@ const Stream kStreams[] = {
     {&P::grad_out, &P::cu_q, &P::ids_q, &P::len_q, false, true},
 };
 
-// The most packed sequences that are ranked: each is compared with all.
+// The most packed sequences that are ranked: each is compared with all, by one thread.
 constexpr int64_t kMostRanked = 256;
 
 // How the scratch space is laid out: copies of the streams that need one, then the row statistics,
