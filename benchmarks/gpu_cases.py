@@ -28,6 +28,7 @@ from benchmarks import (
 from benchmarks.gpu_lines import Row
 from benchmarks.resolutions import parse_resolution
 from jepa.masks import mask_policy, sample_masks
+from jepa_kernels import frame_times
 from jepa_kernels.backend import OPS
 from jepa_kernels.nn import EMATeacher
 from jepa_kernels.optim import AdamWEMA
@@ -76,17 +77,18 @@ class Task:
         }
 
 
-# (heads, channels, pixels, samples, ragged), most valuable first: ViT-L at 2k tokens, its JEPA
-# contexts, 1.5k and 8k tokens, the predictor, short sequences.
+# (heads, channels, pixels, samples, form), most valuable first: ViT-L at 2k tokens, its JEPA
+# contexts, 1.5k and 8k tokens, the predictor, 1.5k tokens that see no later frame, short sequences.
 ATTENTION = (
-    (16, 64, "256", 8, False),
-    (16, 64, "224", 16, True),
-    (16, 64, "224", 8, False),
-    (16, 64, "512", 2, False),
-    (12, 32, "224", 8, False),
-    (16, 64, "112", 32, False),
-    (16, 80, "224", 8, False),
-    (16, 64, "384", 8, True),
+    (16, 64, "256", 8, "dense"),
+    (16, 64, "224", 16, "ragged"),
+    (16, 64, "224", 8, "dense"),
+    (16, 64, "512", 2, "dense"),
+    (12, 32, "224", 8, "dense"),
+    (16, 64, "224", 8, "frame_causal"),
+    (16, 64, "112", 32, "dense"),
+    (16, 80, "224", 8, "dense"),
+    (16, 64, "384", 8, "ragged"),
 )
 PASSES = ("forward", "forward+backward")
 
@@ -96,26 +98,28 @@ def attention_case(
     head_dim: int,
     pixels: str,
     samples: int,
-    ragged: bool,
+    form: str,
     dtype: torch.dtype,
     device: str,
 ) -> bench_masked_attention.Case:
     torch.manual_seed(0)
     resolution, frames = parse_resolution(pixels), bench_masked_attention.FRAMES
     shape, offsets = (samples, resolution.tokens(frames)), None
-    ids = torch.arange(shape[1], device=device)
-    if ragged:
-        grid, policy = resolution.grid(frames), mask_policy("blocks")
+    ids, grid, times = torch.arange(shape[1], device=device), resolution.grid(frames), None
+    if form == "frame_causal":
+        times = frame_times(grid, ids)
+    if form == "ragged":
+        policy = mask_policy("blocks")
         masks = sample_masks(policy, grid, seed=0, step=0, samples=range(samples)).to(device)
         ids, offsets, shape = masks.context_ids, masks.context_cu, (masks.context_ids.numel(),)
     qkv = torch.randn(*shape, 3, heads, head_dim, device=device).to(dtype)
-    form = "ragged" if ragged else "dense"
     name = f"{heads}x{head_dim}/{pixels}px/{frames}f/batch{samples}/{form}"
-    return bench_masked_attention.Case(name, form, resolution, qkv, ids, offsets)
+    return bench_masked_attention.Case(name, form, resolution, qkv, ids, offsets, times=times)
 
 
 def attention(device: str, quick: bool) -> Iterator[Task]:
-    shapes = ((2, 32, "64", 2, False), (2, 32, "64", 2, True)) if quick else ATTENTION
+    forms = ("dense", "ragged", "frame_causal")
+    shapes = [(2, 32, "64", 2, form) for form in forms] if quick else ATTENTION
     plan = [(shape, torch.float32 if quick else torch.bfloat16, False) for shape in shapes]
     if not quick:
         plan += [(ATTENTION[0], torch.float16, False), (ATTENTION[2], torch.float32, False)]
@@ -127,7 +131,13 @@ def attention(device: str, quick: bool) -> Iterator[Task]:
         query, key, value = case.qkv.unbind(-3)
         rope = bench_masked_attention.Rope3D(case.grid)
         described = op.prepare(
-            query, key, value, query_ids=case.ids, rope=rope, cu_seqlens_q=case.offsets
+            query,
+            key,
+            value,
+            query_ids=case.ids,
+            rope=rope,
+            cu_seqlens_q=case.offsets,
+            query_times=case.times,
         )
         backends = [b for b in op.priority if b != "reference" and not op.reasons(b, described)]
         rivals = [_compiled(case)] if compiled else list(_attention_rivals(case))
@@ -181,7 +191,12 @@ def _attention_gate(case: bench_masked_attention.Case, pass_name: str, backend: 
     at = (*batch, rows)
     qkv = case.qkv[at][..., :1, :] if case.offsets is None else case.qkv[at][None, ..., :1, :]
     small = bench_masked_attention.Case(
-        case.name, case.group, case.resolution, qkv.contiguous(), case.ids[: qkv.shape[1]]
+        case.name,
+        case.group,
+        case.resolution,
+        qkv.contiguous(),
+        case.ids[: qkv.shape[1]],
+        times=case.times,
     )
     small.cotangent = case.cotangent[at][..., : case.head_dim].reshape(*qkv.shape[:2], -1)
     exact = _exact(small, gradient)
@@ -205,6 +220,9 @@ def _exact(case: bench_masked_attention.Case, gradient: bool) -> torch.Tensor:
 
 def _rotated(case: bench_masked_attention.Case, qkv: torch.Tensor) -> torch.Tensor:
     """Rotation and SDPA in eager PyTorch, of one id list."""
+    if case.times is not None:
+        mask = bench_masked_attention.dense_mask(case)
+        return bench_masked_attention.rotated_masked_sdpa(case, mask, qkv)
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
     ids = case.ids.expand(qkv.shape[0], -1)
     out = bench_masked_attention.eager_attention.attend(query, key, value, ids, case.grid)
@@ -223,6 +241,12 @@ def _attention_rivals(case: bench_masked_attention.Case) -> Iterator[Rival]:
     if case.offsets is not None:
         yield "varlen", _varlen(case)
         yield "flash_attention", _flash_attention(case)
+        return
+    if case.times is not None:
+        mask = bench_masked_attention.dense_mask(case)
+        yield "sdpa_dense_mask", partial(bench_masked_attention.masked_sdpa, mask)
+        masked = partial(bench_masked_attention.rotated_masked_sdpa, case, mask)
+        yield "rotation_sdpa_dense_mask", masked
         return
     for kind in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
         name = f"sdpa_{kind.removesuffix('_ATTENTION').lower()}"

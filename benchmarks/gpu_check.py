@@ -13,7 +13,7 @@ import argparse
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -202,6 +202,14 @@ def is_there(op: str, backend: str, device: str, dtype: torch.dtype) -> bool:
     return backend != "flash" or not OPS[op].reasons(backend, example(OPS[op], device, dtype))
 
 
+def reads_times(backend: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether nothing but times keeps a backend of masked_attention from a call with times."""
+    op = OPS["masked_attention"]
+    plain = example(op, device, dtype)
+    timed = replace(plain, query_times=plain.query_ids, key_times=plain.key_ids)
+    return op.reasons(backend, timed) == op.reasons(backend, plain)
+
+
 def _of_one(
     op: str, head_dim: int, dtype: torch.dtype, backend: str, device: str
 ) -> Iterator[Check]:
@@ -213,6 +221,8 @@ def _of_one(
             "dense": attention_case((37, 37), strided=True, layout="tiled", **shared),
             "cross": attention_case((9, 9), (210, 210), grid=(4, 8, 8), **shared),
         }
+        if reads_times(backend, device, dtype):
+            forms["frame_causal"] = attention_case((8 * 49,), times="sorted", num_times=8, **shared)
         for name, case in forms.items():
             if name == "packed" or head_dim in (64, 88):
                 for direction in ("forward", "backward"):

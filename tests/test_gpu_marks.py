@@ -44,6 +44,14 @@ def test_rollouts_and_float16_are_among_them(collected):
         assert len(halves) == len(HEAD_DIMS)
 
 
+def test_attention_with_times_is_among_them(collected):
+    found = [t for t in collected if "::test_attention_with_times[" in t and "cuda" in t]
+    assert len(found) == len(HEAD_DIMS) * 3
+    assert any(
+        "::test_frame_causal_attention_at_the_lengths_of_video[cuda]" in t for t in collected
+    )
+
+
 def test_flash_is_tested_on_every_library(collected):
     from jepa_kernels.ops.masked_attention import flash
 

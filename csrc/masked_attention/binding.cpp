@@ -249,19 +249,22 @@ std::tuple<Tensor, Tensor, Tensor> cpu_bwd(const Tensor& grad_out, const Tensor&
 
 std::tuple<Tensor, Tensor> cuda_fwd(const Tensor& query, const Tensor& key, const Tensor& value,
                                     const Ids& query_ids, const Ids& key_ids, const Ids& cu_q,
-                                    const Ids& cu_k, const Ids& table, const Grid& grid,
-                                    double scale) {
-  return forward(Cuda{}, query, key, value, query_ids, key_ids, cu_q, cu_k, table, {}, grid, scale);
+                                    const Ids& cu_k, const Ids& table, const Ids& query_times,
+                                    const Ids& key_times, const Grid& grid, double scale,
+                                    int64_t window) {
+  return forward(Cuda{}, query, key, value, query_ids, key_ids, cu_q, cu_k, table,
+                 {query_times, key_times, window}, grid, scale);
 }
 
 std::tuple<Tensor, Tensor, Tensor> cuda_bwd(const Tensor& grad_out, const Tensor& query,
                                             const Tensor& key, const Tensor& value,
                                             const Ids& query_ids, const Ids& key_ids,
                                             const Ids& cu_q, const Ids& cu_k, const Ids& table,
+                                            const Ids& query_times, const Ids& key_times,
                                             const Tensor& out, const Tensor& lse, const Grid& grid,
-                                            double scale) {
-  return backward(Cuda{}, grad_out, query, key, value, query_ids, key_ids, cu_q, cu_k, table, {},
-                  out, lse, grid, scale);
+                                            double scale, int64_t window) {
+  return backward(Cuda{}, grad_out, query, key, value, query_ids, key_ids, cu_q, cu_k, table,
+                  {query_times, key_times, window}, out, lse, grid, scale);
 }
 
 }  // namespace
@@ -282,12 +285,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
   m.def(
       "masked_attention_cuda_fwd(Tensor query, Tensor key, Tensor value, Tensor? query_ids, "
       "Tensor? key_ids, Tensor? cu_seqlens_q, "
-      "Tensor? cu_seqlens_k, Tensor? rope_table, int[] grid, float scale) -> (Tensor, Tensor)");
+      "Tensor? cu_seqlens_k, Tensor? rope_table, Tensor? query_times, Tensor? key_times, int[] "
+      "grid, float scale, int window) -> (Tensor, Tensor)");
   m.def(
       "masked_attention_cuda_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? "
       "query_ids, Tensor? key_ids, "
-      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? rope_table, Tensor out, Tensor lse, "
-      "int[] grid, float scale) "
+      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? rope_table, Tensor? query_times, "
+      "Tensor? key_times, Tensor out, Tensor lse, int[] grid, float scale, int window) "
       "-> (Tensor, Tensor, Tensor)");
 }
 

@@ -38,7 +38,7 @@ typedef struct {
                   // ignore it
   int64_t scratch_bytes;
   // A query sees a key iff its time - window < the key's time <= its time; data == NULL: it sees
-  // all keys of its sequence. window == 0: no limit. Read by the CPU kernels alone.
+  // all keys of its sequence. window == 0: no limit.
   jk_ints times_q, times_k;
   int64_t window;
 } jk_masked_attention_params;

@@ -3,6 +3,7 @@ table says what nvcc makes of them."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -88,8 +89,23 @@ def test_masked_attention_has_a_row_for_every_class_and_type() -> None:
                     for name in rows
                     if name.startswith(f"masked_attention_{kernel}_kernel{kind}")
                 ]
-                assert len(found) == classes, (architecture, kernel, kind)
-        assert len([name for name in rows if "float_kernel" in name]) == 6, architecture
+                timed = [name for name in found if "Timed<" in name]
+                assert len(timed) == classes, (architecture, kernel, kind)
+                assert len(found) == 2 * classes, (architecture, kernel, kind)
+        assert len([name for name in rows if "float_kernel" in name]) == 2 * 6, architecture
+
+
+def test_kernels_with_times_multiply_as_often_as_those_without() -> None:
+    """Masks and skipped steps add no products, and of the loads of operands only what heads of 64
+    channels cannot keep in registers."""
+    rows = {(a, name): row for a, name, row in kernels("masked_attention")}
+    timed = [key for key in rows if "Timed<" in key[1]]
+    assert timed
+    for a, name in timed:
+        row, plain = rows[a, name], rows[a, re.sub(r"Timed<(\w+<[^>]*>)>", r"\1", name)]
+        assert row["HMMA"] == plain["HMMA"], name
+        assert row["LDSM"] == plain["LDSM"] or "BackwardTile<64," in name, name
+        assert row["LDSM"] <= 0.45 * row["HMMA"] or row["LDSM"] == plain["LDSM"], name
 
 
 def test_a_warp_is_together_before_ldmatrix() -> None:
@@ -123,7 +139,9 @@ def test_inner_loops_stay_within_their_budget(kind: str, channels: int, place: s
     rows = [
         row
         for name, row in TABLE["ops"]["masked_attention"]["sm_90a"].items()
-        if name.startswith(f"masked_attention_{kind}_kernel<") and f"Tile<{channels}," in name
+        if name.startswith(f"masked_attention_{kind}_kernel<")
+        and f"Tile<{channels}," in name
+        and "Timed<" not in name
     ]
     assert len(rows) == 2, "bfloat16 and float16"
     for row in rows:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from jepa_kernels import Rope3D, ema_update_, masked_attention, native
+from jepa_kernels import Rope3D, ema_update_, frame_times, masked_attention, native
 from jepa_kernels.ops.adamw_ema import TeacherLists, adamw_ema_
 from jepa_kernels.ops.latent_rollout import ResidualMLP, latent_rollout
 from jepa_kernels.ops.latent_rollout.cells import with_parameters
@@ -71,6 +71,41 @@ def test_float16_attention(backend, head_dim):
 def test_attention_at_the_lengths_of_video(backend, lengths):
     shared = {"head_dim": 64, "dtype": torch.bfloat16, "grid": (8, 14, 14)}
     check_attention(attention_case(lengths, packed=len(lengths) > 1, **shared), backend, "cuda")
+
+
+@pytest.mark.parametrize("backend", [on_a_gpu("cuda")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_attention_with_times(backend, dtype, head_dim):
+    """Frame-causal, windowed and ragged; twice, for the same bits."""
+    shared = {"head_dim": head_dim, "dtype": dtype}
+    for case in (
+        attention_case((8 * 49,), times="sorted", num_times=8, **shared),
+        attention_case((9, 9), (210, 210), times="random", window=2, strided=True, **shared),
+        attention_case(
+            (70, 0, 33), (120, 5, 0), packed=True, slack=2, times="sorted", window=1, **shared
+        ),
+    ):
+        first = check_attention(case, backend, "cuda")
+        again = run_attention(case, backend, device="cuda")
+        for (name, a), (_, b) in zip(first.named(), again.named(), strict=True):
+            assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("backend", [on_a_gpu("cuda")])
+def test_frame_causal_attention_at_the_lengths_of_video(backend):
+    """8 frames of 196 tokens; the last frame cannot change what earlier ones get."""
+    rope = Rope3D((8, 14, 14))
+    times = frame_times(rope.grid).cuda()
+    case = attention_case((1568,), head_dim=64, dtype=torch.bfloat16, grid=rope.grid)
+    check_attention(replace(case, query_times=times, key_times=times), backend, "cuda")
+    leaves = [t.bfloat16().cuda() for t in (case.query, case.key, case.value)]
+    results = []
+    for _ in range(2):
+        results.append(masked_attention(*leaves, query_times=times, backend=backend)[:, :-196])
+        for leaf in leaves:
+            leaf[:, -196:].normal_()
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("library", [on_a_gpu(x, id=x.name) for x in flash.LIBRARIES])

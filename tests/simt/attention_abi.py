@@ -61,8 +61,9 @@ def describe(inputs: Mapping[str, np.ndarray]) -> Params:
     p.num_seqs = len(inputs["cu_q"]) - 1 if packed else query.shape[0]
     p.len_q, p.heads, p.head_dim = query.shape[-3:]
     p.len_k = key.shape[-3]
-    for name in ("cu_q", "cu_k", "ids_q", "ids_k"):
+    for name in ("cu_q", "cu_k", "ids_q", "ids_k", "times_q", "times_k"):
         setattr(p, name, ints(inputs.get(name)))
+    p.window = int(inputs.get("window", 0))
     if "rope_table" in inputs:
         p.rope_table = inputs["rope_table"].ctypes.data
         p.rope_dim = inputs["rope_table"].shape[2]
@@ -121,7 +122,7 @@ def run(
 
     Args:
         inputs: query, key, value, grad_out, scale, dtype and, where they apply, cu_q, cu_k, ids_q,
-            ids_k, rope_table, grid.
+            ids_k, rope_table, grid, times_q, times_k, window.
         misaligned: put outputs at addresses that allow no vector access.
     """
     query, key = inputs["query"], inputs["key"]

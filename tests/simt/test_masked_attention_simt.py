@@ -59,6 +59,10 @@ def arguments(case: AttentionCase) -> dict[str, np.ndarray]:
     if case.cu_seqlens_q is not None:
         given["cu_q"] = case.cu_seqlens_q.numpy()
         given["cu_k"] = given["cu_q"] if case.cu_seqlens_k is None else case.cu_seqlens_k.numpy()
+    if case.query_times is not None:
+        given["times_q"] = case.query_times.numpy()
+        given["times_k"] = given["times_q"] if case.key_times is None else case.key_times.numpy()
+        given["window"] = np.array(case.window or 0)
     return given
 
 
@@ -431,6 +435,18 @@ def saved_cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (40, 0, 3), (5, 7, 70), packed=True, slack=2, head_dim=56, dtype=torch.bfloat16, heads=1
         ),
         "float": attention_case((40, 0, 3), (5, 7, 33), packed=True, slack=2, head_dim=40, heads=1),
+        "timed": attention_case(
+            (150,),
+            times="sorted",
+            num_times=5,
+            window=2,
+            head_dim=64,
+            dtype=torch.bfloat16,
+            heads=1,
+        ),
+        "timed float": attention_case(
+            (40, 0, 70), (5, 7, 70), packed=True, times="random", window=2, head_dim=40, heads=1
+        ),
     }
     arrays: dict[str, np.ndarray] = {}
     for name, case in cases.items():

@@ -15,13 +15,16 @@ template <int kDim_, int kBands_, int kStep_, bool kKeep_, int kPart_ = kStep_>
 struct BackwardTile {
   static constexpr int kDim = kDim_, kBands = kBands_, kStep = kStep_, kPart = kPart_,
                        kOwn = kWarps * 16 * kBands_;
-  static constexpr bool kKeep = kKeep_;
+  static constexpr bool kKeep = kKeep_, kTimed = false;
   template <class T>
   static constexpr size_t bytes(bool keys) {
     return size_t(2 * kOwn + 4 * kStep) * kStride<T, kDim> * sizeof(T) +
            (keys ? 2 * kStep * sizeof(float2) + sizeof(Sequence) : 0);
   }
 };
+
+// What own_keys keeps of every thread's streams in calls with times.
+constexpr size_t kLentBytes = 2 * kThreads * sizeof(void*);
 
 // The stats of a lane's two columns in a column group of an accumulator: lse, delta, lse, delta.
 JK_DEVICE float4 read_pair(const float2* group) {
@@ -34,6 +37,7 @@ template <class T, class Tile>
 JK_DEVICE void own_keys(const Args& a) {
   constexpr int kDim = Tile::kDim, kBands = Tile::kBands, kStep = Tile::kStep, kPart = Tile::kPart,
                 kLd = kStride<T, kDim>;
+  constexpr bool kTimed = Tile::kTimed;
   JK_DYNAMIC_SHARED(T, keys);
   T* values = keys + Tile::kOwn * kLd;
   T* queries = values + Tile::kOwn * kLd;  // two stages, as all that follow
@@ -47,23 +51,39 @@ JK_DEVICE void own_keys(const Args& a) {
   Sequence* const kept = reinterpret_cast<Sequence*>(stats + 2 * kStep);
   if (threadIdx.x == 0) *kept = s;
   const int rows = s.length - s.first < Tile::kOwn ? s.length - s.first : Tile::kOwn;
-  if (steps == 0) {
+  Walk& walk = *reinterpret_cast<Walk*>(kept + 1);
+  int start = 0;
+  if constexpr (kTimed) {
+    walk.begin<kStep>(a, s, true, rows, 16 * kBands);
+    start = walk.next(0);
+  }
+  if (start == steps) {
     zero_rows(row_pointer<T>(a.p.grad_k, a.p.cu_k, s.seq, own, head), a.p.grad_k.stride_token, rows,
               head_dim, a.vector_grad_k);
     return zero_rows(row_pointer<T>(a.p.grad_v, a.p.cu_k, s.seq, own, head),
                      a.p.grad_v.stride_token, rows, head_dim, a.vector_grad_v);
   }
 
-  RowStream<T, kDim, kStep> query(row_pointer<const T>(a.p.q, a.p.cu_q, s.seq, s.partner, head),
-                                  a.p.q.stride_token);
-  RowStream<T, kDim, kStep> grad(
-      row_pointer<const T>(a.p.grad_out, a.p.cu_q, s.seq, s.partner, head),
-      a.p.grad_out.stride_token);
+  using Stream = RowStream<T, kDim, kStep>;
+  Stream query(row_pointer<const T>(a.p.q, a.p.cu_q, s.seq, s.partner, head), a.p.q.stride_token);
+  Stream grad(row_pointer<const T>(a.p.grad_out, a.p.cu_q, s.seq, s.partner, head),
+              a.p.grad_out.stride_token);
   const float2* stat = stats_pointer(a, s.seq, head) + s.partner;
-  auto stage = [&](int step) {
-    const int valid = s.other - step * kStep, slot = step % 2 * kStep;
+  // With times the loop lacks the registers for them between the steps.
+  Stream* const lent = reinterpret_cast<Stream*>(&walk + 1) + 2 * threadIdx.x;
+  if constexpr (kTimed) lent[0] = query, lent[1] = grad;
+  auto stage = [&](int step, int turn, int skipped) {
+    const int valid = (kTimed ? walk.others : s.other) - step * kStep, slot = turn % 2 * kStep;
+    if constexpr (kTimed) {
+      query = lent[0];
+      grad = lent[1];
+      query.skip(skipped * kStep, a.p.q.stride_token);
+      grad.skip(skipped * kStep, a.p.grad_out.stride_token);
+      stat = stats_pointer(a, kept->seq, kept->head) + kept->partner + step * kStep;
+    }
     query.stage(queries + slot * kLd, a.p.q.stride_token, valid, head_dim);
     grad.stage(grads + slot * kLd, a.p.grad_out.stride_token, valid, head_dim);
+    if constexpr (kTimed) lent[0] = query, lent[1] = grad;
     stage_stats<kStep>(stats + slot, stat, valid);
     stat += kStep;
     cp_async_commit();
@@ -72,7 +92,7 @@ JK_DEVICE void own_keys(const Args& a) {
                                   a.p.k.stride_token, rows, head_dim);
   stage_rows<T, kDim, Tile::kOwn>(values, row_pointer<const T>(a.p.v, a.p.cu_k, s.seq, own, head),
                                   a.p.v.stride_token, rows, head_dim);
-  stage(0);
+  stage(start, 0, start);
 
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16 * kBands;
   const bool idle = warp_row >= rows;  // of a warp beyond the sequence, which only copies
@@ -80,19 +100,23 @@ JK_DEVICE void own_keys(const Args& a) {
   float grad_key[kBands][kDim / 8][4], grad_value[kBands][kDim / 8][4];
   clear(grad_key);
   clear(grad_value);
-  for (int step = 0; step < steps; step++) {
+  for (int step = start, next, count = 0; step < (kTimed ? walk.steps : steps);
+       step = kTimed ? walk.last_next() : next, count++) {
     cp_async_wait<0>();
     __syncthreads();
-    if (step == 0) {
+    const int turn = kTimed ? count : step;
+    if (turn == 0) {
       left_key.set(keys + warp_row * kLd);
       left_value.set(values + warp_row * kLd);
     }
-    if (step + 1 < steps) stage(step + 1);
-    if (idle) continue;
+    const bool blind = kTimed ? !walk.enter(step) : idle;
+    next = kTimed ? walk.next(step + 1) : step + 1;
+    if (next < (kTimed ? walk.steps : steps)) stage(next, turn + 1, next - step - 1);
+    if (blind) continue;
     const float scale = a.p.scale * kLog2e;
 #pragma unroll 1
     for (int part = 0; part < kStep / kPart; part++) {
-      const int slot = step % 2 * kStep + part * kPart;
+      const int slot = turn % 2 * kStep + part * kPart;
       // Queries from `valid` on are zero rows with zero stats, so P is 1 and dS is 0 there: they
       // add nothing.
       float p[kBands][kPart / 8][4], ds[kBands][kPart / 8][4];
@@ -106,6 +130,10 @@ JK_DEVICE void own_keys(const Args& a) {
 #pragma unroll
           for (int e = 0; e < 4; e++)
             p[band][n][e] = exp2_fast(p[band][n][e] * scale - (e % 2 ? stat_pair.z : stat_pair.x));
+      }
+      if constexpr (kTimed) {
+        const int masked = walk.masked_step();
+        if (masked >= 0) fill_unseen(p, walk, masked * kStep + part * kPart, 0.f);
       }
       clear(ds);
       multiply_rows<T, kDim, kBands, kPart>(ds, left_value, grads + slot * kLd, head_dim);
@@ -147,6 +175,8 @@ template <class T, class Tile>
 JK_DEVICE void own_queries(const Args& a) {
   constexpr int kDim = Tile::kDim, kBands = Tile::kBands, kStep = Tile::kStep,
                 kLd = kStride<T, kDim>;
+  // With times the loop of 64 channels lacks the registers to keep its left operands.
+  constexpr bool kTimed = Tile::kTimed, kKeep = Tile::kKeep && !(kTimed && kDim == 64);
   JK_DYNAMIC_SHARED(T, queries);
   T* grads = queries + Tile::kOwn * kLd;
   T* keys = grads + Tile::kOwn * kLd;  // two stages
@@ -155,17 +185,30 @@ JK_DEVICE void own_queries(const Args& a) {
   if (!find_queries<Tile::kOwn>(a, s)) return;
   const int64_t head = s.head, own = s.begin + s.first;
   const int head_dim = static_cast<int>(a.p.head_dim), steps = (s.other + kStep - 1) / kStep;
-  T* target = row_pointer<T>(a.p.grad_q, a.p.cu_q, s.seq, own, head);
+  auto target = [&](const Sequence& at) {
+    return row_pointer<T>(a.p.grad_q, a.p.cu_q, at.seq, at.begin + at.first, at.head);
+  };
   const int rows = s.length - s.first < Tile::kOwn ? s.length - s.first : Tile::kOwn;
-  if (steps == 0)
-    return zero_rows(target, a.p.grad_q.stride_token, rows, head_dim, a.vector_grad_q);
+  Walk& walk = *reinterpret_cast<Walk*>(values + 2 * kStep * kLd);
+  int start = 0;
+  if constexpr (kTimed) {
+    walk.begin<kStep>(a, s, false, rows, 16 * kBands);
+    start = walk.next(0);
+  }
+  if (start == steps)
+    return zero_rows(target(s), a.p.grad_q.stride_token, rows, head_dim, a.vector_grad_q);
 
   RowStream<T, kDim, kStep> key(row_pointer<const T>(a.p.k, a.p.cu_k, s.seq, s.partner, head),
                                 a.p.k.stride_token);
   RowStream<T, kDim, kStep> value(row_pointer<const T>(a.p.v, a.p.cu_k, s.seq, s.partner, head),
                                   a.p.v.stride_token);
-  auto stage = [&](int step) {
-    const int valid = s.other - step * kStep, slot = step % 2 * kStep * kLd;
+  auto stage = [&](int step, int turn, int skipped) {
+    const int valid = (kTimed ? walk.others : s.other) - step * kStep,
+              slot = turn % 2 * kStep * kLd;
+    if constexpr (kTimed) {
+      key.skip(skipped * kStep, a.p.k.stride_token);
+      value.skip(skipped * kStep, a.p.v.stride_token);
+    }
     key.stage(keys + slot, a.p.k.stride_token, valid, head_dim);
     value.stage(values + slot, a.p.v.stride_token, valid, head_dim);
     cp_async_commit();
@@ -175,7 +218,7 @@ JK_DEVICE void own_queries(const Args& a) {
   stage_rows<T, kDim, Tile::kOwn>(grads,
                                   row_pointer<const T>(a.p.grad_out, a.p.cu_q, s.seq, own, head),
                                   a.p.grad_out.stride_token, rows, head_dim);
-  stage(0);
+  stage(start, 0, start);
 
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16 * kBands;
   const bool idle = warp_row >= rows;  // of a warp beyond the sequence, which only copies
@@ -191,19 +234,23 @@ JK_DEVICE void own_queries(const Args& a) {
       mean[band][half] = row < rows ? stat[row].y : 0.f;
       scales[band][half] = a.p.scale;
     }
-  Left<T, kDim, kBands, Tile::kKeep> left_query, left_grad;
+  Left<T, kDim, kBands, kKeep> left_query, left_grad;
   float grad_query[kBands][kDim / 8][4];
   clear(grad_query);
-  for (int step = 0; step < steps; step++) {
+  for (int step = start, next, count = 0; step < (kTimed ? walk.steps : steps);
+       step = kTimed ? walk.last_next() : next, count++) {
     cp_async_wait<0>();
     __syncthreads();
-    if (step == 0) {
+    const int turn = kTimed ? count : step;
+    if (turn == 0) {
       left_query.set(queries + warp_row * kLd);
       left_grad.set(grads + warp_row * kLd);
     }
-    if (step + 1 < steps) stage(step + 1);
-    if (idle) continue;
-    const int slot = step % 2 * kStep * kLd;
+    const bool blind = kTimed ? !walk.enter(step) : idle;
+    next = kTimed ? walk.next(step + 1) : step + 1;
+    if (next < (kTimed ? walk.steps : steps)) stage(next, turn + 1, next - step - 1);
+    if (blind) continue;
+    const int slot = turn % 2 * kStep * kLd;
     float p[kBands][kStep / 8][4], ds[kBands][kStep / 8][4];
     clear(p);
     multiply_rows<T, kDim, kBands, kStep>(p, left_query, keys + slot, head_dim);
@@ -219,9 +266,15 @@ JK_DEVICE void own_queries(const Args& a) {
                            (ds[band][n][e] - mean[band][e / 2]);
     // A key beyond the end has logit 0, whose weight overflows where lse is very negative.
     if ((step + 1) * kStep > s.other) fill_tail(ds, s.other - step * kStep, 0.f);
+    if constexpr (kTimed) {
+      const int masked = walk.masked_step();
+      if (masked >= 0) fill_unseen(ds, walk, masked * kStep, 0.f);
+    }
     multiply_weights<T, kDim, kBands, kStep>(grad_query, ds, keys + slot, head_dim);
   }
-  write_rows<T, kDim, true>(a, s, a.p.ids_q, grad_query, scales, queries, target,
+  // With times the loop needs the registers: what follows it finds the sequence in shared memory.
+  const Sequence at = kTimed ? walk.sequence : s;
+  write_rows<T, kDim, true>(a, at, a.p.ids_q, grad_query, scales, queries, target(at),
                             a.p.grad_q.stride_token, a.vector_grad_q);
 }
 

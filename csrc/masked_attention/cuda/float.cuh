@@ -6,7 +6,7 @@
 // + 16, x + 24 of a kRows x kStep product; and channels 4 x + 32 g .. + 3 of a kRows x kDim
 // product. A row's columns are thus spread over 8 lanes of one warp.
 #pragma once
-#include "rows.cuh"
+#include "times.cuh"
 
 namespace jk::attention {
 
@@ -15,6 +15,7 @@ struct FloatTile {
   static constexpr int kDim = kDim_, kR = kR_, kRows = 16 * kR_, kStep = 32,
                        kLd = kStride<float, kDim_>, kWeightLd = kStep + 4;
   static constexpr int kGroups = kDim / 32;
+  static constexpr bool kTimed = false;
   static constexpr size_t kForwardBytes =
       size_t((kRows + 2 * kStep) * kLd + kRows * kWeightLd) * sizeof(float);
   static constexpr size_t kBackwardBytes =
@@ -131,11 +132,34 @@ JK_DEVICE void float_write(const Args& a, const Sequence& s, const jk_ints& ids,
   }
 }
 
+// Pairs that do not see each other get `value`; the columns are rows of the other side from
+// `first_column` on.
+template <class Tile>
+JK_DEVICE void float_unseen(float (&sum)[Tile::kR][4], const Walk& walk, int first_column,
+                            float value) {
+  const int y = static_cast<int>(threadIdx.x) / 8, x = static_cast<int>(threadIdx.x) % 8;
+#pragma unroll
+  for (int c = 0; c < 4; c++) {
+    const Interval other = walk.other_at(first_column + x + 8 * c);
+#pragma unroll
+    for (int r = 0; r < Tile::kR; r++)
+      if (!meet(walk.own_at(y * Tile::kR + r), other)) sum[r][c] = value;
+  }
+}
+
+// The first row of the step that follows the one from `first` on.
+template <bool kTimed, int kStep>
+JK_DEVICE int next_row(Walk& walk, int first) {
+  if constexpr (kTimed) return walk.next(first / kStep + 1) * kStep;
+  return first + kStep;
+}
+
 // As masked_attention_fwd_kernel. Loads are not double buffered: shared memory goes into larger
 // tiles instead.
 template <class Tile>
 __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_float_kernel(const Args a) {
   constexpr int kDim = Tile::kDim, kR = Tile::kR, kStep = Tile::kStep, kLd = Tile::kLd;
+  constexpr bool kTimed = Tile::kTimed;
   JK_DYNAMIC_SHARED(float, queries);
   float* keys = queries + Tile::kRows * kLd;
   float* values = keys + kStep * kLd;
@@ -144,6 +168,13 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_float_kernel
   if (!find_queries<Tile::kRows>(a, s)) return;
   const int64_t head = s.head;
   if (s.other == 0) return write_no_keys<float, Tile::kRows>(a, s, head);
+  Walk& walk = *reinterpret_cast<Walk*>(weights + Tile::kRows * Tile::kWeightLd);
+  int start = 0;
+  if constexpr (kTimed) {
+    walk.begin<kStep>(a, s, false, min(s.length - s.first, Tile::kRows), 4 * kR);
+    start = walk.next(0) * kStep;
+    if (start >= s.other) return write_no_keys<float, Tile::kRows>(a, s, head);
+  }
   const float* key = row_pointer<const float>(a.p.k, a.p.cu_k, s.seq, s.partner, head);
   const float* value = row_pointer<const float>(a.p.v, a.p.cu_k, s.seq, s.partner, head);
   const int head_dim = static_cast<int>(a.p.head_dim), y = static_cast<int>(threadIdx.x) / 8,
@@ -158,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_float_kernel
     top[r] = -INFINITY;
     total[r] = 0.f;
   }
-  for (int first = 0; first < s.other; first += kStep) {
+  for (int first = start; first < s.other; first = next_row<kTimed, kStep>(walk, first)) {
     const int valid = s.other - first;
     stage_rows<float, kDim, kStep>(keys, key + first * a.p.k.stride_token, a.p.k.stride_token,
                                    valid, head_dim);
@@ -169,6 +200,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_float_kernel
     __syncthreads();
     float p[kR][4];
     float_rows<Tile>(p, queries, keys);
+    if constexpr (kTimed) float_unseen<Tile>(p, walk, first, -INFINITY);
 #pragma unroll
     for (int r = 0; r < kR; r++) {
       float best = top[r];
@@ -178,7 +210,9 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_float_kernel
         best = fmaxf(best, p[r][c]);
       }
       best = warp_max<8>(best);
-      const float shrink = exp2_fast((top[r] - best) * scale), shift = best * scale;
+      // The maximum is -inf where a row has seen no key yet.
+      const float zero = kTimed && best == -INFINITY ? 0.f : best;
+      const float shrink = exp2_fast((top[r] - zero) * scale), shift = zero * scale;
       top[r] = best;
       float sum = 0.f;
 #pragma unroll
@@ -202,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_float_kernel
 #pragma unroll
   for (int r = 0; r < kR; r++) {
     const float sum = warp_sum<8>(total[r]);
-    factor[r] = 1.f / sum;
+    factor[r] = kTimed && sum == 0.f ? 0.f : 1.f / sum;
     const int row = y * kR + r;
     if (x == 0 && s.first + row < s.length) lse[row] = (top[r] * scale + log2f(sum)) * kLn2;
   }
@@ -216,6 +250,7 @@ template <class Tile, bool kKeysOwned>
 JK_DEVICE void own_floats(const Args& a) {
   constexpr int kDim = Tile::kDim, kR = Tile::kR, kStep = Tile::kStep, kLd = Tile::kLd,
                 kRows = Tile::kRows;
+  constexpr bool kTimed = Tile::kTimed;
   JK_DYNAMIC_SHARED(float, own_first);            // keys or queries
   float* own_second = own_first + kRows * kLd;    // values or output gradients
   float* other_first = own_second + kRows * kLd;  // queries or keys
@@ -236,7 +271,13 @@ JK_DEVICE void own_floats(const Args& a) {
   float* target_value = row_pointer<float>(a.p.grad_v, a.p.cu_k, s.seq, own, head);
   const int64_t target_stride = kKeysOwned ? a.p.grad_k.stride_token : a.p.grad_q.stride_token;
   const bool target_vector = kKeysOwned ? a.vector_grad_k : a.vector_grad_q;
-  if (s.other == 0) {
+  Walk& walk = *reinterpret_cast<Walk*>(stats + kStep);
+  int start = 0;
+  if constexpr (kTimed) {
+    walk.begin<kStep>(a, s, kKeysOwned, rows, 4 * kR);
+    start = walk.next(0) * kStep;
+  }
+  if (start >= s.other) {
     zero_rows(target, target_stride, rows, head_dim, target_vector);
     if (kKeysOwned)
       zero_rows(target_value, a.p.grad_v.stride_token, rows, head_dim, a.vector_grad_v);
@@ -270,7 +311,7 @@ JK_DEVICE void own_floats(const Args& a) {
     const bool inside = !kKeysOwned && y * kR + r < rows;
     row_stat[r] = inside ? stat[y * kR + r] : make_float2(0.f, 0.f);
   }
-  for (int first = 0; first < s.other; first += kStep) {
+  for (int first = start; first < s.other; first = next_row<kTimed, kStep>(walk, first)) {
     const int valid = s.other - first;
     stage_rows<float, kDim, kStep>(other_first, first_row + first * rows_other_1.stride_token,
                                    rows_other_1.stride_token, valid, head_dim);
@@ -293,6 +334,10 @@ JK_DEVICE void own_floats(const Args& a) {
         p[r][c] = column < valid ? exp2_fast(p[r][c] * scale - both.x) : 0.f;
         ds[r][c] = p[r][c] * (ds[r][c] - both.y);
       }
+    }
+    if constexpr (kTimed) {
+      float_unseen<Tile>(p, walk, first, 0.f);
+      float_unseen<Tile>(ds, walk, first, 0.f);
     }
     if (kKeysOwned) share_weights<Tile>(weights_p, p);
     share_weights<Tile>(weights_ds, ds);

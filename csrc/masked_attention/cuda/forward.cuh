@@ -9,7 +9,7 @@ template <int kDim_, int kBands_, int kKeys_, bool kKeep_>
 struct ForwardTile {
   static constexpr int kDim = kDim_, kBands = kBands_, kKeys = kKeys_,
                        kQueries = kWarps * 16 * kBands_;
-  static constexpr bool kKeep = kKeep_;
+  static constexpr bool kKeep = kKeep_, kTimed = false;
   template <class T>
   static constexpr size_t bytes() {
     return size_t(kQueries + 4 * kKeys) * kStride<T, kDim> * sizeof(T);
@@ -32,8 +32,8 @@ struct Softmax {
   }
 
   // Turns logits into weights exp2(scale * (logit - top)) and rescales what has been summed so far
-  // to the new maximum.
-  template <int kGroups, int kOutGroups>
+  // to the new maximum. kTimed: it is -inf where a row has seen no key yet.
+  template <bool kTimed, int kGroups, int kOutGroups>
   JK_DEVICE void step(float (&logits)[kBands][kGroups][4], float (&out)[kBands][kOutGroups][4],
                       float scale) {
     float shrink[kBands][2];
@@ -47,10 +47,11 @@ struct Softmax {
         for (int n = 0; n < kGroups; n++)
           best = fmaxf(best, fmaxf(logits[band][n][2 * half], logits[band][n][2 * half + 1]));
         best = warp_max<4>(best);
-        shrink[band][half] = exp2_fast((top[band][half] - best) * scale);
+        const float zero = kTimed && best == -INFINITY ? 0.f : best;
+        shrink[band][half] = exp2_fast((top[band][half] - zero) * scale);
         moved = moved || best > top[band][half];
         top[band][half] = best;
-        const float shift = best * scale;
+        const float shift = zero * scale;
         float sum = 0.f;
 #pragma unroll
         for (int n = 0; n < kGroups; n++)
@@ -80,6 +81,7 @@ template <class T, class Tile>
 __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_kernel(const Args a) {
   constexpr int kDim = Tile::kDim, kBands = Tile::kBands, kKeys = Tile::kKeys,
                 kLd = kStride<T, kDim>;
+  constexpr bool kTimed = Tile::kTimed;
   JK_DYNAMIC_SHARED(T, queries);
   T* keys = queries + Tile::kQueries * kLd;  // two stages
   T* values = keys + 2 * kKeys * kLd;        // two stages
@@ -89,17 +91,28 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_kernel(const
   if (s.other == 0) return write_no_keys<T, Tile::kQueries>(a, s, head);
 
   const int head_dim = static_cast<int>(a.p.head_dim), steps = (s.other + kKeys - 1) / kKeys;
+  Walk& walk = *reinterpret_cast<Walk*>(values + 2 * kKeys * kLd);
+  int start = 0;
+  if constexpr (kTimed) {
+    walk.begin<kKeys>(a, s, false, min(s.length - s.first, Tile::kQueries), 16 * kBands);
+    start = walk.next(0);
+    if (start == steps) return write_no_keys<T, Tile::kQueries>(a, s, head);
+  }
   RowStream<T, kDim, kKeys> key(row_pointer<const T>(a.p.k, a.p.cu_k, s.seq, s.partner, head),
                                 a.p.k.stride_token);
   RowStream<T, kDim, kKeys> value(row_pointer<const T>(a.p.v, a.p.cu_k, s.seq, s.partner, head),
                                   a.p.v.stride_token);
-  auto stage = [&](int step) {
-    const int valid = s.other - step * kKeys, slot = step % 2 * kKeys * kLd;
+  auto stage = [&](int step, int turn, int skipped) {
+    const int valid = s.other - step * kKeys, slot = turn % 2 * kKeys * kLd;
+    if constexpr (kTimed) {
+      key.skip(skipped * kKeys, a.p.k.stride_token);
+      value.skip(skipped * kKeys, a.p.v.stride_token);
+    }
     key.stage(keys + slot, a.p.k.stride_token, valid, head_dim);
     value.stage(values + slot, a.p.v.stride_token, valid, head_dim);
     cp_async_commit();
   };
-  stage(0);
+  stage(start, 0, start);
   load_queries<T, kDim, Tile::kQueries>(a, s, head, queries);
   const float scale = positive_scale(a);
 
@@ -110,19 +123,26 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_kernel(const
   clear(out);
   Softmax<kBands> softmax;
   softmax.clear();
-  for (int step = 0; step < steps; step++) {
+  for (int step = start, next, count = 0; step < steps; step = next, count++) {
     cp_async_wait<0>();
     __syncthreads();
-    if (step == 0) left.set(queries + warp_row * kLd);
+    if (step == start) left.set(queries + warp_row * kLd);
+    const bool blind = kTimed ? !walk.enter(step) : idle;
+    next = kTimed ? walk.next(step + 1) : step + 1;
+    const int turn = kTimed ? count : step;
     // The barrier also says that everyone is done with the slot that is filled next.
-    if (step + 1 < steps) stage(step + 1);
-    if (idle) continue;
-    const int slot = step % 2 * kKeys * kLd;
+    if (next < steps) stage(next, turn + 1, next - step - 1);
+    if (blind) continue;
+    const int slot = turn % 2 * kKeys * kLd;
     float logits[kBands][kKeys / 8][4];
     clear(logits);
     multiply_rows<T, kDim, kBands, kKeys>(logits, left, keys + slot, head_dim);
     if ((step + 1) * kKeys > s.other) fill_tail(logits, s.other - step * kKeys, -INFINITY);
-    softmax.step(logits, out, scale);
+    if constexpr (kTimed) {
+      const int masked = walk.masked_step();
+      if (masked >= 0) fill_unseen(logits, walk, masked * kKeys, -INFINITY);
+    }
+    softmax.template step<kTimed>(logits, out, scale);
     multiply_weights<T, kDim, kBands, kKeys>(out, logits, values + slot, head_dim);
   }
 
@@ -133,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_kernel(const
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const float total = warp_sum<4>(softmax.total[band][half]);
-      factor[band][half] = 1.f / total;
+      factor[band][half] = kTimed && total == 0.f ? 0.f : 1.f / total;
       const int row = warp_row + band * 16 + half * 8 + lane_id() / 4;
       if (lane_id() % 4 == 0 && s.first + row < s.length)
         lse[row] = (softmax.top[band][half] * scale + log2f(total)) * kLn2;

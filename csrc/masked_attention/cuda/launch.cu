@@ -26,6 +26,10 @@ const char* check(const jk_masked_attention_params& p) {
     return "masked_attention: query and key must have sizes of at least 0.";
   if (p.len_q > kMaxLength || p.len_k > kMaxLength)
     return "masked_attention: query and key must have fewer than 2147479551 rows on CUDA.";
+  if ((p.times_q.data == nullptr) != (p.times_k.data == nullptr))
+    return "masked_attention: key_times must be given exactly with query_times.";
+  if (p.window < 0 || p.window > UINT32_MAX)
+    return "masked_attention: window must be from 0 to 4294967295.";
   if (reinterpret_cast<uintptr_t>(p.rope_table) % 8)
     return "masked_attention: rope_table must be 8-byte aligned on CUDA.";
   return nullptr;
@@ -65,13 +69,21 @@ const Stream kStreams[] = {
 constexpr int64_t kMostRanked = 256;
 
 // How the scratch space is laid out: copies of the streams that need one, then the row statistics,
-// then the ranks.
+// the intervals of times and the ranks.
 struct Plan {
   Args args{};
   Preparation made{};
   int64_t blocks = 0;  // that the longest part of the preparation takes
   int64_t bytes = 0;
 };
+
+// Tiles of `rows` rows of one side, and of one sequence of a dense batch. How packed rows fall into
+// tiles is only known on the device: this is the upper bound that find_tile assumes.
+int64_t count_tiles(const Args& a, const jk_ints& cu, int64_t length, int rows,
+                    int64_t& of_sequence) {
+  of_sequence = (length + rows - 1) / rows;
+  return cu.data ? length / rows + a.p.num_seqs + 2 : of_sequence * a.p.num_seqs;
+}
 
 Plan make_plan(const jk_masked_attention_params& p, bool backward) {
   Plan plan;
@@ -111,9 +123,21 @@ Plan make_plan(const jk_masked_attention_params& p, bool backward) {
     plan.blocks = std::max(plan.blocks, (a.rows_q + kRowsOfStats - 1) / kRowsOfStats);
     a.stats = static_cast<float2*>(take(p.heads * a.rows_q * int64_t(sizeof(float2))));
   }
+  plan.made.times = p.times_q.data != nullptr;
+  if (plan.made.times) {
+    auto times = [&](const jk_ints& cu, int64_t rows, int64_t length) {
+      int64_t of_sequence;
+      const int64_t groups = count_tiles(a, cu, length, kGroup, of_sequence);
+      plan.blocks = std::max(plan.blocks, (groups + kWarps - 1) / kWarps);
+      return Times{static_cast<Interval*>(take(rows * int64_t(sizeof(Interval)))),
+                   static_cast<Span*>(take(rows * int64_t(sizeof(Span))))};
+    };
+    a.times_q = times(p.cu_q, a.rows_q, p.len_q);
+    a.times_k = times(p.cu_k, a.rows_k, p.len_k);
+  }
   // A launch for the ranks alone would cost what they save.
   plan.made.ranks = p.cu_q.data && p.num_seqs > 1 && p.num_seqs <= kMostRanked &&
-                    (plan.made.copies > 0 || plan.made.stats);
+                    (plan.made.copies > 0 || plan.made.stats || plan.made.times);
   if (plan.made.ranks) {
     const int64_t count = p.num_seqs + 2;
     auto ranks = [&] {
@@ -143,14 +167,6 @@ const char* launch(Kernel kernel, size_t bytes, int64_t tiles, int passes, const
   return launch_error();
 }
 
-// Tiles of `rows` rows of one side, and of one sequence of a dense batch. How packed rows fall into
-// tiles is only known on the device: this is the upper bound that find_sequence assumes.
-int64_t count_tiles(const Args& a, const jk_ints& cu, int64_t length, int rows,
-                    int64_t& of_sequence) {
-  of_sequence = (length + rows - 1) / rows;
-  return cu.data ? length / rows + a.p.num_seqs + 2 : of_sequence * a.p.num_seqs;
-}
-
 template <class Kernel>
 const char* launch_forward(Kernel kernel, size_t bytes, Args a, int rows, void* stream) {
   const int64_t tiles = count_tiles(a, a.p.cu_q, a.p.len_q, rows, a.tiles_q);
@@ -170,7 +186,7 @@ template <class T>
 const char* prepare(const Plan& plan, void* stream) {
   const Args a = plan.args;
   const Preparation made = plan.made;
-  const int parts = made.copies + (made.stats ? 1 : 0) + (made.ranks ? 1 : 0);
+  const int parts = made.copies + made.stats + made.times + made.ranks;
   if (parts == 0) return nullptr;
   if (plan.blocks > INT32_MAX)
     return "masked_attention: query and key must have fewer than 2147483647 tiles of rows on CUDA.";
@@ -191,42 +207,59 @@ constexpr bool kBuilt = JK_ONLY_CLASS == 0 || JK_ONLY_CLASS == Tile::kDim;
 constexpr const char* kNotBuilt =
     "masked_attention: head_dim must belong to the class that this library was built for.";
 
+template <class Tile>
+constexpr size_t kWalkBytes = Tile::kTimed ? sizeof(Walk) : 0;
+
+// A call with times goes on to the timed variant of a tile.
 template <class T, class Tile>
 const char* forward_tile(const Args& a, void* stream) {
-  if constexpr (kBuilt<Tile>)
-    return launch_forward(masked_attention_fwd_kernel<T, Tile>, Tile::template bytes<T>(), a,
-                          Tile::kQueries, stream);
-  else
+  if constexpr (kBuilt<Tile>) {
+    if constexpr (!Tile::kTimed)
+      if (a.p.times_q.data) return forward_tile<T, Timed<Tile>>(a, stream);
+    return launch_forward(masked_attention_fwd_kernel<T, Tile>,
+                          Tile::template bytes<T>() + kWalkBytes<Tile>, a, Tile::kQueries, stream);
+  } else {
     return kNotBuilt;
+  }
 }
 
 template <class T, class Keys, class Queries>
 const char* backward_tiles(const Args& a, void* stream) {
-  if constexpr (kBuilt<Keys>)
-    return launch_backward(
-        masked_attention_bwd_kernel<T, Keys, Queries>,
-        std::max(Keys::template bytes<T>(true), Queries::template bytes<T>(false)), a, Keys::kOwn,
-        Queries::kOwn, stream);
-  else
+  if constexpr (kBuilt<Keys>) {
+    if constexpr (!Keys::kTimed)
+      if (a.p.times_q.data) return backward_tiles<T, Timed<Keys>, Timed<Queries>>(a, stream);
+    const size_t bytes = std::max(Keys::template bytes<T>(true) + (Keys::kTimed ? kLentBytes : 0),
+                                  Queries::template bytes<T>(false));
+    return launch_backward(masked_attention_bwd_kernel<T, Keys, Queries>, bytes + kWalkBytes<Keys>,
+                           a, Keys::kOwn, Queries::kOwn, stream);
+  } else {
     return kNotBuilt;
+  }
 }
 
 template <class Tile>
 const char* forward_float(const Args& a, void* stream) {
-  if constexpr (kBuilt<Tile>)
-    return launch_forward(masked_attention_fwd_float_kernel<Tile>, Tile::kForwardBytes, a,
-                          Tile::kRows, stream);
-  else
+  if constexpr (kBuilt<Tile>) {
+    if constexpr (!Tile::kTimed)
+      if (a.p.times_q.data) return forward_float<Timed<Tile>>(a, stream);
+    return launch_forward(masked_attention_fwd_float_kernel<Tile>,
+                          Tile::kForwardBytes + kWalkBytes<Tile>, a, Tile::kRows, stream);
+  } else {
     return kNotBuilt;
+  }
 }
 
 template <class Tile>
 const char* backward_float(const Args& a, void* stream) {
-  if constexpr (kBuilt<Tile>)
-    return launch_backward(masked_attention_bwd_float_kernel<Tile>, Tile::kBackwardBytes, a,
-                           Tile::kRows, Tile::kRows, stream);
-  else
+  if constexpr (kBuilt<Tile>) {
+    if constexpr (!Tile::kTimed)
+      if (a.p.times_q.data) return backward_float<Timed<Tile>>(a, stream);
+    return launch_backward(masked_attention_bwd_float_kernel<Tile>,
+                           Tile::kBackwardBytes + kWalkBytes<Tile>, a, Tile::kRows, Tile::kRows,
+                           stream);
+  } else {
     return kNotBuilt;
+  }
 }
 
 // The table of tile shapes, by head_dim class: 16-row bands per warp, rows of the other side per

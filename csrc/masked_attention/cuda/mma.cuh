@@ -5,7 +5,7 @@
 // rows lane / 4 (elements 0, 1) and lane / 4 + 8 (elements 2, 3), the columns 8 n + 2 (lane % 4)
 // and the next one.
 #pragma once
-#include "rows.cuh"
+#include "times.cuh"
 
 namespace jk::attention {
 
@@ -126,6 +126,32 @@ JK_DEVICE void fill_tail(float (&sum)[kBands][kGroups][4], int valid, float valu
 #pragma unroll
       for (int e = 0; e < 4; e++)
         if (n * 8 + column + e % 2 >= valid) sum[band][n][e] = value;
+}
+
+// Pairs that do not see each other get `value`; the columns are rows of the other side from
+// `first_column` on.
+template <int kBands, int kGroups>
+JK_DEVICE void fill_unseen(float (&sum)[kBands][kGroups][4], const Walk& walk, int first_column,
+                           float value) {
+  const int thread = here(static_cast<int>(threadIdx.x)),
+            row = thread / 32 * 16 * kBands + thread % 32 / 4,
+            column = first_column + thread % 4 * 2;
+  Interval own[kBands][2];
+#pragma unroll
+  for (int band = 0; band < kBands; band++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) own[band][half] = walk.own_at(row + band * 16 + half * 8);
+#pragma unroll
+  for (int n = 0; n < kGroups; n++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      const Interval other = walk.other_at(column + n * 8 + e);
+#pragma unroll
+      for (int band = 0; band < kBands; band++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+          if (!meet(own[band][half], other)) sum[band][n][2 * half + e] = value;
+    }
 }
 
 // Writes a warp's rows: factor[band][half] * sum, with kTurnBack through the transpose of the

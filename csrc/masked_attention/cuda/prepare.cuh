@@ -1,7 +1,7 @@
 // What runs before the attention kernels: aligned and rotated copies of rows, and row statistics
 // for the backward pass.
 #pragma once
-#include "rows.cuh"
+#include "times.cuh"
 
 namespace jk::attention {
 
@@ -16,11 +16,11 @@ struct Copy {
   bool vector;
 };
 // What one launch makes: the copies; in the backward pass the stats, from the caller's own grad_out
-// since its copy is made at the same time; and the ranks of packed sequences.
+// since its copy is made at the same time; the ranks of packed sequences; and intervals of times.
 struct Preparation {
   Copy copy[4];
   int copies;
-  bool stats, ranks;
+  bool stats, ranks, times;
   jk_rows grad_out;
   bool vector_grad_out;
 };
@@ -97,13 +97,18 @@ JK_DEVICE void write_ranks(const Args& a, const jk_ints& cu, const jk_ints& cu_o
   ranks.start[rank] = start;
 }
 
-// grid: (pieces of all rows, groups of heads, copies and stats and ranks).
+// grid: (pieces of all rows, groups of heads, copies and what else is made).
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     masked_attention_prepare_kernel(const Args a, const Preparation made) {
-  const int part = static_cast<int>(blockIdx.z);
+  int part = static_cast<int>(blockIdx.z);
   if (part < made.copies) return copy_rows<T>(a, made.copy[part]);
-  if (part == made.copies && made.stats) return write_stats<T>(a, made);
+  part -= made.copies;
+  if (made.stats && part-- == 0) return write_stats<T>(a, made);
+  if (made.times && part-- == 0) {
+    write_times(a, a.p.times_q, a.p.window, a.p.cu_q, a.p.len_q, a.times_q);
+    return write_times(a, a.p.times_k, 1, a.p.cu_k, a.p.len_k, a.times_k);
+  }
   write_ranks(a, a.p.cu_q, a.p.cu_k, a.p.len_q, a.p.len_k, a.ranks_q);
   write_ranks(a, a.p.cu_k, a.p.cu_q, a.p.len_k, a.p.len_q, a.ranks_k);
 }

@@ -19,6 +19,25 @@ struct Ranks {
   int64_t* start;
 };
 
+// Of times, both ends included: those of the keys that a query sees, or a key's own time alone. Two
+// rows see each other iff their intervals meet.
+struct alignas(8) Interval {
+  int32_t first, last;
+};
+
+// The ends of the intervals of several rows.
+struct alignas(16) Span {
+  int32_t earliest_first, latest_first, earliest_last, latest_last;
+};
+
+// Intervals of one side: of every row, and of every group of kGroup rows of a sequence, the first
+// of which stands where the sequence's first row does.
+struct Times {
+  Interval* rows;
+  Span* groups;
+};
+constexpr int kGroup = 32;
+
 // What every kernel gets by value. In `p` the rows that are streamed through shared memory have
 // been replaced by 16-byte aligned copies in the scratch space where the caller's tensors are
 // unaligned or must be rotated first.
@@ -29,6 +48,7 @@ struct Args {
   int64_t rows_q, rows_k;    // rows of all sequences together
   int64_t tiles_q, tiles_k;  // dense: tiles of one sequence on each side, in this launch
   Ranks ranks_q, ranks_k;
+  Times times_q, times_k;  // of calls with times
   // Whether rows can be accessed 16 bytes at a time.
   bool vector_q, vector_out, vector_grad_q, vector_grad_k, vector_grad_v;
 };
@@ -68,19 +88,15 @@ JK_DEVICE int64_t boundary(const jk_ints& cu, int64_t num_seqs, int64_t total, i
   return i == num_seqs + 2 ? total : clamp_to(load_int(cu, i - 1), 0, total);
 }
 
-// Finds the rows of the block's tile; false where it has none. `cu` is the offset list of the
-// tile's side, `cu_other` of the other. Packed: the i-th sequence starts at tile start(i) / kRows +
-// i, which grows with i and leaves every sequence tiles enough, so that no tile list has to be
-// built; the warp searches 32 candidates at a time. Ranked sequences run for all heads before the
-// next: only then do the long ones come first.
+// Finds the rows of a tile; false where it has none. `cu` is the offset list of the tile's side,
+// `cu_other` of the other. Packed: the i-th sequence starts at tile start(i) / kRows + i, which
+// grows with i and leaves every sequence tiles enough, so that no tile list has to be built; the
+// warp searches 32 candidates at a time.
 template <int kRows>
-JK_DEVICE bool find_sequence(const Args& a, const jk_ints& cu, const jk_ints& cu_other,
-                             const Ranks& ranks, int64_t tiles, int64_t total, int64_t total_other,
-                             Sequence& s) {
+JK_DEVICE bool find_tile(const Args& a, const jk_ints& cu, const jk_ints& cu_other,
+                         const Ranks& ranks, int64_t tiles, int64_t total, int64_t total_other,
+                         int64_t tile, Sequence& s) {
   const bool ranked = ranks.sequence != nullptr;
-  const unsigned heads = static_cast<unsigned>(a.p.heads);
-  const int64_t tile = ranked ? blockIdx.x / heads : blockIdx.x;
-  s.head = ranked ? blockIdx.x % heads : blockIdx.y;
   if (cu.data == nullptr) {
     if (tile >= tiles * a.p.num_seqs) return false;
     s.seq = tile / tiles;
@@ -110,6 +126,19 @@ JK_DEVICE bool find_sequence(const Args& a, const jk_ints& cu, const jk_ints& cu
   const int64_t other = outside ? 0 : boundary(cu_other, n, total_other, i + 1) - s.partner;
   s.other = other > 0 ? static_cast<int>(other) : 0;
   return s.first < s.length;
+}
+
+// Finds the rows of the block's tile. Ranked sequences run for all heads before the next: only then
+// do the long ones come first.
+template <int kRows>
+JK_DEVICE bool find_sequence(const Args& a, const jk_ints& cu, const jk_ints& cu_other,
+                             const Ranks& ranks, int64_t tiles, int64_t total, int64_t total_other,
+                             Sequence& s) {
+  const bool ranked = ranks.sequence != nullptr;
+  const unsigned heads = static_cast<unsigned>(a.p.heads);
+  s.head = ranked ? blockIdx.x % heads : blockIdx.y;
+  return find_tile<kRows>(a, cu, cu_other, ranks, tiles, total, total_other,
+                          ranked ? blockIdx.x / heads : blockIdx.x, s);
 }
 
 template <int kRows>
@@ -241,6 +270,8 @@ struct RowStream {
   JK_DEVICE RowStream(const T* source, int64_t stride)
       : from(source + static_cast<int>(threadIdx.x) / kPerRow * stride +
              static_cast<int>(threadIdx.x) % kPerRow * kChunk<T>) {}
+
+  JK_DEVICE void skip(int rows, int64_t stride) { from += rows * stride; }
 
   // Starts the copy of the next kRows rows; rows from `valid` on and channels from head_dim on
   // become zero.

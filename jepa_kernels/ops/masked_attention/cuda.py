@@ -7,25 +7,24 @@ import torch
 
 from ... import native
 from ...backend import Backend, Reason
-from .inputs import Inputs, rows_of_channels, shape_reasons, times_reasons
+from .inputs import Inputs, rows_of_channels, shape_reasons
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unsupported(inputs: Inputs) -> list[Reason]:
-    return (
-        native.cuda_unavailable_reasons(inputs.device_type)
-        + shape_reasons(inputs, _DTYPES)
-        + times_reasons(inputs)
-    )
+    return native.cuda_unavailable_reasons(inputs.device_type) + shape_reasons(inputs, _DTYPES)
 
 
 def forward(inputs: Inputs):
     return native.call(
         torch.ops.jepa_kernels_native.masked_attention_cuda_fwd,
         *inputs.tensors(),
+        inputs.query_times,
+        inputs.key_times,
         inputs.grid,
         inputs.scale,
+        inputs.window,
     )
 
 
@@ -35,10 +34,13 @@ def backward(inputs: Inputs, saved, grad_out, needs):
         torch.ops.jepa_kernels_native.masked_attention_cuda_bwd,
         rows_of_channels(grad_out),
         *inputs.tensors(),
+        inputs.query_times,
+        inputs.key_times,
         out,
         lse,
         inputs.grid,
         inputs.scale,
+        inputs.window,
     )
 
 
