@@ -152,6 +152,26 @@ def test_the_future_cannot_change_the_past(library, dtype, times):
 
 
 @each_dtype
+def test_frame_causal_equals_a_call_for_each_prefix(library, dtype):
+    """Outputs and lse, to the bit: what is masked or skipped is as good as absent."""
+    frames, frame = 5, 37
+    case = attention_case((frames * frame,), head_dim=64, heads=1, dtype=dtype)
+    times = torch.arange(frames * frame) // frame
+    given = arguments(case)
+    whole = run(library, arguments(replace(case, query_times=times, key_times=times)), False)
+    for n in range(frames):
+        own, past = slice(n * frame, (n + 1) * frame), slice((n + 1) * frame)
+        part = dict(given)
+        for name in ("query", "grad_out", "ids_q"):
+            part[name] = given[name][:, own]
+        for name in ("key", "value", "ids_k"):
+            part[name] = given[name][:, past]
+        prefix = run(library, part, backward=False)
+        assert_same_bits(whole["out"][:, own], prefix["out"], f"out of frame {n}")
+        assert_same_bits(whole["lse"][..., own], prefix["lse"], f"lse of frame {n}")
+
+
+@each_dtype
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_one_time_is_no_mask_and_a_window_over_all_times_is_causal(library, dtype, packed):
     case = attention_case((70, 70), packed=packed, head_dim=64, heads=1, dtype=dtype)
