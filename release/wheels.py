@@ -39,7 +39,7 @@ def source_distribution(folder: Path) -> Path:
 
 
 def environment(folder: Path, python: Path, *packages: str) -> Path:
-    """The Python of an environment under `folder` with these packages; made when it is not there."""
+    """The Python of the environment at `folder` with these packages; made where there is none."""
     if (folder / "bin" / "python").exists():
         return folder / "bin" / "python"
     made = fresh(folder, base=python)

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
 
-from release.environments import ROOT, fresh, interpreter, run, smoke
+from release.environments import ROOT, fresh, run, smoke
 
 
 def main() -> None:
