@@ -68,10 +68,12 @@ def torch_folder() -> Path:
         if (candidate / "include" / "torch" / "csrc" / "stable").is_dir():
             return candidate
     raise SystemExit(
-        "jepa-kernels: building needs torch >= 2.11 installed in this environment. Install it "
-        "first, for example:\n"
-        "  pip install torch\n  pip install jepa-kernels --no-build-isolation\n"
-        "or leave the native code out: JEPA_KERNELS_NATIVE=0 pip install jepa-kernels"
+        "jepa-kernels: building needs the headers of torch >= 2.11, and none was found. Install "
+        "torch first; where a builder hides it, as uv does, name its folder:\n"
+        "  pip install torch\n"
+        "  JEPA_KERNELS_TORCH=$(python -c 'import torch; print(torch.__path__[0])') "
+        "uv pip install .\n"
+        "or leave the native code out: JEPA_KERNELS_NATIVE=0 pip install ."
     )
 
 
