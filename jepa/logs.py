@@ -43,8 +43,8 @@ class RunLog:
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed in __exit__)
         from torch.utils.tensorboard import SummaryWriter
 
-        # An interrupt between an entry of its queue and the call that wakes the reader makes closing
-        # wait for the reader's next look at its clock.
+        # After an interrupt between an entry of its queue and the call that wakes the reader,
+        # closing waits for the next flush.
         self._board = SummaryWriter(
             str(folder / "tensorboard"), purge_step=step + 1, flush_secs=_FLUSH_S
         )
