@@ -100,6 +100,6 @@ def _closure() -> list[str]:
 def smoke(python: Path, where: Path, kind: str) -> None:
     """The installed package computes, and `doctor` answers, with no compiler and no home."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PATH", "PYTHONPATH")}
-    environment |= {"PATH": "/nonexistent", "HOME": "/nonexistent"}
+    environment |= {"PATH": "/nonexistent", "HOME": "/proc/nobody"}
     run(python, "-c", SMOKE.format(editable=kind), cwd=where, env=environment)
     run(python, "-m", "jepa_kernels", "doctor", cwd=where, env=environment)
