@@ -27,6 +27,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -137,12 +138,11 @@ def write(out: Path, *, native: bool, cuda: str | None) -> list[Path]:
     for backend in filter(None, ("cpu", cuda)) if native else ():
         folder = out / "build" / f"{STABLE_ABI}-{backend}-{system}"
         copy_package(folder)
-        libraries = ROOT / "build" / "hf" / folder.name
-        for library in native_libraries(
-            f"{identifier(folder.name)}_native", libraries, backend != "cpu"
-        ):
-            shutil.copyfile(library, folder / library.name)
-            print(f"{folder.name}/{library.name}: glibc {oldest_glibc(library)} or later")
+        namespace = f"{identifier(folder.name)}_native"
+        with tempfile.TemporaryDirectory() as built:
+            for library in native_libraries(namespace, Path(built), backend != "cpu"):
+                shutil.copyfile(library, folder / library.name)
+                print(f"{folder.name}/{library.name}: glibc {oldest_glibc(library)} or later")
         write_metadata(folder, *(("cpu",) if backend == "cpu" else ("cuda", ARCHS)))
         variants.append(folder)
     return variants

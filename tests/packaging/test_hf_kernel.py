@@ -106,3 +106,27 @@ def test_what_setup_py_builds_is_what_the_names_say(root):
     assert hf_kernel.STABLE_ABI.endswith("211")
     architectures = ";".join(arch.replace(".", "") for arch in hf_kernel.ARCHS)
     assert f'CUDA_ARCHS = "{architectures}"' in setup
+
+
+def test_the_cuda_variant_is_named_as_kernels_parses_it(tmp_path, monkeypatch):
+    """Layout alone: nothing is compiled."""
+
+    def libraries(namespace, folder, cuda):
+        assert namespace.endswith("_native") and namespace.isidentifier()
+        paths = [folder / name for name in ("_native.so", "_cuda.so")[: 1 + cuda]]
+        for path in paths:
+            path.write_bytes(b"GLIBC_2.2 GLIBC_2.34")
+        return paths
+
+    monkeypatch.setattr(hf_kernel, "native_libraries", libraries)
+    made = {path.name: path for path in hf_kernel.write(tmp_path / "x", native=True, cuda="cu130")}
+    (cuda,) = [path for name, path in made.items() if "cu130" in name]
+    metadata = json.loads((cuda / "metadata.json").read_text())
+    assert metadata["backend"] == {"type": "cuda", "archs": ["8.0", "9.0a", "10.0a", "12.0"]}
+    assert {"_native.so", "_cuda.so", "__init__.py"} <= metadata["digest"]["files"].keys()
+    assert not (made[cuda.name.replace("cu130", "cpu")] / "_cuda.so").exists()
+    if importlib.util.find_spec("kernels") is None:
+        missing("the package kernels is not installed (pip install kernels)")
+    from kernels.variants import parse_variant
+
+    assert [parse_variant(name).variant_str for name in made] == list(made)
