@@ -91,6 +91,7 @@ def test_every_import_of_the_package_is_relative(python_variants):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_stable_abi_variant_loads_and_agrees(tmp_path):
     (variant,) = [
         folder
