@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -40,9 +41,9 @@ def source_distribution(folder: Path) -> Path:
 
 def environment(folder: Path, python: Path, *packages: str) -> Path:
     """The Python of the environment at `folder` with these packages; made where there is none."""
-    if (folder / "bin" / "python").exists():
-        return folder / "bin" / "python"
-    made = fresh(folder, base=python)
+    made = folder / "bin" / "python"
+    if not made.exists():
+        fresh(folder, base=python)
     run(made, "-m", "pip", "install", "--quiet", *packages)
     return made
 
@@ -105,7 +106,8 @@ def main() -> int:
     if not found:
         print("release.wheels: none of these Pythons was found.", file=sys.stderr)
         return 1
-    run("rm", "-rf", *(chosen.work / part for part in ("sdist", "source", "raw", "base")))
+    for part in ("sdist", "source", "raw", "base"):
+        shutil.rmtree(chosen.work / part, ignore_errors=True)
     chosen.out.mkdir(parents=True, exist_ok=True)
     for old in chosen.out.glob("jepa_kernels-*.whl"):
         old.unlink()
