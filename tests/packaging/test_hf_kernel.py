@@ -39,7 +39,7 @@ for a, b in zip(*results):
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 op = getattr(torch.ops, metadata.id).masked_attention_fwd.default
 torch.library.opcheck(
-    op, (q, k, v, None, None, None, None, None, [0, 0, 0], 0.125, sys.argv[3])
+    op, (q, k, v, *[None] * 5, [0, 0, 0], 0.125, None, None, 0, sys.argv[3])
 )
 """
 
