@@ -214,6 +214,7 @@ def test_forty_kills_change_nothing(tmp_path, root):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_interrupted_runs_leave_nothing_unfinished(tmp_path, root):
     kills = {"pretrain": 3, "finetune": 2, "encode": 2}
     words = ["steps=8", *(f"{kind}={count}" for kind, count in kills.items())]
