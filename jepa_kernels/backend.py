@@ -100,7 +100,7 @@ class Backend:
     unsupported: Callable[[Any], list[Reason]]
     forward: Callable[..., Any] | None = None
     backward: Callable[..., Any] | None = None
-    compose: Callable[..., Any] | None = None
+    compose: Callable[[Any], tuple[torch.Tensor, ...]] | None = None
     composes: Callable[[Any], bool] | None = None
     plain: Callable[[Any], bool] | None = None
     checks_values: bool = False

@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -24,6 +24,7 @@ from . import checks
 from .backend import Backend, BackendUnsupportedError, Op, joined, requested
 
 Tensors = tuple[torch.Tensor, ...]
+_Class = TypeVar("_Class")
 _library = torch.library.Library("jepa_kernels", "FRAGMENT")
 # Tensors that no subclass needs to see.
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
@@ -57,6 +58,12 @@ def beside_the_schema(**options: Any) -> Any:
     return dataclasses.field(metadata={"schema": False}, **options)
 
 
+@typing.dataclass_transform(field_specifiers=(differentiable, written, beside_the_schema))
+def call_inputs(**options: Any) -> Callable[[type[_Class]], type[_Class]]:
+    """`dataclasses.dataclass` for the inputs of an op: type checkers know the fields made above."""
+    return dataclasses.dataclass(**options)
+
+
 class Signature:
     """The fields of an Inputs dataclass as the arguments of a torch op."""
 
@@ -87,7 +94,8 @@ class Signature:
         """The arguments of the op, in order."""
         if torch.compiler.is_compiling():  # Dynamo traces a loop, not an attrgetter
             return tuple([getattr(inputs, name) for name in self.names])
-        return self._values(inputs)
+        found: tuple[Any, ...] = self._values(inputs)
+        return found
 
     def given(self, values: Sequence[Any]) -> list[torch.Tensor]:
         """Every tensor of a call."""
@@ -218,17 +226,21 @@ class Function(Contract):
         if backend.runs_composed(inputs):
             if not torch.compiler.is_compiling():
                 self._check_values(inputs, backend)
-            return backend.compose(inputs)  # type: ignore[misc] # runs_composed says it is there
+            assert backend.compose is not None  # runs_composed says so
+            return backend.compose(inputs)
         values = self.signature.values(inputs)
         if not is_plain(self.signature.given(values)):
-            return self.forward_op(*values, backend.name)
+            outputs: Tensors = self.forward_op(*values, backend.name)
+            return outputs
         if not backend.checks_values:
             self.check_values(inputs)
         if torch.is_grad_enabled():
             leaves = self.signature.leaves(values)
             if any([t is not None and t.requires_grad for t in leaves]):
-                return _apply(self, backend, inputs, values, *leaves)
-        return _exact(backend.forward, inputs)
+                outputs = _apply(self, backend, inputs, values, *leaves)
+                return outputs
+        outputs = _exact(backend.forward, inputs)
+        return outputs
 
 
 class InPlace(Contract):
@@ -335,7 +347,7 @@ class _Eager(torch.autograd.Function):
         values: tuple[Any, ...],
         *leaves: Any,
     ) -> Tensors:
-        outputs = _exact(backend.forward, inputs)
+        outputs: Tensors = _exact(backend.forward, inputs)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)  # or it fills zeros as large as what is saved
         _save(ctx, op, values, outputs)
@@ -361,7 +373,7 @@ class _Eager(torch.autograd.Function):
 
 
 # Function.apply without its look at torch.func's wrappers: `is_plain` has looked.
-_apply = super(torch.autograd.Function, _Eager).apply
+_apply: Callable[..., Any] = super(torch.autograd.Function, _Eager).apply
 
 
 def _save(ctx: Any, op: Function, values: Sequence[Any], outputs: Sequence[torch.Tensor]) -> None:

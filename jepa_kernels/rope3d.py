@@ -100,7 +100,8 @@ class Rope3D:
             return self._build(head_dim, device)
         # Plain values: the hash of a dataclass is computed in Python at every look-up.
         key = (self.grid, self.layout, self.interpolate_from, head_dim, device)
-        return _tables.get(key, device, lambda: self._lasting(head_dim, device))[0]
+        kept: torch.Tensor = _tables.get(key, device, lambda: self._lasting(head_dim, device))[0]
+        return kept
 
     def _lasting(self, head_dim: int, device: torch.device) -> tuple[torch.Tensor]:
         # Whatever mode the first call is in, later ones may be in another.

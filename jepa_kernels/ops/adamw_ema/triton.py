@@ -85,7 +85,7 @@ def forward(inputs: Inputs) -> None:
 
 
 def step_scalars(
-    steps,
+    steps: list[torch.Tensor],
     hyper: torch.Tensor,
     groups: list[int],
     grad_scale: torch.Tensor | None,
@@ -124,7 +124,10 @@ _indices = DeviceTables(256)
 def index(places: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """`places` as an int64 tensor, kept: an optimizer asks for the same ones at every step."""
     key = (places, device)
-    return _indices.get(key, device, lambda: (upload(torch.tensor(places), device),))[0]
+    kept: torch.Tensor = _indices.get(key, device, lambda: (upload(torch.tensor(places), device),))[
+        0
+    ]
+    return kept
 
 
 BACKEND = Backend("triton", triton_runtime.DEVICES, unsupported, forward)
