@@ -390,7 +390,7 @@ def _check(
             )
     elif not callable(momentum):
         checks.is_finite_number(_NAME, "momentum", momentum)
-        if not 0.0 <= momentum <= 1.0:  # type: ignore[operator]
+        if not 0.0 <= momentum <= 1.0:  # type: ignore[operator] # a number
             raise ValueError(checks.sentence(_NAME, "momentum", "be from 0 to 1", momentum))
 
 

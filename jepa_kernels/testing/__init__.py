@@ -279,10 +279,11 @@ def run_attention(
         )
 
     leaves = [placed(t).detach().requires_grad_() for t in (case.query, case.key, case.value)]
-    options = {
+    options: dict[str, Any] = {
         k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in case.options().items()
     }
-    out, lse = masked_attention(*leaves, **options, return_lse=True, backend=backend)
+    query, key, value = leaves
+    out, lse = masked_attention(query, key, value, **options, return_lse=True, backend=backend)
     grads = torch.autograd.grad(
         out,
         leaves,
