@@ -26,6 +26,7 @@ def compose(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         key = rotate(key, inputs.key_ids, inputs.rope)
     if inputs.cu_seqlens_q is None:
         return _attend(query, key, value, inputs.scale)
+    assert inputs.cu_seqlens_k is not None  # given with those of queries
     starts_q, starts_k = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
     outs, lses = [], []
     for i in range(len(starts_q) - 1):
@@ -41,9 +42,10 @@ def compose(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(outs), torch.cat(lses, dim=-1)
 
 
-def rotate(x: torch.Tensor, ids: torch.Tensor, rope: Rope3D) -> torch.Tensor:
+def rotate(x: torch.Tensor, ids: torch.Tensor | None, rope: Rope3D) -> torch.Tensor:
     """R(x, ids) for ``[..., N, heads, head_dim]`` and ids ``[..., N]``: see `jepa_kernels.rope3d`
     for the formula."""
+    assert ids is not None  # given with a rope
     m = rope_dim(x.shape[-1])
     _, height, width = rope.grid
     spatial = height * width

@@ -8,6 +8,7 @@ and backward then recomputes the composition.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -50,15 +51,19 @@ def compose(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
     if not inputs.return_lse:
         return out, None
     lse_slack = slack.new_full((query.shape[1], lengths_q[-1]), -torch.inf, dtype=torch.float32)
-    return out, torch.cat([lse[0] for _, lse in results] + [lse_slack], dim=-1)
+    lses = [lse[0] for _, lse in results if lse is not None]
+    return out, torch.cat([*lses, lse_slack], dim=-1)
 
 
 def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = compose(replace(inputs, return_lse=True))
+    assert lse is not None  # asked for
     return out.contiguous(), lse.contiguous()
 
 
-def backward(inputs: Inputs, saved, grad_out, needs):
+def backward(
+    inputs: Inputs, saved: list[torch.Tensor], grad_out: torch.Tensor, needs: list[bool]
+) -> list[torch.Tensor]:
     """The softmax gradient written out: inside an op there is no autograd to ask. O(Nq * Nk) memory
     for one sequence at a time."""
     query, key, value, scale = inputs.query, inputs.key, inputs.value, inputs.scale
@@ -69,7 +74,9 @@ def backward(inputs: Inputs, saved, grad_out, needs):
         key = rotate(key, inputs.key_ids, table, grid)
     delta = (grad_out.float() * out.float()).sum(-1).movedim(-1, -2)
     if inputs.cu_seqlens_q is None:
-        grads = _attend_backward(grad_out, query, key, value, delta, lse, scale)
+        grads: Sequence[torch.Tensor] = _attend_backward(
+            grad_out, query, key, value, delta, lse, scale
+        )
     else:
         lengths_q = _lengths(inputs.cu_seqlens_q, query.shape[0])
         lengths_k = _lengths(inputs.cu_seqlens_k, key.shape[0])
@@ -94,7 +101,15 @@ def backward(inputs: Inputs, saved, grad_out, needs):
     return [g.contiguous() for g in (grad_query, grad_key, grad_value)]
 
 
-def _attend_backward(grad_out, query, key, value, delta, lse, scale: float):
+def _attend_backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    delta: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, ...]:
     """Gradients of `_attend` for ``[..., N, heads, head_dim]``, with delta and lse ``[..., heads,
     Nq]``."""
     dtype = query.dtype
@@ -114,7 +129,7 @@ def _attend_backward(grad_out, query, key, value, delta, lse, scale: float):
 
 
 def rotate(
-    x: torch.Tensor, ids: torch.Tensor, table: torch.Tensor, grid: list[int]
+    x: torch.Tensor, ids: torch.Tensor | None, table: torch.Tensor, grid: list[int]
 ) -> torch.Tensor:
     """R(x, ids) by the table of `Rope3D.table`, for ``[..., N, heads, head_dim]`` and ids ``[...,
     N]``."""
@@ -127,7 +142,7 @@ def rotate(
 
 
 def _rotate_transposed(
-    grad: torch.Tensor, ids: torch.Tensor, table: torch.Tensor, grid: list[int]
+    grad: torch.Tensor, ids: torch.Tensor | None, table: torch.Tensor, grid: list[int]
 ) -> torch.Tensor:
     """The gradient of `rotate`: the transpose, which is the inverse only for the interleaved
     layout."""
@@ -138,10 +153,11 @@ def _rotate_transposed(
 
 
 def _angles(
-    ids: torch.Tensor, table: torch.Tensor, grid: list[int], dtype: torch.dtype
+    ids: torch.Tensor | None, table: torch.Tensor, grid: list[int], dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of every rotated channel of every token, ``[..., N, 1, 3 m]``; 1 and 0 where
     the id is -1."""
+    assert ids is not None  # given with a table
     frames, height, width = grid
     spatial = height * width
     place = ids.clamp(min=0).long()
@@ -153,12 +169,15 @@ def _angles(
     ]
 
 
-def _lengths(offsets: torch.Tensor, total: int) -> list[int]:
+def _lengths(offsets: torch.Tensor | None, total: int) -> list[int]:
+    assert offsets is not None  # those of keys are given with those of queries
     ends = offsets.tolist()
     return [b - a for a, b in pairwise(ends)] + [total - ends[-1]]
 
 
-def _attend(query, key, value, scale: float, return_lse: bool):
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """SDPA for ``[B, N, heads, head_dim]``; lse ``[B, heads, Nq]`` float32 where asked for."""
     if key.shape[1] == 0 or query.numel() == 0:
         lse = query.new_full(

@@ -27,7 +27,7 @@ def unsupported(inputs: Inputs) -> list[Reason]:
     return triton_runtime.unavailable_reasons(inputs.device_type) + shape_reasons(inputs, _DTYPES)
 
 
-def forward(inputs: Inputs):
+def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     from .triton_kernels import masked_attention_fwd_kernel
 
     query, key, value = inputs.query, inputs.key, inputs.value
@@ -60,7 +60,9 @@ def forward(inputs: Inputs):
     return out, lse
 
 
-def backward(inputs: Inputs, saved, grad_out, needs):
+def backward(
+    inputs: Inputs, saved: list[torch.Tensor], grad_out: torch.Tensor, needs: list[bool]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from .triton_kernels_bwd import masked_attention_bwd_kv_kernel, masked_attention_bwd_q_kernel
 
     query, key, value = inputs.query, inputs.key, inputs.value
@@ -121,7 +123,7 @@ def backward(inputs: Inputs, saved, grad_out, needs):
     return grad_query, grad_key, grad_value
 
 
-def _strides(x: torch.Tensor) -> tuple[int, int, int]:
+def _strides(x: torch.Tensor) -> tuple[int, ...]:
     """Strides of (batch, row, head); a packed tensor is one batch entry."""
     return (0, *x.stride()[:2]) if x.dim() == 3 else x.stride()[:3]
 
@@ -136,7 +138,8 @@ class _Case:
         self.batch = 1 if self.packed else query.shape[0]
         self.rows = {"q": query.shape[-3], "k": key.shape[-3]}
         self.heads, self.head_dim = query.shape[-2:]
-        self.num_seqs = inputs.cu_seqlens_q.shape[0] - 1 if self.packed else 0
+        offsets = inputs.cu_seqlens_q
+        self.num_seqs = 0 if offsets is None else offsets.shape[0] - 1
         self.grid = [int(size) for size in inputs.grid]
         self.architecture = triton_runtime.architecture(query.device)
 
@@ -152,7 +155,7 @@ class _Case:
             return x.new_empty((x.shape[1], x.shape[0], x.shape[2])).transpose(0, 1)
         return x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2)
 
-    def rotated(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def rotated(self, x: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
         """R(x, ids), computed once because the attention kernels read every row many times."""
         from .triton_kernels import rotate_rows_kernel
 
@@ -188,12 +191,12 @@ class _Case:
 
     def launch(
         self,
-        kernel,
+        kernel: Any,
         name: str,
         owned: torch.Tensor,
-        pointers: tuple,
+        pointers: tuple[torch.Tensor | None, ...],
         panels: dict[str, torch.Tensor],
-        ids,
+        ids: torch.Tensor | None,
         **extra: Any,
     ) -> None:
         """Runs `kernel` with one program per tile of `owned` and head."""
@@ -299,8 +302,9 @@ def _alignment(*panels: torch.Tensor) -> int:
     return 8 if all(stride % 8 == 0 for x in panels for stride in _strides(x)) else 1
 
 
-def _id_strides(ids: torch.Tensor) -> tuple[int, int]:
+def _id_strides(ids: torch.Tensor | None) -> tuple[int, int]:
     """Strides of (batch, row) of token ids [N], [B, N] or packed [tokens]."""
+    assert ids is not None  # given with a table
     return (0, ids.stride(0)) if ids.dim() == 1 else (ids.stride(0), ids.stride(1))
 
 
