@@ -124,10 +124,7 @@ _indices = DeviceTables(256)
 def index(places: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """`places` as an int64 tensor, kept: an optimizer asks for the same ones at every step."""
     key = (places, device)
-    kept: torch.Tensor = _indices.get(key, device, lambda: (upload(torch.tensor(places), device),))[
-        0
-    ]
-    return kept
+    return _indices.get(key, device, lambda: (upload(torch.tensor(places), device),))[0]
 
 
 BACKEND = Backend("triton", triton_runtime.DEVICES, unsupported, forward)
