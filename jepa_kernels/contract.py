@@ -218,6 +218,7 @@ class Function(Contract):
         super().__init__(*arguments, **options)
         self.outputs, self.num_outputs, self.saved = outputs, num_outputs, saved
         _register_function(self)
+        self.forward_op: Callable[..., Tensors]
         self.forward_op = getattr(torch.ops.jepa_kernels, f"{self.name}_fwd").default
         self.backward_op = getattr(torch.ops.jepa_kernels, f"{self.name}_bwd").default
 
@@ -230,16 +231,14 @@ class Function(Contract):
             return backend.compose(inputs)
         values = self.signature.values(inputs)
         if not is_plain(self.signature.given(values)):
-            outputs: Tensors = self.forward_op(*values, backend.name)
-            return outputs
+            return self.forward_op(*values, backend.name)
         if not backend.checks_values:
             self.check_values(inputs)
         if torch.is_grad_enabled():
             leaves = self.signature.leaves(values)
             if any([t is not None and t.requires_grad for t in leaves]):
-                outputs = _apply(self, backend, inputs, values, *leaves)
-                return outputs
-        outputs = _exact(backend.forward, inputs)
+                return _apply(self, backend, inputs, values, *leaves)
+        outputs: Tensors = _exact(backend.forward, inputs)
         return outputs
 
 
@@ -373,7 +372,7 @@ class _Eager(torch.autograd.Function):
 
 
 # Function.apply without its look at torch.func's wrappers: `is_plain` has looked.
-_apply: Callable[..., Any] = super(torch.autograd.Function, _Eager).apply
+_apply: Callable[..., Tensors] = super(torch.autograd.Function, _Eager).apply
 
 
 def _save(ctx: Any, op: Function, values: Sequence[Any], outputs: Sequence[torch.Tensor]) -> None:

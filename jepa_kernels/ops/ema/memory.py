@@ -14,10 +14,7 @@ from ...checks import sentence
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-    _Inputs = TypeVar("_Inputs", bound=DataclassInstance)
-else:
-    _Inputs = TypeVar("_Inputs")
-
+_Inputs = TypeVar("_Inputs", bound="DataclassInstance")
 Lists = tuple[Sequence[torch.Tensor], ...]
 
 
