@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -369,8 +370,8 @@ def _compare_updates(
     report: Report,
     tag: str,
     schedule: ScheduleConfig,
-    groups: list,
-    parameters: dict,
+    groups: list[dict[str, Any]],
+    parameters: dict[str, nn.Parameter],
 ) -> None:
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
     for step in (1, 2, 3):

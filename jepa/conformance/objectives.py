@@ -17,12 +17,15 @@ from jepa.objectives import (
     Objective,
     ObjectiveConfig,
     ObjectiveContext,
+    action,
     build_heads,
     compute_all,
+    context,
     get,
+    kinematic,
+    sigreg,
     weights,
 )
-from jepa.objectives.sigreg import projection
 from jepa.quirks import Quirks
 from jepa.target import standardise
 from jepa.variants import VARIANTS, VariantConfig, variant
@@ -101,24 +104,27 @@ def _check_configuration(golden: Golden, report: Report, cfg: VariantConfig) -> 
     for published, (name, option) in _OPTIONS.items():
         own = objectives.get(name, get(name).Config())
         report.compare(f"cfg_{published}", float(getattr(own, option)), golden[f"cfg_{published}"])
-    kinematic = objectives.get("kinematic", get("kinematic").Config())
-    report.equal("cfg_kinematic_type", _KINDS[kinematic.kind], str(golden["cfg_kinematic_type"]))
+    smoothness = objectives.get("kinematic", kinematic.Config())
+    assert isinstance(smoothness, kinematic.Config)
+    seen = objectives["context"]
+    assert isinstance(seen, context.Config)
+    report.equal("cfg_kinematic_type", _KINDS[smoothness.kind], str(golden["cfg_kinematic_type"]))
     report.equal(
         "cfg_kinematic_anneal",
-        kinematic.schedule.kind == "cosine",
+        smoothness.schedule.kind == "cosine",
         bool(golden["cfg_kinematic_anneal"]),
     )
     report.equal("cfg_disable_ema", cfg.target.kind == "online", bool(golden["cfg_disable_ema"]))
     report.equal(
         "cfg_weight_distance_loss",
-        objectives["context"].weight_by_distance,
+        seen.weight_by_distance,
         bool(golden["cfg_weight_distance_loss"]),
     )
     report.compare(
         "cfg_fwm_app_ratio", cfg.factorisation.appearance_share, golden["cfg_fwm_app_ratio"]
     )
-    report.compare("cfg_lambda_value", objectives["context"].weight, golden["cfg_lambda_value"])
-    report.equal("cfg_ac_target_dim", get("action").COLOURS, golden.integer("cfg_ac_target_dim"))
+    report.compare("cfg_lambda_value", seen.weight, golden["cfg_lambda_value"])
+    report.equal("cfg_ac_target_dim", action.COLOURS, golden.integer("cfg_ac_target_dim"))
     report.equal("cfg_loss_exp", 1.0, golden.number("cfg_loss_exp"))
     if "cfg_current_kinematic_coeff" in golden:
         weight = forced_weights(objectives, _progress(golden), cfg.quirks)["kinematic"]
@@ -249,9 +255,10 @@ def _check_projection(
 ) -> None:
     """The random directions and the quadrature of SIGReg."""
     own = cfg.objectives["sigreg"]
+    assert isinstance(own, sigreg.Config)
     report.compare(
         "sigreg_A",
-        projection(ctx.context_tokens.float(), own.slices, own.seed + ctx.step),
+        sigreg.projection(ctx.context_tokens.float(), own.slices, own.seed + ctx.step),
         golden["sigreg_A"],
     )
     time = torch.linspace(0.0, own.largest_point, own.points)
@@ -267,7 +274,7 @@ def _read_heads(
 ) -> tuple[nn.ModuleDict, dict[str, nn.Parameter]]:
     heads = build_heads(cfg.objectives, FeatureDims(width, levels, cfg.factorisation))
     heads.to(golden.dtype)
-    parameters = {}
+    parameters: dict[str, nn.Parameter] = {}
     for published, name in HEADS.items():
         keys = golden.names(f"param_{published}.")
         if not keys:

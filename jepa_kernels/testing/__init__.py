@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..backend import OPS
-from ..rope3d import Rope3D
+from ..rope3d import Rope3D, RopeLayout
 
 HEAD_DIMS = (8, 24, 32, 64, 80, 88, 96, 128)
 
@@ -151,7 +151,7 @@ class AttentionCase:
     window: int | None = None
     scale: float | None = None
 
-    def options(self) -> dict:
+    def options(self) -> dict[str, Any]:
         names = (
             "query_ids",
             "key_ids",
@@ -174,7 +174,7 @@ def attention_case(
     heads: int = 2,
     head_dim: int = 32,
     grid: tuple[int, int, int] | None = (3, 4, 5),
-    layout: str = "interleaved",
+    layout: RopeLayout = "interleaved",
     interpolate_from: int | None = None,
     dtype: torch.dtype = torch.float32,
     id_dtype: torch.dtype = torch.int64,
@@ -217,10 +217,10 @@ def attention_case(
             .double()
         )
 
-    def ids(counts: list[int], extra: int) -> torch.Tensor:
+    def ids(counts: list[int], extra: int, tokens: int) -> torch.Tensor:
         rows = []
         for count in counts:
-            row = torch.randint(0, math.prod(grid), (count,), generator=generator)
+            row = torch.randint(0, tokens, (count,), generator=generator)
             row[:unrotated] = -1
             rows.append(row)
         if packed:
@@ -241,11 +241,12 @@ def attention_case(
             case, query=_inside(case.query), key=_inside(case.key), value=_inside(case.value)
         )
     if grid is not None:
-        query_ids = ids(counts_q, slack)
-        key_ids = None if self_attention else ids(counts_k, slack)
+        tokens = math.prod(grid)
+        query_ids = ids(counts_q, slack, tokens)
+        key_ids = None if self_attention else ids(counts_k, slack, tokens)
         case = replace(
             case, query_ids=query_ids, key_ids=key_ids, rope=Rope3D(grid, layout, interpolate_from)
-        )  # type: ignore[arg-type]
+        )
     if packed:
         cu_q = torch.tensor(
             [0, *torch.tensor(counts_q).cumsum(0).tolist()] if counts_q else [0], dtype=cu_dtype
@@ -314,10 +315,11 @@ def run_attention(
         )
 
     leaves = [placed(t).detach().requires_grad_() for t in (case.query, case.key, case.value)]
-    options = {
+    options: dict[str, Any] = {
         k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in case.options().items()
     }
-    out, lse = masked_attention(*leaves, **options, return_lse=True, backend=backend)
+    query, key, value = leaves
+    out, lse = masked_attention(query, key, value, **options, return_lse=True, backend=backend)
     grads = torch.autograd.grad(
         out,
         leaves,
@@ -330,6 +332,7 @@ def run_attention(
 
 def _strided_to(view: torch.Tensor, device: str, dtype: torch.dtype) -> torch.Tensor:
     base = view._base
+    assert base is not None
     moved = base.to(device=device, dtype=dtype)
     return moved.as_strided(view.shape, view.stride(), view.storage_offset())
 
@@ -376,7 +379,7 @@ def _unwritten_row(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...
 
 # Faults in what a kernel returns, and in what it is given: (tensor arguments) -> (tensor
 # arguments).
-RESULT_FAULTS: dict[str, Callable] = {
+RESULT_FAULTS: dict[str, Callable[[tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]] = {
     "wrong_sign": _wrong_sign,
     "stale_accumulator": _stale_accumulator,
     "unwritten_row": _unwritten_row,
@@ -396,7 +399,7 @@ def planted_fault(op: str, backend: str, fault: str, phase: str = "forward") -> 
     """
     sound = getattr(OPS[op].backends[backend], phase)
 
-    def faulty(inputs, *more):
+    def faulty(inputs: Any, *more: Any) -> Any:
         if fault in RESULT_FAULTS:
             return RESULT_FAULTS[fault](sound(inputs, *more))
         if fault == "off_by_one_id":
