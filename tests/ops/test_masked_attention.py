@@ -400,6 +400,36 @@ def test_bad_values_are_refused(backend):
 
 
 @each_backend
+def test_ids_of_an_empty_batch_need_its_shape(device, backend):
+    """A batch of 0 holds no id to read, so nothing but the shape can be wrong."""
+    query = torch.randn(0, 5, 2, 8, device=device, requires_grad=True)
+    key = torch.randn(0, 7, 2, 8, device=device)
+
+    def call(*shapes):
+        ids, ids_k = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes)
+        return masked_attention(
+            query,
+            key,
+            key,
+            query_ids=ids,
+            key_ids=ids_k,
+            rope=Rope3D((1, 2, 4)),
+            return_lse=True,
+            backend=backend,
+        )
+
+    for shapes in (((0, 5), (0, 7)), ((5,), (7,)), ((0, 5), (7,))):
+        out, lse = call(*shapes)
+        assert out.shape == query.shape and lse.shape == (0, 2, 5)
+        assert torch.autograd.grad(out.sum(), query)[0].shape == query.shape
+    for wrong in ((0, 4), (1, 5), (0,), (5, 0)):
+        with pytest.raises(ValueError, match=r"query_ids must have shape \(0, 5\) or \(5,\)"):
+            call(wrong, (0, 7))
+        with pytest.raises(ValueError, match=r"key_ids must have shape \(0, 7\) or \(7,\)"):
+            call((0, 5), wrong)
+
+
+@each_backend
 def test_double_backward_is_refused(device, backend):
     if backend == "torch":
         pytest.skip("the torch backend has PyTorch's own autograd")
