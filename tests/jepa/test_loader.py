@@ -136,15 +136,15 @@ def test_two_ranks_share_the_batch_of_one():
             )
 
 
-@pytest.mark.parametrize("quirk", [False, True])
-def test_ranks_draw_numbers_of_their_own_unless_the_quirk_is_on(quirk):
+@pytest.mark.parametrize("published", [False, True])
+def test_ranks_draw_numbers_of_their_own_unless_the_published_ones_are_asked_for(published):
     config = changed(
-        SHAPES, batch_size=2, world=2, rank_independent_seed=quirk, masks=mask_policy("blocks")
+        SHAPES, batch_size=2, world=2, rank_independent_seed=published, masks=mask_policy("blocks")
     )
     first, second = (batches(changed(config, rank=rank), 2, 3)[0] for rank in (0, 1))
     assert not set(first.sample_ids.tolist()) & set(second.sample_ids.tolist())
-    assert torch.equal(first.views.boxes, second.views.boxes) == quirk
-    assert (first.masks.context_ids.tolist() == second.masks.context_ids.tolist()) == quirk
+    assert torch.equal(first.views.boxes, second.views.boxes) == published
+    assert (first.masks.context_ids.tolist() == second.masks.context_ids.tolist()) == published
     alone = batches(changed(config, rank_independent_seed=False), 2, 3)[0]
     assert_same(first, alone)
 

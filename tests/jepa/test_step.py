@@ -1,5 +1,5 @@
 """The training step: nothing is read back, nothing loops over samples or tokens, parts add up,
-quirks are reproducible."""
+published behaviour is reproducible."""
 
 from __future__ import annotations
 
@@ -413,9 +413,9 @@ def test_ema_moves_by_its_momentum():
     )
 
 
-@pytest.mark.parametrize("quirks", [[], ["evaluate_initial_target"]])
-def test_what_is_evaluated_without_an_ema(quirks):
-    cfg = step_config("kinematic", variant={"quirks": quirks})
+@pytest.mark.parametrize("behaviour", [[], ["evaluate_initial_target"]])
+def test_what_is_evaluated_without_an_ema(behaviour):
+    cfg = step_config("kinematic", variant={"published_behaviour": behaviour})
     state = new_state(cfg)
     initial = copy.deepcopy(state.bundle.context_encoder.state_dict())
     train_step(state, make_batch((4, 3, 3), 2))
@@ -423,12 +423,12 @@ def test_what_is_evaluated_without_an_ema(quirks):
         torch.equal(initial[key], value)
         for key, value in state.bundle.evaluation_encoder.state_dict().items()
     )
-    assert same == bool(quirks)
+    assert same == bool(behaviour)
 
 
 def test_the_published_dynamics_head_never_trains():
-    for quirks, trains in (([], True), (["dynamics_hard_no_gradient"], False)):
-        cfg = step_config("fwm_hw_ld", variant={"quirks": quirks})
+    for behaviour, trains in (([], True), (["dynamics_hard_no_gradient"], False)):
+        cfg = step_config("fwm_hw_ld", variant={"published_behaviour": behaviour})
         state = new_state(cfg)
         before = copy.deepcopy(state.bundle.heads.state_dict())
         train_step(state, make_batch((4, 3, 3), 2))
