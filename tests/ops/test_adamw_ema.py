@@ -216,12 +216,12 @@ def test_scaled_gradients(backend):
 def test_strided_parameters(backend):
     values = case(sizes=((8, 6, 4), (5, 7)), followed=1)
     expected = oracle(values)
-    turned = {
+    transposed = {
         name: [t.transpose(0, -1).contiguous().transpose(0, -1) for t in v]
         for name, v in values.items()
     }
-    uneven = {**turned, "grads": values["grads"]}
-    for layout in (turned, uneven):
+    uneven = {**transposed, "grads": values["grads"]}
+    for layout in (transposed, uneven):
         actual = run(backend, layout)
         for name in LISTS:
             for a, e in zip(actual[name], expected[name], strict=True):

@@ -333,7 +333,7 @@ def test_strided_bfloat16_targets_round_as_contiguous_ones(backend, rounding):
     plain, _ = run(backend, targets, sources, 0.99, rounding=rounding, **options)
     if rounding == "kahan":
         options = {"compensations": [torch.zeros(20, 12, dtype=torch.bfloat16).t()]}
-    turned, _ = run(
+    transposed, _ = run(
         backend,
         [targets[0].t().contiguous().t()],
         [sources[0].t().contiguous().t()],
@@ -341,7 +341,7 @@ def test_strided_bfloat16_targets_round_as_contiguous_ones(backend, rounding):
         rounding=rounding,
         **options,
     )
-    assert torch.equal(plain[0], turned[0])
+    assert torch.equal(plain[0], transposed[0])
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
