@@ -28,6 +28,7 @@ from .ops.latent_rollout import (
 from .ops.masked_attention import masked_attention
 from .profile import profile
 from .rope3d import Rope3D
+from .times import FrameTokens, frame_times, frame_tokens
 
 check_environment()
 BACKENDS = names()
@@ -41,6 +42,7 @@ __all__ = [
     "BACKENDS",
     "GRU",
     "BackendUnsupportedError",
+    "FrameTokens",
     "Hamiltonian",
     "ResidualMLP",
     "Rope3D",
@@ -49,6 +51,8 @@ __all__ = [
     "adamw_ema_",
     "ema_update_",
     "explain",
+    "frame_times",
+    "frame_tokens",
     "latent_rollout",
     "latent_rollout_loss",
     "masked_attention",

@@ -126,6 +126,8 @@ class Preference:
     slower: str
     faster: str
     why: str  # the measured ratio and its record, as `explain` prints it
+    # Holds only where the fact "library" of `faster` starts with this; empty: wherever it can run.
+    library: str = ""
 
 
 class Op:
@@ -181,6 +183,9 @@ class Op:
         preference = _preferred(self.name, backend, inputs)
         if preference is None or self.reasons(preference.faster, inputs):
             return None
+        if preference.library:
+            found = self.backends[preference.faster].facts["library"]()
+            return preference if found.startswith(preference.library) else None
         return preference
 
 

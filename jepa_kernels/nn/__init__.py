@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from .attention import CrossAttention, RoPEAttention
+from .cache import KeyValueCache
 from .ema import EMATeacher
 from .momentum import CosineMomentum, LinearMomentum
 
-__all__ = ["CosineMomentum", "CrossAttention", "EMATeacher", "LinearMomentum", "RoPEAttention"]
+__all__ = [
+    "CosineMomentum",
+    "CrossAttention",
+    "EMATeacher",
+    "KeyValueCache",
+    "LinearMomentum",
+    "RoPEAttention",
+]
