@@ -53,13 +53,13 @@ def test_conditioning_tokens_turn_by_time_alone():
     action = 2 * 5
     assert tokens.query_ids[action] == 8
     x = torch.randn(1, 1, 48, dtype=torch.float64)
-    turned = Rope3D((3, 2, 2)).rotate(x, tokens.query_ids[action : action + 1])
+    rotated = Rope3D((3, 2, 2)).rotate(x, tokens.query_ids[action : action + 1])
     m = 16
-    assert torch.equal(turned[..., m:], x[..., m:])
+    assert torch.equal(rotated[..., m:], x[..., m:])
     angle = 2.0 * 10000.0 ** (-2.0 * torch.arange(m // 2, dtype=torch.float64) / m)
     a, b = x[..., :m].unflatten(-1, (-1, 2)).unbind(-1)
     pairs = torch.stack((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
-    torch.testing.assert_close(turned[..., :m], pairs.flatten(-2), **FLOAT32_SHORT)
+    torch.testing.assert_close(rotated[..., :m], pairs.flatten(-2), **FLOAT32_SHORT)
 
 
 @pytest.mark.parametrize("reads_itself", [False, True])

@@ -125,15 +125,15 @@ def test_the_kernel_turns_and_turns_back(machine, layout, transposed):
     for x, ids, found in zip(
         given,
         (inputs.query_ids, inputs.key_ids),
-        flash._turned(inputs, *given, transposed=transposed),
+        flash._rotated(inputs, *given, transposed=transposed),
         strict=True,
     ):
         leaf = x.double().requires_grad_()
-        turned = rotate(leaf, ids, case.rope)
+        rotated = rotate(leaf, ids, case.rope)
         if transposed:
-            (turned,) = torch.autograd.grad(turned, leaf, x.double())
+            (rotated,) = torch.autograd.grad(rotated, leaf, x.double())
         assert found.is_contiguous()
-        torch.testing.assert_close(found.double(), turned.detach(), **FLOAT16_ROUNDED)
+        torch.testing.assert_close(found.double(), rotated.detach(), **FLOAT16_ROUNDED)
 
 
 def _inputs(case):
