@@ -24,7 +24,10 @@ from . import checks
 from .backend import Backend, BackendUnsupportedError, Op, joined, requested
 
 Tensors = tuple[torch.Tensor, ...]
-_library = torch.library.Library("jepa_kernels", "FRAGMENT")
+# The package's own name, which is another one in a copy that is loaded beside an installed package.
+_NAMESPACE = __name__.partition(".")[0]
+_library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+_ops: Any = getattr(torch.ops, _NAMESPACE)
 # Tensors that no subclass needs to see.
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
@@ -210,8 +213,8 @@ class Function(Contract):
         super().__init__(*arguments, **options)
         self.outputs, self.num_outputs, self.saved = outputs, num_outputs, saved
         _register_function(self)
-        self.forward_op = getattr(torch.ops.jepa_kernels, f"{self.name}_fwd").default
-        self.backward_op = getattr(torch.ops.jepa_kernels, f"{self.name}_bwd").default
+        self.forward_op = getattr(_ops, f"{self.name}_fwd").default
+        self.backward_op = getattr(_ops, f"{self.name}_bwd").default
 
     def run(self, inputs: Any, backend: Backend) -> Tensors:
         """Runs checked inputs on `backend`."""
@@ -247,7 +250,7 @@ class InPlace(Contract):
         super().__init__(*arguments, **options)
         self.distinct = distinct
         _register_in_place(self)
-        self.update_op = getattr(torch.ops.jepa_kernels, f"{self.name}_").default
+        self.update_op = getattr(_ops, f"{self.name}_").default
 
     def run_plain(self, inputs: Any, tensors: Sequence[torch.Tensor], name: str | None) -> bool:
         """Makes a call whose inputs nobody has checked, where nothing in it is special: one native
@@ -485,7 +488,7 @@ def _register_function(op: Function) -> None:
         ("fwd", forward, fake_forward, differentiate, setup_context),
         ("bwd", backward, fake_backward, refuse_double_backward, None),
     ):
-        qualified = f"jepa_kernels::{name}_{suffix}"
+        qualified = f"{_NAMESPACE}::{name}_{suffix}"
         _library.impl(f"{name}_{suffix}", implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, fake, lib=_library)
         torch.library.register_autograd(qualified, formula, setup_context=context, lib=_library)
@@ -506,7 +509,7 @@ def _register_in_place(op: InPlace) -> None:
     name = f"{op.name}_"
     _library.define(f"{name}({op.signature.schema()}, str backend) -> ()")
     _library.impl(name, update, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"jepa_kernels::{name}", fake, lib=_library)
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
 
 
 def _check_one_device(op: str, tensors: Sequence[torch.Tensor]) -> None:

@@ -281,6 +281,14 @@ def _installed(name: str, method: str) -> type | None:
     )
 
 
+def weights_obstacles(module: nn.Module) -> list[str]:
+    """The fused op computes no attention weights: a module whose configuration asks for them at
+    every call keeps its forward."""
+    if getattr(getattr(module, "config", None), "output_attentions", False):
+        return ["config.output_attentions must be False, since the fused op computes no weights"]
+    return []
+
+
 def dropout_obstacles(module: nn.Module, **probabilities: float) -> list[str]:
     """The fused op has no dropout: a module that would drop in training keeps its forward."""
     return [f"{name} must be 0, got {value}" for name, value in probabilities.items() if value]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..ops.masked_attention import masked_attention
-from .replace import CodeBase, Target, dropout_obstacles
+from .replace import CodeBase, Target, dropout_obstacles, weights_obstacles
 
 
 def _forward(self: nn.Module, hidden_states: Tensor, attention_mask: None = None, **kwargs):
@@ -17,9 +17,13 @@ def _forward(self: nn.Module, hidden_states: Tensor, attention_mask: None = None
 
 
 def _keeps(
-    self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
+    self: nn.Module,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    output_attentions: bool = False,
+    **kwargs,
 ) -> bool:
-    return attention_mask is not None
+    return attention_mask is not None or output_attentions
 
 
 def _forward_self(
@@ -44,13 +48,9 @@ def _keeps_self(
 
 
 def _obstacles(module: nn.Module) -> list[str]:
-    """Attention weights that every call is to return, and dropout."""
-    found = dropout_obstacles(module, attention_probs_dropout_prob=module.attention_dropout)
-    if getattr(module.config, "output_attentions", False):
-        found.append(
-            "config.output_attentions must be False, since the fused op computes no weights"
-        )
-    return found
+    return dropout_obstacles(
+        module, attention_probs_dropout_prob=module.attention_dropout
+    ) + weights_obstacles(module)
 
 
 def _obstacles_self(module: nn.Module) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.masked_attention import masked_attention
 from ..rope3d import Rope3D
-from .replace import CodeBase, Target, dropout_obstacles
+from .replace import CodeBase, Target, dropout_obstacles, weights_obstacles
 
 # Frames (in tubelets) that ids of a masked call may reach: the model extrapolates beyond the length
 # it is configured for.
@@ -180,7 +180,9 @@ def _refuse(**arguments: object) -> None:
 
 
 def _rope_obstacles(module: nn.Module) -> list[str]:
-    return dropout_obstacles(module, attention_probs_dropout_prob=module.dropout_prob)
+    return dropout_obstacles(
+        module, attention_probs_dropout_prob=module.dropout_prob
+    ) + weights_obstacles(module)
 
 
 def _predictor_obstacles(module: nn.Module) -> list[str]:

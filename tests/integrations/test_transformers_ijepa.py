@@ -98,6 +98,19 @@ def test_attention_weights_are_an_obstacle():
     assert "config.output_attentions must be False" in str(report)
 
 
+def test_attention_weights_of_one_call_are_served_by_the_original():
+    torch.manual_seed(3)
+    x, made = torch.randn(2, 3, 12, 12), model(attn_implementation="eager").eval()
+    with torch.no_grad():
+        wanted = made(x, output_attentions=True)
+        accelerate(made)
+        got = made(x, output_attentions=True)
+    assert len(got.attentions) == len(wanted.attentions) > 0
+    for ours, theirs in zip(got.attentions, wanted.attentions, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(got.last_hidden_state, wanted.last_hidden_state)
+
+
 def test_an_accelerated_model_can_be_pickled_and_copied():
     x, made = torch.randn(1, 3, 12, 12), model().eval()
     accelerate(made)

@@ -158,6 +158,12 @@ def test_masks_and_probabilities_are_refused():
         pooler(torch.randn(1, 18, 48), attention_mask=torch.zeros(1, 1, 18, 18))
 
 
+def test_attention_weights_are_an_obstacle():
+    report = accelerate(model(output_attentions=True, attn_implementation="eager"))
+    assert not report.replaced
+    assert "config.output_attentions must be False" in str(report)
+
+
 def test_dropout_is_an_obstacle():
     whole = model(attention_probs_dropout_prob=0.1)
     before = results(whole, encoder, clips())

@@ -292,6 +292,13 @@ def test_refusals_of_the_call(machine):
         assert reason in _refusal(**changes)
 
 
+def test_times_are_refused(machine):
+    machine("FlashAttention 3")
+    x, times = torch.zeros(1, 2, 1, 16).half(), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(BackendUnsupportedError, match="query_times must be None"):
+        masked_attention(x, x, x, query_times=times, key_times=times, backend="flash")
+
+
 def test_refusals_of_the_machine(machine, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
     machine(major=7)

@@ -17,7 +17,7 @@ from ...backend import Backend, Reason
 from .kernel_backend import kernel_backend
 from .rollout import Rollout
 
-OPS: Any = torch.ops.jepa_kernels_native
+OPS: Any = native.ops
 
 
 def floats(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -21,7 +21,7 @@ def unsupported(inputs: Inputs) -> list[Reason]:
 
 def forward(inputs: Inputs):
     return native.call(
-        torch.ops.jepa_kernels_native.masked_attention_cpu_fwd,
+        native.ops.masked_attention_cpu_fwd,
         *inputs.tensors(),
         inputs.grid,
         inputs.scale,
@@ -32,7 +32,7 @@ def forward(inputs: Inputs):
 def backward(inputs: Inputs, saved, grad_out, needs):
     out, lse = saved
     return native.call(
-        torch.ops.jepa_kernels_native.masked_attention_cpu_bwd,
+        native.ops.masked_attention_cpu_bwd,
         rows_of_channels(grad_out),
         *inputs.tensors(),
         out,

@@ -22,7 +22,7 @@ def unsupported(inputs: Inputs) -> list[Reason]:
 
 def forward(inputs: Inputs):
     return native.call(
-        torch.ops.jepa_kernels_native.masked_attention_cuda_fwd,
+        native.ops.masked_attention_cuda_fwd,
         *inputs.tensors(),
         inputs.grid,
         inputs.scale,
@@ -32,7 +32,7 @@ def forward(inputs: Inputs):
 def backward(inputs: Inputs, saved, grad_out, needs):
     out, lse = saved
     return native.call(
-        torch.ops.jepa_kernels_native.masked_attention_cuda_bwd,
+        native.ops.masked_attention_cuda_bwd,
         rows_of_channels(grad_out),
         *inputs.tensors(),
         out,
