@@ -16,6 +16,7 @@ SMOKE = """
 import torch
 import jepa_kernels
 from jepa_kernels import Rope3D, masked_attention, native
+from jepa_kernels.testing import FLOAT32_DEEP
 print("torch", torch.__version__, "package", jepa_kernels.__version__, "isa", native.isa_name())
 assert "site-packages" in jepa_kernels.__file__ or {editable!r} == "editable", jepa_kernels.__file__
 assert native.available(), native.reason()
@@ -27,7 +28,7 @@ for backend in ("cpu", "reference"):
     out = masked_attention(q, k, v, **options, backend=backend)
     results[backend] = (out, *torch.autograd.grad(out.square().sum(), (q, k, v)))
 for a, b in zip(*results.values()):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(a, b, **FLOAT32_DEEP)
 torch.library.opcheck(
     torch.ops.jepa_kernels.masked_attention_fwd.default,
     (q.detach().requires_grad_(), k, v, *[None] * 5, [0, 0, 0], 0.125, None, None, 0, "cpu"),

@@ -100,10 +100,10 @@ def _rotated(x: Tensor, ids: Tensor, rope: Rope3D) -> Tensor:
     cosine, sine = (
         torch.cat([table[row] for row in rows], dim=-1)[:, :, None] for table in (cosine, sine)
     )
-    turned, rest = x.split([cosine.shape[-1], x.shape[-1] - cosine.shape[-1]], dim=-1)
-    even, odd = turned[..., 0::2], turned[..., 1::2]
+    rotated, rest = x.split([cosine.shape[-1], x.shape[-1] - cosine.shape[-1]], dim=-1)
+    even, odd = rotated[..., 0::2], rotated[..., 1::2]
     return torch.cat(
-        [turned * cosine + torch.stack([-odd, even], dim=-1).flatten(-2) * sine, rest], dim=-1
+        [rotated * cosine + torch.stack([-odd, even], dim=-1).flatten(-2) * sine, rest], dim=-1
     )
 
 

@@ -26,7 +26,7 @@ from jepa.objectives import (
     sigreg,
     weights,
 )
-from jepa.quirks import Quirks
+from jepa.published_behaviour import PublishedBehaviour
 from jepa.target import standardise
 from jepa.variants import VARIANTS, VariantConfig, variant
 
@@ -75,11 +75,11 @@ _KINDS = {"velocity": "l1", "huber": "huber", "acceleration": "acceleration"}
 
 
 def check(golden: Golden, report: Report) -> None:
-    """Compares one file of objectives/ with the variant of its name, published quirks on."""
+    """Compares one file of objectives/ with the variant of its name, published behaviour on."""
     if golden.name not in VARIANTS:
         report.miss("(file)", f"unknown file: no variant is named {golden.name!r}")
         return
-    cfg = variant(golden.name, quirks="published_quirks")
+    cfg = variant(golden.name, published_behaviour="all")
     _check_configuration(golden, report, cfg)
     loss, features, heads = _losses(golden, report, cfg)
     report.compare("loss", loss, golden["loss"])
@@ -127,7 +127,7 @@ def _check_configuration(golden: Golden, report: Report, cfg: VariantConfig) -> 
     report.equal("cfg_ac_target_dim", action.COLOURS, golden.integer("cfg_ac_target_dim"))
     report.equal("cfg_loss_exp", 1.0, golden.number("cfg_loss_exp"))
     if "cfg_current_kinematic_coeff" in golden:
-        weight = forced_weights(objectives, _progress(golden), cfg.quirks)["kinematic"]
+        weight = forced_weights(objectives, _progress(golden), cfg.published_behaviour)["kinematic"]
         report.compare("cfg_current_kinematic_coeff", weight, golden["cfg_current_kinematic_coeff"])
     # Facts about how the file was made that need no comparison of their own.
     golden.integer("mask_seed")
@@ -142,11 +142,11 @@ def _progress(golden: Golden) -> float:
 
 
 def forced_weights(
-    objectives: Mapping[str, ObjectiveConfig], progress: float, quirks: Quirks
+    objectives: Mapping[str, ObjectiveConfig], progress: float, behaviour: PublishedBehaviour
 ) -> dict[str, float]:
     """The weights in force, with the context loss at its final weight: the golden runs have no
     ramp."""
-    return {**weights(objectives, 0, progress, quirks), "context": objectives["context"].weight}
+    return {**weights(objectives, 0, progress, behaviour), "context": objectives["context"].weight}
 
 
 def _losses(
@@ -186,12 +186,12 @@ def _losses(
         levels=levels,
         factorisation=cfg.factorisation,
         heads=heads,
-        quirks=cfg.quirks,
+        published_behaviour=cfg.published_behaviour,
         clips=golden.tensor("clip") if "action" in cfg.objectives else None,
         patch_size=golden.integer("patch_size"),
         tubelet_size=golden.integer("tubelet_size"),
     )
-    weight = forced_weights(cfg.objectives, _progress(golden), cfg.quirks)
+    weight = forced_weights(cfg.objectives, _progress(golden), cfg.published_behaviour)
     for name, objective in cfg.objectives.items():
         term: Objective = get(name).compute(ctx, objective)
         published = TERMS[name]

@@ -24,7 +24,7 @@ NO_GRADIENT = -1.0
 
 
 def check(golden: Golden, report: Report) -> None:
-    """Compares one file of steps/ with the variant of its name, published quirks on."""
+    """Compares one file of steps/ with the variant of its name, published behaviour on."""
     if golden.name == "init_state":
         _check_initial_state(golden, report)
         return
@@ -67,13 +67,13 @@ def _widths(initial: Golden) -> tuple[int, int, int]:
 
 
 def _configuration(name: str) -> VariantConfig:
-    """The variant with every published quirk, and the context loss at its final weight: the golden
-    runs have no ramp."""
-    cfg = variant(name, quirks="published_quirks")
-    quirks = dataclasses.replace(cfg.quirks, context_ramp_fixed_steps=False)
+    """The variant with all published behaviour, and the context loss at its final weight: the
+    golden runs have no ramp."""
+    cfg = variant(name, published_behaviour="all")
+    behaviour = dataclasses.replace(cfg.published_behaviour, context_ramp_fixed_steps=False)
     context = dataclasses.replace(cfg.objectives["context"], schedule=WeightSchedule())
     return dataclasses.replace(
-        cfg, quirks=quirks, objectives={**cfg.objectives, "context": context}
+        cfg, published_behaviour=behaviour, objectives={**cfg.objectives, "context": context}
     )
 
 

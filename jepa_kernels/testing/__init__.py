@@ -33,34 +33,89 @@ def _tolerance(rtol: float, atol: float = 0.0) -> Tolerance:
     return MappingProxyType({"rtol": rtol, "atol": atol})
 
 
+# Every bit; asked of assert_close for what torch.equal cannot say, such as NaN beside NaN.
+EXACT = _tolerance(0.0)
+
+# float32, whose unit in the last place is 1.2e-7 of a value.
 # The same sums in another order.
 FLOAT32 = _tolerance(*_TOLERANCE[torch.float32])
 # Networks of several layers, and gradients.
 FLOAT32_DEEP = _tolerance(1e-4, 1e-5)
-# Linear maps of pixels, whose terms are larger than their sum.
-FLOAT32_PIXELS = _tolerance(1e-4, 1e-4)
+# Sums whose terms are larger than they are: linear maps of pixels, differences of mixtures.
+FLOAT32_CANCELLING = _tolerance(1e-4, 1e-4)
 # Crops against torch's antialiased resampling.
 FLOAT32_CROPS = _tolerance(1e-5, 2e-5)
-# Rollouts of small heads.
-FLOAT32_ROLLOUT = _tolerance(1e-6, 1e-7)
-# A few roundings of float32, in numbers that were computed or stored in it.
+# Short chains of operations: a step of AdamW or of a teacher, a rollout of a small head.
+FLOAT32_SHORT = _tolerance(1e-6, 1e-7)
+# A few roundings, in numbers that were computed or stored in float32.
 FLOAT32_ROUNDED = _tolerance(1e-6)
 FLOAT32_STORED = _tolerance(0.0, 1e-6)
+# Two roundings at most: the published numbers of an average of two values.
+FLOAT32_LAST_PLACE = _tolerance(2e-7, 2e-7)
 # What should be 0 or the same up to rounding, for values around 1.
 FLOAT32_NEAR_ZERO = _tolerance(0.0, 1e-5)
+# Products of TF32, which keeps 10 bits of each factor, summed over 8 terms.
+TF32_PRODUCTS = _tolerance(0.0, 1e-2)
+
+# float64.
+# Formulas against loops.
+FLOAT64 = _tolerance(_TOLERANCE[torch.float64][0])
+FLOAT64_SHORT = _tolerance(1e-12)
+# A few roundings, for values around 1.
+FLOAT64_LAST_PLACE = _tolerance(1e-15, 1e-15)
+# Numbers that are stored with ten decimals.
+FLOAT64_STORED = _tolerance(1e-10, 1e-10)
+# Gradients against central differences.
+CENTRAL_DIFFERENCES = _tolerance(1e-5, 1e-5)
+# torch.autograd.gradcheck.
+GRADCHECK: Tolerance = MappingProxyType({"eps": 1e-6, "atol": 1e-6})
+
+# 16 bits, where a test has no peer for assert_within_budget. A rounding to bfloat16 is up to 4e-3
+# of a value, one to float16 5e-4.
+# One rounding.
+BFLOAT16_ROUNDED = _tolerance(4e-3, 1e-6)
+# A few roundings, for values around 1.
+BFLOAT16 = _tolerance(2e-2, 2e-2)
+# One rounding to float16; the absolute part is for numbers below its normal range.
+FLOAT16_ROUNDED = _tolerance(1e-3, 1e-5)
+# Several steps of stochastic rounding with other bits.
+BFLOAT16_STOCHASTIC = _tolerance(2e-2, 1e-3)
+# A loss under autocast against the one in float32.
+BFLOAT16_LOSS = _tolerance(2e-2)
+# Features stored as float16.
+FLOAT16_STORED = _tolerance(0.0, 2e-3)
+
+# Attention in float32 at logits of 1e4, whose own rounding is 1e-3, which softmax turns into a
+# relative error of its weights.
+FLOAT32_LARGE_LOGITS = _tolerance(2e-2, 2e-2)
+# Attention on its own, |error| as a norm relative to the oracle's, per dtype.
+ATTENTION_NORM = {torch.float32: 1e-6, torch.bfloat16: 1.2e-2}
+# The same where the exact result cancels to (almost) nothing, and what is left is all rounding.
+ATTENTION_NORM_CANCELLING = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+# Its log-sum-exp, absolute: a few roundings of scores around 10.
+ATTENTION_LSE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
+# Its relative norm as a multiple of that of torch's attention in the same dtype; without fused
+# multiply-add a product is rounded before it is added.
+ATTENTION_OF_TORCH, ATTENTION_OF_TORCH_UNFUSED = 1.25, 1.6
+
+# Numbers that are drawn, rounded or modelled, rather than computed another way.
 # A variance of standardised features, which the eps of the norm lowers.
 STANDARDISED_VARIANCE = _tolerance(0.0, 1e-2)
 # A norm after it has been clipped, an effective rank, a fitted ratio of coefficients.
 DERIVED = _tolerance(1e-3)
-# Formulas in float64 against loops.
-FLOAT64 = _tolerance(_TOLERANCE[torch.float64][0])
-FLOAT64_SHORT = _tolerance(1e-12)
-# A loss under autocast to bfloat16 against the one in float32.
-BFLOAT16_LOSS = _tolerance(2e-2)
-# Features stored as float16.
-FLOAT16_STORED = _tolerance(0.0, 2e-3)
-# torch.autograd.gradcheck in float64.
-GRADCHECK: Tolerance = MappingProxyType({"eps": 1e-6, "atol": 1e-6})
+# What a 16-bit teacher has moved after 1000 steps below its rounding, by Kahan or stochastic sums.
+SMALL_STEPS = _tolerance(2e-2)
+# The same where all elements are equal, so that their last rounding does not average out.
+SMALL_STEPS_OF_ONE_VALUE = _tolerance(5e-2)
+# The standard deviation of a few hundred initial weights or more.
+DRAWN_DEVIATION = _tolerance(5e-2)
+# Pixels by which the centre of a drawn shape is off.
+DRAWN_CENTRE = _tolerance(0.0, 0.1)
+# Parameters of a model against the round number that it is named by; a count of operations against
+# a formula that leaves out its lower terms.
+NOMINAL = _tolerance(0.12)
+# Medians of the parts of a step against the median of the whole.
+MEDIANS = _tolerance(2e-2)
 
 
 def assert_within_budget(

@@ -21,7 +21,7 @@ def test_rows_compare_passive_with_active():
     rows = waiting.compared(list(samples()))
     assert [row["case"] for row in rows] == list(waiting.WORK)
     for row in rows:
-        assert row["ratio"] == pytest.approx(2.0, rel=0.01)
+        assert row["ratio"] == pytest.approx(2.0)
         assert row["ratio_range"] == pytest.approx([2.0 / 1.1, 2.2])
     said = waiting.text(rows)
     assert "2.00 [1.82, 2.20]" in said and "busy" not in said

@@ -157,7 +157,7 @@ def test_timm_attention_with_norms_of_query_and_key(modules):
 
 
 def test_ten_steps_stay_together(modules):
-    assert steps_apart(Pair(modules, "timm").train(), call, images()) < 1e-4
+    assert steps_apart(Pair(modules, "timm").train(), call, images()) < FLOAT32_DEEP["rtol"]
 
 
 def test_training_mode_draws_the_same_dropout(modules):

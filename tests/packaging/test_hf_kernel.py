@@ -18,6 +18,7 @@ SMOKE = """
 import sys, torch
 from pathlib import Path
 import jepa_kernels as installed
+from jepa_kernels.testing import EXACT
 from kernels import get_local_kernel
 from kernels._rust import Build, Digest, DigestAlgorithm, Metadata
 
@@ -36,7 +37,7 @@ for package in (installed, kernel):
     out = package.masked_attention(q, k, v, **options, backend=sys.argv[3])
     results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
 for a, b in zip(*results):
-    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    torch.testing.assert_close(a, b, **EXACT)
 op = getattr(torch.ops, metadata.id).masked_attention_fwd.default
 torch.library.opcheck(
     op, (q, k, v, *[None] * 5, [0, 0, 0], 0.125, None, None, 0, sys.argv[3])

@@ -407,7 +407,7 @@ def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     attention = library()
     assert attention is not None
     with on_device_of(query):
-        query, key = _turned(inputs, query, key)
+        query, key = _rotated(inputs, query, key)
         out, lse = attention.forward(query, key, _aligned(value), packed, inputs.scale)
         if list(lse.shape) != inputs.lse_shape():
             wanted = f"be of shape {inputs.lse_shape()}"
@@ -431,7 +431,7 @@ def backward(
     attention = library()
     assert attention is not None
     with on_device_of(query):
-        query, key = _turned(inputs, query, key)
+        query, key = _rotated(inputs, query, key)
         grads = attention.backward(
             _aligned(grad_out.contiguous()),
             query,
@@ -446,7 +446,7 @@ def backward(
             _clear_slack(grads[0], 0, packed.end_q, packed.offsets_q, 0.0)
             for grad in grads[1:]:
                 _clear_slack(grad, 0, packed.end_k, packed.offsets_k, 0.0)
-        grad_query, grad_key = _turned(inputs, grads[0], grads[1], transposed=True)
+        grad_query, grad_key = _rotated(inputs, grads[0], grads[1], transposed=True)
     return tuple(g.contiguous() for g in (grad_query, grad_key, grads[2]))
 
 
@@ -516,7 +516,7 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _turned(
+def _rotated(
     inputs: Inputs, query: torch.Tensor, key: torch.Tensor, transposed: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """R(query, query_ids) and R(key, key_ids) in rows of heads side by side, in one launch; or the
@@ -525,7 +525,7 @@ def _turned(
         return _aligned(query), _aligned(key)
     from .triton_turn import turn_kernel
 
-    turned = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key)]
+    rotated = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key)]
     batch = 1 if inputs.packed else query.shape[0]
     rows = [t.shape[-3] for t in (query, key)]
     tiles = [-(-count // ROTATE_TILE.block_q) for count in rows]
@@ -535,7 +535,7 @@ def _turned(
     turn_kernel[(batch * sum(tiles), -(-inputs.heads // heads_each))](
         query,
         key,
-        *turned,
+        *rotated,
         inputs.query_ids,
         inputs.key_ids,
         inputs.rope_table,
@@ -556,7 +556,7 @@ def _turned(
         TRANSPOSED=transposed,
         **launch_options(ROTATE_TILE),
     )
-    return turned[0], turned[1]
+    return rotated[0], rotated[1]
 
 
 BACKEND = Backend(
