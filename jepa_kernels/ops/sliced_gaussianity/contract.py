@@ -15,7 +15,7 @@ from ...contract import Function
 from .directions import random_directions
 from .inputs import NAME, Inputs, check, check_direct, check_values, outputs
 
-PRIORITY = ("cuda", "cpu", "torch", "reference")
+PRIORITY = ("cuda", "triton", "cpu", "torch", "reference")
 
 
 def prepare(
