@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from .attention import CrossAttention, RoPEAttention
 from .ema import EMATeacher
+from .gaussianity import LeJEPALoss, SlicedGaussianity, lejepa_loss
 from .momentum import CosineMomentum, LinearMomentum
 
-__all__ = ["CosineMomentum", "CrossAttention", "EMATeacher", "LinearMomentum", "RoPEAttention"]
+__all__ = [
+    "CosineMomentum",
+    "CrossAttention",
+    "EMATeacher",
+    "LeJEPALoss",
+    "LinearMomentum",
+    "RoPEAttention",
+    "SlicedGaussianity",
+    "lejepa_loss",
+]
