@@ -24,7 +24,7 @@ from benchmarks.gpu_lines import Row
 from jepa_kernels.backend import OPS, BackendUnsupportedError
 from jepa_kernels.ops.adamw_ema import TeacherLists, adamw_ema_
 from jepa_kernels.ops.ema_update import ema_update_
-from jepa_kernels.support import gap
+from jepa_kernels.support import example, gap
 from jepa_kernels.testing import (
     HEAD_DIMS,
     AttentionCase,
@@ -199,14 +199,19 @@ def checks(device: str, backends: Sequence[str] = ()) -> Iterator[Check]:
         for head_dim in (64, *(d for d in HEAD_DIMS if d != 64)) if wide else (0,):
             for dtype in DTYPES:
                 for backend in wanted(op, device, backends):
-                    if not gap(OPS[op], backend, dtype):
+                    if not gap(OPS[op], backend, dtype) and is_there(op, backend, device, dtype):
                         yield from _of_one(op, head_dim, dtype, backend, device)
 
 
 def wanted(op: str, device: str, backends: Sequence[str]) -> list[str]:
     """Names of `op` to check on `device`: those asked for, or all that could run on such a one."""
-    kernels = ("cpu", "torch") if device == "cpu" else ("cuda", "triton", "torch")
+    kernels = ("cpu", "torch") if device == "cpu" else ("cuda", "triton", "flash", "torch")
     return [b for b in OPS[op].priority if b in (backends or kernels)]
+
+
+def is_there(op: str, backend: str, device: str, dtype: torch.dtype) -> bool:
+    """False for flash where no library of others runs: it is nobody's duty to have one."""
+    return backend != "flash" or not OPS[op].reasons(backend, example(OPS[op], device, dtype))
 
 
 def _of_one(

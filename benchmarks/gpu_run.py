@@ -199,7 +199,7 @@ def check_steps(folder: Path, dry: bool, cores: int) -> list[Step]:
         ]
     steps = [Step("build", _python("benchmarks.gpu_build"), 150)]
     # Triton compiles while nvcc does: its kernels need nothing of the native library.
-    for backend, after in (("triton", ()), ("cuda", ("build",))):
+    for backend, after in (("triton", ()), ("flash", ()), ("cuda", ("build",))):
         for share in _shares(max(2, cores // 2)):
             name = f"{backend}-{share.split('/')[0]}"
             command = _python(*script, "--backend", backend, "--share", share)

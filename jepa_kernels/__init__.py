@@ -29,6 +29,7 @@ from .ops.masked_attention import masked_attention
 from .ops.sliced_gaussianity import random_directions, sliced_gaussianity
 from .profile import profile
 from .rope3d import Rope3D
+from .times import FrameTokens, frame_times, frame_tokens
 
 check_environment()
 BACKENDS = names()
@@ -42,6 +43,7 @@ __all__ = [
     "BACKENDS",
     "GRU",
     "BackendUnsupportedError",
+    "FrameTokens",
     "Hamiltonian",
     "ResidualMLP",
     "Rope3D",
@@ -50,6 +52,8 @@ __all__ = [
     "adamw_ema_",
     "ema_update_",
     "explain",
+    "frame_times",
+    "frame_tokens",
     "latent_rollout",
     "latent_rollout_loss",
     "masked_attention",

@@ -1,8 +1,8 @@
 """Argument checks with one wording: ``<op>: <argument> must <requirement>, got <value>.``
 
 Everything here reads only shapes, dtypes, devices and flags, so it traces under torch.compile; the
-two functions that read values (`token_ids_in_grid`, `offsets_valid`) are called inside ops, on CPU
-tensors always and on a GPU under JEPA_KERNELS_CHECK=1.
+functions that read values (`token_ids_in_grid`, `times_in_range`, `offsets_valid`) are called
+inside ops, on CPU tensors always and on a GPU under JEPA_KERNELS_CHECK=1.
 """
 
 from __future__ import annotations
@@ -94,6 +94,17 @@ def token_ids_in_grid(op: str, argument: str, ids: torch.Tensor, num_tokens: int
             raise ValueError(sentence(op, argument, f"hold ids from -1 to {num_tokens - 1}", got))
 
 
+def times_in_range(op: str, argument: str, times: torch.Tensor) -> None:
+    """Times fit into 32 bits, whatever their dtype."""
+    if times.dtype != torch.int32 and times.numel() and values_are_checked(times):
+        low, high = (int(v) for v in torch.aminmax(times))
+        if low < -(2**31) or high >= 2**31:
+            got = low if low < -(2**31) else high
+            raise ValueError(
+                sentence(op, argument, f"hold times from {-(2**31)} to {2**31 - 1}", got)
+            )
+
+
 def offsets_valid(op: str, argument: str, offsets: torch.Tensor, total: int) -> None:
     """Offsets start at 0, never decrease and end at or before the last row."""
     if not values_are_checked(offsets):
@@ -106,3 +117,11 @@ def offsets_valid(op: str, argument: str, offsets: torch.Tensor, total: int) -> 
             raise ValueError(sentence(op, argument, "never decrease", f"{after} after {before}"))
     if values[-1] > total:
         raise ValueError(sentence(op, argument, f"end at or before {total} rows", values[-1]))
+
+
+def is_autocast_enabled(kind: str) -> bool:
+    """Whether autocast is on for this device type. Devices without autocast, such as meta, refuse
+    the question itself."""
+    if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):
+        return False
+    return torch.is_autocast_enabled(kind)

@@ -11,7 +11,6 @@ then the backend's name. Whoever calls that op directly meets the same checks.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import checks
-from .backend import Backend, BackendUnsupportedError, Op, joined
+from .backend import Backend, BackendUnsupportedError, Op, joined, requested
 
 Tensors = tuple[torch.Tensor, ...]
 _library = torch.library.Library("jepa_kernels", "FRAGMENT")
@@ -223,11 +222,12 @@ class Function(Contract):
         values = self.signature.values(inputs)
         if not is_plain(self.signature.given(values)):
             return self.forward_op(*values, backend.name)
-        self._check_values(inputs, backend)
+        if not backend.checks_values:
+            self.check_values(inputs)
         if torch.is_grad_enabled():
             leaves = self.signature.leaves(values)
             if any([t is not None and t.requires_grad for t in leaves]):
-                return _Eager.apply(self, backend, inputs, values, *leaves)
+                return _apply(self, backend, inputs, values, *leaves)
         return _exact(backend.forward, inputs)
 
 
@@ -249,6 +249,29 @@ class InPlace(Contract):
         _register_in_place(self)
         self.update_op = getattr(torch.ops.jepa_kernels, f"{self.name}_").default
 
+    def run_plain(self, inputs: Any, tensors: Sequence[torch.Tensor], name: str | None) -> bool:
+        """Makes a call whose inputs nobody has checked, where nothing in it is special: one native
+        call checks a short list in less time than Python. Returns False, with nothing written,
+        where the usual way has to be taken.
+
+        Args:
+            inputs: a call with targets.
+            tensors: every tensor of its lists.
+            name: the backend argument of the public function.
+        """
+        wanted = requested(name)[0]
+        first = self.candidates(inputs.device_type)[0] if wanted == "auto" else wanted
+        backend = self.backends[first]
+        if (
+            backend.plain is None
+            or not is_plain(tensors)
+            or (wanted == "auto" and self.passed_by(backend.name, inputs) is not None)
+            or not backend.plain(inputs)
+        ):
+            return False
+        self._count_writes(inputs)
+        return True
+
     def run(self, inputs: Any, backend: Backend) -> None:
         """Runs checked inputs on `backend`."""
         values = self.signature.values(inputs)
@@ -259,16 +282,22 @@ class InPlace(Contract):
 
     def update(self, inputs: Any, backend: Backend) -> None:
         self._check_values(inputs, backend)
-        kernel_inputs = self.distinct(inputs)
-        if kernel_inputs is not None:
-            assert backend.forward is not None
-            backend.forward(kernel_inputs)
-        # Kernels write through raw pointers, which autograd's version counters do not see
-        # (inference tensors have none).
+        if backend.plain is None or not backend.plain(inputs):
+            kernel_inputs = self.distinct(inputs)
+            if kernel_inputs is not None:
+                assert backend.forward is not None
+                backend.forward(kernel_inputs)
+        self._count_writes(inputs)
+
+    def _count_writes(self, inputs: Any) -> None:
+        """Kernels write through raw pointers, which autograd's version counters do not see."""
         for name in self.signature.written:
-            torch.autograd.graph.increment_version(
-                list(itertools.filterfalse(torch.Tensor.is_inference, getattr(inputs, name)))
-            )
+            written = getattr(inputs, name)
+            try:
+                if written:
+                    torch.autograd.graph.increment_version(written)
+            except RuntimeError:  # an inference tensor, which has no counter, ended it
+                torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
 
 def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
@@ -288,8 +317,7 @@ def _exact(call: Callable[..., Any] | None, inputs: Any, *more: Any) -> Any:
     """Calls a backend with autocast off: the public function has cast what it should."""
     assert call is not None
     kind = inputs.device_type
-    # Devices without autocast, such as meta, refuse the question whether it is on.
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if checks.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
             return call(inputs, *more)
     return call(inputs, *more)
@@ -327,8 +355,13 @@ class _Eager(torch.autograd.Function):
             inputs = ctx.op.signature.inputs(*values)
             backend = ctx.op.backends[ctx.backend_name]
             grads = _exact(backend.backward, inputs, saved, grad_out, needs)
-        wanted = [g if n else None for g, n in zip(grads, needs, strict=True)]
-        return (None, None, None, None, *wanted)
+        if False in needs:
+            grads = [g if n else None for g, n in zip(grads, needs, strict=True)]
+        return (None, None, None, None, *grads)
+
+
+# Function.apply without its look at torch.func's wrappers: `is_plain` has looked.
+_apply = super(torch.autograd.Function, _Eager).apply
 
 
 def _save(ctx: Any, op: Function, values: Sequence[Any], outputs: Sequence[torch.Tensor]) -> None:
@@ -357,9 +390,13 @@ def _save(ctx: Any, op: Function, values: Sequence[Any], outputs: Sequence[torch
 
 def _saved(ctx: Any) -> tuple[list[Any], list[torch.Tensor]]:
     """The arguments of the op, and the outputs that backward needs."""
-    tensors: Iterator[Any] = iter(ctx.saved_tensors)
-    places, values = ctx.op.signature.tensors, list(ctx.rest)
-    for i, count in zip(places, ctx.counts or [-1] * len(places), strict=True):
+    saved, places, values = ctx.saved_tensors, ctx.op.signature.tensors, list(ctx.rest)
+    if ctx.counts is None:
+        for i, tensor in zip(places, saved, strict=False):
+            values[i] = tensor
+        return values, list(saved[len(places) :])
+    tensors: Iterator[Any] = iter(saved)
+    for i, count in zip(places, ctx.counts, strict=True):
         values[i] = next(tensors) if count < 0 else [next(tensors) for _ in range(count)]
     return values, list(tensors)
 

@@ -55,7 +55,10 @@ class DeviceTables:
         if capturing:
             self._read_by_graphs[key] = entry
             return entry.result
-        self._keep(key, entry)
+        if key in self._entries:
+            self._entries.move_to_end(key)
+        else:
+            self._keep(key, entry)
         if entry.stream is not None:
             _order(entry, torch.cuda.current_stream(device))
         return entry.result

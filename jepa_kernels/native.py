@@ -82,6 +82,8 @@ def cuda_reason() -> str | None:
 
 
 def _reasons(missing: str | None, device_type: str, wanted: str) -> list[Reason]:
+    if missing is None and device_type == wanted:
+        return []
     reasons = [] if missing is None else [Reason(missing, "machine")]
     if device_type != wanted:
         place = "a CPU" if wanted == "cpu" else "a CUDA device"

@@ -92,6 +92,8 @@ def summary() -> str:
 def found(op: str, backend: str, inputs: Any) -> Preference | None:
     """The preference that passes `backend` by for these inputs, if there is one."""
     # Nothing is asked of the inputs where no row can concern them: this runs at every call.
+    if not _table:
+        return None
     rows = _table.get((op, backend, device_kind(inputs.device_type)))
     return None if rows is None else rows.get((dtype_name(inputs.dtype), inputs.size_class()))
 

@@ -101,7 +101,7 @@ def test_derivatives_are_right_or_refused(case, transform):
         else:
             torch.testing.assert_close(got, wanted, **FLOAT32_DEEP)
             right.append(backend)
-    assert {None, *backends} - {"cpu", "triton", "cuda", "torch"} == {*right} - {"torch"}
+    assert {None, *backends} - {"cpu", "triton", "flash", "cuda", "torch"} == {*right} - {"torch"}
     assert "needs backend=" in refused["cpu"] and "'reference'" in refused["cpu"]
 
 

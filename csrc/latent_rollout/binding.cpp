@@ -36,7 +36,7 @@ const float* numbers(const Tensor& t) { return t.const_data_ptr<float>(); }
 float* filled(Tensor& t) { return t.mutable_data_ptr<float>(); }
 
 Tensor floats(const Tensor& like, std::vector<int64_t> shape) {
-  Tensor fresh = torch::stable::new_empty(like, shape, ScalarType::Float);
+  Tensor fresh = fresh_tensor(like, shape, ScalarType::Float);
   advise_huge_pages(fresh);
   return fresh;
 }
@@ -44,7 +44,7 @@ Tensor floats(const Tensor& like, std::vector<int64_t> shape) {
 // Numbers that only go into products: on a CPU in the dtype of the operand.
 Tensor operands(const Tensor& like, std::vector<int64_t> shape, int64_t operand) {
   if (!like.is_cpu() || operand == JK_FLOAT32) return floats(like, shape);
-  Tensor fresh = torch::stable::new_empty(like, shape, ScalarType::BFloat16);
+  Tensor fresh = fresh_tensor(like, shape, ScalarType::BFloat16);
   advise_huge_pages(fresh);
   return fresh;
 }
@@ -283,7 +283,7 @@ std::tuple<Tensor, Tensor> errors(const Tensor& sums, const Tensor& weight, cons
   const std::vector<int64_t> planes =
       save_signs ? std::vector<int64_t>{p.steps, p.rows, 2 * ((p.channels + 7) / 8)}
                  : std::vector<int64_t>{0};
-  Tensor signs = torch::stable::new_empty(sums, planes, ScalarType::Byte);
+  Tensor signs = fresh_tensor(sums, planes, ScalarType::Byte);
   p.errors = filled(values);
   p.signs = save_signs ? signs.mutable_data_ptr<uint8_t>() : nullptr;
   device_of(sums, isa).run(p, jk_latent_rollout_cpu_readout, "jk_latent_rollout_cuda_readout",

@@ -116,7 +116,7 @@ jk_masked_attention_params describe(const Tensor& query, const Tensor& key, cons
   return p;
 }
 
-Tensor like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
+Tensor like(const Tensor& t) { return fresh_tensor(t, t.sizes()); }
 
 void set_out(jk_masked_attention_params& p, const Tensor& out, const Tensor& lse, bool packed) {
   p.out = rows(out, packed);
@@ -146,7 +146,7 @@ struct Cuda {
     const auto run = reinterpret_cast<kernel>(cuda_symbol(name));
     torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
     const std::vector<int64_t> bytes{size(&p, backward)};
-    Tensor scratch = torch::stable::new_empty(query, bytes, ScalarType::Byte);
+    Tensor scratch = fresh_tensor(query, bytes, ScalarType::Byte);
     p.scratch = scratch.mutable_data_ptr();
     p.scratch_bytes = bytes[0];
     return run(&p, cuda_stream(query.get_device_index()));
@@ -170,7 +170,7 @@ std::tuple<Tensor, Tensor> forward(const Device& device, const Tensor& query, co
   const std::vector<int64_t> shape =
       packed ? std::vector<int64_t>{query.size(1), query.size(0)}
              : std::vector<int64_t>{query.size(0), query.size(2), query.size(1)};
-  Tensor lse = torch::stable::new_empty(query, shape, ScalarType::Float);
+  Tensor lse = fresh_tensor(query, shape, ScalarType::Float);
   set_out(p, out, lse, packed);
   check_sentence(device.fwd(p, query));
   return {out, lse};

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .attention import CrossAttention, RoPEAttention
+from .cache import KeyValueCache
 from .ema import EMATeacher
 from .gaussianity import LeJEPALoss, SlicedGaussianity, lejepa_loss
 from .momentum import CosineMomentum, LinearMomentum
@@ -11,6 +12,7 @@ __all__ = [
     "CosineMomentum",
     "CrossAttention",
     "EMATeacher",
+    "KeyValueCache",
     "LeJEPALoss",
     "LinearMomentum",
     "RoPEAttention",

@@ -146,10 +146,23 @@ class AttentionCase:
     rope: Rope3D | None = None
     cu_seqlens_q: torch.Tensor | None = None
     cu_seqlens_k: torch.Tensor | None = None
+    query_times: torch.Tensor | None = None
+    key_times: torch.Tensor | None = None
+    window: int | None = None
     scale: float | None = None
 
     def options(self) -> dict:
-        names = ("query_ids", "key_ids", "rope", "cu_seqlens_q", "cu_seqlens_k", "scale")
+        names = (
+            "query_ids",
+            "key_ids",
+            "rope",
+            "cu_seqlens_q",
+            "cu_seqlens_k",
+            "query_times",
+            "key_times",
+            "window",
+            "scale",
+        )
         return {name: getattr(self, name) for name in names}
 
 
@@ -170,6 +183,10 @@ def attention_case(
     slack: int = 0,
     strided: bool = False,
     magnitude: float = 1.0,
+    times: str | None = None,
+    num_times: int = 4,
+    window: int | None = None,
+    time_dtype: torch.dtype = torch.int64,
     seed: int = 0,
 ) -> AttentionCase:
     """A random case: one length per sequence (dense: all the same), ids drawn without order, the
@@ -182,6 +199,9 @@ def attention_case(
         strided: make query, key and value views of one wider buffer, as of a qkv projection, with
             the heads in between.
         magnitude: standard deviation of query and key.
+        times: ``"sorted"`` or ``"random"`` times from 0 to ``num_times - 1``, those of queries and
+            keys drawn apart; dense ones serve the whole batch where they are sorted. None: no
+            times.
         Other arguments: as named in masked_attention.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -234,7 +254,23 @@ def attention_case(
             [0, *torch.tensor(counts_k).cumsum(0).tolist()] if counts_k else [0], dtype=cu_dtype
         )
         case = replace(case, cu_seqlens_q=cu_q, cu_seqlens_k=None if self_attention else cu_k)
-    return case
+    if times is None:
+        return case
+
+    def drawn(counts: list[int], extra: int) -> torch.Tensor:
+        rows = [torch.randint(0, num_times, (count,), generator=generator) for count in counts]
+        if times == "sorted":
+            rows = [row.sort().values for row in rows]
+        if packed:
+            return torch.cat([*rows, torch.zeros(extra, dtype=torch.int64)]).to(time_dtype)
+        return (rows[0] if times == "sorted" else torch.stack(rows)).to(time_dtype)
+
+    return replace(
+        case,
+        query_times=drawn(counts_q, slack),
+        key_times=drawn(counts_k, slack),
+        window=window,
+    )
 
 
 def _inside(x: torch.Tensor) -> torch.Tensor:
@@ -346,6 +382,8 @@ RESULT_FAULTS: dict[str, Callable] = {
     "unwritten_row": _unwritten_row,
 }
 ATTENTION_FAULTS = (*RESULT_FAULTS, "off_by_one_id", "dropped_scale", "swapped_layout")
+# Faults of calls with times and a window.
+TIME_FAULTS = ("early_query", "late_query", "wide_window", "narrow_window")
 
 
 @contextlib.contextmanager
@@ -354,7 +392,7 @@ def planted_fault(op: str, backend: str, fault: str, phase: str = "forward") -> 
 
     Args:
         op, backend: whose ``forward`` or ``backward`` (`phase`) is broken.
-        fault: one of RESULT_FAULTS, or for masked_attention one of ATTENTION_FAULTS.
+        fault: one of RESULT_FAULTS, or for masked_attention one of ATTENTION_FAULTS or TIME_FAULTS.
     """
     sound = getattr(OPS[op].backends[backend], phase)
 
@@ -367,10 +405,15 @@ def planted_fault(op: str, backend: str, fault: str, phase: str = "forward") -> 
             inputs = replace(inputs, scale=1.0)
         elif fault == "swapped_layout":
             inputs = replace(inputs, rope_table=inputs.rope_table.flip(-1).contiguous())
+        elif fault in ("early_query", "late_query"):
+            step = 1 if fault == "late_query" else -1
+            inputs = replace(inputs, query_times=inputs.query_times + step)
+        elif fault in ("wide_window", "narrow_window"):
+            step = 1 if fault == "wide_window" else -1
+            inputs = replace(inputs, window=inputs.window + step)
         else:
-            raise ValueError(
-                f"planted_fault: fault must be one of {', '.join(ATTENTION_FAULTS)}, got {fault!r}."
-            )
+            known = ", ".join((*ATTENTION_FAULTS, *TIME_FAULTS))
+            raise ValueError(f"planted_fault: fault must be one of {known}, got {fault!r}.")
         return sound(inputs, *more)
 
     with patched_backend(op, backend, **{phase: faulty}):
@@ -380,10 +423,10 @@ def planted_fault(op: str, backend: str, fault: str, phase: str = "forward") -> 
 @contextlib.contextmanager
 def patched_backend(op: str, backend: str, **changes: Any) -> Iterator[None]:
     """One backend of one op with other attributes, such as another ``forward``, inside the
-    context."""
+    context. Every call comes to another ``forward``, plain ones too."""
     backends = OPS[op].backends
     sound = backends[backend]
-    backends[backend] = replace(sound, **changes)
+    backends[backend] = replace(sound, **{"plain": None, **changes})
     try:
         yield
     finally:

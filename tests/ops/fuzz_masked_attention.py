@@ -52,7 +52,19 @@ def valid(rng: random.Random) -> Arguments:
         list(rope.grid),
     )
     call["lse"] = torch.zeros((heads, 9) if packed else (2, heads, 5))
+    timed = rng.random() < 0.5
+    call["query_times"], call["key_times"] = (
+        torch.randint(-3, 4, ids_shape).to(rng.choice((torch.int32, torch.int64)))
+        if timed
+        else None
+        for _ in range(2)
+    )
+    # None of the public function is 0 of the op.
+    call["window"] = rng.randint(1, 3) if timed and rng.random() < 0.5 else 0
+    call["keys_rotated"] = False
     call["scale"], call["backend"], call["isa"] = 0.3, rng.choice(("cpu", "torch")), -1
+    if timed:
+        call["backend"] = "torch"
     return call
 
 
@@ -118,6 +130,53 @@ def ids_wrong_kind(call, rng, backward):
             lambda t: t.to(torch.int16),
         )
     )(call[name])
+
+
+def times_wrong(call, rng, backward):
+    """Values that no 32 bits hold."""
+    name = _choose(rng, "query_times", "key_times")
+    shape = call["query_ids"].shape
+    for other in ("query_times", "key_times"):
+        call[other] = torch.zeros(shape, dtype=torch.int64)
+    call[name].flatten()[rng.randrange(call[name].numel())] = rng.choice(
+        (2**31, -(2**31) - 1, 2**62, -(2**63))
+    )
+
+
+def times_wrong_kind(call, rng, backward):
+    name = _choose(rng, "query_times", "key_times")
+    for other in ("query_times", "key_times"):
+        call[other] = torch.zeros_like(call["query_ids"])
+    call[name] = rng.choice(
+        (
+            lambda t: t.float(),
+            lambda t: t.bool(),
+            lambda t: t[..., :-1],
+            lambda t: t[None, None],
+            lambda t: t.to(torch.int16),
+            lambda t: t.to("meta"),
+        )
+    )(call[name])
+
+
+def times_missing(call, rng, backward):
+    """Of the queries, but not of the keys: which the public function fills in."""
+    call["query_times"], call["key_times"] = None, torch.zeros_like(call["query_ids"])
+
+
+def key_times_missing(call, rng, backward):
+    call["query_times"], call["key_times"] = torch.zeros_like(call["query_ids"]), None
+
+
+def window_wrong(call, rng, backward):
+    if call["query_times"] is None:
+        call["window"] = 2
+    else:
+        call["window"] = rng.choice((-1, -(2**31), 2**32, 2**62))
+
+
+def keys_rotated_wrong(call, rng, backward):
+    call["keys_rotated"] = rng.choice((True, 1, "yes"))
 
 
 def offsets_wrong(call, rng, backward):
@@ -253,12 +312,18 @@ EVERY = (
     ids_wrong_kind,
     offsets_wrong,
     offsets_wrong_kind,
+    times_wrong,
+    times_wrong_kind,
+    times_missing,
+    window_wrong,
     sparse,
     huge,
 )
-PUBLIC = (*EVERY, scale_wrong, backend_unknown, rope_wrong, no_ids)
-DIRECT = (*EVERY, backend_unknown, rope_wrong, grid_wrong, channel_stride, missing_argument)
-NATIVE = (*EVERY, rope_wrong, grid_wrong, channel_stride, missing_argument, isa_wrong)
+PUBLIC = (*EVERY, scale_wrong, backend_unknown, rope_wrong, no_ids, keys_rotated_wrong)
+OPS = (*EVERY, rope_wrong, grid_wrong, channel_stride, missing_argument, key_times_missing)
+DIRECT = (*OPS, backend_unknown)
+TIMES = (times_wrong, times_wrong_kind, times_missing, key_times_missing, window_wrong)
+NATIVE = (*(fault for fault in OPS if fault not in TIMES), isa_wrong)
 
 
 def _common(call) -> tuple:
@@ -266,13 +331,38 @@ def _common(call) -> tuple:
 
 
 def public(call) -> object:
-    names = ("query_ids", "key_ids", "rope", "cu_seqlens_q", "cu_seqlens_k", "scale", "backend")
-    return masked_attention(call.query, call.key, call.value, **{n: call[n] for n in names})
+    names = (
+        "query_ids",
+        "key_ids",
+        "rope",
+        "cu_seqlens_q",
+        "cu_seqlens_k",
+        "query_times",
+        "key_times",
+        "keys_rotated",
+        "scale",
+        "backend",
+    )
+    window = None if call.window == 0 else call.window
+    return masked_attention(
+        call.query, call.key, call.value, **{n: call[n] for n in names}, window=window
+    )
+
+
+def _times(call) -> tuple:
+    return (call.query_times, call.key_times, call.window)
 
 
 def direct_forward(call) -> object:
     return torch.ops.jepa_kernels.masked_attention_fwd(
-        call.query, call.key, call.value, *_common(call), call.grid, call.scale, call.backend
+        call.query,
+        call.key,
+        call.value,
+        *_common(call),
+        call.grid,
+        call.scale,
+        *_times(call),
+        call.backend,
     )
 
 
@@ -286,6 +376,7 @@ def direct_backward(call) -> object:
         *_common(call),
         call.grid,
         call.scale,
+        *_times(call),
         call.backend,
     )
 
@@ -300,7 +391,13 @@ def native_forward(call) -> object:
 def native_backward(call) -> object:
     rows = (call.grad_out, call.query, call.key, call.value)
     return torch.ops.jepa_kernels_native.masked_attention_cpu_bwd(
-        *rows, *_common(call), call.out, call.lse, call.grid, call.scale, call.isa
+        *rows,
+        *_common(call),
+        call.out,
+        call.lse,
+        call.grid,
+        call.scale,
+        call.isa,
     )
 
 

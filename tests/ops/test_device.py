@@ -17,12 +17,14 @@ from jepa_kernels import Rope3D, ema_update_, masked_attention, native, sliced_g
 from jepa_kernels.ops.adamw_ema import TeacherLists, adamw_ema_
 from jepa_kernels.ops.latent_rollout import ResidualMLP, latent_rollout
 from jepa_kernels.ops.latent_rollout.cells import with_parameters
+from jepa_kernels.ops.masked_attention import flash
 from jepa_kernels.testing import (
     HEAD_DIMS,
     RESULT_FAULTS,
     attention_case,
     check_attention,
     planted_fault,
+    run_attention,
 )
 from jepa_kernels.testing.rollout import (
     CELLS,
@@ -69,6 +71,50 @@ def test_float16_attention(backend, head_dim):
 def test_attention_at_the_lengths_of_video(backend, lengths):
     shared = {"head_dim": 64, "dtype": torch.bfloat16, "grid": (8, 14, 14)}
     check_attention(attention_case(lengths, packed=len(lengths) > 1, **shared), backend, "cuda")
+
+
+@pytest.mark.parametrize("library", [on_a_gpu(x, id=x.name) for x in flash.LIBRARIES])
+class TestFlash:
+    """The flash backend on each library that runs here."""
+
+    @pytest.fixture(autouse=True)
+    def _alone(self, library, monkeypatch):
+        why = flash._obstacles(torch.are_deterministic_algorithms_enabled())
+        why = why[flash.LIBRARIES.index(library)]
+        if why:
+            pytest.skip(why)
+        monkeypatch.setattr(flash, "library", lambda: library)
+
+    @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+    @pytest.mark.parametrize("head_dim", HEAD_DIMS)
+    def test_every_form(self, head_dim, dtype):
+        shared = {"head_dim": head_dim, "dtype": dtype, "layout": "tiled"}
+        for case in (
+            attention_case((5, 0, 270), packed=True, slack=2, **shared),
+            attention_case((3, 0, 9), (130, 2, 0), packed=True, strided=True, **shared),
+            attention_case((9, 9), (130, 130), strided=True, **shared),
+            attention_case((200,), **{**shared, "grid": None}),
+        ):
+            check_attention(case, "flash", "cuda")
+
+    @pytest.mark.parametrize("lengths", [(1568,), (700, 1, 513, 64)], ids=["dense", "ragged"])
+    def test_the_lengths_of_video_repeat_bit_for_bit(self, lengths):
+        torch.use_deterministic_algorithms(True)
+        case = attention_case(
+            lengths, packed=len(lengths) > 1, head_dim=64, dtype=torch.bfloat16, grid=(8, 14, 14)
+        )
+        first = check_attention(case, "flash", "cuda")
+        again = run_attention(case, "flash", device="cuda")
+        for (name, a), (_, b) in zip(first.named(), again.named(), strict=True):
+            assert torch.equal(a, b), name
+
+    def test_a_graph_computes_anew_from_lengths(self):
+        leaves, ids, cu, call = attention_call("flash", "cuda", Rope3D((2, 4, 5)), True)
+        replay, kept = recorded(call, "cuda")
+        cu.copy_(torch.tensor([0, 29, 38]))
+        replay()
+        for got, wanted in zip(kept, call(), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02)
 
 
 @each_gpu_backend

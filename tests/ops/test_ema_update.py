@@ -6,16 +6,18 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from jepa_kernels import BackendUnsupportedError, ema_update_, explain, native
+from jepa_kernels import BackendUnsupportedError, ema_update_, explain, native, use_backend
 from jepa_kernels.ops.ema import stochastic
-from jepa_kernels.ops.ema_update.contract import OP
+from jepa_kernels.ops.ema_update.contract import OP, update_plain
 from jepa_kernels.testing import assert_within_budget, patched_backend
 from tests.ops.backends import GPU, each, runnable
 from tests.ops.devices import GPU_BACKENDS
@@ -569,3 +571,73 @@ def test_a_planted_fault_is_noticed(backend, fault):
     with pytest.raises(AssertionError):
         for bad, wanted in zip(actual, expected, strict=True):
             assert_within_budget("target", bad, wanted)
+
+
+def plain_calls() -> dict[str, tuple[bool, Any, Any]]:
+    """Whether the native call that checks a list by itself takes it, targets and sources."""
+    whole, other = torch.randn(3, 8), torch.randn(40)
+    sparse = torch.eye(3).to_sparse()
+    wide = torch.randn(2, 3, dtype=torch.float64)
+    return {
+        "usual": (True, [torch.randn(5), torch.randn(2, 3)], [torch.randn(5), torch.randn(2, 3)]),
+        "mixed dtypes": (
+            True,
+            [torch.randn(5).bfloat16(), torch.randn(2, 3), torch.randn(4).half()],
+            [torch.randn(5), torch.randn(2, 3).half(), torch.randn(4).bfloat16()],
+        ),
+        "descending addresses": (True, list(whole.clone().unbind())[::-1], list(whole.unbind())),
+        "parameters": (True, [torch.nn.Parameter(torch.randn(4))], [torch.randn(4)]),
+        "a scalar": (True, [torch.randn(())], [torch.randn(())]),
+        "twice the same": (False, [other, other], [whole[0, :1].expand(40)] * 2),
+        "transposed": (False, [torch.randn(3, 4).t()], [torch.randn(4, 3)]),
+        "empty tensor": (False, [torch.randn(0), torch.randn(2)], [torch.randn(0), torch.randn(2)]),
+        "another shape": (False, [torch.randn(4)], [torch.randn(2, 2)]),
+        "more dimensions": (False, [torch.randn(4)], [torch.randn(4, 1)]),
+        "one source less": (False, [torch.randn(4), torch.randn(4)], [torch.randn(4)]),
+        "float64": (False, [wide], [wide.clone()]),
+        "sparse": (False, [sparse], [sparse]),
+        "on another device": (False, [torch.randn(3)], [torch.randn(3, device="meta")]),
+        "overlapping in part": (False, [other[:30], other[10:]], [torch.randn(30)] * 2),
+        "no list": (False, (torch.randn(3),), (torch.randn(3),)),
+        "a subclass": (False, [torch.randn(3).as_subclass(Tagged)], [torch.randn(3)]),
+    }
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+@pytest.mark.skipif(not native.available(), reason=str(native.reason()))
+@pytest.mark.parametrize("name", plain_calls())
+def test_a_plain_call_is_the_usual_one(name):
+    """Taken or left, the result, the version counters and the refusals are those of the usual
+    way."""
+    taken, targets, sources = plain_calls()[name]
+    before = [t.detach().clone() if t.layout == torch.strided else t for t in targets]
+    versions = [t._version for t in targets]
+    assert update_plain(targets, sources, 0.75, None) is taken
+    if not taken:
+        assert all(torch.equal(t, b) for t, b in zip(targets, before) if t.layout == torch.strided)
+        return
+    assert all(t._version > v for t, v in zip(targets, versions, strict=True))
+    with patched_backend("ema_update", "cpu"):
+        ema_update_(before, sources, 0.75, backend="cpu")
+    for moved, expected in zip(targets, before, strict=True):
+        assert torch.equal(moved, expected)
+
+
+@pytest.mark.skipif(not native.available(), reason=str(native.reason()))
+def test_a_plain_call_takes_the_backend_that_is_asked_for():
+    def targets_and_sources():
+        return [torch.randn(4)], [torch.randn(4)]
+
+    assert update_plain(*targets_and_sources(), 0.5, "cpu")
+    assert not update_plain(*targets_and_sources(), 0.5, "reference")
+    with use_backend("torch"):
+        assert not update_plain(*targets_and_sources(), 0.5, None)
+    with FakeTensorMode():
+        assert not update_plain(*targets_and_sources(), 0.5, None)
+    with torch.inference_mode():
+        assert update_plain(*targets_and_sources(), 0.5, None)
+    with pytest.raises(ValueError, match="be one of auto"):
+        update_plain(*targets_and_sources(), 0.5, "fast")

@@ -43,7 +43,7 @@ for a, b in zip(*results.values()):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 torch.library.opcheck(
     torch.ops.jepa_kernels.masked_attention_fwd.default,
-    (q.detach().requires_grad_(), k, v, None, None, None, None, None, [0, 0, 0], 0.125, "cpu"),
+    (q.detach().requires_grad_(), k, v, *[None] * 5, [0, 0, 0], 0.125, None, None, 0, "cpu"),
 )
 print("smoke test passed")
 """

@@ -67,3 +67,23 @@ OP = InPlace(
     check_values=check_values,
     distinct=distinct,
 )
+
+
+def update_plain(
+    targets: Sequence[torch.Tensor],
+    sources: Sequence[torch.Tensor],
+    momentum: float | torch.Tensor,
+    backend: str | None,
+) -> bool:
+    """The usual call, targets and sources alone, without checks in Python; see
+    `InPlace.run_plain`."""
+    if (
+        type(momentum) is not float
+        or not 0.0 <= momentum <= 1.0
+        or not isinstance(targets, list)
+        or not isinstance(sources, list)
+        or not targets
+    ):
+        return False
+    inputs = Inputs(targets, sources, momentum, [], [], None, "nearest")
+    return OP.run_plain(inputs, targets + sources, backend)

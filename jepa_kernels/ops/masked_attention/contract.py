@@ -10,7 +10,7 @@ from ...contract import Function
 from ...rope3d import Rope3D
 from .inputs import NAME, Inputs, check, check_direct, check_values, example, outputs
 
-PRIORITY = ("cuda", "triton", "cpu", "torch", "reference")
+PRIORITY = ("cuda", "triton", "flash", "cpu", "torch", "reference")
 
 
 def prepare(
@@ -23,6 +23,10 @@ def prepare(
     rope: Rope3D | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
+    query_times: torch.Tensor | None = None,
+    key_times: torch.Tensor | None = None,
+    window: int | None = None,
+    keys_rotated: bool = False,
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Inputs:
@@ -38,11 +42,20 @@ def prepare(
         checks.is_finite_number(NAME, "scale", scale)
     if return_lse is not False:
         checks.is_bool(NAME, "return_lse", return_lse)
+    if keys_rotated is not False:
+        key_ids = _unrotated_ids(key, key_ids, rope, keys_rotated)
+    if query_times is not None:
+        checks.is_tensor(NAME, "query_times", query_times)
+        if key_times is None:
+            key_times = _of_keys("key_times", query, key, query_times)
+        checks.is_tensor(NAME, "key_times", key_times)
+    if window is not None:
+        _check_window(window, query_times)
     head_dim = query.shape[-1] if query.dim() else 0
     table = None
     if rope is not None:
         if key_ids is None:
-            key_ids = _ids_of_keys(query, key, query_ids)
+            key_ids = _of_keys("key_ids", query, key, query_ids)
         table = rope.table(head_dim, query.device)
     inputs = Inputs(
         query,
@@ -55,6 +68,9 @@ def prepare(
         table,
         [0, 0, 0] if rope is None else list(rope.grid),
         float(head_dim) ** -0.5 if scale is None and head_dim else float(scale or 0.0),
+        query_times,
+        key_times,
+        0 if window is None else window,
         rope,
         return_lse,
     )
@@ -62,21 +78,51 @@ def prepare(
     return inputs.with_contiguous_channels()
 
 
-def _ids_of_keys(
-    query: torch.Tensor, key: torch.Tensor, query_ids: torch.Tensor | None
+def _of_keys(
+    argument: str, query: torch.Tensor, key: torch.Tensor, of_queries: torch.Tensor | None
 ) -> torch.Tensor | None:
     """Self-attention: the keys are the queries' tokens."""
-    if query_ids is not None and query.dim() == key.dim() >= 3 and key.shape[-3] != query.shape[-3]:
+    if (
+        of_queries is not None
+        and query.dim() == key.dim() >= 3
+        and key.shape[-3] != query.shape[-3]
+    ):
         raise ValueError(
             checks.sentence(
                 NAME,
-                "key_ids",
+                argument,
                 f"be given when key has other tokens ({key.shape[-3]}) than query "
                 f"({query.shape[-3]})",
                 "None",
             )
         )
-    return query_ids
+    return of_queries
+
+
+def _unrotated_ids(
+    key: torch.Tensor, key_ids: torch.Tensor | None, rope: Rope3D | None, keys_rotated: bool
+) -> torch.Tensor | None:
+    """Ids of keys that are to stay as they are."""
+    checks.is_bool(NAME, "keys_rotated", keys_rotated)
+    if rope is None:
+        raise ValueError(checks.sentence(NAME, "keys_rotated", "be False without rope", True))
+    if key_ids is not None:
+        got = checks.type_name(key_ids)
+        raise ValueError(checks.sentence(NAME, "key_ids", "be None with keys_rotated", got))
+    if key.dim() < 3:
+        return None  # `check` has a sentence for such a key
+    return torch.full((1,), -1, device=key.device).expand(key.shape[-3])
+
+
+def _check_window(window: int, query_times: torch.Tensor | None) -> None:
+    if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)):
+        raise TypeError(
+            checks.sentence(NAME, "window", "be an int or None", checks.type_name(window))
+        )
+    if query_times is None:
+        raise ValueError(checks.sentence(NAME, "window", "be None without query_times", window))
+    if not 1 <= window < 2**32:
+        raise ValueError(checks.sentence(NAME, "window", f"be from 1 to {2**32 - 1}", window))
 
 
 OP = Function(

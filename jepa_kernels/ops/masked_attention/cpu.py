@@ -6,13 +6,17 @@ import torch
 
 from ... import native
 from ...backend import Backend, Reason
-from .inputs import Inputs, rows_of_channels, shape_reasons
+from .inputs import Inputs, rows_of_channels, shape_reasons, times_reasons
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def unsupported(inputs: Inputs) -> list[Reason]:
-    return native.cpu_unavailable_reasons(inputs.device_type) + shape_reasons(inputs, _DTYPES)
+    return (
+        native.cpu_unavailable_reasons(inputs.device_type)
+        + shape_reasons(inputs, _DTYPES)
+        + times_reasons(inputs)
+    )
 
 
 def forward(inputs: Inputs):

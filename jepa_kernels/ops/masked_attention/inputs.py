@@ -19,8 +19,8 @@ NAME = "masked_attention"
 
 @dataclass(slots=True)
 class Inputs:
-    """One call. Shapes as in the public function; ids and offsets of keys are always given where
-    those of queries are."""
+    """One call. Shapes as in the public function; ids, times and offsets of keys are always given
+    where those of queries are. A window of 0 is none."""
 
     query: torch.Tensor = differentiable()
     key: torch.Tensor = differentiable()
@@ -32,6 +32,9 @@ class Inputs:
     rope_table: torch.Tensor | None
     grid: list[int]
     scale: float
+    query_times: torch.Tensor | None = None
+    key_times: torch.Tensor | None = None
+    window: int = 0
     rope: Rope3D | None = beside_the_schema(default=None)
     return_lse: bool = beside_the_schema(default=True)
 
@@ -56,7 +59,7 @@ class Inputs:
         return self.cu_seqlens_q is not None
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """Every tensor, in the order of the native ops."""
+        """Every tensor but the times, in the order of the native ops."""
         return (
             self.query,
             self.key,
@@ -88,6 +91,8 @@ class Inputs:
             if self.rope_table is None
             else f"grid {tuple(self.grid)}" + (f" {self.rope.layout}" if self.rope else ""),
         ]
+        if self.query_times is not None:
+            parts.append("times" + (f", window {self.window}" if self.window else ""))
         if torch.is_grad_enabled() and any(
             t.requires_grad for t in (self.query, self.key, self.value)
         ):
@@ -96,7 +101,7 @@ class Inputs:
 
     def with_contiguous_channels(self) -> Inputs:
         """The same call with channel stride 1, which kernels read."""
-        if all([t.stride(-1) == 1 for t in (self.query, self.key, self.value)]):
+        if self.query.stride(-1) == self.key.stride(-1) == self.value.stride(-1) == 1:
             return self
         query, key, value = (
             t if t.stride(-1) == 1 else t.contiguous() for t in (self.query, self.key, self.value)
@@ -138,6 +143,21 @@ def _is_sound(inputs: Inputs) -> bool:
         return False
     if packed or inputs.cu_seqlens_k is not None:
         return False
+    times, times_k = inputs.query_times, inputs.key_times
+    if times is None:
+        if times_k is not None or inputs.window != 0:
+            return False
+    elif not (
+        times_k is not None
+        and times.dtype in checks.ID_DTYPES
+        and times_k.dtype in checks.ID_DTYPES
+        and times.device == device
+        and times_k.device == device
+        and (times.shape == shape[1:2] or times.shape == shape[:2])
+        and (times_k.shape == shape_k[1:2] or times_k.shape == shape_k[:2])
+        and 0 <= inputs.window < 2**32
+    ):
+        return False
     ids, ids_k = inputs.query_ids, inputs.key_ids
     if inputs.rope_table is None:
         return ids is None and ids_k is None
@@ -172,6 +192,7 @@ def _refuse(inputs: Inputs) -> None:
     _check_rows(inputs)
     _check_offsets(inputs)
     _check_positions(inputs)
+    _check_times(inputs)
 
 
 def _check_rows(inputs: Inputs) -> None:
@@ -224,16 +245,39 @@ def _check_positions(inputs: Inputs) -> None:
             continue
         if ids is None:
             raise TypeError(checks.sentence(NAME, argument, "be given with rope", "None"))
-        checks.is_tensor(NAME, argument, ids)
-        checks.has_dtype(NAME, argument, ids, checks.ID_DTYPES)
-        checks.same_device(NAME, argument, ids, rows.device)
-        shapes = [tuple(rows.shape[:1])]
-        if not inputs.packed:
-            shapes = [tuple(rows.shape[:2]), tuple(rows.shape[1:2])]
-        if tuple(ids.shape) not in shapes:
-            _fail(argument, f"have shape {' or '.join(map(str, shapes))}", tuple(ids.shape))
+        _check_per_token(argument, ids, rows, inputs.packed)
     if inputs.rope_table is not None and rope_dim(inputs.head_dim) == 0:
         _fail("query", "have a head_dim of at least 6 with rope", inputs.head_dim)
+
+
+def _check_times(inputs: Inputs) -> None:
+    if inputs.query_times is None:
+        if inputs.key_times is not None:
+            got = checks.type_name(inputs.key_times)
+            _fail("key_times", "be None without query_times", got)
+        if inputs.window != 0:
+            _fail("window", "be 0 (none) without query_times", inputs.window)
+        return
+    _check_per_token("query_times", inputs.query_times, inputs.query, inputs.packed)
+    if inputs.key_times is None:
+        raise TypeError(checks.sentence(NAME, "key_times", "be given in a direct call", "None"))
+    _check_per_token("key_times", inputs.key_times, inputs.key, inputs.packed)
+    if not 0 <= inputs.window < 2**32:
+        _fail("window", f"be from 0 (none) to {2**32 - 1}", inputs.window)
+
+
+def _check_per_token(
+    argument: str, numbers: torch.Tensor, rows: torch.Tensor, packed: bool
+) -> None:
+    """Ids or times: one of each token."""
+    checks.is_tensor(NAME, argument, numbers)
+    checks.has_dtype(NAME, argument, numbers, checks.ID_DTYPES)
+    checks.same_device(NAME, argument, numbers, rows.device)
+    shapes = [tuple(rows.shape[:1])]
+    if not packed:
+        shapes = [tuple(rows.shape[:2]), tuple(rows.shape[1:2])]
+    if tuple(numbers.shape) not in shapes:
+        _fail(argument, f"have shape {' or '.join(map(str, shapes))}", tuple(numbers.shape))
 
 
 def check_direct(inputs: Inputs) -> None:
@@ -256,7 +300,8 @@ def check_direct(inputs: Inputs) -> None:
 
 
 def check_values(inputs: Inputs) -> None:
-    """Ids lie in the grid and offsets in the rows; read on a CPU, on a GPU only where asked for."""
+    """Ids lie in the grid, offsets in the rows and times in 32 bits; read on a CPU, on a GPU only
+    where asked for."""
     if inputs.rope_table is not None:
         frames, height, width = inputs.grid
         total = frames * height * width
@@ -267,15 +312,26 @@ def check_values(inputs: Inputs) -> None:
         checks.offsets_valid(NAME, "cu_seqlens_q", inputs.cu_seqlens_q, inputs.query.shape[0])
         if inputs.cu_seqlens_k is not inputs.cu_seqlens_q:
             checks.offsets_valid(NAME, "cu_seqlens_k", inputs.cu_seqlens_k, inputs.key.shape[0])
+    if inputs.query_times is not None:
+        checks.times_in_range(NAME, "query_times", inputs.query_times)
+        if inputs.key_times is not inputs.query_times:
+            checks.times_in_range(NAME, "key_times", inputs.key_times)
 
 
 def shape_reasons(inputs: Inputs, dtypes: tuple[torch.dtype, ...]) -> list[Reason]:
     """The dtypes and head widths that kernel backends take."""
-    head_dim = inputs.head_dim
-    reasons = dtype_reasons((inputs.dtype,), dtypes)
+    head_dim, dtype = inputs.query.shape[-1], inputs.query.dtype
+    reasons = [] if dtype in dtypes else dtype_reasons((dtype,), dtypes)
     if head_dim % 8 or not 8 <= head_dim <= 128:
         reasons.append(Reason(f"head_dim must be a multiple of 8 from 8 to 128, got {head_dim}"))
     return reasons
+
+
+def times_reasons(inputs: Inputs) -> list[Reason]:
+    """Why a backend whose kernels do not read times cannot run a call with them."""
+    if inputs.query_times is None:
+        return []
+    return [Reason("query_times must be None (this backend does not read times yet), got a tensor")]
 
 
 def rows_of_channels(grad_out: torch.Tensor) -> torch.Tensor:
@@ -293,6 +349,8 @@ def example(tokens: int, batch: int = 2, heads: int = 3, head_dim: int = 64) -> 
         # Zeros serve here: the device may be one that is only pretended, and computes nothing.
         table = torch.zeros(2, sum(rope.grid), rope_dim(head_dim), device=device_type)
         query, key, value = (torch.zeros_like(rows) for _ in range(3))
-        return Inputs(query, key, value, ids, ids, None, None, table, list(rope.grid), 0.125, rope)
+        return Inputs(
+            query, key, value, ids, ids, None, None, table, list(rope.grid), 0.125, rope=rope
+        )
 
     return build

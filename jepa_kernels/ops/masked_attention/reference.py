@@ -7,6 +7,8 @@ sequences are taken one by one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ...backend import ANY_DEVICE, Backend, Reason
@@ -24,13 +26,15 @@ def compose(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     if inputs.rope is not None:
         query = rotate(query, inputs.query_ids, inputs.rope)
         key = rotate(key, inputs.key_ids, inputs.rope)
+    visible = _visible(inputs)
     if inputs.cu_seqlens_q is None:
-        return _attend(query, key, value, inputs.scale)
+        return _attend(query, key, value, inputs.scale, visible(slice(None), slice(None)))
     starts_q, starts_k = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
     outs, lses = [], []
     for i in range(len(starts_q) - 1):
         rows_q, rows_k = slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1])
-        out, lse = _attend(query[rows_q], key[rows_k], value[rows_k], inputs.scale)
+        seen = visible(rows_q, rows_k)
+        out, lse = _attend(query[rows_q], key[rows_k], value[rows_k], inputs.scale, seen)
         outs.append(out)
         lses.append(lse)
     slack = query[starts_q[-1] :]
@@ -52,7 +56,9 @@ def rotate(x: torch.Tensor, ids: torch.Tensor, rope: Rope3D) -> torch.Tensor:
     for axis, position in enumerate(axes):
         position = position.to(torch.float64)
         if axis > 0 and rope.interpolate_from is not None:
-            position = position * ((rope.interpolate_from - 1) / max(rope.grid[axis] - 1, 1))
+            shift = 1 if rope.interpolation == "corners" else 0
+            sides = rope.interpolate_from - shift, max(rope.grid[axis] - shift, 1)
+            position = position * (sides[0] / sides[1])
         pair = torch.arange(m // 2, device=x.device, dtype=torch.float64)
         angle = position[..., None] * 10000.0 ** (-2.0 * pair / m)
         first, second = _pair_angles(angle, rope.layout)
@@ -80,18 +86,44 @@ def _pair_angles(angle: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.
     return per_channel[..., 0::2], per_channel[..., 1::2]
 
 
+def _visible(inputs: Inputs) -> Callable[[slice, slice], torch.Tensor | None]:
+    """(queries, keys) -> whether each of these queries sees each of these keys, ``[..., 1, Nq,
+    Nk]``; None where there are no times."""
+    if inputs.query_times is None:
+        return lambda queries, keys: None
+
+    def visible(queries: slice, keys: slice) -> torch.Tensor:
+        query_time = inputs.query_times[..., queries].long()[..., None, :, None]
+        key_time = inputs.key_times[..., keys].long()[..., None, None, :]
+        past = key_time <= query_time
+        return past & (query_time - inputs.window < key_time) if inputs.window else past
+
+    return visible
+
+
 def _lse_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    visible: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(scale q k^T) v for ``[..., N, heads, head_dim]`` within one sequence."""
+    """softmax(scale q k^T) v for ``[..., N, heads, head_dim]`` within one sequence, over the keys
+    that are `visible`."""
     scores = torch.einsum("...qhd,...khd->...hqk", query, key) * scale
     if key.shape[-3] == 0:
         return query * 0, scores.new_full(scores.shape[:-1], -torch.inf, dtype=_lse_dtype(query))
-    weights = scores.softmax(-1)
+    if visible is None:
+        weights = scores.softmax(-1)
+    else:
+        # Queries that see nothing are set aside: a softmax over nothing would be NaN.
+        sees = visible.any(-1, keepdim=True)
+        scores = scores.masked_fill(~visible, -torch.inf)
+        weights = scores.masked_fill(~sees, 0.0).softmax(-1).masked_fill(~visible, 0.0)
     out = torch.einsum("...hqk,...khd->...qhd", weights, value)
     return out, scores.detach().to(_lse_dtype(query)).logsumexp(-1)
 

@@ -1,5 +1,5 @@
 """Fast eager composition: table rotation and scaled_dot_product_attention, one call per packed
-sequence.
+sequence. Times become one call for each time where they are sorted, else a dense mask.
 
 The baseline that kernels must beat, and what runs where no kernel does. Uses PyTorch's own
 autograd; inside a compiled graph packed calls go through the op, because their loop reads lengths,
@@ -15,7 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from ...backend import ANY_DEVICE, Backend, Reason
+from ...contract import is_plain
+from ...rope3d import rotate, rotate_transposed
 from .inputs import Inputs
+
+# Queries of a time below which a mask costs less than a call of their own.
+_SHORTEST_RUN = 16
 
 
 def unsupported(inputs: Inputs) -> list[Reason]:
@@ -34,14 +39,21 @@ def compose(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
     if inputs.rope_table is not None:
         query = rotate(query, inputs.query_ids, inputs.rope_table, inputs.grid)
         key = rotate(key, inputs.key_ids, inputs.rope_table, inputs.grid)
+    times = inputs.query_times, inputs.key_times
     if inputs.cu_seqlens_q is None:
-        return _attend(query, key, value, inputs.scale, inputs.return_lse)
+        return _attend_in_time(query, key, value, *times, inputs)
     lengths_q = _lengths(inputs.cu_seqlens_q, query.shape[0])
     lengths_k = _lengths(inputs.cu_seqlens_k, key.shape[0])
-    pieces = zip(query.split(lengths_q), key.split(lengths_k), value.split(lengths_k), strict=True)
+    pieces = zip(
+        query.split(lengths_q),
+        key.split(lengths_k),
+        value.split(lengths_k),
+        *_split_times(times, lengths_q, lengths_k),
+        strict=True,
+    )
     results = [
-        _attend(q[None], k[None], v[None], inputs.scale, inputs.return_lse)
-        for q, k, v in list(pieces)[:-1]
+        _attend_in_time(q[None], k[None], v[None], *of_sequence, inputs)
+        for q, k, v, *of_sequence in list(pieces)[:-1]
     ]
     # The rows past the last offset belong to no sequence.
     slack = query[query.shape[0] - lengths_q[-1] :]
@@ -68,8 +80,10 @@ def backward(inputs: Inputs, saved, grad_out, needs):
         query = rotate(query, inputs.query_ids, table, grid)
         key = rotate(key, inputs.key_ids, table, grid)
     delta = (grad_out.float() * out.float()).sum(-1).movedim(-1, -2)
+    times = inputs.query_times, inputs.key_times
     if inputs.cu_seqlens_q is None:
-        grads = _attend_backward(grad_out, query, key, value, delta, lse, scale)
+        visible = _visible(*times, inputs.window)
+        grads = _attend_backward(grad_out, query, key, value, delta, lse, scale, visible)
     else:
         lengths_q = _lengths(inputs.cu_seqlens_q, query.shape[0])
         lengths_k = _lengths(inputs.cu_seqlens_k, key.shape[0])
@@ -77,9 +91,12 @@ def backward(inputs: Inputs, saved, grad_out, needs):
             t.split(lengths_q, dim=-1) for t in (delta, lse)
         ]
         by_key = [t.split(lengths_k) for t in (key, value)]
+        by_both = _split_times(times, lengths_q, lengths_k)
         pieces = [
-            _attend_backward(g, q, k, v, d, m, scale)
-            for g, q, d, m, k, v in list(zip(*by_query, *by_key, strict=True))[:-1]
+            _attend_backward(g, q, k, v, d, m, scale, _visible(tq, tk, inputs.window))
+            for g, q, d, m, k, v, tq, tk in list(zip(*by_query, *by_key, *by_both, strict=True))[
+                :-1
+            ]
         ]
         slack = [
             t.new_zeros((n, *t.shape[1:]))
@@ -89,14 +106,14 @@ def backward(inputs: Inputs, saved, grad_out, needs):
         grads = [torch.cat([*part, end]) for part, end in zip(parts, slack, strict=True)]
     grad_query, grad_key, grad_value = grads
     if table is not None:
-        grad_query = _rotate_transposed(grad_query, inputs.query_ids, table, grid)
-        grad_key = _rotate_transposed(grad_key, inputs.key_ids, table, grid)
+        grad_query = rotate_transposed(grad_query, inputs.query_ids, table, grid)
+        grad_key = rotate_transposed(grad_key, inputs.key_ids, table, grid)
     return [g.contiguous() for g in (grad_query, grad_key, grad_value)]
 
 
-def _attend_backward(grad_out, query, key, value, delta, lse, scale: float):
+def _attend_backward(grad_out, query, key, value, delta, lse, scale: float, visible):
     """Gradients of `_attend` for ``[..., N, heads, head_dim]``, with delta and lse ``[..., heads,
-    Nq]``."""
+    Nq]`` and visible ``[..., 1, Nq, Nk]`` or None."""
     dtype = query.dtype
     wide = torch.promote_types(dtype, torch.float32)
     grad_out, query, key, value = (
@@ -104,6 +121,8 @@ def _attend_backward(grad_out, query, key, value, delta, lse, scale: float):
     )
     # A sequence without keys has lse -inf and no column to weigh, so no NaN can arise.
     weights = (query @ key.transpose(-1, -2) * scale - lse[..., None]).exp()
+    if visible is not None:
+        weights = weights.where(visible, 0.0)
     grad_scores = weights * (grad_out @ value.transpose(-1, -2) - delta[..., None]) * scale
     grads = (
         grad_scores @ key,
@@ -113,64 +132,93 @@ def _attend_backward(grad_out, query, key, value, delta, lse, scale: float):
     return tuple(g.transpose(-3, -2).to(dtype) for g in grads)
 
 
-def rotate(
-    x: torch.Tensor, ids: torch.Tensor, table: torch.Tensor, grid: list[int]
-) -> torch.Tensor:
-    """R(x, ids) by the table of `Rope3D.table`, for ``[..., N, heads, head_dim]`` and ids ``[...,
-    N]``."""
-    cos, sin = _angles(ids, table, grid, x.dtype)
-    head, tail = x.tensor_split((cos.shape[-1],), dim=-1)
-    even, odd = head.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.cat(
-        (head * cos + torch.stack((-odd, even), dim=-1).flatten(-2) * sin, tail), dim=-1
-    )
-
-
-def _rotate_transposed(
-    grad: torch.Tensor, ids: torch.Tensor, table: torch.Tensor, grid: list[int]
-) -> torch.Tensor:
-    """The gradient of `rotate`: the transpose, which is the inverse only for the interleaved
-    layout."""
-    cos, sin = _angles(ids, table, grid, grad.dtype)
-    head, tail = grad.tensor_split((cos.shape[-1],), dim=-1)
-    even, odd = (head * sin).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.cat((head * cos + torch.stack((odd, -even), dim=-1).flatten(-2), tail), dim=-1)
-
-
-def _angles(
-    ids: torch.Tensor, table: torch.Tensor, grid: list[int], dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of every rotated channel of every token, ``[..., N, 1, 3 m]``; 1 and 0 where
-    the id is -1."""
-    frames, height, width = grid
-    spatial = height * width
-    place = ids.clamp(min=0).long()
-    rows = (place // spatial, frames + place % spatial // width, frames + height + place % width)
-    cos, sin = torch.cat([table[:, row] for row in rows], dim=-1).to(dtype)
-    unrotated = (ids < 0)[..., None]
-    return cos.masked_fill(unrotated, 1.0)[..., None, :], sin.masked_fill(unrotated, 0.0)[
-        ..., None, :
-    ]
-
-
 def _lengths(offsets: torch.Tensor, total: int) -> list[int]:
     ends = offsets.tolist()
     return [b - a for a, b in pairwise(ends)] + [total - ends[-1]]
 
 
-def _attend(query, key, value, scale: float, return_lse: bool):
-    """SDPA for ``[B, N, heads, head_dim]``; lse ``[B, heads, Nq]`` float32 where asked for."""
+def _split_times(times, lengths_q: list[int], lengths_k: list[int]):
+    """The times of each packed sequence, those of queries and those of keys."""
+    if times[0] is None:
+        return [[None] * len(lengths_q)] * 2
+    return [t.split(lengths) for t, lengths in zip(times, (lengths_q, lengths_k), strict=True)]
+
+
+def _visible(query_times, key_times, window: int):
+    """Whether each query sees each key, ``[..., 1, Nq, Nk]``; None without times."""
+    if query_times is None:
+        return None
+    last = query_times.long()[..., None, :, None]
+    time = key_times.long()[..., None, None, :]
+    return (time <= last) & (time > last - window) if window else time <= last
+
+
+def _attend_in_time(query, key, value, query_times, key_times, inputs: Inputs):
+    """`_attend` over the keys that each query sees: by slices of keys where times are sorted, else
+    by a mask."""
+    scale, return_lse = inputs.scale, inputs.return_lse
+    runs = _runs(query_times, key_times, inputs.window)
+    if runs is None:
+        visible = _visible(query_times, key_times, inputs.window)
+        return _attend(query, key, value, scale, return_lse, visible)
+    parts = [
+        _attend(query[:, queries], key[:, keys], value[:, keys], scale, return_lse)
+        for queries, keys in runs
+    ]
+    out = torch.cat([out for out, _ in parts], dim=1)
+    return out, torch.cat([lse for _, lse in parts], dim=-1) if return_lse else None
+
+
+def _runs(query_times, key_times, window: int) -> list[tuple[slice, slice]] | None:
+    """The queries of each time with the keys that they see, where one list of sorted times serves
+    the batch, can be read without waiting, and gives calls that are worth their overhead."""
+    if (
+        query_times is None
+        or query_times.device.type != "cpu"
+        or query_times.dim() > 1
+        or key_times.dim() > 1
+        or not is_plain([query_times, key_times])
+        or (query_times[1:] < query_times[:-1]).any()
+        or (key_times[1:] < key_times[:-1]).any()
+    ):
+        return None
+    times, counts = torch.unique_consecutive(query_times.long(), return_counts=True)
+    if times.numel() * _SHORTEST_RUN > query_times.numel() or times.numel() == 0:
+        return None
+    known = key_times.long()
+    ends = torch.searchsorted(known, times, right=True).tolist()
+    starts = torch.searchsorted(known, times - window, right=True).tolist() if window else None
+    bounds = [0, *counts.cumsum(0).tolist()]
+    return [
+        (slice(*queries), slice(starts[i] if starts else 0, ends[i]))
+        for i, queries in enumerate(pairwise(bounds))
+    ]
+
+
+def _attend(query, key, value, scale: float, return_lse: bool, visible=None):
+    """SDPA for ``[B, N, heads, head_dim]`` over the keys that are visible; lse ``[B, heads, Nq]``
+    float32 where asked for."""
     if key.shape[1] == 0 or query.numel() == 0:
         lse = query.new_full(
             (query.shape[0], query.shape[2], query.shape[1]), -torch.inf, dtype=torch.float32
         )
         return query * 0, lse if return_lse else None
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    if visible is None:
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    else:
+        # Queries that see nothing are set aside: a softmax over nothing would be NaN.
+        blind = ~visible.any(-1, keepdim=True)
+        mask = (visible | blind).expand(q.shape[0], 1, q.shape[2], k.shape[2])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        out = out.masked_fill(blind, 0.0)
+    out = out.transpose(1, 2)
     if not return_lse:
         return out.contiguous(), None
     with torch.no_grad():
         scores = (q.float() @ k.float().transpose(-1, -2)) * scale
+        if visible is not None:
+            scores = scores.masked_fill(~visible, -torch.inf)
     return out.contiguous(), scores.logsumexp(-1)
 
 
