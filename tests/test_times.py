@@ -96,3 +96,14 @@ def test_the_two_interpolation_rules(interpolation, expected):
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="interpolation must be one of corners, size"):
         Rope3D((1, 1, 1), interpolation="linear")
+
+
+def test_each_interpolation_rule_has_a_table_of_its_own():
+    """Tables are kept by what makes them: one rule must not be served the other's."""
+    corners, size = (
+        Rope3D((2, 7, 7), interpolate_from=4, interpolation=rule) for rule in ("corners", "size")
+    )
+    device = torch.device("cpu")
+    corners.table(24, device)
+    assert torch.equal(size.table(24, device), size._build(24, device))
+    assert not torch.equal(size.table(24, device), corners.table(24, device))
