@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops.masked_attention import masked_attention
 from ..rope3d import Rope3D
+from .frame_causal import FrameCausalMask
 from .replace import CodeBase, Target, dropout_obstacles
 
 # Where the modules are published: the repository's own packages, and the one on the package index.
@@ -60,8 +61,12 @@ def _rope_forward(self, x, mask=None, attn_mask=None, T=None, H_patches=None, W_
 
 
 def _plain_forward(self, x, mask=None, attn_mask=None):
-    _no_mask(attn_mask)
-    return self.proj(masked_attention(*qkv(self, x), scale=scale(self)).flatten(-2))
+    if isinstance(attn_mask, FrameCausalMask):
+        out = masked_attention(*qkv(self, x), query_times=attn_mask.times(x.device))
+    else:
+        _no_mask(attn_mask)
+        out = masked_attention(*qkv(self, x), scale=scale(self))
+    return self.proj(out.flatten(-2))
 
 
 def cross_forward(self, q, x):
@@ -116,17 +121,7 @@ def no_obstacles(module: nn.Module) -> list[str]:
     return []
 
 
-_ACTIONS = "action tokens attend under a frame-causal mask, which the op does not have"
 _AREAS = "tokens are attended to by area, not over the clip"
-_LEFT_OUT = {
-    f"{path}:{kind}": reason
-    for path in _PATHS
-    for kind, reason in (
-        ("ACBlock", _ACTIONS),
-        ("ACRoPEAttention", _ACTIONS),
-        ("RoPEAreaAttention", _AREAS),
-    )
-}
 BASE = CodeBase(
     "vjepa2",
     "facebookresearch/vjepa2, cc-vjepa2",
@@ -152,5 +147,5 @@ BASE = CodeBase(
             option="unsorted_predictor",
         ),
     ),
-    _LEFT_OUT,
+    left_out={f"{path}:RoPEAreaAttention": _AREAS for path in _PATHS},
 )
