@@ -160,6 +160,7 @@ def attention(device: str, quick: bool) -> Iterator[Task]:
                     "head_dim": case.head_dim,
                     "longest": max(case.lengths),
                     "sequences": len(case.lengths),
+                    "flash": op.backends["flash"].facts["library"](),
                 },
             )
 

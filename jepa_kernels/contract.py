@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -24,7 +24,11 @@ from . import checks
 from .backend import Backend, BackendUnsupportedError, Op, joined, requested
 
 Tensors = tuple[torch.Tensor, ...]
-_library = torch.library.Library("jepa_kernels", "FRAGMENT")
+_Class = TypeVar("_Class")
+# The package's own name, which is another one in a copy that is loaded beside an installed package.
+_NAMESPACE = __name__.partition(".")[0]
+_library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+_ops: Any = getattr(torch.ops, _NAMESPACE)
 # Tensors that no subclass needs to see.
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
@@ -57,6 +61,12 @@ def beside_the_schema(**options: Any) -> Any:
     return dataclasses.field(metadata={"schema": False}, **options)
 
 
+@typing.dataclass_transform(field_specifiers=(differentiable, written, beside_the_schema))
+def call_inputs(**options: Any) -> Callable[[type[_Class]], type[_Class]]:
+    """`dataclasses.dataclass` for the inputs of an op: type checkers know the fields made above."""
+    return dataclasses.dataclass(**options)
+
+
 class Signature:
     """The fields of an Inputs dataclass as the arguments of a torch op."""
 
@@ -87,7 +97,8 @@ class Signature:
         """The arguments of the op, in order."""
         if torch.compiler.is_compiling():  # Dynamo traces a loop, not an attrgetter
             return tuple([getattr(inputs, name) for name in self.names])
-        return self._values(inputs)
+        found: tuple[Any, ...] = self._values(inputs)
+        return found
 
     def given(self, values: Sequence[Any]) -> list[torch.Tensor]:
         """Every tensor of a call."""
@@ -210,15 +221,17 @@ class Function(Contract):
         super().__init__(*arguments, **options)
         self.outputs, self.num_outputs, self.saved = outputs, num_outputs, saved
         _register_function(self)
-        self.forward_op = getattr(torch.ops.jepa_kernels, f"{self.name}_fwd").default
-        self.backward_op = getattr(torch.ops.jepa_kernels, f"{self.name}_bwd").default
+        self.forward_op: Callable[..., Tensors]
+        self.forward_op = getattr(_ops, f"{self.name}_fwd").default
+        self.backward_op = getattr(_ops, f"{self.name}_bwd").default
 
     def run(self, inputs: Any, backend: Backend) -> Tensors:
         """Runs checked inputs on `backend`."""
         if backend.runs_composed(inputs):
             if not torch.compiler.is_compiling():
                 self._check_values(inputs, backend)
-            return backend.compose(inputs)  # type: ignore[misc] # runs_composed says it is there
+            assert backend.compose is not None  # runs_composed says so
+            return backend.compose(inputs)
         values = self.signature.values(inputs)
         if not is_plain(self.signature.given(values)):
             return self.forward_op(*values, backend.name)
@@ -228,7 +241,8 @@ class Function(Contract):
             leaves = self.signature.leaves(values)
             if any([t is not None and t.requires_grad for t in leaves]):
                 return _apply(self, backend, inputs, values, *leaves)
-        return _exact(backend.forward, inputs)
+        outputs: Tensors = _exact(backend.forward, inputs)
+        return outputs
 
 
 class InPlace(Contract):
@@ -247,7 +261,7 @@ class InPlace(Contract):
         super().__init__(*arguments, **options)
         self.distinct = distinct
         _register_in_place(self)
-        self.update_op = getattr(torch.ops.jepa_kernels, f"{self.name}_").default
+        self.update_op = getattr(_ops, f"{self.name}_").default
 
     def run_plain(self, inputs: Any, tensors: Sequence[torch.Tensor], name: str | None) -> bool:
         """Makes a call whose inputs nobody has checked, where nothing in it is special: one native
@@ -335,7 +349,7 @@ class _Eager(torch.autograd.Function):
         values: tuple[Any, ...],
         *leaves: Any,
     ) -> Tensors:
-        outputs = _exact(backend.forward, inputs)
+        outputs: Tensors = _exact(backend.forward, inputs)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)  # or it fills zeros as large as what is saved
         _save(ctx, op, values, outputs)
@@ -361,7 +375,7 @@ class _Eager(torch.autograd.Function):
 
 
 # Function.apply without its look at torch.func's wrappers: `is_plain` has looked.
-_apply = super(torch.autograd.Function, _Eager).apply
+_apply: Callable[..., Tensors] = super(torch.autograd.Function, _Eager).apply
 
 
 def _save(ctx: Any, op: Function, values: Sequence[Any], outputs: Sequence[torch.Tensor]) -> None:
@@ -485,7 +499,7 @@ def _register_function(op: Function) -> None:
         ("fwd", forward, fake_forward, differentiate, setup_context),
         ("bwd", backward, fake_backward, refuse_double_backward, None),
     ):
-        qualified = f"jepa_kernels::{name}_{suffix}"
+        qualified = f"{_NAMESPACE}::{name}_{suffix}"
         _library.impl(f"{name}_{suffix}", implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, fake, lib=_library)
         torch.library.register_autograd(qualified, formula, setup_context=context, lib=_library)
@@ -506,7 +520,7 @@ def _register_in_place(op: InPlace) -> None:
     name = f"{op.name}_"
     _library.define(f"{name}({op.signature.schema()}, str backend) -> ()")
     _library.impl(name, update, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"jepa_kernels::{name}", fake, lib=_library)
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
 
 
 def _check_one_device(op: str, tensors: Sequence[torch.Tensor]) -> None:

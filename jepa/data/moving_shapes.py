@@ -150,7 +150,7 @@ class MovingShapes:
             height, width: in pixels.
 
         Returns:
-            [frames, height, width, 3], the shape in view in every frame and never turned.
+            [frames, height, width, 3], the shape in view in every frame and never rotated.
         """
         draws, kinds, free = self._look(index)
         x, y = np.mod(places, 1.0).T
@@ -200,7 +200,7 @@ def _painted(
         np.floor(centre_y[seen])[:, None] + offset,
         np.floor(centre_x[seen])[:, None] + offset,
     )
-    # Pixel centres relative to the shape, turned into its own axes and measured in radii.
+    # Pixel centres relative to the shape, rotated into its own axes and measured in radii.
     down = ((rows + 0.5 - centre_y[seen, None]) / radius).astype(np.float32)[:, :, None]
     across = ((columns + 0.5 - centre_x[seen, None]) / radius).astype(np.float32)[:, None, :]
     cosine = np.array([math.cos(a) for a in angle[seen]], dtype=np.float32)[:, None, None]

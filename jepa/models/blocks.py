@@ -56,8 +56,7 @@ class Attention(nn.Module):
             query_times=layout.times,
             backend=self.backend,
         )
-        # Without return_lse it is one tensor.
-        projected: Tensor = self.proj(cast(Tensor, mixed).flatten(-2))
+        projected: Tensor = self.proj(mixed.flatten(-2))
         return projected
 
 

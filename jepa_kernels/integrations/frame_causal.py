@@ -73,7 +73,9 @@ class FrameCausalMask:
         return times[None, :] <= times[:, None]
 
     @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Whatever torch computes with it is computed with the dense mask."""
         made = tree_map(
             lambda leaf: leaf.dense() if isinstance(leaf, cls) else leaf, (args, kwargs or {})

@@ -14,12 +14,14 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from ..checks import sentence
 
+# A module of a class that is never imported here: nothing is known of its attributes' types.
+Foreign: TypeAlias = Any
 _MARK = "_jepa_kernels_fused"
 _MASK_MARK = "_jepa_kernels_mask"
 
@@ -46,8 +48,8 @@ class Target:
     """
 
     names: tuple[str, ...]
-    forward: Callable
-    obstacles: Callable[[nn.Module], list[str]]
+    forward: Callable[..., Any]
+    obstacles: Callable[[Foreign], list[str]]
     fuses: str
     marker: str = ""
     keeps: Callable[..., bool] | None = None
@@ -75,7 +77,7 @@ class DenseMask:
     attribute: str
     stand_in: Callable[[Tensor], Any]
     builders: tuple[str, ...]
-    build: Callable
+    build: Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ def _replace_masks(name: str, module: nn.Module, bases: Sequence[CodeBase], repo
             setattr(module, _MASK_MARK, mask.attribute)
 
 
-def _either(target: Target, module: nn.Module, *args, **kwargs):
+def _either(target: Target, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The fused forward, or the class's own for a call that it keeps."""
     assert target.keeps is not None
     own = getattr(type(module), target.method)
@@ -259,7 +261,7 @@ def patched(
     installed, or lacks a package of its own, is passed over, or refused where the caller `named`
     it.
     """
-    undo: list[tuple[Any, str, Callable]] = []
+    undo: list[tuple[Any, str, Callable[..., Any]]] = []
     names = []
     try:
         for base in bases:
@@ -289,8 +291,8 @@ def patched(
             setattr(owner, name, original)
 
 
-def _choosing(target: Target, original: Callable) -> Callable:
-    def forward(self, *args, **kwargs):
+def _choosing(target: Target, original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Foreign, *args: Any, **kwargs: Any) -> Any:
         fused = target.fits(self) and not target.obstacles(self)
         if fused and target.keeps is not None:
             fused = not target.keeps(self, *args, **kwargs)
@@ -336,6 +338,14 @@ def _installed(name: str, method: str) -> type | None:
         if isinstance(found, type) and full_name(found) == name and method in vars(found)
         else None
     )
+
+
+def weights_obstacles(module: nn.Module) -> list[str]:
+    """The fused op computes no attention weights: a module whose configuration asks for them at
+    every call keeps its forward."""
+    if getattr(getattr(module, "config", None), "output_attentions", False):
+        return ["config.output_attentions must be False, since the fused op computes no weights"]
+    return []
 
 
 def dropout_obstacles(module: nn.Module, **probabilities: float) -> list[str]:

@@ -4,14 +4,14 @@ cc-vjepa2, and in jepa-wms: frame times take the place of its dense mask."""
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..device_tables import DeviceTables
 from ..ops.masked_attention import masked_attention
 from ..rope3d import Rope3D
 from ..times import FrameTokens, frame_tokens
 from .frame_causal import FrameCausalMask, stand_in
-from .replace import CodeBase, DenseMask, Target
+from .replace import CodeBase, DenseMask, Foreign, Target
 from .vjepa2 import obstacles, qkv
 
 _JEPA_WMS = "app.plan_common.models"
@@ -31,17 +31,27 @@ _ATTENTION = (
 _tokens = DeviceTables(16)
 
 
-def _forward(self, x, mask=None, attn_mask=None, T=None, H=None, W=None, action_tokens=0):
+def _forward(
+    self: Foreign,
+    x: Tensor,
+    mask: None = None,
+    attn_mask: FrameCausalMask | None = None,
+    T: int = 0,
+    H: int = 0,
+    W: int = 0,
+    action_tokens: int = 0,
+) -> Tensor:
     grid = (int(T), int(H), int(W))
-    # Action, state and extrinsics tokens turn with the time of their frame alone: the id of its
-    # first patch, whose row and column are 0.
+    # Action, state and extrinsics tokens are rotated by the time of their frame alone: the id of
+    # its first patch, whose row and column are 0.
     order = _order(grid, int(action_tokens), x.device)
-    out = masked_attention(
+    attended = masked_attention(
         *qkv(self, x),
         **order._asdict(),
         rope=Rope3D(grid, "tiled", int(self.grid_size), interpolation="size"),
     )
-    return self.proj(out.flatten(-2))
+    out: Tensor = self.proj(attended.flatten(-2))
+    return out
 
 
 def _order(grid: tuple[int, int, int], conditioning: int, device: torch.device) -> FrameTokens:
@@ -54,7 +64,7 @@ def _order(grid: tuple[int, int, int], conditioning: int, device: torch.device) 
 
 
 def _keeps(
-    self: nn.Module,
+    self: Foreign,
     x: Tensor,
     mask: Tensor | None = None,
     attn_mask: object = None,
@@ -65,12 +75,11 @@ def _keeps(
 ) -> bool:
     """Without a mask, under one of the caller's own, and over a part of the tokens the original
     runs."""
-    return (
-        mask is not None
-        or not isinstance(attn_mask, FrameCausalMask)
-        or attn_mask.length != x.shape[1]
-        or attn_mask.per_frame != action_tokens + H * W
-    )
+    if mask is not None or not isinstance(attn_mask, FrameCausalMask):
+        return True
+    if T is None or H is None or W is None:
+        return True
+    return attn_mask.length != x.shape[1] or attn_mask.per_frame != action_tokens + H * W
 
 
 def _build(T: int, H: int, W: int, add_tokens: int = 1) -> FrameCausalMask:
