@@ -18,6 +18,7 @@ from jepa.models.patches import CHANNEL_MEAN, CHANNEL_STD, clip_grid, gather_pat
 from jepa.models.predictor import JointOrder, Predictor
 from jepa.models.sizes import DEFAULT_SIZE, SIZES, PredictorConfig, model_config, parse_model
 from jepa_kernels.testing import (
+    DERIVED,
     DRAWN_DEVIATION,
     FLOAT32_CANCELLING,
     FLOAT32_DEEP,
@@ -97,7 +98,7 @@ def test_a_causal_encoder_sees_no_later_step(steps):
     changed[:, 2 * steps :] = 255 - changed[:, 2 * steps :]
     assert torch.equal(model(changed)[:, : steps * 15], whole[:, : steps * 15])
     both_ways = encoder()
-    assert not torch.allclose(both_ways(clips)[:, : steps * 15], prefix, atol=1e-3)
+    assert not torch.allclose(both_ways(clips)[:, : steps * 15], prefix, **DERIVED)
     if steps == 1:
         torch.testing.assert_close(both_ways(clips[:, :2]), prefix, **FLOAT32_DEEP)
 
@@ -113,7 +114,7 @@ def test_a_causal_encoder_of_visible_tokens():
     assert not torch.allclose(
         all_of_them[[3, 5]],
         model(batch.clips, MaskBatch.from_ids([[ids[[3, 5]]]], empty, grid)),
-        atol=1e-3,
+        **DERIVED,
     )
 
 
