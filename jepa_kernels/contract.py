@@ -14,7 +14,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +31,7 @@ _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 _ops: Any = getattr(torch.ops, _NAMESPACE)
 # Tensors that no subclass needs to see.
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_PLAIN_OR_ABSENT = PLAIN | {type(None)}
 
 # How a field of Inputs is spelled in a schema.
 _SCHEMA_TYPES = {
@@ -67,6 +68,13 @@ def call_inputs(**options: Any) -> Callable[[type[_Class]], type[_Class]]:
     return dataclasses.dataclass(**options)
 
 
+def _picked(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """values -> those at `places`."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda values: tuple([values[i] for i in places])
+
+
 class Signature:
     """The fields of an Inputs dataclass as the arguments of a torch op."""
 
@@ -82,7 +90,11 @@ class Signature:
         self.written = tuple(f.name for f in fields if f.metadata.get("written", False))
         self.tensors = tuple(i for i, kind in enumerate(self.types) if kind in _TENSOR_TYPES)
         self.has_lists = any(self.types[i] == "Tensor[]" for i in self.tensors)
+        # Values are taken apart and put together at every call, so in C.
+        others = tuple(i for i in range(len(fields)) if i not in self.tensors)
         self._values = attrgetter(*self.names)
+        self.tensors_of, self.others_of = _picked(self.tensors), _picked(others)
+        self.together = _picked([(*self.tensors, *others).index(i) for i in range(len(fields))])
 
     def schema(self) -> str:
         marks = {name: chr(ord("a") + i) for i, name in enumerate(self.written)}
@@ -232,13 +244,15 @@ class Function(Contract):
                 self._check_values(inputs, backend)
             assert backend.compose is not None  # runs_composed says so
             return backend.compose(inputs)
-        values = self.signature.values(inputs)
-        if not is_plain(self.signature.given(values)):
+        signature, values = self.signature, self.signature.values(inputs)
+        if torch.compiler.is_compiling() or not _unwatched(
+            signature.given(values) if signature.has_lists else signature.tensors_of(values)
+        ):
             return self.forward_op(*values, backend.name)
         if not backend.checks_values:
             self.check_values(inputs)
         if torch.is_grad_enabled():
-            leaves = self.signature.leaves(values)
+            leaves = signature.leaves(values)
             if any([t is not None and t.requires_grad for t in leaves]):
                 return _apply(self, backend, inputs, values, *leaves)
         outputs: Tensors = _exact(backend.forward, inputs)
@@ -314,16 +328,18 @@ class InPlace(Contract):
                 torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
 
-def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
+def is_plain(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Whether nothing but a backend needs to see this call: no graph, mode, transform or
     subclass."""
+    return not torch.compiler.is_compiling() and _unwatched(tensors)
+
+
+def _unwatched(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """`is_plain` outside a graph."""
     return (
-        not (
-            torch.compiler.is_compiling()
-            or _get_current_dispatch_mode() is not None
-            or torch._C._are_functorch_transforms_active()
-        )
-        and set(map(type, tensors)) <= PLAIN
+        _get_current_dispatch_mode() is None
+        and not torch._C._are_functorch_transforms_active()
+        and set(map(type, tensors)) <= _PLAIN_OR_ABSENT
     )
 
 
@@ -380,39 +396,31 @@ _apply: Callable[..., Tensors] = super(torch.autograd.Function, _Eager).apply
 
 def _save(ctx: Any, op: Function, values: Sequence[Any], outputs: Sequence[torch.Tensor]) -> None:
     """Tensors go where autograd counts their versions and hooks see them, the rest beside."""
-    signature, rest = op.signature, list(values)
-    ctx.op, ctx.rest, ctx.counts = op, rest, None
-    if not signature.has_lists:
-        tensors = [values[i] for i in signature.tensors]
-        for i in signature.tensors:
-            rest[i] = None
-        ctx.save_for_backward(*tensors, *[outputs[i] for i in op.saved])
-        return
-    tensors, counts = [], []
-    for i in signature.tensors:
-        value = values[i]
-        if isinstance(value, (list, tuple)):
-            tensors += value
-            counts.append(len(value))
-        else:
-            tensors.append(value)
-            counts.append(-1)
-        rest[i] = None
-    ctx.counts = counts
+    signature = op.signature
+    ctx.op, ctx.others, ctx.counts = op, signature.others_of(values), None
+    tensors: Sequence[Any] = signature.tensors_of(values)
+    if signature.has_lists:
+        parts = [v if isinstance(v, (list, tuple)) else None for v in tensors]
+        ctx.counts = [-1 if part is None else len(part) for part in parts]
+        tensors = [
+            t
+            for value, part in zip(tensors, parts, strict=True)
+            for t in ((value,) if part is None else part)
+        ]
     ctx.save_for_backward(*tensors, *[outputs[i] for i in op.saved])
 
 
-def _saved(ctx: Any) -> tuple[list[Any], list[torch.Tensor]]:
+def _saved(ctx: Any) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
     """The arguments of the op, and the outputs that backward needs."""
-    saved, places, values = ctx.saved_tensors, ctx.op.signature.tensors, list(ctx.rest)
+    saved, signature = ctx.saved_tensors, ctx.op.signature
     if ctx.counts is None:
-        for i, tensor in zip(places, saved, strict=False):
-            values[i] = tensor
-        return values, list(saved[len(places) :])
-    tensors: Iterator[Any] = iter(saved)
-    for i, count in zip(places, ctx.counts, strict=True):
-        values[i] = next(tensors) if count < 0 else [next(tensors) for _ in range(count)]
-    return values, list(tensors)
+        given = len(signature.tensors)
+        return signature.together((*saved[:given], *ctx.others)), list(saved[given:])
+    rest: Iterator[Any] = iter(saved)
+    tensors = [
+        next(rest) if count < 0 else [next(rest) for _ in range(count)] for count in ctx.counts
+    ]
+    return signature.together((*tensors, *ctx.others)), list(rest)
 
 
 def _register_function(op: Function) -> None:

@@ -1,5 +1,5 @@
 """lightly's I-JEPA against the untouched model: the flavour on torchvision's blocks and the one on
-timm's attention.
+timm's attention; and its LeJEPA loss with our SIGReg.
 
 lightly needs torchvision, and other packages behave differently where torchvision is: `make dev`
 puts the two into a folder of their own (`apart` in the environment), which only this file looks
@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import re
 import sys
 import types
 from pathlib import Path
@@ -19,8 +20,9 @@ import pytest
 import torch
 from torch import nn
 
+from jepa_kernels import random_directions
 from jepa_kernels.integrations import accelerate, patch, restore
-from jepa_kernels.testing import FLOAT32_DEEP
+from jepa_kernels.testing import FLOAT32, FLOAT32_DEEP
 from tests.conftest import missing
 from tests.integrations.peers import DTYPES, check, randomised, results, steps_apart
 
@@ -68,12 +70,13 @@ def modules():
             for name in ("ijepa", "ijepa_timm")
         )
         yield types.SimpleNamespace(
+            LeJEPALoss=importlib.import_module("lightly.loss.lejepa_loss").LeJEPALoss,
             **{
                 key: value
                 for module in flavours
                 for key, value in vars(module).items()
                 if "IJEPA" in key
-            }
+            },
         )
     finally:
         if not found:
@@ -228,3 +231,15 @@ def test_the_recipe_does_what_update_momentum_does(modules, root):
         teacher.update()
     for theirs, ours in zip(plain.parameters(), teacher.module.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_the_lines_for_its_lejepa_loss(modules, root):
+    """docs/lejepa.md: the loss is lightly's, with the directions that lightly is made to draw."""
+    page = (root / "docs" / "lejepa.md").read_text()
+    (lines,) = [b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "lightly" in b]
+    given: dict[str, nn.Module] = {}
+    exec(lines, given)
+    theirs = modules.LeJEPALoss()
+    theirs.sigreg._generate_unit_vectors = lambda *_: random_directions(16, 1024, 0)
+    views = {"local_proj": torch.randn(6, 20, 16), "global_proj": torch.randn(2, 20, 16)}
+    torch.testing.assert_close(given["criterion"](**views), theirs(**views), **FLOAT32)

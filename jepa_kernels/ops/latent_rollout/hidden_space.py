@@ -15,7 +15,7 @@ import torch
 from ... import checks
 from ...backend import Backend
 from ...contract import call_inputs, differentiable
-from .arithmetic import add_matmul, affine, matmul
+from ..products import add_matmul, affine, matmul
 from .readout.parts import ReadoutGradients
 from .rollout import Rollout, fail
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..arithmetic import matmul, power_mean, power_mean_gradient, take
+from ...products import matmul
+from ..arithmetic import power_mean, power_mean_gradient, take
 from .parts import Part
 
 if TYPE_CHECKING:
