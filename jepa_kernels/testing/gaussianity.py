@@ -12,6 +12,16 @@ from ..ops.sliced_gaussianity.contract import OP, prepare
 from ..ops.sliced_gaussianity.directions import random_directions
 from . import assert_within_budget
 
+# Cosine and sine in float32: the rounding of the result, and half a unit in the last place of an
+# angle of at most 2.
+ANGLE_ERROR = 1.5e-7
+# What the sums of 64 rows may be off by rounding alone.
+SUMMED_ERROR = 1e-4
+# A norm of gradients after two roundings to float16.
+FLOAT16_GRADIENT_NORM = 2e-3
+# Moments of trained features against those of N(0, 1): training is short.
+TRAINED_MOMENTS = 0.2
+
 
 @dataclass(frozen=True)
 class GaussianityCase:
