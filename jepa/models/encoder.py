@@ -24,7 +24,7 @@ from jepa.models.blocks import (
 )
 from jepa.models.patches import clip_grid, gather_patches, is_image
 from jepa.models.sizes import ModelConfig
-from jepa_kernels import Rope3D
+from jepa_kernels import Rope3D, frame_times
 
 Levels = Literal["all", "last"]
 
@@ -44,7 +44,11 @@ class PatchEmbed(nn.Module):
 
 class Encoder(nn.Module):
     """Video tubelets or one-frame images to features of one or all levels. Only the asked tokens
-    are embedded and computed."""
+    are embedded and computed.
+
+    With `causal` a token sees its own time step and earlier ones: the features of the first t steps
+    are those of a clip of t steps, and a clip can be encoded as it comes in.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -76,6 +80,12 @@ class Encoder(nn.Module):
             grid, layout="interleaved", interpolate_from=self.config.rope_interpolate_from
         )
 
+    def layout(
+        self, ids: Tensor, cu_seqlens: Tensor | None, grid: tuple[int, int, int]
+    ) -> TokenLayout:
+        times = frame_times(grid, ids) if self.config.causal else None
+        return TokenLayout(ids, cu_seqlens, self.rope(grid), times)
+
     def forward(
         self, clips: Tensor, masks: MaskBatch | None = None, levels: Levels = "all"
     ) -> Tensor:
@@ -100,16 +110,14 @@ class Encoder(nn.Module):
         if masks is None:
             ids = torch.arange(grid[0] * grid[1] * grid[2], device=clips.device)
             tokens = self.embed(clips, None).unflatten(0, (clips.shape[0], -1))
-            return self.encode(tokens, TokenLayout(ids, None, self.rope(grid)), levels)
+            return self.encode(tokens, self.layout(ids, None, grid), levels)
         if masks.grid != grid or masks.batch_size != clips.shape[0]:
             raise ValueError(
                 f"Encoder: masks must be for {clips.shape[0]} clips of grid {grid}, got "
                 f"{masks.batch_size} of grid {masks.grid}."
             )
         tokens = self.embed(clips, masks.context_rows)
-        return self.encode(
-            tokens, TokenLayout(masks.context_ids, masks.context_cu, self.rope(grid)), levels
-        )
+        return self.encode(tokens, self.layout(masks.context_ids, masks.context_cu, grid), levels)
 
     def embed(self, clips: Tensor, rows: Tensor | None) -> Tensor:
         """Patch and modality embedding of the tokens `rows` (b*N + id), or of all: [R, E]."""
