@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .arithmetic import add_matmul, matmul
+from ..products import add_matmul, matmul
 
 
 class Coupling:

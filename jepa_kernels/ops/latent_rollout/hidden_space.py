@@ -16,7 +16,7 @@ import torch
 from ... import checks
 from ...backend import Backend
 from ...contract import differentiable
-from .arithmetic import add_matmul, affine, matmul
+from ..products import add_matmul, affine, matmul
 from .readout.parts import ReadoutGradients
 from .rollout import Rollout, fail
 

@@ -10,7 +10,7 @@ import torch
 
 from ... import checks
 from ...backend import ANY_DEVICE, Backend, Reason
-from .arithmetic import widened_on_cpus
+from ..products import widened_on_cpus
 from .rollout import NAME, Rollout
 
 

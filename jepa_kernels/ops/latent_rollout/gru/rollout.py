@@ -14,7 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from ..arithmetic import add_matmul, fresh, matmul, power_mean, power_mean_gradient, take
+from ...products import add_matmul, matmul
+from ..arithmetic import fresh, power_mean, power_mean_gradient, take
 from .inputs import Inputs
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..arithmetic import matmul
+from ...products import matmul
 from ..kernel_backend import eager_backend
 from . import rollout
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..arithmetic import add_matmul, matmul
+from ...products import add_matmul, matmul
 from ..triton_launch import options, padded, triton_backend
 from . import rollout
 from .rollout import with_action_products

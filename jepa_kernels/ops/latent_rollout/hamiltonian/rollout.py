@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from ..arithmetic import add_matmul
+from ...products import add_matmul
 from ..coupling import Coupling
 from ..hidden_space import enter, leave
 from ..readout.parts import Part, Readout, read_out, read_out_backward

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..arithmetic import add_matmul, matmul
+from ...products import add_matmul, matmul
 from ..kernel_backend import eager_backend
 from ..readout.torch import EagerReadout
 from . import rollout

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from ..arithmetic import matmul
+from ...products import matmul
 from ..coupling import Coupling
 from ..hidden_space import add_columns, columns, enter, leave
 from ..readout.parts import Part, Readout, read_out, read_out_backward

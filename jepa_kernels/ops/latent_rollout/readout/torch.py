@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..arithmetic import matmul, power_mean, power_mean_gradient, take
+from ...products import matmul
+from ..arithmetic import power_mean, power_mean_gradient, take
 
 
 class EagerReadout:
