@@ -12,6 +12,7 @@ from jepa_kernels import (
     latent_rollout,
     latent_rollout_loss,
     masked_attention,
+    sliced_gaussianity,
     transforms,
 )
 from jepa_kernels.backend import OPS
@@ -46,11 +47,16 @@ def rollout_loss(x, backend=None):
     return latent_rollout_loss(x, cell, TARGETS, backend=backend)
 
 
+def gaussianity(x, backend=None):
+    return sliced_gaussianity(x, STATES.mT, backend=backend)
+
+
 CASES = {
     "attention": (attention, QUERY, "masked_attention"),
     "packed": (packed, QUERY, "masked_attention"),
     "rollout": (rollout, STATES, "rollout_mlp"),
     "rollout_loss": (rollout_loss, STATES, "rollout_mlp"),
+    "gaussianity": (gaussianity, STATES, "sliced_gaussianity"),
 }
 
 

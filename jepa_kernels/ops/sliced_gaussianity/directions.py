@@ -72,7 +72,7 @@ def random_directions(
 def random_words(blocks: int, seed: int, step: int, device: torch.device) -> torch.Tensor:
     """int64 ``[4 * blocks]`` (int32 from the C++ generator, the same bits): the Philox words."""
     if device.type == "cpu" and native.available() and is_plain(()):
-        words = torch.empty(4 * blocks, dtype=torch.int32)
+        words = torch.empty(4 * blocks, dtype=torch.int32, device=device)
         torch.ops.jepa_kernels_native.sliced_gaussianity_words_(words, seed, step)
         return words
     block = torch.arange(blocks, dtype=torch.int64, device=device)

@@ -42,9 +42,7 @@ class Triton:
             )
         return sums[0] if tiles == 1 else sums.sum(0)
 
-    def slope_(
-        self, projections: torch.Tensor, coefficients: torch.Tensor, spacing: float
-    ) -> None:
+    def slope_(self, projections: torch.Tensor, coefficients: torch.Tensor, spacing: float) -> None:
         from .triton_kernels import slope_kernel
 
         (rows, columns), count = projections.shape, coefficients.shape[1]

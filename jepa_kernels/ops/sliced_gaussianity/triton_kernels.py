@@ -69,7 +69,7 @@ def sums_kernel(
     sine = tl.where(there, sine, 0.0)
     power_cosine, power_sine = cosine, sine
     to = sums + tile * 2 * knots * columns + column
-    for k in range(knots):
+    for _ in range(knots):
         tl.store(to, tl.sum(power_cosine, axis=0), mask=column < columns)
         tl.store(to + knots.to(tl.int64) * columns, tl.sum(power_sine, axis=0), column < columns)
         next_cosine = power_cosine * cosine - power_sine * sine
