@@ -85,9 +85,9 @@ def product_backend(
 class Gathering(Protocol):
     """What a backend that leaves its products to torch does itself."""
 
-    def gather(self, inputs: Inputs, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """P of these rows, contiguous ``[rows, K]``, computed in the accumulation dtype and rounded
-        to `dtype`."""
+    def gather(self, inputs: Inputs, rows: torch.Tensor, pixels: torch.Tensor) -> None:
+        """Writes P of these rows to `pixels`, contiguous ``[rows, K]``, normalised in the
+        accumulation dtype and rounded to that of `pixels`."""
 
     def clip_gradient(
         self, inputs: Inputs, of_pixels: torch.Tensor, order: torch.Tensor, starts: torch.Tensor
@@ -135,10 +135,13 @@ class Blocks:
         self, inputs: Inputs, rows: torch.Tensor, operand: torch.dtype
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         limit = _BLOCK_BYTES.get(inputs.device_type, _BLOCK_BYTES["cuda"])
-        height = max(16, limit // (inputs.pixels * operand.itemsize))
-        for start in range(0, inputs.count, height):
+        height = min(max(16, limit // (inputs.pixels * operand.itemsize)), inputs.count)
+        memory = rows.new_empty((height, inputs.pixels), dtype=operand)
+        for start in range(0, inputs.count, max(height, 1)):
             block = slice(start, min(start + height, inputs.count))
-            yield block, self.gathering.gather(inputs, rows[block], operand)
+            pixels = memory[: block.stop - start]
+            self.gathering.gather(inputs, rows[block], pixels)
+            yield block, pixels
 
 
 def _operand(inputs: Inputs) -> torch.dtype:

@@ -16,14 +16,14 @@ def unsupported(inputs: Inputs) -> list[Reason]:
 class Eager:
     """See `products.Gathering`."""
 
-    def gather(self, inputs: Inputs, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def gather(self, inputs: Inputs, rows: torch.Tensor, pixels: torch.Tensor) -> None:
         (frames, height, width), (depth, high, wide) = inputs.grid, inputs.tubelet
         clip = inputs.clip.unflatten(4, (width, wide)).unflatten(3, (height, high))
         view = clip.unflatten(2, (frames, depth)).permute(0, 2, 4, 6, 1, 3, 5, 7)
         step, site = _divided(rows, height * width)
-        pixels = view[(*_divided(step, frames), *_divided(site, width))]
+        found = view[(*_divided(step, frames), *_divided(site, width))]
         gain, shift = inputs.normalisation[:, :, None, None, None]
-        return torch.addcmul(shift, pixels.to(shift.dtype), gain).flatten(1).to(dtype)
+        pixels.copy_(torch.addcmul(shift, found.to(shift.dtype), gain).flatten(1))
 
     def clip_gradient(
         self, inputs: Inputs, of_pixels: torch.Tensor, order: torch.Tensor, starts: torch.Tensor

@@ -1,0 +1,126 @@
+// visible_patch_embed on torch's stable ABI: describes tensors to the C ABI of params.h. No
+// arithmetic here.
+#include "../binding.h"
+#include "params.h"
+
+namespace jk::patches {
+namespace {
+
+using Params = jk_visible_patch_embed_params;
+
+void check(bool holds, const char* argument, const char* requirement) {
+  STD_TORCH_CHECK(holds, "visible_patch_embed: ", argument, " must ", requirement, ".");
+}
+
+void check_contiguous(const Tensor& t, const char* argument, ScalarType type, const Tensor& clip) {
+  check(t.is_contiguous() && t.device() == clip.device(), argument,
+        "be contiguous and lie where the clip does");
+  check(t.scalar_type() == type, argument,
+        type == ScalarType::Long    ? "have dtype int64"
+        : type == ScalarType::Float ? "have dtype float32"
+                                    : "have the dtype of weight");
+}
+
+// The clip [B, C, frames, height, width] and its grid.
+Params describe(const Tensor& clip, const Tensor& normalisation, int64_t depth, int64_t high,
+                int64_t wide) {
+  Params p{};
+  check(clip.dim() == 5, "clip", "be [B, C, frames, height, width]");
+  check(depth >= 1 && high >= 1 && wide >= 1 && clip.size(2) % depth == 0 &&
+            clip.size(3) % high == 0 && clip.size(4) % wide == 0,
+        "clip", "be a whole number of tubelets");
+  p.clip_dtype = clip.scalar_type() == ScalarType::Byte ? int64_t{JK_UINT8}
+                                                        : dtype_code("visible_patch_embed", clip);
+  p.clip = clip.const_data_ptr();
+  p.batch = clip.size(0);
+  p.channels = clip.size(1);
+  p.steps = clip.size(2) / depth;
+  p.lines = clip.size(3) / high;
+  p.sites = clip.size(4) / wide;
+  p.depth = depth;
+  p.high = high;
+  p.wide = wide;
+  p.clip_stride = clip.stride(0);
+  p.channel_stride = clip.stride(1);
+  p.frame_stride = clip.stride(2);
+  p.line_stride = clip.stride(3);
+  p.pixel_stride = clip.stride(4);
+  check_contiguous(normalisation, "normalisation", ScalarType::Float, clip);
+  check(normalisation.dim() == 2 && normalisation.size(0) == 2 &&
+            normalisation.size(1) == p.channels,
+        "normalisation", "be [2, C]");
+  p.gain = normalisation.const_data_ptr<float>();
+  p.shift = p.gain + p.channels;
+  return p;
+}
+
+int64_t pixels_of(const Params& p) { return p.channels * p.depth * p.high * p.wide; }
+
+void add_rows(Params& p, const Tensor& rows, const Tensor& clip) {
+  check_contiguous(rows, "rows", ScalarType::Long, clip);
+  check(rows.dim() == 1, "rows", "be [count]");
+  check(rows.numel() == 0 || p.batch * p.steps * p.lines * p.sites > 0, "rows",
+        "be empty without a token");
+  p.rows = rows.const_data_ptr<int64_t>();
+  p.count = rows.size(0);
+}
+
+void gather(Tensor pixels, const Tensor& clip, const Tensor& rows, const Tensor& normalisation,
+            int64_t depth, int64_t high, int64_t wide, int64_t isa) {
+  Params p = describe(clip, normalisation, depth, high, wide);
+  add_rows(p, rows, clip);
+  check(pixels.dim() == 2 && pixels.is_contiguous() && pixels.is_cpu() &&
+            pixels.size(0) == p.count && pixels.size(1) == pixels_of(p),
+        "pixels", "be contiguous [count, K]");
+  p.pixels_dtype = dtype_code("visible_patch_embed", pixels);
+  check(p.pixels_dtype != JK_FLOAT16, "pixels", "have dtype float32 or bfloat16");
+  p.pixels = pixels.mutable_data_ptr();
+  check_sentence(jk_visible_patch_embed_cpu_gather(&p, isa_code(isa), parallel_for));
+}
+
+void scatter(Tensor clip, const Tensor& of_pixels, const Tensor& order, const Tensor& starts,
+             const Tensor& normalisation, int64_t depth, int64_t high, int64_t wide, int64_t isa) {
+  Params p = describe(clip, normalisation, depth, high, wide);
+  check(p.clip_dtype != JK_UINT8 && clip.is_contiguous(), "clip", "be contiguous and float");
+  check_contiguous(of_pixels, "of_pixels", ScalarType::Float, clip);
+  check_contiguous(order, "order", ScalarType::Long, clip);
+  check_contiguous(starts, "starts", ScalarType::Long, clip);
+  check(of_pixels.dim() == 2 && of_pixels.size(1) == pixels_of(p), "of_pixels", "be [count, K]");
+  check(order.dim() == 1 && order.size(0) == of_pixels.size(0), "order", "be [count]");
+  check(starts.dim() == 1 && starts.size(0) == p.batch * p.steps * p.lines * p.sites + 1, "starts",
+        "be [tokens + 1]");
+  p.count = order.size(0);
+  p.of_pixels = of_pixels.const_data_ptr<float>();
+  p.order = order.const_data_ptr<int64_t>();
+  p.starts = starts.const_data_ptr<int64_t>();
+  p.clip_gradient = clip.mutable_data_ptr();
+  if (clip.numel() == 0) return;
+  if (clip.is_cpu()) {
+    check_sentence(jk_visible_patch_embed_cpu_scatter(&p, isa_code(isa), parallel_for));
+    return;
+  }
+  const auto kernel = reinterpret_cast<const char* (*)(const Params*, void*)>(
+      cuda_symbol("jk_visible_patch_embed_cuda_scatter"));
+  torch::stable::accelerator::DeviceGuard guard(clip.get_device_index());
+  check_sentence(kernel(&p, cuda_stream(clip.get_device_index())));
+}
+
+}  // namespace
+}  // namespace jk::patches
+
+STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
+  m.def(
+      "visible_patch_embed_gather_(Tensor(a!) pixels, Tensor clip, Tensor rows, Tensor "
+      "normalisation, int depth, int high, int wide, int isa) -> ()");
+  m.def(
+      "visible_patch_embed_scatter_(Tensor(a!) clip, Tensor of_pixels, Tensor order, Tensor starts, "
+      "Tensor normalisation, int depth, int high, int wide, int isa) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CPU, m) {
+  m.impl("visible_patch_embed_gather_", TORCH_BOX(&jk::patches::gather));
+  m.impl("visible_patch_embed_scatter_", TORCH_BOX(&jk::patches::scatter));
+}
+STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CUDA, m) {
+  m.impl("visible_patch_embed_scatter_", TORCH_BOX(&jk::patches::scatter));
+}
