@@ -46,9 +46,9 @@ Params describe(const Tensor& clip, const Tensor& normalisation, int64_t depth, 
   p.line_stride = clip.stride(3);
   p.pixel_stride = clip.stride(4);
   check_contiguous(normalisation, "normalisation", ScalarType::Float, clip);
-  check(normalisation.dim() == 2 && normalisation.size(0) == 2 &&
-            normalisation.size(1) == p.channels,
-        "normalisation", "be [2, C]");
+  check(
+      normalisation.dim() == 2 && normalisation.size(0) == 2 && normalisation.size(1) == p.channels,
+      "normalisation", "be [2, C]");
   p.gain = normalisation.const_data_ptr<float>();
   p.shift = p.gain + p.channels;
   return p;
@@ -113,7 +113,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
       "visible_patch_embed_gather_(Tensor(a!) pixels, Tensor clip, Tensor rows, Tensor "
       "normalisation, int depth, int high, int wide, int isa) -> ()");
   m.def(
-      "visible_patch_embed_scatter_(Tensor(a!) clip, Tensor of_pixels, Tensor order, Tensor starts, "
+      "visible_patch_embed_scatter_(Tensor(a!) clip, Tensor of_pixels, Tensor order, Tensor "
+      "starts, "
       "Tensor normalisation, int depth, int high, int wide, int isa) -> ()");
 }
 

@@ -1,5 +1,5 @@
-// C ABI of visible_patch_embed's kernels, shared by the CPU kernels, the CUDA kernels and their build
-// on the SIMT executor.
+// C ABI of visible_patch_embed's kernels, shared by the CPU kernels, the CUDA kernels and their
+// build on the SIMT executor.
 #pragma once
 #include "../abi.h"
 

@@ -4,18 +4,18 @@
 #pragma once
 #include <string.h>
 
+#include "../../cpu/simd/native.h"
 #include "../params.h"
 
 namespace jk::patches {
 namespace {
 
-struct bfloat16 {
-  uint16_t bits;
-};
+// Numbers that are normalised at a time: a multiple of vectors.
+constexpr int64_t kChunk = 16;
 
 inline float widen(float x) { return x; }
 inline float widen(uint8_t x) { return (float)x; }
-inline float widen(bfloat16 x) {
+inline float widen(bf16 x) {
   const uint32_t bits = (uint32_t)x.bits << 16;
   float f;
   memcpy(&f, &bits, 4);
@@ -23,16 +23,19 @@ inline float widen(bfloat16 x) {
 }
 inline float widen(_Float16 x) { return (float)x; }
 
-inline void narrow(float f, float& to) { to = f; }
-// 0x7fff is every fraction bit below bfloat16 but the last; adding the lowest kept bit makes it
-// round to even.
-inline void narrow(float f, bfloat16& to) {
-  uint32_t u;
-  memcpy(&u, &f, 4);
-  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  to.bits = (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+// The first n of a chunk, rounded to nearest even.
+inline void narrow(const float (&chunk)[kChunk], float* to, int64_t n) {
+  memcpy(to, chunk, sizeof(float) * n);
 }
-inline void narrow(float f, _Float16& to) { to = (_Float16)f; }
+inline void narrow(const float (&chunk)[kChunk], bf16* to, int64_t n) {
+  using V = simd::Native;
+  bf16 rounded[kChunk];
+  for (int64_t i = 0; i < kChunk; i += V::kLanes) V::store(rounded + i, V::load(chunk + i));
+  memcpy(to, rounded, sizeof(bf16) * n);
+}
+inline void narrow(const float (&chunk)[kChunk], _Float16* to, int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] = (_Float16)chunk[i];
+}
 
 // Where a token begins in the clip, in frames, lines and pixels.
 struct Corner {
@@ -45,6 +48,10 @@ struct Corner {
     frame = token % p.steps * p.depth;
     clip = token / p.steps;
   }
+  int64_t offset(const jk_visible_patch_embed_params& p) const {
+    return clip * p.clip_stride + frame * p.frame_stride + line * p.line_stride +
+           pixel * p.pixel_stride;
+  }
 };
 
 // A line of one channel of a tubelet. kWide and kStride are the line's length and the distance of
@@ -52,22 +59,29 @@ struct Corner {
 template <int kWide, int kStride, class From, class To>
 inline void gather_line(const From* __restrict from, To* __restrict to, int64_t wide,
                         int64_t stride, float gain, float shift) {
-  const int64_t n = kWide ? kWide : wide, step = kStride ? kStride : stride;
-  for (int64_t i = 0; i < n; i++) narrow(widen(from[i * step]) * gain + shift, to[i]);
+  const int64_t step = kStride ? kStride : stride, length = kWide ? kWide : wide;
+  for (int64_t first = 0; first < length; first += kChunk) {
+    const int64_t n = kWide || length - first > kChunk ? kChunk : length - first;
+    float chunk[kChunk] = {};
+    for (int64_t i = 0; i < n; i++) chunk[i] = widen(from[(first + i) * step]) * gain + shift;
+    narrow(chunk, to + first, n);
+  }
 }
 
 template <int kWide, int kStride, class From, class To>
 void gather_row(const jk_visible_patch_embed_params& p, int64_t row) {
-  const Corner at(p, p.rows[row]);
-  const From* corner = (const From*)p.clip + at.clip * p.clip_stride + at.frame * p.frame_stride +
-                       at.line * p.line_stride + at.pixel * p.pixel_stride;
+  const int64_t corner = Corner(p, p.rows[row]).offset(p);
+  // Lines lie too far apart for the hardware to fetch them ahead.
+  const int64_t to_next = row + 1 < p.count ? Corner(p, p.rows[row + 1]).offset(p) - corner : 0;
   To* to = (To*)p.pixels + row * p.channels * p.depth * p.high * p.wide;
   for (int64_t c = 0; c < p.channels; c++)
     for (int64_t d = 0; d < p.depth; d++)
-      for (int64_t h = 0; h < p.high; h++, to += p.wide)
-        gather_line<kWide, kStride>(
-            corner + c * p.channel_stride + d * p.frame_stride + h * p.line_stride, to, p.wide,
-            p.pixel_stride, p.gain[c], p.shift[c]);
+      for (int64_t h = 0; h < p.high; h++, to += p.wide) {
+        const From* from = (const From*)p.clip + corner + c * p.channel_stride +
+                           d * p.frame_stride + h * p.line_stride;
+        __builtin_prefetch(from + to_next);
+        gather_line<kWide, kStride>(from, to, p.wide, p.pixel_stride, p.gain[c], p.shift[c]);
+      }
 }
 
 // The usual widths and layouts (one channel after another, or three channels side by side) have
@@ -88,8 +102,8 @@ void gather_rows_of(const jk_visible_patch_embed_params& p, int64_t begin, int64
 
 template <class From, class To>
 void gather_rows(const jk_visible_patch_embed_params& p, int64_t begin, int64_t end) {
-  if (p.wide == 16) {
-    gather_rows_of<16, From, To>(p, begin, end);
+  if (p.wide == kChunk) {
+    gather_rows_of<kChunk, From, To>(p, begin, end);
   } else {
     gather_rows_of<0, From, To>(p, begin, end);
   }
@@ -107,12 +121,20 @@ void scatter_token(const jk_visible_patch_embed_params& p, int64_t token) {
   for (int64_t c = 0; c < p.channels; c++)
     for (int64_t d = 0; d < p.depth; d++)
       for (int64_t h = 0; h < p.high; h++) {
-        To* to = clip + (((at.clip * p.channels + c) * frames + at.frame + d) * height + at.line +
-                         h) * width + at.pixel;
-        for (int64_t w = 0; w < p.wide; w++, k++) {
-          float sum = 0.f;
-          for (int64_t r = first; r < last; r++) sum += p.of_pixels[p.order[r] * size + k];
-          narrow(sum * p.gain[c], to[w]);
+        To* to =
+            clip +
+            (((at.clip * p.channels + c) * frames + at.frame + d) * height + at.line + h) * width +
+            at.pixel;
+        for (int64_t w = 0; w < p.wide; w += kChunk) {
+          const int64_t n = p.wide - w < kChunk ? p.wide - w : kChunk;
+          float sum[kChunk] = {};
+          for (int64_t r = first; r < last; r++) {
+            const float* from = p.of_pixels + p.order[r] * size + k;
+            for (int64_t i = 0; i < n; i++) sum[i] += from[i];
+          }
+          for (int64_t i = 0; i < n; i++) sum[i] *= p.gain[c];
+          narrow(sum, to + w, n);
+          k += n;
         }
       }
 }

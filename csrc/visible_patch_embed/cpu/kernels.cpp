@@ -11,7 +11,7 @@ using Params = jk_visible_patch_embed_params;
 template <class From>
 void gather_from(const Params& p, int64_t begin, int64_t end) {
   if (p.pixels_dtype == JK_BFLOAT16) {
-    gather_rows<From, bfloat16>(p, begin, end);
+    gather_rows<From, bf16>(p, begin, end);
   } else {
     gather_rows<From, float>(p, begin, end);
   }
@@ -23,7 +23,7 @@ void gather(int64_t begin, int64_t end, void* context) {
     case JK_UINT8:
       return gather_from<uint8_t>(p, begin, end);
     case JK_BFLOAT16:
-      return gather_from<bfloat16>(p, begin, end);
+      return gather_from<bf16>(p, begin, end);
     case JK_FLOAT16:
       return gather_from<_Float16>(p, begin, end);
     default:
@@ -35,7 +35,7 @@ void scatter(int64_t begin, int64_t end, void* context) {
   const Params& p = *(const Params*)context;
   switch (p.clip_dtype) {
     case JK_BFLOAT16:
-      return scatter_tokens<bfloat16>(p, begin, end);
+      return scatter_tokens<bf16>(p, begin, end);
     case JK_FLOAT16:
       return scatter_tokens<_Float16>(p, begin, end);
     default:
