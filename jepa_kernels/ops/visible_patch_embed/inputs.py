@@ -131,6 +131,19 @@ def kernel_reasons(inputs: Inputs) -> list[Reason]:
     return reasons
 
 
+def gpu_reasons(inputs: Inputs) -> list[Reason]:
+    """Why no kernel of a GPU can: within a clip they count in 32 bits."""
+    reasons, clip, most = kernel_reasons(inputs), inputs.clip, 2**31
+    pairs = zip(clip.shape[1:], clip.stride()[1:], strict=True)
+    span = 1 + sum((size - 1) * stride for size, stride in pairs)
+    if span >= most:
+        reasons.append(Reason(f"clip must span fewer than 2^31 elements a sample, got {span}"))
+    if inputs.batch * inputs.tokens >= most:
+        tokens = inputs.batch * inputs.tokens
+        reasons.append(Reason(f"clip must have fewer than 2^31 tokens, got {tokens}"))
+    return reasons
+
+
 def check(inputs: Inputs) -> None:
     """Raises a sentence unless shapes, dtypes and devices are those of a call."""
     clip, weight = inputs.clip, inputs.weight

@@ -14,7 +14,7 @@ import torch
 
 from ... import triton_runtime
 from ...backend import Reason
-from .inputs import Inputs, kernel_reasons
+from .inputs import Inputs, gpu_reasons
 from .products import product_backend
 
 # Numbers of a token that a program of the scatter has.
@@ -24,7 +24,7 @@ FEWEST_ROWS, PROGRAMS = 256, 512
 
 
 def unsupported(inputs: Inputs) -> list[Reason]:
-    return triton_runtime.unavailable_reasons(inputs.device_type) + kernel_reasons(inputs)
+    return triton_runtime.unavailable_reasons(inputs.device_type) + gpu_reasons(inputs)
 
 
 class Triton:
@@ -112,14 +112,10 @@ def product_options(kernel: str, dtype: torch.dtype) -> dict[str, Any]:
     """Tile sizes and launch options; the compile gate builds the same ones."""
     from ...triton_support import FP_FUSION
 
+    sizes, stages = {"BM": 64, "BN": 64, "BK": 32}, 2
     if dtype == torch.float32:
-        sizes = {"BM": 64, "BN": 64, "BK": 16}
-        return {**sizes, "num_warps": 8, "num_stages": 2, **FP_FUSION}
-    if kernel == "embed":
-        sizes = {"BM": 64, "BN": 128, "BK": 32}
-    else:
-        sizes = {"BM": 128, "BN": 64, "BK": 32}
-    return {**sizes, "num_warps": 8, "num_stages": 3, **FP_FUSION}
+        sizes["BK"], stages = 16, 2 if kernel == "embed" else 1
+    return {**sizes, "num_warps": 8, "num_stages": stages, **FP_FUSION}
 
 
 def scatter_options() -> dict[str, Any]:

@@ -27,18 +27,16 @@ def _corners(
     HIGH: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Where tokens begin in the clip; tokens int64."""
-    pixel = tokens % sites * WIDE
-    tokens = tokens // sites
-    line = tokens % lines * HIGH
-    tokens = tokens // lines
-    frame = tokens % steps * DEPTH
-    return (
-        tokens // steps * clip_stride
-        + frame * frame_stride
-        + line * line_stride
-        + pixel * pixel_stride
-    )
+    """Where tokens begin in the clip. There are fewer than 2^31 tokens, and a clip spans fewer than
+    2^31 elements: only the clip's own place needs 64 bits."""
+    rest = tokens.to(tl.int32)
+    pixel = rest % sites * WIDE
+    rest = rest // sites
+    line = rest % lines * HIGH
+    rest = rest // lines
+    frame = rest % steps * DEPTH
+    inside = frame * frame_stride + line * line_stride + pixel * pixel_stride
+    return (rest // steps).to(tl.int64) * clip_stride + inside
 
 
 @triton.jit
@@ -53,17 +51,10 @@ def _places(
     WIDE: tl.constexpr,
 ):
     """The channel of each of a token's numbers, and its distance from the token's first."""
-    pixel = (k % WIDE).to(tl.int64)
-    line = (k // WIDE % HIGH).to(tl.int64)
-    frame = (k // (WIDE * HIGH) % DEPTH).to(tl.int64)
+    frame, line, pixel = k // (WIDE * HIGH) % DEPTH, k // WIDE % HIGH, k % WIDE
     channel = k // (WIDE * HIGH * DEPTH)
-    offset = (
-        channel.to(tl.int64) * channel_stride
-        + frame * frame_stride
-        + line * line_stride
-        + pixel * pixel_stride
-    )
-    return channel, offset
+    inside = frame * frame_stride + line * line_stride + pixel * pixel_stride
+    return channel, channel * channel_stride + inside
 
 
 @triton.jit
