@@ -65,6 +65,12 @@ void add_rows(Params& p, const Tensor& rows, const Tensor& clip) {
   p.count = rows.size(0);
 }
 
+void on_gpu(const char* name, const Params& p, const Tensor& clip) {
+  const auto kernel = reinterpret_cast<const char* (*)(const Params*, void*)>(cuda_symbol(name));
+  torch::stable::accelerator::DeviceGuard guard(clip.get_device_index());
+  check_sentence(kernel(&p, cuda_stream(clip.get_device_index())));
+}
+
 void gather(Tensor pixels, const Tensor& clip, const Tensor& rows, const Tensor& normalisation,
             int64_t depth, int64_t high, int64_t wide, int64_t isa) {
   Params p = describe(clip, normalisation, depth, high, wide);
@@ -99,10 +105,49 @@ void scatter(Tensor clip, const Tensor& of_pixels, const Tensor& order, const Te
     check_sentence(jk_visible_patch_embed_cpu_scatter(&p, isa_code(isa), parallel_for));
     return;
   }
-  const auto kernel = reinterpret_cast<const char* (*)(const Params*, void*)>(
-      cuda_symbol("jk_visible_patch_embed_cuda_scatter"));
-  torch::stable::accelerator::DeviceGuard guard(clip.get_device_index());
-  check_sentence(kernel(&p, cuda_stream(clip.get_device_index())));
+  on_gpu("jk_visible_patch_embed_cuda_scatter", p, clip);
+}
+
+// The weight as it is, or the gradient of the output, in the dtype of products.
+void add_operand(Params& p, const Tensor& operand, const char* argument, const Tensor& clip) {
+  p.dtype = dtype_code("visible_patch_embed", operand);
+  check_contiguous(operand, argument, operand.scalar_type(), clip);
+}
+
+Tensor embed(const Tensor& clip, const Tensor& rows, const Tensor& normalisation,
+             const Tensor& weight, std::optional<Tensor> bias) {
+  check(weight.dim() == 5 && weight.size(1) == clip.size(1), "weight", "be [D, C, pt, ph, pw]");
+  Params p = describe(clip, normalisation, weight.size(2), weight.size(3), weight.size(4));
+  add_rows(p, rows, clip);
+  add_operand(p, weight, "weight", clip);
+  p.width = weight.size(0);
+  p.weight = weight.const_data_ptr();
+  if (bias) {
+    check_contiguous(*bias, "bias", weight.scalar_type(), clip);
+    check(bias->dim() == 1 && bias->size(0) == p.width, "bias", "be [D]");
+    p.bias = bias->const_data_ptr();
+  }
+  Tensor out = torch::stable::new_empty(weight, {p.count, p.width});
+  p.out = out.mutable_data_ptr();
+  on_gpu("jk_visible_patch_embed_cuda_embed", p, clip);
+  return out;
+}
+
+Tensor weight_gradient(const Tensor& clip, const Tensor& rows, const Tensor& normalisation,
+                       const Tensor& grad_out, int64_t depth, int64_t high, int64_t wide) {
+  Params p = describe(clip, normalisation, depth, high, wide);
+  add_rows(p, rows, clip);
+  add_operand(p, grad_out, "grad_out", clip);
+  check(grad_out.dim() == 2 && grad_out.size(0) == p.count, "grad_out", "be [count, D]");
+  p.width = grad_out.size(1);
+  p.grad_out = grad_out.const_data_ptr();
+  p.piece_rows = reinterpret_cast<int64_t (*)(int64_t, int64_t, int64_t)>(
+      cuda_symbol("jk_visible_patch_embed_cuda_piece_rows"))(p.count, p.width, pixels_of(p));
+  p.pieces = std::max<int64_t>(1, (p.count + p.piece_rows - 1) / p.piece_rows);
+  Tensor out = torch::stable::new_empty(normalisation, {p.pieces, p.width, pixels_of(p)});
+  p.weight_gradient = out.mutable_data_ptr<float>();
+  on_gpu("jk_visible_patch_embed_cuda_weight_gradient", p, clip);
+  return out;
 }
 
 }  // namespace
@@ -116,6 +161,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
       "visible_patch_embed_scatter_(Tensor(a!) clip, Tensor of_pixels, Tensor order, Tensor "
       "starts, "
       "Tensor normalisation, int depth, int high, int wide, int isa) -> ()");
+  m.def(
+      "visible_patch_embed_embed(Tensor clip, Tensor rows, Tensor normalisation, Tensor weight, "
+      "Tensor? bias) -> Tensor");
+  m.def(
+      "visible_patch_embed_weight_gradient(Tensor clip, Tensor rows, Tensor normalisation, Tensor "
+      "grad_out, int depth, int high, int wide) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CPU, m) {
@@ -123,5 +174,7 @@ STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CPU, m) {
   m.impl("visible_patch_embed_scatter_", TORCH_BOX(&jk::patches::scatter));
 }
 STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CUDA, m) {
+  m.impl("visible_patch_embed_embed", TORCH_BOX(&jk::patches::embed));
+  m.impl("visible_patch_embed_weight_gradient", TORCH_BOX(&jk::patches::weight_gradient));
   m.impl("visible_patch_embed_scatter_", TORCH_BOX(&jk::patches::scatter));
 }

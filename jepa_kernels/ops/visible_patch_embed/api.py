@@ -28,8 +28,8 @@ def visible_patch_embed(
 
     ``out[r] = W p(r) + bias``, with p(r) the pixels of tubelet r in the order of a Conv3d weight,
     each as ``(scale * x - mean[c]) / std[c]``: what a Conv3d with stride = kernel over the
-    normalised clip gives at these places (ViViT's tubelet embedding, Arnab et al. 2021, section
-    3.2; the patch embedding of V-JEPA).
+    normalised clip gives at these places (the tubelet embedding of ViViT, arXiv 2103.15691, section
+    3.2, as V-JEPA's encoders have it).
 
     Args:
         clip: ``[B, C, frames, height, width]``, any strides, so that ``video.permute(0, 4, 1, 2,

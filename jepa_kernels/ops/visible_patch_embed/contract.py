@@ -14,7 +14,7 @@ from ...contract import Function
 from ...device_tables import DeviceTables, upload
 from .inputs import NAME, Inputs, check, check_direct, check_values, example, outputs
 
-PRIORITY = ("triton", "cpu", "torch", "reference")
+PRIORITY = ("cuda", "triton", "cpu", "torch", "reference")
 Statistics = Sequence[float] | torch.Tensor
 _normalisations = DeviceTables(32)
 
