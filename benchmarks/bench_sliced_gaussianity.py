@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import harness
 from jepa_kernels import random_directions, sliced_gaussianity
-from jepa_kernels.backend import ANY_DEVICE, OPS
+from jepa_kernels.backend import ANY_DEVICE, OPS, Inputs
 
 OP = "sliced_gaussianity"
 SLICES, POINTS, LARGEST = 1024, 17, 3.0
@@ -43,6 +43,32 @@ class Case:
     @property
     def shape(self) -> tuple[int, int]:
         return self.features.shape[0], self.features.shape[1]
+
+    def supported(self) -> list[str]:
+        """The backends with kernels of their own that take this call here."""
+        op = OPS[OP]
+        return [
+            name
+            for name in op.priority
+            if op.backends[name].devices != ANY_DEVICE and not op.reasons(name, self.inputs)
+        ]
+
+    @property
+    def inputs(self) -> Inputs:
+        return OPS[OP].prepare(self.features, self.directions)
+
+    @property
+    def details(self) -> dict[str, object]:
+        rows, channels = self.shape
+        slices = self.directions.shape[1]
+        return {
+            "rows": rows,
+            "channels": channels,
+            "slices": slices,
+            "points": POINTS,
+            "size_class": self.inputs.size_class(),
+            "scratch_unit_bytes": 4 * rows * slices * POINTS,
+        }
 
     def flop(self, gradient: bool) -> float:
         """Of the products: X A, and the gradient's."""
@@ -140,41 +166,24 @@ def gate(case: Case, backend: str, dtype: str) -> None:
 
 
 def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
-    op = OPS[OP]
     for dtype, case in cases(options):
-        inputs = op.prepare(case.features, case.directions)
-        supported = [
-            name
-            for name in op.priority
-            if op.backends[name].devices != ANY_DEVICE and not op.reasons(name, inputs)
-        ]
-        rows, slices = case.features.shape[0], case.directions.shape[1]
         rivals = baselines(case, options.quick)
-        for backend in options.backends or (*supported, "torch"):
+        for backend in options.backends or (*case.supported(), "torch"):
             for pass_name in ("forward", "forward+backward"):
                 for name, rival in rivals.items():
-                    if not options.wants(baseline=name, dtype=dtype, pass_name=pass_name):
-                        continue
-                    gradient = pass_name != "forward"
-                    yield harness.Comparison(
-                        case=case.name,
-                        dtype=dtype,
-                        pass_name=pass_name,
-                        backend=backend,
-                        baseline=name,
-                        candidate=timed(case, ours(case, backend), pass_name),
-                        reference=timed(case, rival, pass_name),
-                        gate=partial(gate, case, backend, dtype),
-                        flop=case.flop(gradient),
-                        details={
-                            "rows": rows,
-                            "channels": case.features.shape[1],
-                            "slices": slices,
-                            "points": POINTS,
-                            "size_class": inputs.size_class(),
-                            "scratch_unit_bytes": 4 * rows * slices * POINTS,
-                        },
-                    )
+                    if options.wants(baseline=name, dtype=dtype, pass_name=pass_name):
+                        yield harness.Comparison(
+                            case=case.name,
+                            dtype=dtype,
+                            pass_name=pass_name,
+                            backend=backend,
+                            baseline=name,
+                            candidate=timed(case, ours(case, backend), pass_name),
+                            reference=timed(case, rival, pass_name),
+                            gate=partial(gate, case, backend, dtype),
+                            flop=case.flop(pass_name != "forward"),
+                            details=case.details,
+                        )
 
 
 if __name__ == "__main__":

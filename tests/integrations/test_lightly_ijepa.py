@@ -1,5 +1,5 @@
 """lightly's I-JEPA against the untouched model: the flavour on torchvision's blocks and the one on
-timm's attention.
+timm's attention; and its LeJEPA loss with our SIGReg.
 
 lightly needs torchvision, and other packages behave differently where torchvision is: `make dev`
 puts the two into a folder of their own (`apart` in the environment), which only this file looks
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 import types
 from pathlib import Path
@@ -18,8 +19,9 @@ import pytest
 import torch
 from torch import nn
 
+from jepa_kernels import random_directions
 from jepa_kernels.integrations import accelerate, patch, restore
-from jepa_kernels.testing import FLOAT32_DEEP
+from jepa_kernels.testing import FLOAT32, FLOAT32_DEEP
 from tests.conftest import missing
 from tests.integrations.peers import DTYPES, check, randomised, results, steps_apart
 
@@ -67,12 +69,13 @@ def modules():
             for name in ("ijepa", "ijepa_timm")
         )
         yield types.SimpleNamespace(
+            LeJEPALoss=importlib.import_module("lightly.loss.lejepa_loss").LeJEPALoss,
             **{
                 key: value
                 for module in flavours
                 for key, value in vars(module).items()
                 if "IJEPA" in key
-            }
+            },
         )
     finally:
         if not found:
@@ -208,3 +211,15 @@ def test_obstacles_and_refusals(modules):
     accelerate(plain)
     with pytest.raises(ValueError, match="attn_mask must be None"):
         plain(torch.randn(1, 9, 48), is_causal=True)
+
+
+def test_the_lines_for_its_lejepa_loss(modules, root):
+    """docs/lejepa.md: the loss is lightly's, with the directions that lightly is made to draw."""
+    page = (root / "docs" / "lejepa.md").read_text()
+    (lines,) = [b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "lightly" in b]
+    given: dict[str, nn.Module] = {}
+    exec(lines, given)
+    theirs = modules.LeJEPALoss()
+    theirs.sigreg._generate_unit_vectors = lambda *_: random_directions(16, 1024, 0)
+    views = {"local_proj": torch.randn(6, 20, 16), "global_proj": torch.randn(2, 20, 16)}
+    torch.testing.assert_close(given["criterion"](**views), theirs(**views), **FLOAT32)

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from jepa_kernels import Rope3D, ema_update_, masked_attention, native
+from jepa_kernels import Rope3D, ema_update_, masked_attention, native, sliced_gaussianity
 from jepa_kernels.ops.adamw_ema import TeacherLists, adamw_ema_
 from jepa_kernels.ops.latent_rollout import ResidualMLP, latent_rollout
 from jepa_kernels.ops.latent_rollout.cells import with_parameters
@@ -281,6 +281,22 @@ def test_a_graph_of_a_rollout(device, backend, cell):
     replay, kept = recorded(call, device)
     with torch.no_grad():
         states.copy_(torch.randn_like(states))
+    replay()
+    for got, wanted in zip(kept, call(), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@each_device
+def test_a_graph_of_a_statistic(device, backend):
+    x = torch.randn(300, 24, device=device, requires_grad=True)
+
+    def call() -> tuple[torch.Tensor, ...]:
+        out = sliced_gaussianity(x, 40, seed=2, backend=backend)
+        return (out.detach().clone(), *torch.autograd.grad(out, x))
+
+    replay, kept = recorded(call, device)
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
     replay()
     for got, wanted in zip(kept, call(), strict=True):
         assert torch.equal(got, wanted)

@@ -21,9 +21,11 @@ from jepa_kernels import (
     sliced_gaussianity,
     use_backend,
 )
+from jepa_kernels.ops import products
 from jepa_kernels.ops.sliced_gaussianity import blocks, directions
 from jepa_kernels.ops.sliced_gaussianity.contract import OP
 from jepa_kernels.ops.sliced_gaussianity.inputs import NAME
+from jepa_kernels.ops.sliced_gaussianity.torch import Eager
 from jepa_kernels.testing import (
     FLOAT32,
     FLOAT32_DEEP,
@@ -133,6 +135,23 @@ def test_blocks_of_directions(backend, output, slices, monkeypatch):
     monkeypatch.setattr(blocks, "_BLOCK_BYTES", {"cpu": 1, "cuda": 1})
     case = gaussianity_case(rows=70, slices=slices, output=output)
     check_gaussianity(case, backend, place(backend))
+
+
+def test_small_gradients_do_not_vanish_in_float16(monkeypatch):
+    """As on a GPU, which multiplies float16: a small weight of the loss makes slopes that it cannot
+    hold."""
+
+    def rounded(a: torch.Tensor, b: torch.Tensor, operand: torch.dtype) -> torch.Tensor:
+        return a.to(operand).float() @ b.to(operand).float()
+
+    monkeypatch.setattr(blocks, "widened_on_cpus", lambda dtype: False)
+    monkeypatch.setattr(products, "_product", rounded)
+    case = gaussianity_case(rows=60, output="sums", dtype=torch.float16)
+    inputs = OP.prepare(case.features.half(), case.directions.half())
+    exact = run_gaussianity(case, "reference", torch.float64)["grad_features"]
+    for weight in (1.0, 1e-9, 0.0):
+        found = blocks.backward(inputs, Eager(), case.grad_out.float() * weight)
+        assert (found - weight * exact).norm() <= 2e-3 * weight * exact.norm()
 
 
 @each_backend

@@ -8,7 +8,6 @@ so a call never waits for the device.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -31,12 +30,9 @@ def triton_backend(rollout: Any, kernels: Any, widest: int) -> Backend:
         return here + inputs.kernel_reasons(widest)
 
     devices = triton_runtime.DEVICES
-    return kernel_backend("triton", devices, unsupported, rollout, kernels, on=_device_of)
-
-
-def _device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    return kernel_backend(
+        "triton", devices, unsupported, rollout, kernels, on=triton_runtime.device_of
+    )
 
 
 def padded(width: int) -> int:

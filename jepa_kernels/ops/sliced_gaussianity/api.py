@@ -95,8 +95,7 @@ def _autocast(
     """What torch's autocast does to a product: float inputs take its dtype."""
     checks.is_tensor(NAME, "features", features)
     kind = features.device.type
-    # Devices without autocast, such as meta, refuse the question whether it is on.
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not checks.is_autocast_enabled(kind):
         return features, directions
     dtype = torch.get_autocast_dtype(kind)
 

@@ -86,7 +86,8 @@ def forward(inputs: Inputs, kernels: Kernels) -> tuple[torch.Tensor, torch.Tenso
     at = knots(inputs.points, inputs.largest_point, nothing)
     # N times the distance, averaged over the directions.
     scale = inputs.rows / inputs.slices
-    to_slope = at.weight * at.time * (2.0 / inputs.slices)
+    # The mean over directions is taken of the result: in float16 their shares would be too small.
+    to_slope = at.weight * at.time * 2.0
     total, gradient = nothing.new_zeros(()), None
     for columns, projections in _projections(inputs):
         sums = kernels.sums(projections, count, spacing)
@@ -95,18 +96,20 @@ def forward(inputs: Inputs, kernels: Kernels) -> tuple[torch.Tensor, torch.Tenso
         if inputs.save:
             kernels.slope_(projections, residual * to_slope, spacing)
             gradient = _add_gradient(gradient, inputs, projections, columns)
-    return total * scale, nothing if gradient is None else gradient
+    return total * scale, nothing if gradient is None else gradient.div_(inputs.slices)
 
 
 def backward(inputs: Inputs, kernels: Kernels, grad_sums: torch.Tensor) -> torch.Tensor:
     """The gradient of the features from that of the sums."""
-    time = knots(inputs.points, inputs.largest_point, grad_sums).time
+    # A share of a mean may be too small for a product in float16.
+    largest = grad_sums.abs().amax().clamp(min=torch.finfo(grad_sums.dtype).tiny)
+    to_slope = grad_sums / largest * knots(inputs.points, inputs.largest_point, grad_sums).time
     gradient = None
     for columns, projections in _projections(inputs):
-        kernels.slope_(projections, (grad_sums[:, :, columns] * time).contiguous(), inputs.spacing)
+        kernels.slope_(projections, to_slope[:, :, columns].contiguous(), inputs.spacing)
         gradient = _add_gradient(gradient, inputs, projections, columns)
     assert gradient is not None  # there is at least one direction
-    return gradient
+    return gradient.mul_(largest)
 
 
 def _multiplied(inputs: Inputs) -> Inputs:

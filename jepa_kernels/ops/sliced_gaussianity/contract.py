@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ... import checks
 from ...contract import Function
 from .directions import random_directions
-from .inputs import NAME, Inputs, check, check_direct, check_values, outputs
+from .inputs import NAME, Inputs, check, check_values, outputs
 
 PRIORITY = ("cuda", "triton", "cpu", "torch", "reference")
 
@@ -84,7 +84,6 @@ OP = Function(
     {"many": example(512), "few": example(128)},
     inputs=Inputs,
     check=check,
-    check_direct=check_direct,
     check_values=check_values,
     outputs=outputs,
     num_outputs=2,

@@ -120,10 +120,6 @@ def check(inputs: Inputs) -> None:
         _fail("output", f"be one of {', '.join(OUTPUTS)}", repr(inputs.output))
 
 
-def check_direct(inputs: Inputs) -> None:
-    """What a direct caller of the torch op could get wrong beside that: nothing."""
-
-
 def check_values(inputs: Inputs) -> None:
     """Any values are sound: what is not finite gives what is not finite."""
 

@@ -7,7 +7,6 @@ CUDA graph.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -63,9 +62,6 @@ def _grid(rows: int, columns: int) -> tuple[int, int]:
     return -(-rows // ROWS), -(-columns // COLUMNS)
 
 
-def _device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-BACKEND = block_backend("triton", triton_runtime.DEVICES, unsupported, Triton(), _device_of)
+BACKEND = block_backend(
+    "triton", triton_runtime.DEVICES, unsupported, Triton(), triton_runtime.device_of
+)
