@@ -76,6 +76,7 @@ CASES = (
     {"channels_last": True, "tubelet": (2, 7, 5)},
     {"repeated": True, "visible": 40, "ids_dtype": torch.int32},
     {"grid": (3, 5, 7), "visible": 90, "batch": 3},
+    {"grid": (3, 5, 7), "visible": 100, "batch": 3, "bias": False, "tubelet": (2, 16, 16)},
 )
 
 
