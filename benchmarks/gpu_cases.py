@@ -164,6 +164,7 @@ def attention(device: str, quick: bool) -> Iterator[Task]:
                     "head_dim": case.head_dim,
                     "longest": max(case.lengths),
                     "sequences": len(case.lengths),
+                    "flash": op.backends["flash"].facts["library"](),
                 },
             )
 

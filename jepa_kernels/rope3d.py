@@ -123,7 +123,8 @@ class Rope3D:
         if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
             return self._build(head_dim, device)
         # Plain values: the hash of a dataclass is computed in Python at every look-up.
-        key = (self.grid, self.layout, self.interpolate_from, head_dim, device)
+        rule = (self.interpolate_from, self.interpolation)
+        key = (self.grid, self.layout, *rule, head_dim, device)
         return _tables.get(key, device, lambda: self._lasting(head_dim, device))[0]
 
     def _lasting(self, head_dim: int, device: torch.device) -> tuple[torch.Tensor]:

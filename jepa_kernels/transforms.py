@@ -39,8 +39,8 @@ def _mode() -> str:
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import Dynamo with this package.
-active._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
+active._dynamo_marked_constant = True  # type: ignore[attr-defined] # for Dynamo
+_mode._dynamo_marked_constant = True  # type: ignore[attr-defined] # for Dynamo
 
 
 def obstacle(op: str, backend: str) -> str | None:

@@ -153,7 +153,7 @@ Tensor weight_gradient(const Tensor& clip, const Tensor& rows, const Tensor& nor
 }  // namespace
 }  // namespace jk::patches
 
-STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
+JK_LIBRARY_FRAGMENT(m) {
   m.def(
       "visible_patch_embed_gather_(Tensor(a!) pixels, Tensor clip, Tensor rows, Tensor "
       "normalisation, int depth, int high, int wide, int isa) -> ()");
@@ -169,11 +169,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
       "grad_out, int depth, int high, int wide) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CPU, m) {
+JK_LIBRARY_IMPL(CPU, m) {
   m.impl("visible_patch_embed_gather_", TORCH_BOX(&jk::patches::gather));
   m.impl("visible_patch_embed_scatter_", TORCH_BOX(&jk::patches::scatter));
 }
-STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CUDA, m) {
+JK_LIBRARY_IMPL(CUDA, m) {
   m.impl("visible_patch_embed_embed", TORCH_BOX(&jk::patches::embed));
   m.impl("visible_patch_embed_weight_gradient", TORCH_BOX(&jk::patches::weight_gradient));
   m.impl("visible_patch_embed_scatter_", TORCH_BOX(&jk::patches::scatter));

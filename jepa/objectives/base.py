@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import jepa_kernels
 from jepa.batch import MaskBatch
-from jepa.quirks import Quirks
+from jepa.published_behaviour import PublishedBehaviour
 from jepa_kernels.ops import collective
 from jepa_kernels.ops.latent_rollout.cells import Cell
 
@@ -190,7 +190,7 @@ class ObjectiveContext:
         levels: L, the number of encoder levels in a feature.
         factorisation: which channels hold appearance and which dynamics.
         heads: the objectives' own modules by objective name.
-        quirks: the published defects that are switched on.
+        published_behaviour: the published defects that are switched on.
         clips: the normalised clips ``[B, 3, frames, H, W]``; None where only features are given.
         patch_size: side of a patch in pixels.
         tubelet_size: frames of a token.
@@ -209,7 +209,7 @@ class ObjectiveContext:
     levels: int
     factorisation: Factorisation = field(default_factory=Factorisation)
     heads: nn.ModuleDict = field(default_factory=nn.ModuleDict)
-    quirks: Quirks = field(default_factory=Quirks)
+    published_behaviour: PublishedBehaviour = field(default_factory=PublishedBehaviour)
     clips: Tensor | None = None
     patch_size: int = 16
     tubelet_size: int = 2

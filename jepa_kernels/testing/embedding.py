@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
-from ..backend import OPS, resolve
-from ..ops.visible_patch_embed.inputs import NAME
+from ..backend import resolve
+from ..ops.visible_patch_embed.contract import OP, prepare
 from . import assert_within_budget
 
 MEAN, STD = (0.485, 0.456, 0.406, 0.5), (0.229, 0.224, 0.225, 0.25)
@@ -109,7 +109,6 @@ def run_embedding(
     case: EmbeddingCase, backend: str, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> dict[str, torch.Tensor]:
     """Output and gradients of one backend, in the case's dtypes unless another is named."""
-    op = OPS[NAME]
 
     def placed(t: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
         moved = t.to(device=device, dtype=kind if dtype is None else dtype)
@@ -122,7 +121,7 @@ def run_embedding(
     if case.clip_dtype != torch.uint8:
         clip = leaves["clip"] = placed(clip, case.clip_dtype)
     channels = clip.shape[1]
-    inputs = op.prepare(
+    inputs = prepare(
         clip,
         leaves["weight"],
         leaves.get("bias"),
@@ -131,7 +130,7 @@ def run_embedding(
         mean=MEAN[:channels] if case.normalised else None,
         std=STD[:channels] if case.normalised else None,
     )
-    out = op.run(inputs, resolve(op, inputs, backend))[0]
+    out = OP.run(inputs, resolve(OP, inputs, backend))[0]
     grads = torch.autograd.grad(out, list(leaves.values()), case.grad_out.to(out))
     return {"out": out.detach().cpu()} | {
         f"grad_{name}": grad.cpu() for name, grad in zip(leaves, grads, strict=True)

@@ -8,6 +8,7 @@ into.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import re
@@ -159,7 +160,7 @@ def test_timm_attention_with_norms_of_query_and_key(modules):
 
 
 def test_ten_steps_stay_together(modules):
-    assert steps_apart(Pair(modules, "timm").train(), call, images()) < 1e-4
+    assert steps_apart(Pair(modules, "timm").train(), call, images()) < FLOAT32_DEEP["rtol"]
 
 
 def test_training_mode_draws_the_same_dropout(modules):
@@ -211,6 +212,25 @@ def test_obstacles_and_refusals(modules):
     accelerate(plain)
     with pytest.raises(ValueError, match="attn_mask must be None"):
         plain(torch.randn(1, 9, 48), is_causal=True)
+
+
+def test_the_recipe_does_what_update_momentum_does(modules, root):
+    page = (root / "docs" / "integrations" / "recipes.md").read_text()
+    lines = page.split("## lightly\n")[1].split("```python\n")[1].split("```")[0]
+    recipe: dict = {}
+    exec(lines, recipe)
+    encoder, teacher = recipe["encoder"], recipe["teacher"]
+    assert any(hasattr(part, "_jepa_kernels_fused") for part in encoder.modules())
+    plain = copy.deepcopy(teacher.module)
+    update = importlib.import_module("lightly.models.utils").update_momentum
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in encoder.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        update(encoder, plain, 0.99)
+        teacher.update()
+    for theirs, ours in zip(plain.parameters(), teacher.module.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_the_lines_for_its_lejepa_loss(modules, root):

@@ -8,7 +8,7 @@ import torch
 from jepa_kernels import sliced_gaussianity
 from jepa_kernels.ops.sliced_gaussianity import blocks, triton
 from jepa_kernels.ops.sliced_gaussianity.inputs import NAME
-from jepa_kernels.testing import RESULT_FAULTS, planted_fault
+from jepa_kernels.testing import FLOAT32_NEAR_ZERO, RESULT_FAULTS, planted_fault
 from jepa_kernels.testing.gaussianity import check_gaussianity, gaussianity_case, run_gaussianity
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,8 +51,8 @@ def test_large_projections(magnitude):
     actual = run_gaussianity(case, "triton")["out"]
     first = (case.features.float() @ case.directions.float()) * 0.1875
     expected = torch.polar(torch.ones((), dtype=torch.float64), first.double()).sum(0)
-    torch.testing.assert_close(actual[0, 0].double(), expected.real, rtol=0.0, atol=1e-5)
-    torch.testing.assert_close(actual[1, 0].double(), expected.imag, rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(actual[0, 0].double(), expected.real, **FLOAT32_NEAR_ZERO)
+    torch.testing.assert_close(actual[1, 0].double(), expected.imag, **FLOAT32_NEAR_ZERO)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")

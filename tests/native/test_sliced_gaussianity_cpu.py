@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jepa_kernels.testing.gaussianity import check_gaussianity, gaussianity_case
+from jepa_kernels.testing.gaussianity import ANGLE_ERROR, check_gaussianity, gaussianity_case
 from tests.native.attention_library import serial, threaded
 from tests.native.build import CSRC, ISAS, Unit, library, units
 from tests.simt.build import ROOT, SANITIZER_STATUS, run_sanitized
@@ -72,7 +72,7 @@ def test_angles_of_any_size(kernels):
     u = torch.cat((torch.linspace(-60.0, 60.0, 4001), torch.tensor([19999.0, -20001.0, 3e8, 0.0])))
     sums = Ops(kernels).sliced_gaussianity_sums(u[None].contiguous(), 1, 1.0, -1)[0, :, 0]
     for found, function in zip(sums, (torch.cos, torch.sin), strict=True):
-        assert (found.double() - function(u.double())).abs().max() < 1.5e-7
+        assert (found.double() - function(u.double())).abs().max() < ANGLE_ERROR
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])

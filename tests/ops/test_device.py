@@ -26,6 +26,9 @@ from jepa_kernels.ops.latent_rollout import ResidualMLP, latent_rollout
 from jepa_kernels.ops.latent_rollout.cells import with_parameters
 from jepa_kernels.ops.masked_attention import flash
 from jepa_kernels.testing import (
+    BFLOAT16,
+    FLOAT32_CANCELLING,
+    FLOAT32_SHORT,
     HEAD_DIMS,
     RESULT_FAULTS,
     attention_case,
@@ -121,7 +124,7 @@ class TestFlash:
         cu.copy_(torch.tensor([0, 29, 38]))
         replay()
         for got, wanted in zip(kept, call(), strict=True):
-            torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02)
+            torch.testing.assert_close(got, wanted, **BFLOAT16)
 
 
 @each_gpu_backend
@@ -249,7 +252,7 @@ def test_a_table_first_used_in_a_capture_does_not_reach_eager_calls(backend):
         rope=rope,
         backend="reference",
     )
-    torch.testing.assert_close(eager[0].cpu().float(), twin, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(eager[0].cpu().float(), twin, **BFLOAT16)
     graph.replay()
     for got, wanted in zip(kept, eager, strict=True):
         assert torch.equal(got, wanted)
@@ -320,7 +323,7 @@ def test_ids_outside_the_grid_read_no_foreign_pixels(backend):
     far = torch.tensor([-1, 4, 2**62], device="cuda")
     out = visible_patch_embed(clip.cuda(), weight.cuda(), ids=far, backend=backend)
     near = visible_patch_embed(clip, weight, ids=torch.tensor([0, 3, 3]), backend="reference")
-    torch.testing.assert_close(out.cpu(), near, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.cpu(), near, **FLOAT32_CANCELLING)
 
 
 @each_device
@@ -356,7 +359,7 @@ def test_a_graph_of_an_average_reads_momentum_and_sources(device, backend):
     replay()
     for target, before, source in zip(targets, start, sources, strict=True):
         expected = 0.25 * before.double() + 0.75 * source.double()
-        torch.testing.assert_close(target.double(), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(target.double(), expected, **FLOAT32_SHORT)
 
 
 @each_gpu_backend
@@ -456,7 +459,7 @@ def test_compiled_calls_equal_eager_ones(device, backend):
         loss = run(leaf)
         results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
     for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(compiled, eager, **BFLOAT16)
 
 
 FAR = 2**31 + 2**20

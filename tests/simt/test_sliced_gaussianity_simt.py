@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from jepa_kernels.ops.sliced_gaussianity import blocks
-from jepa_kernels.testing import assert_within_budget
+from jepa_kernels.testing import FLOAT32_NEAR_ZERO, assert_within_budget
 from jepa_kernels.testing.gaussianity import check_gaussianity, gaussianity_case, run_gaussianity
 from tests.simt.build import ORDERS, ROOT, build, configure, run_sanitized, take_counts
 from tests.simt.gaussianity_abi import MOST_KNOTS, Library, Ops, on_the_executor, run_on
@@ -75,7 +75,7 @@ def test_large_projections(cuda, magnitude):
     first = (case.features.float() @ case.directions.float()) * 0.1875
     expected = torch.polar(torch.ones((), dtype=torch.float64), first.double()).sum(0)
     for plane, part in enumerate((expected.real, expected.imag)):
-        torch.testing.assert_close(actual[plane, 0].double(), part, rtol=0.0, atol=1e-5)
+        torch.testing.assert_close(actual[plane, 0].double(), part, **FLOAT32_NEAR_ZERO)
 
 
 def test_numbers_without_an_angle_stay_numbers_and_others_do_not(library):

@@ -14,7 +14,7 @@ def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     (csrc/binding.h says why)."""
     tensor = torch.empty(shape, dtype=dtype, device=device)
     if device.type == "cpu" and native.available():
-        torch.ops.jepa_kernels_native.advise_huge_pages(tensor)
+        native.ops.advise_huge_pages(tensor)
     return tensor
 
 

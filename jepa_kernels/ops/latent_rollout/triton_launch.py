@@ -14,7 +14,7 @@ import torch
 
 from ... import triton_runtime
 from ...backend import Backend, Reason
-from .kernel_backend import kernel_backend
+from .kernel_backend import KernelsT, Passes, RolloutT, kernel_backend
 from .rollout import Rollout
 
 # Rows of a program, and terms of a product staged at a time: all that a thread of eight warps can
@@ -22,7 +22,7 @@ from .rollout import Rollout
 ROWS, COLUMNS = 16, 64
 
 
-def triton_backend(rollout: Any, kernels: Any, widest: int) -> Backend:
+def triton_backend(rollout: Passes[RolloutT, KernelsT], kernels: KernelsT, widest: int) -> Backend:
     """`widest`: the hidden width that the registers of a program hold."""
 
     def unsupported(inputs: Rollout) -> list[Reason]:

@@ -19,20 +19,23 @@ def unsupported(inputs: Inputs) -> list[Reason]:
     )
 
 
-def forward(inputs: Inputs):
-    return native.call(
-        torch.ops.jepa_kernels_native.masked_attention_cpu_fwd,
+def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    results: tuple[torch.Tensor, torch.Tensor] = native.call(
+        native.ops.masked_attention_cpu_fwd,
         *inputs.tensors(),
         inputs.grid,
         inputs.scale,
         native.isa(),
     )
+    return results
 
 
-def backward(inputs: Inputs, saved, grad_out, needs):
+def backward(
+    inputs: Inputs, saved: list[torch.Tensor], grad_out: torch.Tensor, needs: list[bool]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out, lse = saved
-    return native.call(
-        torch.ops.jepa_kernels_native.masked_attention_cpu_bwd,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = native.call(
+        native.ops.masked_attention_cpu_bwd,
         rows_of_channels(grad_out),
         *inputs.tensors(),
         out,
@@ -41,6 +44,7 @@ def backward(inputs: Inputs, saved, grad_out, needs):
         inputs.scale,
         native.isa(),
     )
+    return grads
 
 
 BACKEND = Backend("cpu", ("cpu",), unsupported, forward, backward, checks_values=True)

@@ -3,7 +3,6 @@ them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,14 +10,14 @@ import torch
 from ... import checks
 from ...backend import Reason, dtype_reasons
 from ...checks import dtype_name
-from ...contract import differentiable
+from ...contract import call_inputs, differentiable
 
 NAME = "sliced_gaussianity"
 OUTPUTS = ("statistic", "sums")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(slots=True)
+@call_inputs(slots=True)
 class Inputs:
     """One call.
 

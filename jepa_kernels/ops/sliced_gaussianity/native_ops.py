@@ -19,7 +19,9 @@ class Native:
     """See `blocks.Kernels`."""
 
     def sums(self, projections: torch.Tensor, count: int, spacing: float) -> torch.Tensor:
-        pieces = OPS.sliced_gaussianity_sums(projections, count, spacing, native.isa())
+        pieces: torch.Tensor = OPS.sliced_gaussianity_sums(
+            projections, count, spacing, native.isa()
+        )
         return pieces[0] if pieces.shape[0] == 1 else pieces.sum(0)
 
     def slope_(self, projections: torch.Tensor, coefficients: torch.Tensor, spacing: float) -> None:

@@ -28,13 +28,14 @@ class Cuda:
     def embed(self, inputs: Inputs, rows: torch.Tensor) -> torch.Tensor:
         bias = None if inputs.bias is None else inputs.bias.contiguous()
         given = (inputs.clip, rows, inputs.normalisation, inputs.weight, bias)
-        return native_ops.OPS.visible_patch_embed_embed(*given)
+        out: torch.Tensor = native_ops.OPS.visible_patch_embed_embed(*given)
+        return out
 
     def weight_gradient(
         self, inputs: Inputs, rows: torch.Tensor, grad_out: torch.Tensor
     ) -> torch.Tensor:
         given = (inputs.clip, rows, inputs.normalisation, grad_out, *inputs.tubelet)
-        pieces = native_ops.OPS.visible_patch_embed_weight_gradient(*given)
+        pieces: torch.Tensor = native_ops.OPS.visible_patch_embed_weight_gradient(*given)
         return pieces[0] if pieces.shape[0] == 1 else pieces.sum(0)
 
 

@@ -4,7 +4,6 @@ them."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from ... import checks
 from ...backend import Reason, dtype_reasons
 from ...checks import dtype_name
-from ...contract import differentiable
+from ...contract import call_inputs, differentiable
 
 NAME = "visible_patch_embed"
 CLIP_DTYPES = (torch.uint8, *checks.FLOAT_DTYPES)
@@ -20,7 +19,7 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _EXAMPLE_CLIP, _EXAMPLE_KERNEL = (2, 3, 4, 64, 64), (2, 16, 16)
 
 
-@dataclass(slots=True)
+@call_inputs(slots=True)
 class Inputs:
     """One call.
 
@@ -65,7 +64,8 @@ class Inputs:
     @property
     def tubelet(self) -> tuple[int, int, int]:
         """Frames, rows and columns of pixels of a token."""
-        return tuple(self.weight.shape[2:])
+        depth, high, wide = self.weight.shape[2:]
+        return depth, high, wide
 
     @property
     def grid(self) -> tuple[int, int, int]:

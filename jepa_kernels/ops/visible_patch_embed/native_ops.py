@@ -9,7 +9,7 @@ import torch
 from ... import native
 from .inputs import Inputs
 
-OPS: Any = torch.ops.jepa_kernels_native
+OPS: Any = native.ops
 
 
 def clip_gradient(
