@@ -4,13 +4,14 @@ positions, torch.compile, padding, loops.
 Both sides read strided views of one qkv projection and give [tokens, heads * head_dim], as a
 transformer block needs it. Our side always rotates; `sdpa` does not rotate at all and is the bound
 that no rotation can beat for free. Ragged cases hold the context tokens of the two usual mask sets
-(8 blocks of 15 %, 2 blocks of 70 % of a frame) for every sample of the batch.
+(8 blocks of 15 %, 2 blocks of 70 % of a frame) for every sample of the batch. Frame-causal cases
+are one clip whose tokens see their frame and earlier ones; their frames are those of tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 
@@ -28,6 +29,10 @@ OP = "masked_attention"
 FRAMES = 16
 BATCH = 2
 HEADS = {"vit_s": (6, 64), "vit_b": (12, 64), "vit_l": (16, 64), "predictor": (8, 32)}
+CAUSAL_FRAMES = (4, 8, 16, 32, 64)
+CAUSAL_HEADS = (4, 64)
+# What a dense mask, FlexAttention's compilation and a 64-frame SDPA cost beyond these is plain.
+MOST_FRAMES = {"sdpa_dense_mask": 32, "rotation_sdpa_dense_mask": 16, "rotation_flex_attention": 8}
 RESOLUTIONS = ("112", "160", "224", "288", "384")
 MAX_RELATIVE_ERROR = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 Call = Callable[[torch.Tensor], torch.Tensor]
@@ -45,6 +50,8 @@ class Case:
     ids: torch.Tensor
     offsets: torch.Tensor | None = None
     magnitude: float = 1.0
+    frames: int = FRAMES
+    times: torch.Tensor | None = None
     cotangent: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,7 +69,7 @@ class Case:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        return self.resolution.grid(FRAMES)
+        return self.resolution.grid(self.frames)
 
     @property
     def lengths(self) -> list[int]:
@@ -71,8 +78,15 @@ class Case:
         return [stop - start for start, stop in pairwise(self.offsets.tolist())]
 
     def flop(self, pass_name: str) -> float:
-        forward = 4.0 * self.heads * self.head_dim * sum(n * n for n in self.lengths)
+        forward = 4.0 * self.heads * self.head_dim * self.pairs()
         return forward * (3.5 if pass_name == "forward+backward" else 1.0)
+
+    def pairs(self) -> int:
+        """Of a query and a key that it sees."""
+        if self.times is None:
+            return sum(n * n for n in self.lengths)
+        frames, height, width = self.grid
+        return len(self.lengths) * (height * width) ** 2 * frames * (frames + 1) // 2
 
     def traffic(self, pass_name: str) -> float:
         return (
@@ -87,7 +101,14 @@ def ours(case: Case, backend: str, qkv: torch.Tensor) -> torch.Tensor:
     query, key, value = qkv.unbind(-3)
     rope = Rope3D(case.grid, "interleaved", eager_attention.PRETRAINED_SIDE)
     out = jepa_kernels.masked_attention(
-        query, key, value, query_ids=case.ids, rope=rope, cu_seqlens_q=case.offsets, backend=backend
+        query,
+        key,
+        value,
+        query_ids=case.ids,
+        rope=rope,
+        cu_seqlens_q=case.offsets,
+        query_times=case.times,
+        backend=backend,
     )
     return out.flatten(-2)
 
@@ -155,16 +176,56 @@ def padded_sdpa(
 
 
 def _flex(case: Case) -> Call:
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
+    blocks = None
+    if case.times is not None:
+        times, n = case.times, case.times.numel()
+        blocks = create_block_mask(
+            lambda b, h, q, k: times[q] >= times[k], None, None, n, n, device=str(times.device)
+        )
 
     def call(qkv: torch.Tensor) -> torch.Tensor:
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         query, key = eager_attention.rotate(query, key, None, case.grid)
-        return _merged(compiled(query.to(value.dtype), key.to(value.dtype), value))
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        return _merged(compiled(query, key, value, block_mask=blocks))
 
     return call
+
+
+def dense_mask(case: Case) -> torch.Tensor:
+    """[N, N] booleans: which token sees which."""
+    assert case.times is not None
+    return case.times[:, None] >= case.times[None, :]
+
+
+def masked_sdpa(mask: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    return _merged(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
+
+
+def rotated_masked_sdpa(case: Case, mask: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    query, key = eager_attention.rotate(query, key, None, case.grid)
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return _merged(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
+
+
+def prefix_loops(case: Case, qkv: torch.Tensor) -> torch.Tensor:
+    """Frame-causal without a mask: one rotation, and one SDPA for each frame over its past."""
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    query, key = eager_attention.rotate(query, key, None, case.grid)
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    frames, height, width = case.grid
+    outs = []
+    for end in range(height * width, frames * height * width + 1, height * width):
+        frame, past = slice(end - height * width, end), slice(end)
+        outs.append(
+            F.scaled_dot_product_attention(query[:, :, frame], key[:, :, past], value[:, :, past])
+        )
+    return _merged(torch.cat(outs, dim=2))
 
 
 def dense_case(
@@ -187,6 +248,25 @@ def dense_case(
         qkv.to(dtype),
         ids,
         magnitude=magnitude,
+    )
+
+
+def causal_case(frames: int, dtype: torch.dtype, options: harness.Options) -> Case:
+    heads, head_dim = CAUSAL_HEADS
+    torch.manual_seed(options.seed)
+    resolution = parse_resolution("224")
+    tubelets = FRAMES // resolution.grid(FRAMES)[0]
+    grid = resolution.grid(frames * tubelets)
+    ids = torch.arange(frames * grid[1] * grid[2], device=options.device)
+    qkv = torch.randn(1, ids.numel(), 3, heads, head_dim, device=options.device).to(dtype)
+    return Case(
+        f"frame_causal/224px/{frames}f",
+        "frame_causal",
+        resolution,
+        qkv,
+        ids,
+        frames=frames * tubelets,
+        times=jepa_kernels.frame_times(grid, ids),
     )
 
 
@@ -231,6 +311,10 @@ def baselines(
     case: Case, options: harness.Options
 ) -> Iterator[tuple[str, Call, torch.Tensor, torch.Tensor]]:
     """(name, call, its qkv, its cotangent) of everything this case can be compared with."""
+    if case.times is not None:
+        for name, call in causal_baselines(case):
+            yield name, call, case.qkv, case.cotangent
+        return
     if case.offsets is not None:
         wide, ids, real = padded(case)
         spread = torch.zeros(
@@ -256,10 +340,33 @@ def baselines(
         yield "bmm_softmax_bmm", partial(plain_products, case), case.qkv, case.cotangent
 
 
+def causal_baselines(case: Case) -> Iterator[tuple[str, Call]]:
+    """Of a frame-causal case; masks are made beforehand, and not where they grow too large."""
+    frames = case.grid[0]
+    yield "prefix_loops", partial(prefix_loops, case)
+    if frames <= MOST_FRAMES["sdpa_dense_mask"]:
+        yield "sdpa_dense_mask", partial(masked_sdpa, dense_mask(case))
+    if frames <= MOST_FRAMES["rotation_sdpa_dense_mask"]:
+        yield "rotation_sdpa_dense_mask", partial(rotated_masked_sdpa, case, dense_mask(case))
+        yield "sdpa", partial(plain_sdpa, case)
+    if frames <= MOST_FRAMES["rotation_flex_attention"]:
+        yield "rotation_flex_attention", _flex(case)
+
+
 def oracle(case: Case, gradient: bool) -> torch.Tensor:
     """Rotation + SDPA in float64 on the same rounded inputs; with `gradient` that of qkv."""
-    exact = Case(case.name, case.group, case.resolution, case.qkv.double(), case.ids, case.offsets)
-    call = partial(rotated_sdpa if case.offsets is None else looped_sdpa, exact)
+    exact = Case(
+        case.name,
+        case.group,
+        case.resolution,
+        case.qkv.double(),
+        case.ids,
+        case.offsets,
+        frames=case.frames,
+        times=case.times,
+    )
+    composed = looped_sdpa if case.offsets is not None else rotated_sdpa
+    call = partial(composed if case.times is None else prefix_loops, exact)
     if gradient:
         return harness.forward_backward(call, [exact.qkv], case.cotangent.double())()[0]
     with torch.no_grad():
@@ -309,7 +416,13 @@ def backends(case: Case, options: harness.Options) -> list[str]:
     query, key, value = case.qkv.unbind(-3)
     rope = Rope3D(case.grid)
     call = OPS[OP].prepare(
-        query, key, value, query_ids=case.ids, rope=rope, cu_seqlens_q=case.offsets
+        query,
+        key,
+        value,
+        query_ids=case.ids,
+        rope=rope,
+        cu_seqlens_q=case.offsets,
+        query_times=case.times,
     )
     return [
         name
@@ -336,6 +449,8 @@ def cases(options: harness.Options) -> Iterator[Case]:
                     yield ragged_case(model, parse_resolution(size), dtype, options)
         for magnitude in (4.0, 8.0):
             yield dense_case("vit_b", parse_resolution("224"), dtype, options, magnitude)
+        for frames in CAUSAL_FRAMES:
+            yield causal_case(frames, dtype, options)
 
 
 def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
@@ -345,12 +460,20 @@ def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
         details = {
             "group": case.group,
             "resolution": case.resolution.name,
-            "tokens": case.resolution.tokens(FRAMES),
+            "tokens": case.resolution.tokens(case.frames),
             "batch": BATCH,
             "heads": case.heads,
             "head_dim": case.head_dim,
             "lengths": case.lengths,
         }
+        if case.times is not None:
+            # What our side never makes: booleans, and the numbers that SDPA turns them into.
+            mask = case.times.numel() ** 2
+            details |= {
+                "visible_share": case.pairs() / mask,
+                "mask_bytes": mask,
+                "mask_bytes_in_dtype": mask * case.qkv.element_size(),
+            }
         for backend in backends(case, options):
             rivals = list(baselines(case, options))
             if case.offsets is not None:
@@ -361,6 +484,15 @@ def comparisons(options: harness.Options) -> Iterator[harness.Comparison]:
                         partial(ours, dense, backend),
                         dense.qkv,
                         dense.cotangent,
+                    )
+                )
+            if case.times is not None:
+                rivals.append(
+                    (
+                        "own_unmasked",
+                        partial(ours, replace(case, times=None), backend),
+                        case.qkv,
+                        case.cotangent,
                     )
                 )
             if case.magnitude != 1.0:

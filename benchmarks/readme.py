@@ -18,7 +18,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import architecture, code_tables, efficiency_page, headlines, report_text
+from benchmarks import (
+    architecture,
+    code_tables,
+    efficiency_page,
+    headlines,
+    report_text,
+    time_masks,
+)
 from benchmarks.records import (
     RESULTS,
     ROOT,
@@ -183,6 +190,7 @@ PARTS: dict[str, Callable[[str | None], str]] = {
 PICTURES: dict[str, Callable[[], str]] = {
     "docs/pictures/architecture.svg": architecture.picture,
     "docs/pictures/speedups.svg": headlines.bars,
+    "docs/pictures/time_masks.svg": time_masks.picture,
 }
 
 

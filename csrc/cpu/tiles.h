@@ -40,6 +40,7 @@ constexpr int64_t kRopePad = 32;        // channels of the rotation table: a mul
 constexpr int64_t kForwardBlock = 128;  // keys whose P is kept before it meets V
 constexpr int64_t kBackwardBlock = 96;  // keys of a block: a multiple of row blocks
 constexpr int kBackwardRows = 12;       // most rows of a block of dK and dV
+constexpr int64_t kBackwardRun = 24;    // keys of a part of a block: a multiple of any row block
 constexpr int64_t kPrefetchRows = 12;   // rows of a head lie a whole token apart, too far for the
                                         // hardware to fetch them ahead
 

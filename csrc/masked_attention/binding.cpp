@@ -10,6 +10,12 @@ constexpr const char* kOp = "masked_attention";
 using Ids = std::optional<Tensor>;
 using Grid = std::vector<int64_t>;
 
+// Who sees whom: times of queries and keys, and the window (0: none).
+struct Times {
+  Ids query, key;
+  int64_t window = 0;
+};
+
 void check(bool ok, const char* argument, const char* requirement) {
   STD_TORCH_CHECK(ok, kOp, ": ", argument, " must ", requirement, ".");
 }
@@ -50,11 +56,20 @@ jk_ints ints(const Ids& t, const char* name, const Tensor& like) {
   return {data, bytes, per_seq ? t->stride(0) : 0, t->stride(per_seq ? 1 : 0)};
 }
 
+// One number of each token: [N] or [B, N] dense, [tokens] packed.
+void check_per_token(const Tensor& numbers, const char* name, const Tensor& like, int64_t rows,
+                     bool packed) {
+  const int64_t rank = numbers.dim();
+  check(rank == 1 || (rank == 2 && !packed && numbers.size(0) == like.size(0)), name,
+        "have shape [N] or [B, N]");
+  check(numbers.size(rank - 1) == rows, name, "have one number per token");
+}
+
 // The part of the struct that forward and backward share.
 jk_masked_attention_params describe(const Tensor& query, const Tensor& key, const Tensor& value,
                                     const Ids& query_ids, const Ids& key_ids, const Ids& cu_q,
-                                    const Ids& cu_k, const Ids& table, const Grid& grid,
-                                    double scale) {
+                                    const Ids& cu_k, const Ids& table, const Times& times,
+                                    const Grid& grid, double scale) {
   const bool packed = cu_q.has_value();
   check_rows(query, "query", query, packed, true);
   check_rows(key, "key", query, packed, false);
@@ -86,10 +101,7 @@ jk_masked_attention_params describe(const Tensor& query, const Tensor& key, cons
   if (table) {
     for (const auto& [ids, rows, name] :
          {std::tuple{&query_ids, p.len_q, "query_ids"}, std::tuple{&key_ids, p.len_k, "key_ids"}}) {
-      const int64_t rank = (*ids)->dim();
-      check(rank == 1 || (rank == 2 && !packed && (*ids)->size(0) == query.size(0)), name,
-            "have shape [N] or [B, N]");
-      check((*ids)->size(rank - 1) == rows, name, "have one id per token");
+      check_per_token(**ids, name, query, rows, packed);
     }
     p.ids_q = ints(query_ids, "query_ids", query);
     p.ids_k = ints(key_ids, "key_ids", query);
@@ -108,6 +120,17 @@ jk_masked_attention_params describe(const Tensor& query, const Tensor& key, cons
               table->size(1) == p.grid_t + p.grid_h + p.grid_w && table->size(2) == p.rope_dim,
           "rope_table", "have shape [2, T + H + W, rope channels per axis]");
     p.rope_table = table->const_data_ptr<float>();
+  }
+  check(times.query.has_value() == times.key.has_value(), "key_times",
+        "be given exactly with query_times");
+  check(times.query ? times.window >= 0 && times.window <= UINT32_MAX : times.window == 0, "window",
+        "be from 0 to 4294967295, and 0 without query_times");
+  if (times.query) {
+    check_per_token(*times.query, "query_times", query, p.len_q, packed);
+    check_per_token(*times.key, "key_times", query, p.len_k, packed);
+    p.times_q = ints(times.query, "query_times", query);
+    p.times_k = ints(times.key, "key_times", query);
+    p.window = times.window;
   }
   p.scale = static_cast<float>(scale);
   p.q = rows(query, packed);
@@ -163,8 +186,8 @@ template <class Device>
 std::tuple<Tensor, Tensor> forward(const Device& device, const Tensor& query, const Tensor& key,
                                    const Tensor& value, const Ids& query_ids, const Ids& key_ids,
                                    const Ids& cu_q, const Ids& cu_k, const Ids& table,
-                                   const Grid& grid, double scale) {
-  auto p = describe(query, key, value, query_ids, key_ids, cu_q, cu_k, table, grid, scale);
+                                   const Times& times, const Grid& grid, double scale) {
+  auto p = describe(query, key, value, query_ids, key_ids, cu_q, cu_k, table, times, grid, scale);
   const bool packed = cu_q.has_value();
   Tensor out = like(query);
   const std::vector<int64_t> shape =
@@ -181,9 +204,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Device& device, const Tensor& 
                                             const Tensor& query, const Tensor& key,
                                             const Tensor& value, const Ids& query_ids,
                                             const Ids& key_ids, const Ids& cu_q, const Ids& cu_k,
-                                            const Ids& table, const Tensor& out, const Tensor& lse,
-                                            const Grid& grid, double scale) {
-  auto p = describe(query, key, value, query_ids, key_ids, cu_q, cu_k, table, grid, scale);
+                                            const Ids& table, const Times& times, const Tensor& out,
+                                            const Tensor& lse, const Grid& grid, double scale) {
+  auto p = describe(query, key, value, query_ids, key_ids, cu_q, cu_k, table, times, grid, scale);
   const bool packed = cu_q.has_value();
   check_rows(grad_out, "grad_out", query, packed, true);
   check_rows(out, "out", query, packed, true);
@@ -206,26 +229,29 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Device& device, const Tensor& 
 
 std::tuple<Tensor, Tensor> cpu_fwd(const Tensor& query, const Tensor& key, const Tensor& value,
                                    const Ids& query_ids, const Ids& key_ids, const Ids& cu_q,
-                                   const Ids& cu_k, const Ids& table, const Grid& grid,
-                                   double scale, int64_t isa) {
-  return forward(Cpu{isa}, query, key, value, query_ids, key_ids, cu_q, cu_k, table, grid, scale);
+                                   const Ids& cu_k, const Ids& table, const Ids& query_times,
+                                   const Ids& key_times, const Grid& grid, double scale,
+                                   int64_t window, int64_t isa) {
+  return forward(Cpu{isa}, query, key, value, query_ids, key_ids, cu_q, cu_k, table,
+                 {query_times, key_times, window}, grid, scale);
 }
 
 std::tuple<Tensor, Tensor, Tensor> cpu_bwd(const Tensor& grad_out, const Tensor& query,
                                            const Tensor& key, const Tensor& value,
                                            const Ids& query_ids, const Ids& key_ids,
                                            const Ids& cu_q, const Ids& cu_k, const Ids& table,
+                                           const Ids& query_times, const Ids& key_times,
                                            const Tensor& out, const Tensor& lse, const Grid& grid,
-                                           double scale, int64_t isa) {
-  return backward(Cpu{isa}, grad_out, query, key, value, query_ids, key_ids, cu_q, cu_k, table, out,
-                  lse, grid, scale);
+                                           double scale, int64_t window, int64_t isa) {
+  return backward(Cpu{isa}, grad_out, query, key, value, query_ids, key_ids, cu_q, cu_k, table,
+                  {query_times, key_times, window}, out, lse, grid, scale);
 }
 
 std::tuple<Tensor, Tensor> cuda_fwd(const Tensor& query, const Tensor& key, const Tensor& value,
                                     const Ids& query_ids, const Ids& key_ids, const Ids& cu_q,
                                     const Ids& cu_k, const Ids& table, const Grid& grid,
                                     double scale) {
-  return forward(Cuda{}, query, key, value, query_ids, key_ids, cu_q, cu_k, table, grid, scale);
+  return forward(Cuda{}, query, key, value, query_ids, key_ids, cu_q, cu_k, table, {}, grid, scale);
 }
 
 std::tuple<Tensor, Tensor, Tensor> cuda_bwd(const Tensor& grad_out, const Tensor& query,
@@ -234,8 +260,8 @@ std::tuple<Tensor, Tensor, Tensor> cuda_bwd(const Tensor& grad_out, const Tensor
                                             const Ids& cu_q, const Ids& cu_k, const Ids& table,
                                             const Tensor& out, const Tensor& lse, const Grid& grid,
                                             double scale) {
-  return backward(Cuda{}, grad_out, query, key, value, query_ids, key_ids, cu_q, cu_k, table, out,
-                  lse, grid, scale);
+  return backward(Cuda{}, grad_out, query, key, value, query_ids, key_ids, cu_q, cu_k, table, {},
+                  out, lse, grid, scale);
 }
 
 }  // namespace
@@ -245,13 +271,13 @@ JK_LIBRARY_FRAGMENT(m) {
   m.def(
       "masked_attention_cpu_fwd(Tensor query, Tensor key, Tensor value, Tensor? query_ids, Tensor? "
       "key_ids, Tensor? cu_seqlens_q, "
-      "Tensor? cu_seqlens_k, Tensor? rope_table, int[] grid, float scale, int isa) -> (Tensor, "
-      "Tensor)");
+      "Tensor? cu_seqlens_k, Tensor? rope_table, Tensor? query_times, Tensor? key_times, int[] "
+      "grid, float scale, int window, int isa) -> (Tensor, Tensor)");
   m.def(
       "masked_attention_cpu_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? "
       "query_ids, Tensor? key_ids, "
-      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? rope_table, Tensor out, Tensor lse, "
-      "int[] grid, float scale, int isa) "
+      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? rope_table, Tensor? query_times, "
+      "Tensor? key_times, Tensor out, Tensor lse, int[] grid, float scale, int window, int isa) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
       "masked_attention_cuda_fwd(Tensor query, Tensor key, Tensor value, Tensor? query_ids, "

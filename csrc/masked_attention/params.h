@@ -37,12 +37,15 @@ typedef struct {
   void* scratch;  // device scratch of at least the size that the library asks for; CPU kernels may
                   // ignore it
   int64_t scratch_bytes;
+  // A query sees a key iff its time - window < the key's time <= its time; data == NULL: it sees
+  // all keys of its sequence. window == 0: no limit. Read by the CPU kernels alone.
+  jk_ints times_q, times_k;
+  int64_t window;
 } jk_masked_attention_params;
 
 // Both return NULL, or one sentence (static storage) saying what is wrong. Every element of out and
 // lse (or of the three gradients) is written, rows outside every sequence included (out 0, lse
-// -inf, gradients 0). A sequence without keys gives out 0 and lse -inf, and its queries get
-// gradient 0.
+// -inf, gradients 0). A query that sees no key gets out 0, lse -inf and gradient 0.
 JK_EXPORT const char* jk_masked_attention_cpu_fwd(const jk_masked_attention_params* p, int isa,
                                                   jk_parallel_for parallel_for);
 JK_EXPORT const char* jk_masked_attention_cpu_bwd(const jk_masked_attention_params* p, int isa,

@@ -23,7 +23,7 @@ from jepa.models.blocks import (
 )
 from jepa.models.patches import CHANNEL_MEAN, CHANNEL_STD, clip_grid, is_image
 from jepa.models.sizes import ModelConfig
-from jepa_kernels import Rope3D, visible_patch_embed
+from jepa_kernels import Rope3D, frame_times, visible_patch_embed
 
 Levels = Literal["all", "last"]
 
@@ -56,7 +56,11 @@ class PatchEmbed(nn.Module):
 
 class Encoder(nn.Module):
     """Video tubelets or one-frame images to features of one or all levels. Only the asked tokens
-    are embedded and computed."""
+    are embedded and computed.
+
+    With `causal` a token sees its own time step and earlier ones: the features of the first t steps
+    are those of a clip of t steps, and a clip can be encoded as it comes in.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -88,6 +92,12 @@ class Encoder(nn.Module):
             grid, layout="interleaved", interpolate_from=self.config.rope_interpolate_from
         )
 
+    def layout(
+        self, ids: Tensor, cu_seqlens: Tensor | None, grid: tuple[int, int, int]
+    ) -> TokenLayout:
+        times = frame_times(grid, ids) if self.config.causal else None
+        return TokenLayout(ids, cu_seqlens, self.rope(grid), times)
+
     def forward(
         self, clips: Tensor, masks: MaskBatch | None = None, levels: Levels = "all"
     ) -> Tensor:
@@ -112,16 +122,14 @@ class Encoder(nn.Module):
         if masks is None:
             ids = torch.arange(grid[0] * grid[1] * grid[2], device=clips.device)
             tokens = self.embed(clips)
-            return self.encode(tokens, TokenLayout(ids, None, self.rope(grid)), levels)
+            return self.encode(tokens, self.layout(ids, None, grid), levels)
         if masks.grid != grid or masks.batch_size != clips.shape[0]:
             raise ValueError(
                 f"Encoder: masks must be for {clips.shape[0]} clips of grid {grid}, got "
                 f"{masks.batch_size} of grid {masks.grid}."
             )
         tokens = self.embed(clips, masks.context_ids, masks.context_cu)
-        return self.encode(
-            tokens, TokenLayout(masks.context_ids, masks.context_cu, self.rope(grid)), levels
-        )
+        return self.encode(tokens, self.layout(masks.context_ids, masks.context_cu, grid), levels)
 
     def embed(
         self, clips: Tensor, ids: Tensor | None = None, cu_seqlens: Tensor | None = None

@@ -95,6 +95,9 @@ class Call:
     ids_k: torch.Tensor | None = None
     table: torch.Tensor | None = None
     grid: tuple[int, int, int] = (1, 1, 1)
+    times_q: torch.Tensor | None = None
+    times_k: torch.Tensor | None = None
+    window: int = 0
     out: torch.Tensor = field(init=False)
     lse: torch.Tensor = field(init=False)
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = field(init=False)
@@ -119,6 +122,7 @@ class Call:
         if self.table is not None:
             p.rope_table, p.rope_dim = self.table.data_ptr(), self.table.shape[-1]
         p.grid_t, p.grid_h, p.grid_w = self.grid
+        p.times_q, p.times_k, p.window = ints(self.times_q), ints(self.times_k), self.window
         p.scale = self.scale
         p.q, p.k, p.v, p.out = (rows(t, packed) for t in (self.q, self.k, self.v, self.out))
         p.lse = self.lse.data_ptr() or 1

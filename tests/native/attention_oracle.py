@@ -36,15 +36,31 @@ def rotate(
     return torch.where((ids >= 0)[:, None, None], rotated, x)
 
 
-def attend(q, k, v, scale, ids_q=None, ids_k=None, table=None, grid=(1, 1, 1)):
-    """One sequence: q [Nq, heads, head_dim] -> out, lse [heads, Nq]; a sequence without keys gives
+def seen(times_q: torch.Tensor, times_k: torch.Tensor, window: int) -> torch.Tensor:
+    """[Nq, Nk] which query sees which key; a window of 0 is none."""
+    age = times_q.long()[:, None] - times_k.long()[None, :]
+    return (age >= 0) & (age < (window or 2**40))
+
+
+def attend(
+    q, k, v, scale, ids_q=None, ids_k=None, table=None, grid=(1, 1, 1), visible: torch.Tensor = None
+):
+    """One sequence: q [Nq, heads, head_dim] -> out, lse [heads, Nq]; a query that sees no key gives
     0 and -inf."""
     if table is not None:
         q, k = rotate(q, ids_q, table, grid), rotate(k, ids_k, table, grid)
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     if k.shape[0] == 0:
         return q * 0, torch.full(scores.shape[:2], float("-inf"), dtype=q.dtype)
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v), scores.logsumexp(-1)
+    if visible is None:
+        return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v), scores.logsumexp(-1)
+    # One query at a time over the keys that it sees.
+    outs, lses = [q[:0]], [scores[:, :0, 0]]
+    for i, keys in enumerate(visible):
+        some = scores[:, i, keys]
+        outs.append(torch.einsum("hk,khd->hd", some.softmax(-1), v[keys])[None])
+        lses.append(some.logsumexp(-1)[:, None])
+    return torch.cat(outs), torch.cat(lses, dim=1)
 
 
 def oracle(call, grad_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
@@ -59,12 +75,24 @@ def oracle(call, grad_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, li
         at_q = slice(int(call.cu_q[s]), int(call.cu_q[s + 1])) if packed else slice(None)
         at_k = slice(int(call.cu_k[s]), int(call.cu_k[s + 1])) if packed else slice(None)
         pick = (lambda t, at: t[at]) if packed else (lambda t, at, s=s: t[s])
-        ids = [
-            None if ids is None else (ids[at] if packed or ids.dim() == 1 else ids[s])
-            for ids, at in ((call.ids_q, at_q), (call.ids_k, at_k))
+        *ids, times_q, times_k = [
+            None if t is None else (t[at] if packed or t.dim() == 1 else t[s])
+            for t, at in (
+                (call.ids_q, at_q),
+                (call.ids_k, at_k),
+                (call.times_q, at_q),
+                (call.times_k, at_k),
+            )
         ]
         part, part_lse = attend(
-            pick(q, at_q), pick(k, at_k), pick(v, at_k), call.scale, *ids, call.table, call.grid
+            pick(q, at_q),
+            pick(k, at_k),
+            pick(v, at_k),
+            call.scale,
+            *ids,
+            call.table,
+            call.grid,
+            None if times_q is None else seen(times_q, times_k, call.window),
         )
         pick(out, at_q)[...] = part.detach()
         (lse[:, at_q] if packed else lse[s])[...] = part_lse.detach()

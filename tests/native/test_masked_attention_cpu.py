@@ -4,7 +4,8 @@ emulation where the machine lacks them."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from jepa_kernels.testing import (
     ATTENTION_LSE,
     ATTENTION_NORM,
     ATTENTION_NORM_CANCELLING,
+    ATTENTION_NORM_PEAKED,
     ATTENTION_OF_TORCH,
     ATTENTION_OF_TORCH_UNFUSED,
     HEAD_DIMS,
@@ -160,15 +162,17 @@ def check_results(
     call: Call,
     grad_out: torch.Tensor,
     budgets: Mapping[torch.dtype, float] = ATTENTION_NORM,
+    logits: float = 1.0,
 ) -> None:
-    """All five results against the float64 oracle, by relative norm."""
+    """All five results against the float64 oracle, by relative norm; lse, whose error is that of
+    the logits, by `logits` times the difference that logits around 1 may have."""
     results = kernels.both(call, grad_out)
     out, lse, grads = oracle(call, grad_out)
     budget = budgets[call.q.dtype]
     assert torch.equal(torch.isfinite(results[1]), torch.isfinite(lse))
     assert (results[1][~torch.isfinite(lse)] == float("-inf")).all()
     finite = torch.isfinite(lse)
-    assert (results[1].double() - lse)[finite].abs().max() < ATTENTION_LSE[call.q.dtype]
+    assert (results[1].double() - lse)[finite].abs().max() < logits * ATTENTION_LSE[call.q.dtype]
     for name, actual, expected in zip(
         ("out", "grad_q", "grad_k", "grad_v"),
         [results[0], *results[2:]],
@@ -375,6 +379,77 @@ def test_empty_calls(kernels):
         assert all((t == 0).all() for t in (out, *grads)) and (lse == float("-inf")).all()
 
 
+def timed(call: Call, order: str, num_times: int = 5, window: int = 0) -> Call:
+    """The call with times of its own for every token, sorted within a sequence or not."""
+    packed = call.cu_q is not None
+    for name, rows, cu in (("times_q", call.q, call.cu_q), ("times_k", call.k, call.cu_k)):
+        shape = rows.shape[:1] if packed else rows.shape[:2]
+        times = torch.randint(-2, num_times - 2, shape)
+        if order == "sorted":
+            bounds = cu.tolist() if packed else [0, rows.shape[1]]
+            for start, stop in pairwise(bounds):
+                times[..., start:stop] = times[..., start:stop].sort().values
+        setattr(call, name, times)
+    call.times_k = call.times_k.int()
+    call.window = window
+    return call
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_times_at_every_width(kernels, head_dim, dtype):
+    skip_twin(kernels, dtype)
+    for call, grad_out in (
+        dense_call(61, head_dim, dtype, batch=2),
+        cross_call(19, 138, head_dim, dtype),
+        packed_call(head_dim, dtype),
+    ):
+        for order, window in (("sorted", 0), ("random", 2)):
+            check_results(kernels, timed(call, order, window=window), grad_out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spread", (1.0, 5.0))
+def test_times_over_blocks(kernels, dtype, spread):
+    """Several blocks of keys and groups of queries, of which some are skipped; with large logits,
+    too."""
+    skip_twin(kernels, dtype)
+    for order, num_times, window in (("sorted", 300, 30), ("random", 40, 1), ("sorted", 4, 1)):
+        call, grad_out = dense_call(290, 16, dtype, heads=1, spread=spread)
+        timed(call, order, num_times, window)
+        budgets = ATTENTION_NORM if spread == 1.0 else ATTENTION_NORM_PEAKED
+        check_results(kernels, call, grad_out, budgets, logits=spread**2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("order", ("sorted", "random"))
+def test_the_future_leaves_no_trace(kernels, order, dtype):
+    """Larger keys, queries and values after a time take neighbours in the same tile to another
+    path, and change no bit of what does not see them."""
+    skip_twin(kernels, dtype)
+    call, grad_out = dense_call(230, 24, dtype, layout=None, heads=1)
+    times = torch.randint(0, 6, (1, 230))
+    call.times_q = call.times_k = times.sort().values if order == "sorted" else times
+    past = call.times_q[0] <= 2
+    results = []
+    for _ in range(2):
+        out, lse, grad_q, *_ = kernels.both(call, grad_out)
+        results.append((out[:, past], lse[..., past], grad_q[:, past]))
+        for t in (call.q, call.k, call.v):
+            t[:, ~past] *= 50.0
+    for before, after in zip(*results, strict=True):
+        assert torch.equal(before, after)
+
+
+def test_times_give_the_same_bits_for_any_thread_count(kernels):
+    call, grad_out = dense_call(330, 24, torch.float32, heads=1)
+    timed(call, "sorted", 7, 3)
+    expected = kernels.both(call, grad_out, serial())
+    for parallel_for in (serial(7, lambda pieces: pieces[::-1]), threaded(3)):
+        for a, b in zip(expected, kernels.both(call, grad_out, parallel_for), strict=True):
+            assert torch.equal(a, b)
+
+
 def _set_id(which: str, value: int):
     return lambda call: getattr(call, which).__setitem__(3, value)
 
@@ -382,6 +457,12 @@ def _set_id(which: str, value: int):
 REFUSALS = {
     "query_ids must hold ids from -1 to 104, got 105.": _set_id("ids_q", TOKENS),
     "key_ids must hold ids from -1 to 104, got -2.": _set_id("ids_k", -2),
+    "query_times must hold times from -2147483648 to 2147483647, got 2147483648.": lambda c: (
+        c.times_q.__setitem__(3, 2**31)
+    ),
+    "key_times must hold times from -2147483648 to 2147483647, got -2147483649.": lambda c: (
+        c.times_k.__setitem__(3, -(2**31) - 1)
+    ),
     "cu_seqlens_q must never decrease, got 2 after 37.": lambda c: c.cu_q.__setitem__(2, 2),
     "cu_seqlens_q must start at 0, got -1.": lambda c: c.cu_q.__setitem__(0, -1),
     "cu_seqlens_k must end at or before 122 rows, got 9223372036854775807.": lambda c: (
@@ -397,6 +478,7 @@ REFUSALS = {
 def test_refuses_before_any_work(libraries, sentence):
     call, grad_out = packed_call(32, torch.float32)
     call.cu_q, call.cu_k = call.cu_q.long(), call.cu_k.long()
+    call.times_q, call.times_k = (torch.zeros(t.shape[0]).long() for t in (call.q, call.k))
     REFUSALS[sentence](call)
     for run in (
         lambda: libraries["native"].forward(call, "portable"),
@@ -479,6 +561,18 @@ def test_the_oracle_comparison_bites(libraries):
             grid=GRID,
         )
 
+    def later(call: Call) -> Call:
+        return replace(call, times_q=call.times_q + 1)
+
+    def wider(call: Call) -> Call:
+        return replace(call, window=call.window + 1)
+
+    for plant in (later, wider):
+        faulty = Faulty(kernels.library, kernels.isa)
+        faulty.plant = plant
+        call, grad_out = dense_call(20, 32, torch.float32)
+        with pytest.raises(AssertionError):
+            check_results(faulty, timed(call, "sorted", window=2), grad_out)
     for plant in (shifted, unscaled, other_layout):
         faulty = Faulty(kernels.library, kernels.isa)
         faulty.plant = plant

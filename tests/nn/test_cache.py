@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jepa_kernels import Rope3D, frame_times, masked_attention
+from jepa_kernels import Rope3D, frame_times, masked_attention, native
 from jepa_kernels.nn import KeyValueCache
 from jepa_kernels.testing import BFLOAT16, FLOAT32
 
@@ -13,7 +13,9 @@ GRID = (6, 3, 4)
 FRAME = 12
 ROPE = Rope3D(GRID)
 IDS, TIMES = torch.arange(72), frame_times(GRID)
-each_backend = pytest.mark.parametrize("backend", ["torch"])
+each_backend = pytest.mark.parametrize(
+    "backend", ["torch", *(["cpu"] if native.available() else [])]
+)
 
 
 def tokens(batch: int = 1, n: int = 72, dtype: torch.dtype = torch.float32, seed: int = 0):

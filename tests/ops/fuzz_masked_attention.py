@@ -63,8 +63,6 @@ def valid(rng: random.Random) -> Arguments:
     call["window"] = rng.randint(1, 3) if timed and rng.random() < 0.5 else 0
     call["keys_rotated"] = False
     call["scale"], call["backend"], call["isa"] = 0.3, rng.choice(("cpu", "torch")), -1
-    if timed:
-        call["backend"] = "torch"
     return call
 
 
@@ -322,8 +320,7 @@ EVERY = (
 PUBLIC = (*EVERY, scale_wrong, backend_unknown, rope_wrong, no_ids, keys_rotated_wrong)
 OPS = (*EVERY, rope_wrong, grid_wrong, channel_stride, missing_argument, key_times_missing)
 DIRECT = (*OPS, backend_unknown)
-TIMES = (times_wrong, times_wrong_kind, times_missing, key_times_missing, window_wrong)
-NATIVE = (*(fault for fault in OPS if fault not in TIMES), isa_wrong)
+NATIVE = (*OPS, isa_wrong)
 
 
 def _common(call) -> tuple:
@@ -384,7 +381,7 @@ def direct_backward(call) -> object:
 def native_forward(call) -> object:
     rows = (call.query, call.key, call.value)
     return torch.ops.jepa_kernels_native.masked_attention_cpu_fwd(
-        *rows, *_common(call), call.grid, call.scale, call.isa
+        *rows, *_common(call), *_times(call)[:2], call.grid, call.scale, call.window, call.isa
     )
 
 
@@ -393,10 +390,12 @@ def native_backward(call) -> object:
     return torch.ops.jepa_kernels_native.masked_attention_cpu_bwd(
         *rows,
         *_common(call),
+        *_times(call)[:2],
         call.out,
         call.lse,
         call.grid,
         call.scale,
+        call.window,
         call.isa,
     )
 

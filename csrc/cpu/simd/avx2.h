@@ -60,6 +60,16 @@ struct Avx2 {
   static JK_INLINE uint32_t positive_lanes(Vec v) {
     return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(v, zero(), _CMP_GT_OQ));
   }
+  // All bits of a lane where low <= x <= high, else none.
+  static JK_INLINE Vec between(const int32_t* low, const int32_t* high, int32_t x) {
+    const __m256i all = _mm256_set1_epi32(x);
+    const __m256i outside =
+        _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_loadu_si256((const __m256i*)low), all),
+                        _mm256_cmpgt_epi32(all, _mm256_loadu_si256((const __m256i*)high)));
+    return _mm256_castsi256_ps(_mm256_xor_si256(outside, _mm256_set1_epi32(-1)));
+  }
+  // a where the bits are set, b elsewhere.
+  static JK_INLINE Vec select(Vec bits, Vec a, Vec b) { return _mm256_blendv_ps(b, a, bits); }
   // p * 2^n, n being the integer in the low bits of the float `shifted` (x + 1.5 * 2^23).
   static JK_INLINE Vec scale_by_power(Vec p, Vec shifted) {
     return _mm256_castsi256_ps(_mm256_add_epi32(

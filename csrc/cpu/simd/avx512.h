@@ -85,6 +85,18 @@ struct Avx512 {
   static JK_INLINE uint32_t positive_lanes(Vec v) {
     return _mm512_cmp_ps_mask(v, zero(), _CMP_GT_OQ);
   }
+  // All bits of a lane where low <= x <= high, else none.
+  static JK_INLINE Vec between(const int32_t* low, const int32_t* high, int32_t x) {
+    const __m512i all = _mm512_set1_epi32(x);
+    const __mmask16 outside = _mm512_cmpgt_epi32_mask(_mm512_loadu_si512(low), all) |
+                              _mm512_cmpgt_epi32_mask(all, _mm512_loadu_si512(high));
+    return _mm512_castsi512_ps(_mm512_maskz_set1_epi32((__mmask16)~outside, -1));
+  }
+  // a where the bits are set, b elsewhere.
+  static JK_INLINE Vec select(Vec bits, Vec a, Vec b) {
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(
+        _mm512_castps_si512(bits), _mm512_castps_si512(a), _mm512_castps_si512(b), 0xca));
+  }
   // `v` in the lanes of `plus`, minus `v` in those of `minus`.
   static JK_INLINE Vec signed_by(uint16_t plus, uint16_t minus, Vec v) {
     const Vec raised = _mm512_maskz_mov_ps(plus, v);

@@ -39,6 +39,19 @@ JK_INLINE typename V::Vec exp2(typename V::Vec x, typename V::Vec factor) {
   return V::scale_by_power(polynomial<V, kDegree>(constants, fraction), shifted);
 }
 
+// 2^(x * factor - shift), `offset` being kExp2Offset - shift with an even integer shift below 2^23.
+// The product and its fraction are those of the function above, so the result is exactly its
+// 2^-shift-fold, but not below 2^-126. Needs x * factor - shift < 127; a NaN need not stay one.
+constexpr float kExp2Offset = 12582912.f;  // 1.5 * 2^23
+template <class V, int kDegree>
+JK_INLINE typename V::Vec exp2(typename V::Vec x, typename V::Vec factor, typename V::Vec offset) {
+  const float* constants = Exp2Constants<kDegree>::kValues;
+  const typename V::Vec shifted = V::fma(x, factor, offset);
+  const typename V::Vec fraction = V::fms(x, factor, V::sub(shifted, offset));
+  return V::scale_by_power(polynomial<V, kDegree>(constants, fraction),
+                           V::max(V::set1(kExp2Offset - 125.f), shifted));
+}
+
 // 2^x under the same conditions.
 template <class V, int kDegree>
 JK_INLINE typename V::Vec exp2(typename V::Vec x) {

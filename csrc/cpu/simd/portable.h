@@ -67,6 +67,17 @@ struct Portable {
     for (int i = 0; i < kLanes; ++i) bits |= (uint32_t)(v[i] > 0.f) << i;
     return bits;
   }
+  // All bits of a lane where low <= x <= high, else none.
+  static JK_INLINE Vec between(const int32_t* low, const int32_t* high, int32_t x) {
+    Int first, last;
+    memcpy(&first, low, sizeof first);
+    memcpy(&last, high, sizeof last);
+    return (Vec)((first <= x) & (last >= x));
+  }
+  // a where the bits are set, b elsewhere.
+  static JK_INLINE Vec select(Vec bits, Vec a, Vec b) {
+    return (Vec)(((Int)a & (Int)bits) | ((Int)b & ~(Int)bits));
+  }
   // p * 2^n, n being the integer in the low bits of the float `shifted` (x + 1.5 * 2^23).
   static JK_INLINE Vec scale_by_power(Vec p, Vec shifted) {
     return (Vec)((Int)p + ((Int)shifted << 23));

@@ -9,6 +9,7 @@
 #include <math.h>
 
 #include "pack.h"
+#include "sight.h"
 
 namespace jk::attention {
 namespace {
@@ -34,6 +35,7 @@ struct BackwardScratch {
   // P and dS of one block and group: [keys][queries], and dS once more for the sum over keys where
   // the format needs it.
   float *probs, *grads, *grads_pairs;
+  float* sights;  // a Sight of each query tile, where there are times
   int64_t floats;
 };
 
@@ -68,6 +70,7 @@ BackwardScratch backward_layout(float* base, int64_t head_dim, int64_t len_q) {
   s.probs = take(kBlock * S::kSpan / kUnit);
   s.grads = take(kBlock * S::kSpan / kUnit);
   s.grads_pairs = take(kUnit == 1 ? 0 : kBlock / kUnit * S::kTile);
+  s.sights = take(tile_count<F>(len_q) * (int64_t)(sizeof(Sight<F>) / sizeof(float)));
   s.floats = used;
   return s;
 }
@@ -96,6 +99,11 @@ JK_INLINE const float* pack_rows(const Source& from, int64_t head_dim, int64_t c
   return rows;
 }
 
+template <class F>
+JK_INLINE Sight<F>& sight_of(const BackwardScratch& s, int64_t slot) {
+  return ((Sight<F>*)s.sights)[slot];
+}
+
 template <class F, class T>
 void pack_queries(const Head& head, const BackwardScratch& s, Range tiles) {
   using V = typename F::Simd;
@@ -108,6 +116,8 @@ void pack_queries(const Head& head, const BackwardScratch& s, Range tiles) {
     const int64_t first = tile_begin<F>(head.len_q, tile),
                   last = tile_begin<F>(head.len_q, tile + 1);
     const int64_t slot = tile - tiles.begin;
+    if (head.key_time != nullptr)
+      look(head, first, least(head.len_q, last) - first, kTile, sight_of<F>(s, slot));
     for (int64_t n = first; n < last; n += kLanes) {
       const int64_t count = least(head.len_q - n, kLanes), lane = slot * kTile + n - first;
       const int64_t lanes = slot * (s.channels / kUnit) * kTile + n - first,
@@ -151,24 +161,52 @@ void pack_keys(const Head& head, const BackwardScratch& s, int64_t first, int64_
   }
 }
 
-// One query tile of a group against one block of keys: P and dS at lane `at` of the group's
-// buffers, and dQ^T if wanted.
+// The keys of one block in time: the range of each row block, and each key's time.
+struct BlockTimes {
+  TimeRange ranges[kBackwardBlock / 4];
+  const int32_t* times;
+};
+
+// One query tile of a group against one block of keys: P and dS of `keys` at lane `at` of the
+// group's buffers, 0 where a key is not seen, and dQ^T if wanted.
+template <class F>
 struct BackwardTile {
   const float *q_lanes, *grad_lanes, *lse, *lse_rest, *delta;
   float* grad_q;
-  int64_t at, keys, head_dim;
+  int64_t at;
+  Range keys;
+  int64_t head_dim;
   float scale;
   bool want_q;
+  int64_t block_keys;     // of the block, without padding
+  const Sight<F>* sight;  // NULL where every query sees every key
+  const BlockTimes* block;
 };
 
+// P and dS of a row block that no query of the tile sees.
 template <class F, int NQ>
-__attribute__((noinline)) void differentiate(const BackwardScratch& s, const BackwardTile& t) {
+__attribute__((noinline)) void clear_rows(const BackwardScratch& s, int64_t key, int64_t at) {
+  using V = typename F::Simd;
+  constexpr int64_t kSpan = BackwardShape<F>::kSpan, kTile = Shape<F>::kTile;
+  for (int64_t r = 0; r < Shape<F>::kRows; r += 2) {
+    for (int64_t lane = 0; lane < NQ * V::kLanes; lane += V::kLanes) {
+      F::put_two_rows(s.probs, kSpan, key + r, at + lane, V::zero(), V::zero());
+      F::put_two_rows(s.grads, kSpan, key + r, at + lane, V::zero(), V::zero());
+      if constexpr (F::kPerUnit > 1)
+        F::put_pair(s.grads_pairs + (key + r) / 2 * kTile + lane, kTile, V::zero(), V::zero());
+    }
+  }
+}
+
+template <class F, int NQ, bool kTimes>
+__attribute__((noinline)) void differentiate(const BackwardScratch& s, const BackwardTile<F>& t) {
   using V = typename F::Simd;
   constexpr int MR = Shape<F>::kRows, kJobs = MR / 2 * NQ;
   constexpr int64_t kLanes = V::kLanes, kTile = Shape<F>::kTile, kSpan = BackwardShape<F>::kSpan,
                     kUnit = F::kPerUnit;
   const int64_t row = s.channels / kUnit, steps = t.head_dim / kUnit;
   alignas(64) float scores[MR * NQ * kLanes], probs[MR * NQ * kLanes], products[MR * NQ * kLanes];
+  [[maybe_unused]] Meeting meeting = Meeting::kAll;
   const auto exponentiate = [&](int64_t key, int n) __attribute__((always_inline)) {
     const int64_t lane = n % NQ * kLanes, from = n * 2 * kLanes;
     const typename V::Vec lse = V::load(t.lse + lane), lowest = V::set1(kLowestPower);
@@ -182,8 +220,15 @@ __attribute__((noinline)) void differentiate(const BackwardScratch& s, const Bac
       x0 = V::sub(x0, rest);
       x1 = V::sub(x1, rest);
     }
-    const typename V::Vec p0 = simd::exp2<V, F::kExpDegree>(V::max(lowest, x0)),
-                          p1 = simd::exp2<V, F::kExpDegree>(V::max(lowest, x1));
+    typename V::Vec p0 = simd::exp2<V, F::kExpDegree>(V::max(lowest, x0)),
+                    p1 = simd::exp2<V, F::kExpDegree>(V::max(lowest, x1));
+    if constexpr (kTimes) {
+      if (meeting == Meeting::kSome) {
+        const SeenKeys<F> seen = {t.sight, t.block->times, t.block_keys};
+        p0 = V::select(seen.lanes(lane, key + n / NQ * 2), p0, V::zero());
+        p1 = V::select(seen.lanes(lane, key + n / NQ * 2 + 1), p1, V::zero());
+      }
+    }
     V::store(probs + from, p0);
     V::store(probs + from + kLanes, p1);
     F::put_two_rows(s.probs, kSpan, key + n / NQ * 2, t.at + lane, p0, p1);
@@ -199,14 +244,25 @@ __attribute__((noinline)) void differentiate(const BackwardScratch& s, const Bac
     if constexpr (kUnit > 1)
       F::put_pair(s.grads_pairs + (key / 2 + n / NQ) * kTile + lane, kTile, d0, d1);
   };
-  for (int64_t n = 0; n < t.keys; n += MR) {
+  Range seen = {0, 0};   // from the first to the last row block that is seen
+  int64_t waiting = -1;  // the row block whose dS is still to be computed
+  for (int64_t n = t.keys.begin; n < t.keys.end; n += MR) {
+    if constexpr (kTimes) {
+      meeting = meet(*t.sight, t.block->ranges[n / MR]);
+      if (meeting == Meeting::kNone) {
+        clear_rows<F, NQ>(s, n, t.at);
+        continue;
+      }
+    }
     Block<F, MR, NQ> acc;
     clear<F, MR, NQ>(acc);
-    dot_beside<F, MR, NQ>(acc, s.k_rows + n * row, row, t.q_lanes, kTile, steps, n > 0,
-                          [&](int job) __attribute__((always_inline)) { multiply(n - MR, job); });
-    if (__builtin_expect(n + MR > t.keys, 0)) {
+    dot_beside<F, MR, NQ>(acc, s.k_rows + n * row, row, t.q_lanes, kTile, steps, waiting >= 0,
+                          [&](int job) __attribute__((always_inline)) { multiply(waiting, job); });
+    if (waiting < 0) seen.begin = n;
+    waiting = n;
+    if (__builtin_expect(n + MR > t.block_keys, 0)) {
       JK_UNROLL for (int r = 1; r < MR; ++r) {
-        if (n + r < t.keys) continue;
+        if (n + r < t.block_keys) continue;
         JK_UNROLL for (int j = 0; j < NQ; ++j) acc[r][j] = V::set1(-INFINITY);
       }
     }
@@ -216,19 +272,32 @@ __attribute__((noinline)) void differentiate(const BackwardScratch& s, const Bac
                           [&](int job) __attribute__((always_inline)) { exponentiate(n, job); });
     store_jobs<F, MR, NQ>(acc, products);
   }
-  const int64_t padded = round_up(t.keys, MR);
-  for (int n = 0; n < kJobs; ++n) multiply(padded - MR, n);
+  if (waiting < 0) return;
+  for (int n = 0; n < kJobs; ++n) multiply(waiting, n);
+  seen.end = waiting + MR;
   if (!t.want_q) return;
   for (int64_t d = 0; d < t.head_dim; d += MR) {
     Block<F, MR, NQ> acc;
     clear<F, MR, NQ>(acc);
-    const float* panel = s.k_panels + d * (kBackwardBlock / kUnit);
+    const float* panel = s.k_panels + d * (kBackwardBlock / kUnit) + seen.begin / kUnit * MR;
+    const int64_t units = (seen.end - seen.begin) / kUnit;
     if constexpr (kUnit > 1) {
-      dot<F, MR, NQ>(acc, panel, 1, MR, s.grads_pairs, kTile, padded / kUnit);
+      dot<F, MR, NQ>(acc, panel, 1, MR, s.grads_pairs + seen.begin / kUnit * kTile, kTile, units);
     } else {
-      dot<F, MR, NQ>(acc, panel, 1, MR, s.grads + t.at, kSpan, padded);
+      dot<F, MR, NQ>(acc, panel, 1, MR, s.grads + seen.begin * kSpan + t.at, kSpan, units);
     }
     add<F, MR, NQ>(acc, t.grad_q + d * kTile, kTile);
+  }
+}
+
+template <class F, bool kTimes>
+void differentiate_tile(const BackwardScratch& s, const BackwardTile<F>& t, int64_t vecs) {
+  if (vecs == Shape<F>::kVecs) {
+    differentiate<F, Shape<F>::kVecs, kTimes>(s, t);
+  } else if (vecs == 2) {
+    differentiate<F, 2, kTimes>(s, t);
+  } else {
+    differentiate<F, 1, kTimes>(s, t);
   }
 }
 
@@ -264,43 +333,88 @@ __attribute__((noinline)) void add_rows(const float* weights, const float* rows,
   if (vecs == 1) add_rows_part<F, 1>(weights, rows, sums, channels, keys, units);
 }
 
-// All query tiles of the range against the packed block of keys.
+// The keys of a block that some query of a tile may see, as whole row blocks; none where it is
+// empty.
+template <class F>
+Range keys_seen(const Sight<F>& sight, const BlockTimes& block) {
+  constexpr int64_t kRows = Shape<F>::kRows;
+  Range seen = {0, 0};
+  for (int64_t n = 0; n < kBackwardBlock; n += kRows) {
+    if (meet(sight, block.ranges[n / kRows]) == Meeting::kNone) continue;
+    if (seen.end == 0) seen.begin = n;
+    seen.end = n + kRows;
+  }
+  return seen;
+}
+
+// Query tiles of a group and keys of a block, both without a gap.
+struct Part {
+  Range tiles, keys;
+};
+
+// The part of a group and a block outside which no query sees a key.
+template <class F>
+Part part_seen(const BackwardScratch& s, Range group, int64_t origin, const BlockTimes& block) {
+  Part part = {{group.begin, group.begin}, {kBackwardBlock, 0}};
+  for (int64_t tile = group.begin; tile < group.end; ++tile) {
+    const Range seen = keys_seen<F>(sight_of<F>(s, tile - origin), block);
+    if (seen.end == 0) continue;
+    if (part.keys.end == 0) part.tiles.begin = tile;
+    part.tiles.end = tile + 1;
+    part.keys.begin = least(part.keys.begin, seen.begin);
+    part.keys.end = seen.end > part.keys.end ? seen.end : part.keys.end;
+  }
+  part.keys.begin = part.keys.begin / kBackwardRun * kBackwardRun;
+  part.keys.end = round_up(part.keys.end, kBackwardRun);
+  return part;
+}
+
+// All query tiles of the range against the packed block of keys; `times` is NULL where every query
+// sees every key.
 template <class F>
 void backward_block(const Head& head, const BackwardScratch& s, Range tiles, int64_t keys,
-                    bool want_q, bool want_kv) {
+                    const BlockTimes* times, bool want_q, bool want_kv) {
   using S = BackwardShape<F>;
   const int64_t unit_lanes = s.channels / F::kPerUnit * S::kTile,
                 origin = tile_begin<F>(head.len_q, tiles.begin);
   for (int64_t group = tiles.begin; group < tiles.end; group += S::kGroup) {
     const int64_t end = least(group + S::kGroup, tiles.end),
                   group_first = tile_begin<F>(head.len_q, group);
-    for (int64_t tile = group; tile < end; ++tile) {
+    Part part = {{group, end}, {0, keys}};
+    if (times != nullptr) part = part_seen<F>(s, part.tiles, tiles.begin, *times);
+    for (int64_t tile = part.tiles.begin; tile < part.tiles.end; ++tile) {
       const int64_t first = tile_begin<F>(head.len_q, tile), slot = tile - tiles.begin;
       const int64_t vecs = (tile_begin<F>(head.len_q, tile + 1) - first) / F::Simd::kLanes;
-      const BackwardTile t = {s.q_lanes + slot * unit_lanes,
-                              s.grad_lanes + slot * unit_lanes,
-                              s.lse + slot * S::kTile,
-                              s.lse_rest + slot * S::kTile,
-                              s.delta + slot * S::kTile,
-                              s.grad_q + slot * s.channels * S::kTile,
-                              first - group_first,
-                              keys,
-                              head.head_dim,
-                              scales_of(head.scale).score,
-                              want_q};
-      if (vecs == S::kVecs) {
-        differentiate<F, S::kVecs>(s, t);
-      } else if (vecs == 2) {
-        differentiate<F, 2>(s, t);
+      const BackwardTile<F> t = {s.q_lanes + slot * unit_lanes,
+                                 s.grad_lanes + slot * unit_lanes,
+                                 s.lse + slot * S::kTile,
+                                 s.lse_rest + slot * S::kTile,
+                                 s.delta + slot * S::kTile,
+                                 s.grad_q + slot * s.channels * S::kTile,
+                                 first - group_first,
+                                 part.keys,
+                                 head.head_dim,
+                                 scales_of(head.scale).score,
+                                 want_q,
+                                 keys,
+                                 times == nullptr ? nullptr : &sight_of<F>(s, slot),
+                                 times};
+      if (times == nullptr) {
+        differentiate_tile<F, false>(s, t, vecs);
       } else {
-        differentiate<F, 1>(s, t);
+        differentiate_tile<F, true>(s, t, vecs);
       }
     }
-    if (!want_kv) continue;
-    const int64_t queries = tile_begin<F>(head.len_q, end) - group_first,
-                  rows = (group_first - origin) / F::kPerUnit * s.channels;
-    add_rows<F>(s.probs, s.grad_pairs + rows, s.grad_v, s.channels, head.head_dim, keys, queries);
-    add_rows<F>(s.grads, s.q_pairs + rows, s.grad_k, s.channels, head.head_dim, keys, queries);
+    if (!want_kv || part.tiles.begin == part.tiles.end) continue;
+    const int64_t part_first = tile_begin<F>(head.len_q, part.tiles.begin),
+                  queries = tile_begin<F>(head.len_q, part.tiles.end) - part_first,
+                  rows = (part_first - origin) / F::kPerUnit * s.channels,
+                  weights = (part.keys.begin * S::kSpan + part_first - group_first) / F::kPerUnit,
+                  sums = part.keys.begin * s.channels, count = part.keys.end - part.keys.begin;
+    add_rows<F>(s.probs + weights, s.grad_pairs + rows, s.grad_v + sums, s.channels, head.head_dim,
+                count, queries);
+    add_rows<F>(s.grads + weights, s.q_pairs + rows, s.grad_k + sums, s.channels, head.head_dim,
+                count, queries);
   }
 }
 
@@ -328,6 +442,20 @@ void write_queries(const Head& head, const BackwardScratch& s, Range tiles) {
   }
 }
 
+// The times of a block; whether a query of `tiles` may see one of its keys.
+template <class F>
+bool read_block(const Head& head, const BackwardScratch& s, Range tiles, int64_t first,
+                int64_t keys, BlockTimes& block) {
+  constexpr int64_t kRows = Shape<F>::kRows;
+  block.times = head.key_time + first;
+  for (int64_t n = 0; n < kBackwardBlock; n += kRows)
+    block.ranges[n / kRows] = range_of(block.times + n, least(keys - n, kRows));
+  for (int64_t tile = 0; tile < tiles.end - tiles.begin; ++tile) {
+    if (keys_seen<F>(sight_of<F>(s, tile), block).end > 0) return true;
+  }
+  return false;
+}
+
 template <class F, class T>
 void backward(const Head& head, float* scratch, Range tiles, Range blocks, bool want_q,
               bool want_kv) {
@@ -338,10 +466,16 @@ void backward(const Head& head, float* scratch, Range tiles, Range blocks, bool 
   pack_queries<F, T>(head, s, tiles);
   for (int64_t block = blocks.begin; block < blocks.end; ++block) {
     const int64_t first = block * kBackwardBlock, keys = least(head.len_k - first, kBackwardBlock);
-    pack_keys<F, T>(head, s, first, keys);
     memset(s.grad_k, 0, (size_t)(kBackwardBlock * s.channels) * sizeof(float));
     memset(s.grad_v, 0, (size_t)(kBackwardBlock * s.channels) * sizeof(float));
-    backward_block<F>(head, s, tiles, keys, want_q, want_kv);
+    BlockTimes times;
+    if (head.key_time == nullptr) {
+      pack_keys<F, T>(head, s, first, keys);
+      backward_block<F>(head, s, tiles, keys, nullptr, want_q, want_kv);
+    } else if (read_block<F>(head, s, tiles, first, keys, times)) {
+      pack_keys<F, T>(head, s, first, keys);
+      backward_block<F>(head, s, tiles, keys, &times, want_q, want_kv);
+    }
     if (!want_kv) continue;
     for (int64_t i = 0; i < keys; ++i) {
       const Angle at = angle(head.rope, head.ids_k, first + i);

@@ -38,15 +38,10 @@ void widen_range(const T* ids, int64_t count, int64_t stride, int64_t& low, int6
   }
 }
 
-// Every id of the list, those of rows outside every sequence included.
-const char* check_ids(const jk_masked_attention_params& p, const jk_ints& ids, int64_t len,
-                      const char* name) {
-  const Long tokens = p.grid_t * p.grid_h * p.grid_w;
-  int64_t low = -1, high = -1;
-  const bool packed = p.cu_q.data != nullptr;
-  const int64_t lists = packed                ? 1
-                        : ids.stride_seq == 0 ? std::min<int64_t>(1, p.num_seqs)
-                                              : p.num_seqs;
+// Widens low and high to every number of the list, those of rows outside every sequence included.
+void widen_to_all(const jk_masked_attention_params& p, const jk_ints& ids, int64_t len,
+                  int64_t& low, int64_t& high) {
+  const int64_t lists = lists_of(p, ids);
   for (int64_t s = 0; s < lists; ++s) {
     if (ids.bytes == 4) {
       widen_range((const int32_t*)ids.data + s * ids.stride_seq, len, ids.stride_token, low, high);
@@ -54,9 +49,26 @@ const char* check_ids(const jk_masked_attention_params& p, const jk_ints& ids, i
       widen_range((const int64_t*)ids.data + s * ids.stride_seq, len, ids.stride_token, low, high);
     }
   }
+}
+
+const char* check_ids(const jk_masked_attention_params& p, const jk_ints& ids, int64_t len,
+                      const char* name) {
+  const Long tokens = p.grid_t * p.grid_h * p.grid_w;
+  int64_t low = -1, high = -1;
+  widen_to_all(p, ids, len, low, high);
   if (low >= -1 && high < tokens) return nullptr;
   return refuse("masked_attention: %s must hold ids from -1 to %lld, got %lld.", name, tokens - 1,
                 (Long)(low < -1 ? low : high));
+}
+
+const char* check_times(const jk_masked_attention_params& p, const jk_ints& times, int64_t len,
+                        const char* name) {
+  if (times.bytes == 4) return nullptr;
+  int64_t low = 0, high = 0;
+  widen_to_all(p, times, len, low, high);
+  if (low >= INT32_MIN && high <= INT32_MAX) return nullptr;
+  return refuse("masked_attention: %s must hold times from %lld to %lld, got %lld.", name,
+                (Long)INT32_MIN, (Long)INT32_MAX, (Long)(low < INT32_MIN ? low : high));
 }
 
 }  // namespace
@@ -74,6 +86,10 @@ const char* check(const jk_masked_attention_params& p) {
       return wrong;
     if (const char* wrong = check_offsets(p.cu_k, p.num_seqs, p.len_k, "cu_seqlens_k"))
       return wrong;
+  }
+  if (p.times_q.data != nullptr) {
+    if (const char* wrong = check_times(p, p.times_q, p.len_q, "query_times")) return wrong;
+    if (const char* wrong = check_times(p, p.times_k, p.len_k, "key_times")) return wrong;
   }
   if (p.rope_table == nullptr) return nullptr;
   if (const char* wrong = check_ids(p, p.ids_q, p.len_q, "query_ids")) return wrong;

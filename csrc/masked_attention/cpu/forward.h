@@ -3,9 +3,11 @@
 // out^T += V^T P. Scores are in units of log2. Included by one translation unit per instruction
 // set, hence the anonymous namespace.
 #pragma once
+#include <float.h>
 #include <math.h>
 
 #include "pack.h"
+#include "sight.h"
 
 namespace jk::attention {
 namespace {
@@ -29,6 +31,10 @@ struct ForwardScratch {
   float* key_norm;
   PackedKeys keys;
   float *lanes, *out, *probs;
+  // Where there are times: the range of each row block of keys, and the largest squared norm of
+  // each vector of them.
+  TimeRange* key_times;
+  float* key_norms;
   int64_t floats;
 };
 
@@ -54,6 +60,8 @@ ForwardScratch forward_layout(float* base, int64_t head_dim, int64_t len_k) {
   s.lanes = take(channels / kUnit * kTile);
   s.out = take(channels * kTile);
   s.probs = take(kForwardBlock / kUnit * kTile);
+  s.key_times = (TimeRange*)take(tokens / Shape<F>::kRows * 2);
+  s.key_norms = take(tokens / F::Simd::kLanes);
   s.floats = used;
   return s;
 }
@@ -71,14 +79,20 @@ void forward_keys(const Head& head, float* scratch) {
     const int64_t count = n < head.len_k ? least(head.len_k - n, kLanes) : 0;
     float* packed = s.keys.rows + n * channels / F::kPerUnit;
     float* rows = F::kPerUnit == 1 ? packed : buffer;
-    largest = largest_of(largest, read_rows<typename F::Simd, T, true>(key, head.head_dim, n, count,
-                                                                       kLanes, rows, channels));
+    const float norm =
+        read_rows<typename F::Simd, T, true>(key, head.head_dim, n, count, kLanes, rows, channels);
+    s.key_norms[n / kLanes] = norm;
+    largest = largest_of(largest, norm);
     if constexpr (F::kPerUnit > 1) put_rows<F>(rows, channels, kLanes, packed);
     read_rows<typename F::Simd, T, false>(value, head.head_dim, n, count, kLanes, buffer, channels);
     put_panels<F>(buffer, channels, head.head_dim, kLanes, s.keys.panels, n / F::kPerUnit,
                   s.keys.panel_units);
   }
   *s.key_norm = sqrtf(largest);
+  if (head.key_time == nullptr) return;
+  constexpr int64_t kRows = Shape<F>::kRows;
+  for (int64_t n = 0; n < head.len_k; n += kRows)
+    s.key_times[n / kRows] = range_of(head.key_time + n, least(head.len_k - n, kRows));
 }
 
 // The running state of one query tile; `part` is the sum over the keys that out has not seen yet.
@@ -89,10 +103,11 @@ struct Softmax {
   alignas(64) float shift[Shape<F>::kTile];
 };
 
-// out^T[d][q] += sum over keys first .. last of V[key][d] P[key][q], and the same for the sum of P
+// out^T[d][q] += sum over keys first .. last of V[key][d] P[key][q], and the same for the sum of P;
+// `out` is still to be written unless have_out.
 template <class F, int NQ>
 JK_INLINE void add_values(const PackedKeys& keys, const float* probs, Softmax<F>& state, float* out,
-                          int64_t first, int64_t last) {
+                          int64_t first, int64_t last, bool have_out) {
   using V = typename F::Simd;
   constexpr int MR = Shape<F>::kRows;
   constexpr int64_t kTile = Shape<F>::kTile;
@@ -105,7 +120,7 @@ JK_INLINE void add_values(const PackedKeys& keys, const float* probs, Softmax<F>
     clear<F, MR, NQ>(acc);
     const float* panel = keys.panels + (d / MR * keys.panel_units + first / F::kPerUnit) * MR;
     dot<F, MR, NQ>(acc, panel, 1, MR, probs, kTile, (last - first) / F::kPerUnit);
-    if (first == 0) {
+    if (!have_out) {
       store<F, MR, NQ>(acc, out + d * kTile, kTile);
     } else {
       add<F, MR, NQ>(acc, out + d * kTile, kTile);
@@ -195,7 +210,7 @@ __attribute__((noinline)) void attend(const PackedKeys& keys, const float* lanes
     bool raise = false;
     if constexpr (!kBounded) raise = outgrown<F, NQ>(acc, scale, state.shift);
     if (n - done == kForwardBlock || (raise && n > done)) {
-      add_values<F, NQ>(keys, probs, state, out, done, n);
+      add_values<F, NQ>(keys, probs, state, out, done, n, done > 0);
       done = n;
     }
     if constexpr (!kBounded) {
@@ -205,7 +220,15 @@ __attribute__((noinline)) void attend(const PackedKeys& keys, const float* lanes
     pending = probs + (n - done) / F::kPerUnit * kTile;
   }
   for (int n = 0; n < kJobs; ++n) exponentiate(n);
-  add_values<F, NQ>(keys, probs, state, out, done, round_up(keys.count, MR));
+  add_values<F, NQ>(keys, probs, state, out, done, round_up(keys.count, MR), done > 0);
+}
+
+// ln(2^shift * sum). With times the same whatever part of its power of two the shift holds.
+inline double log_sum(float shift, float sum, bool in_time) {
+  if (!in_time || !(sum > 0)) return shift * M_LN2 + logf(sum);
+  int exponent;
+  const float mantissa = frexpf(sum, &exponent);
+  return (shift + (float)exponent) * M_LN2 + logf(mantissa);
 }
 
 template <class F, class T, int NQ>
@@ -218,8 +241,9 @@ void write_out(const Head& head, const Softmax<F>& state, float* out, float key_
     // A lane whose shift is not finite met a NaN or an infinity, which P need not show.
     const typename V::Vec poison =
         V::fma(V::load(state.shift + j * kLanes), V::zero(), V::set1(key_poison));
-    const typename V::Vec inverse =
-        V::add(V::div(V::set1(1.f), V::load(state.sum + j * kLanes)), poison);
+    // A query that sees no key has a sum and an output of 0.
+    const typename V::Vec sum = V::max(V::set1(FLT_MIN), V::load(state.sum + j * kLanes));
+    const typename V::Vec inverse = V::add(V::div(V::set1(1.f), sum), poison);
     alignas(64) float poisons[kLanes];
     V::store(poisons, poison);
     for (int64_t d = 0; d < head.head_dim; d += kLanes) {
@@ -235,12 +259,21 @@ void write_out(const Head& head, const Softmax<F>& state, float* out, float key_
       }
     }
     for (int64_t i = 0; i < count; ++i) {
-      head.lse[begin + i] =
-          (float)(state.shift[j * kLanes + i] * M_LN2 + logf(state.sum[j * kLanes + i])) +
-          poisons[i];
+      head.lse[begin + i] = (float)log_sum(state.shift[j * kLanes + i], state.sum[j * kLanes + i],
+                                           head.key_time != nullptr) +
+                            poisons[i];
     }
   }
 }
+
+// Whether no score can reach kScoreBound; two per cent for the rounding of the packed numbers.
+JK_INLINE bool within_bound(float query_square, float key_norm, float scale) {
+  return sqrtf(query_square) * key_norm * scale * 1.02f < kScoreBound;
+}
+
+template <class F, int NQ>
+float attend_in_time(const Head& head, const ForwardScratch& s, int64_t first, float largest,
+                     float scale, Softmax<F>& state);
 
 template <class F, class T, int NQ>
 void forward_tile(const Head& head, const ForwardScratch& s, int64_t first) {
@@ -258,8 +291,12 @@ void forward_tile(const Head& head, const ForwardScratch& s, int64_t first) {
     put_lanes<F>(rows, channels, s.lanes + j * kLanes);
   }
   Softmax<F> state;
-  // Two per cent for the rounding of the packed numbers.
-  if (sqrtf(largest) * *s.key_norm * scales.score * 1.02f < kScoreBound) {
+  if (head.key_time != nullptr) {
+    const float poison = attend_in_time<F, NQ>(head, s, first, largest, scales.score, state);
+    write_out<F, T, NQ>(head, state, s.out, poison, first);
+    return;
+  }
+  if (within_bound(largest, *s.key_norm, scales.score)) {
     attend<F, NQ, true>(s.keys, s.lanes, scales.score, s.probs, state, s.out);
   } else {
     attend<F, NQ, false>(s.keys, s.lanes, scales.score, s.probs, state, s.out);

@@ -1,6 +1,6 @@
 // masked_attention's kernels as a table of functions, built once for every instruction set.
 #include "backward.h"
-#include "forward.h"
+#include "forward_times.h"
 #ifdef JK_BF16_PRODUCTS
 #include "pairs.h"
 #endif

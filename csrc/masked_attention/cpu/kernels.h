@@ -38,6 +38,9 @@ struct Head {
   Ids ids_q, ids_k;
   const RopeRows* rope;
   float* lse;
+  // Query i sees the keys whose time lies from first_time[i] to last_time[i]; NULL where every
+  // query sees every key.
+  const int32_t *first_time, *last_time, *key_time;
 };
 
 struct Range {

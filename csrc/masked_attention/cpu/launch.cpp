@@ -53,6 +53,7 @@ class Call {
   Call(const jk_masked_attention_params& p, const Kernels& kernels, jk_parallel_for parallel_for)
       : p_(p), kernels_(kernels), parallel_for_(parallel_for), packed_(p.cu_q.data != nullptr) {
     if (p.rope_table != nullptr) spread_table();
+    if (p.times_q.data != nullptr) read_times();
   }
 
   const char* forward();
@@ -60,6 +61,9 @@ class Call {
 
  private:
   void spread_table();
+  void read_times();
+  const int32_t* times_of(const std::vector<int32_t>& times, const jk_ints& from, const jk_ints& cu,
+                          int64_t len, int64_t seq) const;
   Head head_of(int64_t seq, int64_t head) const;
   int64_t element_bytes() const { return p_.dtype == JK_BFLOAT16 ? 2 : 4; }
   int64_t first_row(const jk_ints& cu, int64_t seq) const {
@@ -89,6 +93,7 @@ class Call {
   const jk_parallel_for parallel_for_;
   const bool packed_;
   std::vector<float> table_;
+  std::vector<int32_t> first_time_, last_time_, key_time_;
   RopeRows rope_ = {};
   int64_t total_cost_ = 0, workers_ = 1;
 };
@@ -121,6 +126,37 @@ void Call::spread_table() {
   }
 }
 
+// Times side by side in 32 bits, whatever the caller's lists are like.
+void Call::read_times() {
+  const auto read = [&](const jk_ints& from, int64_t len, auto put) {
+    const int64_t lists = lists_of(p_, from);
+    for (int64_t s = 0; s < lists; ++s) {
+      const int64_t start = packed_ ? 0 : s * from.stride_seq;
+      for (int64_t i = 0; i < len; ++i)
+        put(s * len + i, number_at(from, start + i * from.stride_token));
+    }
+  };
+  const int64_t queries = lists_of(p_, p_.times_q) * p_.len_q,
+                keys = lists_of(p_, p_.times_k) * p_.len_k;
+  // One more than there are, so that a list without tokens is there, too.
+  first_time_.assign((size_t)queries + 1, INT32_MIN);
+  last_time_.assign((size_t)queries + 1, 0);
+  key_time_.assign((size_t)keys + 1, 0);
+  read(p_.times_q, p_.len_q, [&](int64_t i, int64_t time) {
+    last_time_[(size_t)i] = (int32_t)time;
+    if (p_.window > 0)
+      first_time_[(size_t)i] = (int32_t)std::max<int64_t>(INT32_MIN, time - p_.window + 1);
+  });
+  read(p_.times_k, p_.len_k,
+       [&](int64_t i, int64_t time) { key_time_[(size_t)i] = (int32_t)time; });
+}
+
+const int32_t* Call::times_of(const std::vector<int32_t>& times, const jk_ints& from,
+                              const jk_ints& cu, int64_t len, int64_t seq) const {
+  if (from.data == nullptr) return nullptr;
+  return times.data() + (packed_ ? first_row(cu, seq) : lists_of(p_, from) == 1 ? 0 : seq * len);
+}
+
 Rows Call::rows_of(const jk_rows& rows, const jk_ints& cu, int64_t seq, int64_t head) const {
   const int64_t start = packed_ ? first_row(cu, seq) * rows.stride_token : seq * rows.stride_seq;
   return {(char*)rows.data + (start + head * rows.stride_head) * element_bytes(),
@@ -129,6 +165,9 @@ Rows Call::rows_of(const jk_rows& rows, const jk_ints& cu, int64_t seq, int64_t 
 
 Ids Call::ids_of(const jk_ints& ids, const jk_ints& cu, int64_t seq) const {
   if (ids.data == nullptr) return {nullptr, 0, 0};
+  // One id of -1 for every token, as for keys that are rotated already: nothing to rotate.
+  const bool unrotated = ids.stride_token == 0 && ids.stride_seq == 0 && number_at(ids, 0) == -1;
+  if (unrotated) return {nullptr, 0, 0};
   const int64_t start = packed_ ? first_row(cu, seq) * ids.stride_token : seq * ids.stride_seq;
   return {(const char*)ids.data + start * ids.bytes, ids.bytes, ids.stride_token};
 }
@@ -152,6 +191,9 @@ Head Call::head_of(int64_t seq, int64_t head) const {
   h.rope = p_.rope_table == nullptr ? nullptr : &rope_;
   h.lse = p_.lse + head * p_.lse_stride_head +
           (packed_ ? first_row(p_.cu_q, seq) : seq * p_.lse_stride_seq);
+  h.first_time = times_of(first_time_, p_.times_q, p_.cu_q, p_.len_q, seq);
+  h.last_time = times_of(last_time_, p_.times_q, p_.cu_q, p_.len_q, seq);
+  h.key_time = times_of(key_time_, p_.times_k, p_.cu_k, p_.len_k, seq);
   return h;
 }
 

@@ -31,6 +31,18 @@ struct FloatFormat {
     put_pair(units, stride, p0, p1);
     return V::add(sum, V::add(p0, p1));
   }
+  // What put_exp2 takes to lower a lane's exponents by an even integer.
+  static JK_INLINE Vec offset(Vec shift) { return V::sub(V::set1(simd::kExp2Offset), shift); }
+  // put_exp2 with lowered exponents; 0 where the bits of `seen` are not set.
+  static JK_INLINE Vec put_exp2(float* units, int64_t stride, Vec x0, Vec x1, Vec factor,
+                                Vec offset, Vec seen0, Vec seen1, Vec sum) {
+    const Vec p0 = V::select(seen0, simd::exp2<V, kExpDegree>(x0, factor, offset), V::zero()),
+              p1 = V::select(seen1, simd::exp2<V, kExpDegree>(x1, factor, offset), V::zero());
+    put_pair(units, stride, p0, p1);
+    return V::add(sum, V::add(p0, p1));
+  }
+  // Units of P times powers of two.
+  static JK_INLINE Vec scaled(Vec units, Vec factor) { return V::mul(units, factor); }
   // Elements `at` .. of rows n and n + 1 of a matrix whose rows of `row` numbers are summed along.
   static JK_INLINE void put_two_rows(float* units, int64_t row, int64_t n, int64_t at, Vec x0,
                                      Vec x1) {

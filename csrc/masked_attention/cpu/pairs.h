@@ -72,6 +72,40 @@ struct PairFormat {
     _mm512_storeu_ps(units, pairs);
     return step(sum, pairs, _mm512_castsi512_ps(_mm512_set1_epi32(c->ones)));
   }
+  static JK_INLINE Vec offset(Vec shift) {
+    return _mm512_sub_ps(_mm512_set1_ps(kConstants.magic), shift);
+  }
+  static JK_INLINE Vec put_exp2(float* units, int64_t, Vec x0, Vec x1, Vec factor, Vec offset,
+                                Vec seen0, Vec seen1, Vec sum) {
+    const Vec lowest = _mm512_set1_ps(kConstants.magic - 125.f);
+    const __m512i t0 = _mm512_castps_si512(
+                      _mm512_max_ps(lowest, _mm512_fmadd_ps(x0, factor, offset))),
+                  t1 = _mm512_castps_si512(
+                      _mm512_max_ps(lowest, _mm512_fmadd_ps(x1, factor, offset)));
+    const __m512i low_half = _mm512_set1_epi32(kConstants.low_half);
+    const __m512i linear =
+        _mm512_ternarylogic_epi32(low_half, t0, _mm512_slli_epi32(t1, 16), kSelect);
+    const __m512i mantissa =
+        _mm512_permutex2var_epi8(_mm512_loadu_si512(kConstants.mantissa), linear,
+                                 _mm512_loadu_si512(kConstants.mantissa + 64));
+    const __m512i pairs = _mm512_ternarylogic_epi32(_mm512_set1_epi32(kConstants.mantissa_bits),
+                                                    mantissa, linear, kSelect);
+    const __m512i seen = _mm512_ternarylogic_epi32(low_half, _mm512_castps_si512(seen0),
+                                                   _mm512_castps_si512(seen1), kSelect);
+    const Vec shown = _mm512_castsi512_ps(_mm512_and_si512(pairs, seen));
+    _mm512_storeu_ps(units, shown);
+    return step(sum, shown, _mm512_castsi512_ps(_mm512_set1_epi32(kConstants.ones)));
+  }
+  // The numbers have the same mantissas afterwards, so nothing is rounded.
+  static JK_INLINE Vec scaled(Vec units, Vec factor) {
+    const __m512i bits = _mm512_castps_si512(units), low_half = _mm512_set1_epi32(0xffff);
+    const __m512i low = _mm512_castps_si512(
+                      _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), factor)),
+                  high = _mm512_castps_si512(_mm512_mul_ps(
+                      _mm512_castsi512_ps(_mm512_andnot_si512(low_half, bits)), factor));
+    return _mm512_castsi512_ps(
+        _mm512_ternarylogic_epi32(low_half, _mm512_srli_epi32(low, 16), high, kSelect));
+  }
   static JK_INLINE void put_row(float* units, Vec x) {
     _mm256_storeu_si256((__m256i*)units, Simd::round(x));
   }

@@ -6,25 +6,24 @@ import torch
 
 from ... import native
 from ...backend import Backend, Reason
-from .inputs import Inputs, rows_of_channels, shape_reasons, times_reasons
+from .inputs import Inputs, rows_of_channels, shape_reasons
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def unsupported(inputs: Inputs) -> list[Reason]:
-    return (
-        native.cpu_unavailable_reasons(inputs.device_type)
-        + shape_reasons(inputs, _DTYPES)
-        + times_reasons(inputs)
-    )
+    return native.cpu_unavailable_reasons(inputs.device_type) + shape_reasons(inputs, _DTYPES)
 
 
 def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     results: tuple[torch.Tensor, torch.Tensor] = native.call(
         native.ops.masked_attention_cpu_fwd,
         *inputs.tensors(),
+        inputs.query_times,
+        inputs.key_times,
         inputs.grid,
         inputs.scale,
+        inputs.window,
         native.isa(),
     )
     return results
@@ -38,10 +37,13 @@ def backward(
         native.ops.masked_attention_cpu_bwd,
         rows_of_channels(grad_out),
         *inputs.tensors(),
+        inputs.query_times,
+        inputs.key_times,
         out,
         lse,
         inputs.grid,
         inputs.scale,
+        inputs.window,
         native.isa(),
     )
     return grads
