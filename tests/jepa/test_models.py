@@ -14,7 +14,7 @@ from jepa.batch import MaskBatch
 from jepa.config import ConfigError
 from jepa.models.blocks import set_attention_backend
 from jepa.models.encoder import Encoder
-from jepa.models.patches import CHANNEL_MEAN, CHANNEL_STD, clip_grid, gather_patches, patch_means
+from jepa.models.patches import CHANNEL_MEAN, CHANNEL_STD, clip_grid, patch_means
 from jepa.models.predictor import JointOrder, Predictor
 from jepa.models.sizes import DEFAULT_SIZE, SIZES, PredictorConfig, model_config, parse_model
 from jepa_kernels.testing import (
@@ -128,13 +128,10 @@ def test_patches_equal_a_convolution(dtype, frames):
     embed = model.patch_embed_img if frames == 1 else model.patch_embed
     clips = normalised(given) if dtype == torch.uint8 else given
     expected = embed.proj(clips).flatten(2).transpose(1, 2).flatten(0, 1)
-    torch.testing.assert_close(
-        embed(gather_patches(given, None, 2, 16)), expected, **FLOAT32_CANCELLING
-    )
-    rows = torch.tensor([0, 5, 3, 7, 5])
-    torch.testing.assert_close(
-        embed(gather_patches(given, rows, 2, 16)), expected[rows], **FLOAT32_CANCELLING
-    )
+    torch.testing.assert_close(embed(given).flatten(0, 1), expected, **FLOAT32_CANCELLING)
+    ids, cu_seqlens = torch.tensor([0, 5, 3, 4, 5, 2]), torch.tensor([0, 2, 3, 5, 6])
+    rows = ids + torch.tensor([0, 0, 1, 0, 0, 1]) * (len(expected) // 2)  # sets of two clips
+    torch.testing.assert_close(embed(given, ids, cu_seqlens), expected[rows], **FLOAT32_CANCELLING)
     means = (
         functional.avg_pool3d(clips, (1 if frames == 1 else 2, 16, 16))
         .flatten(2)
