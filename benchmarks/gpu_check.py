@@ -32,7 +32,13 @@ from jepa_kernels.testing import (
     attention_case,
     run_attention,
 )
-from jepa_kernels.testing.rollout import OP_NAMES, rollout_case, run_rollout
+from jepa_kernels.testing.embedding import EmbeddingCase, embedding_case, run_embedding
+from jepa_kernels.testing.gaussianity import (
+    GaussianityCase,
+    gaussianity_case,
+    run_gaussianity,
+)
+from jepa_kernels.testing.rollout import OP_NAMES, RolloutCase, rollout_case, run_rollout
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32)
@@ -107,10 +113,17 @@ def _attention_forward(case: AttentionCase, backend: str, device: str) -> dict[s
     return {"out": out.cpu(), "lse": lse.cpu()}
 
 
-def rollout(case: object, backend: str, device: str, direction: str) -> list[Compared]:
-    oracle = run_rollout(case, "reference", torch.float64)
-    peer = run_rollout(case, "reference") if case.dtype in HALF else {}
-    actual = run_rollout(case, backend, device=device)
+def compared(
+    run: Callable[..., dict[str, torch.Tensor]],
+    case: RolloutCase | GaussianityCase | EmbeddingCase,
+    backend: str,
+    device: str,
+    direction: str,
+) -> list[Compared]:
+    """The results of one direction of `run_rollout`, `run_gaussianity` or `run_embedding`."""
+    oracle = run(case, "reference", torch.float64)
+    peer = run(case, "reference") if case.dtype in HALF else {}
+    actual = run(case, backend, device=device)
     wanted = [n for n in actual if n.startswith("grad_") == (direction == "backward")]
     return [
         Compared(n, actual[n], oracle[n], peer.get(n), n.startswith("grad"), case.dtype)
@@ -232,8 +245,21 @@ def _of_one(
         for output in ("last", "states", 2.0):
             case = rollout_case(_CELL_OF[op], output, dtype=dtype, channels=40, hidden=33)
             for direction in ("forward", "backward"):
-                run = partial(rollout, case, backend, device, direction)
+                run = partial(compared, run_rollout, case, backend, device, direction)
                 yield make(case=f"{output}", direction=direction, run=run)
+    elif op == "sliced_gaussianity":
+        for output in ("statistic", "sums"):
+            case = gaussianity_case(300, 40, 70, output=output, dtype=dtype)
+            for direction in ("forward", "backward"):
+                run = partial(compared, run_gaussianity, case, backend, device, direction)
+                yield make(case=output, direction=direction, run=run)
+    elif op == "visible_patch_embed":
+        shape = {"visible": None, "tubelet": (2, 16, 16), "width": 70, "dtype": dtype}
+        for layout, clip_dtype in (("dense", torch.uint8), ("packed", torch.float32)):
+            case = embedding_case(layout=layout, clip_dtype=clip_dtype, repeated=True, **shape)
+            for direction in ("forward", "backward"):
+                run = partial(compared, run_embedding, case, backend, device, direction)
+                yield make(case=layout, direction=direction, run=run)
     elif op == "ema_update":
         roundings = ["nearest"]
         roundings += ["kahan"] if dtype in HALF else []

@@ -144,7 +144,14 @@ def recorded(results: Path = machine.RESULTS) -> list[Row]:
     rows: list[Row] = []
     for path in sorted(results.glob("*/rows.json")):
         rows += json.loads(path.read_text())["rows"]
-    for name in ("masked_attention", "ema_update", "adamw_ema", "latent_rollout"):
+    for name in (
+        "masked_attention",
+        "ema_update",
+        "adamw_ema",
+        "latent_rollout",
+        "sliced_gaussianity",
+        "visible_patch_embed",
+    ):
         for path in sorted(results.glob(f"*/{name}.json")):
             rows += _of_benchmark(path, f"benchmarks/results/{path.parent.name}/{path.name}")
     return rows

@@ -20,6 +20,15 @@
 
 #include "abi.h"
 
+// Copies of the package that meet in one process register their ops under names of their own, that
+// of their Python package with _native behind it; setup.py passes one on (JEPA_KERNELS_NAMESPACE).
+#ifndef JK_LIBRARY
+#define JK_LIBRARY jepa_kernels_native
+#endif
+#define JK_EXPANDED(macro, ...) macro(__VA_ARGS__)
+#define JK_LIBRARY_FRAGMENT(m) JK_EXPANDED(STABLE_TORCH_LIBRARY_FRAGMENT, JK_LIBRARY, m)
+#define JK_LIBRARY_IMPL(key, m) JK_EXPANDED(STABLE_TORCH_LIBRARY_IMPL, JK_LIBRARY, key, m)
+
 namespace jk {
 
 using torch::headeronly::ScalarType;

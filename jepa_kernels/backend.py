@@ -85,7 +85,8 @@ class Backend:
         unsupported: inputs -> the reasons why this backend cannot run them, device included.
         forward: inputs -> the op's outputs. None for a backend that only composes.
         backward: (inputs, saved, grad_out, needs) -> one gradient for each differentiable input.
-        compose: inputs -> the op's outputs from PyTorch operations, with PyTorch's own autograd.
+        compose: inputs -> the op's outputs from PyTorch operations, with PyTorch's own autograd;
+            None for one that the call does not ask for.
         composes: inputs -> whether `compose` serves this call; None is always, where there is one.
         plain: unchecked inputs of an op that writes in place -> whether it made the call. It checks
             all by itself and, where anything is special or wrong, answers False with nothing
@@ -100,7 +101,7 @@ class Backend:
     unsupported: Callable[[Any], list[Reason]]
     forward: Callable[..., Any] | None = None
     backward: Callable[..., Any] | None = None
-    compose: Callable[..., Any] | None = None
+    compose: Callable[[Any], tuple[Any, ...]] | None = None
     composes: Callable[[Any], bool] | None = None
     plain: Callable[[Any], bool] | None = None
     checks_values: bool = False

@@ -18,8 +18,12 @@ from .backend import Reason
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 ABI_VERSION = 1
-# The one wording of refusals; the stable ABI knows no ValueError.
-_SENTENCE = re.compile(r"^\w+: .+ must .+", re.MULTILINE)
+# The native ops. A copy of the package under another name has a library under another name, so that
+# two copies can meet in one process.
+ops: Any = getattr(torch.ops, f"{__package__}_native")
+# The one wording of refusals, behind the place in the source that torch's check puts before it; the
+# stable ABI knows no ValueError.
+_SENTENCE = re.compile(r"(?:^|, )(\w+: .+ must .+)", re.MULTILINE)
 
 _here = Path(__file__).parent
 _library = _here / "_native.so"
@@ -39,10 +43,10 @@ def _load() -> str | None:
         torch.ops.load_library(str(_library))
     except OSError as error:
         return f"the native library does not load: {error}"
-    if torch.ops.jepa_kernels_native.abi_version() != ABI_VERSION:
+    if ops.abi_version() != ABI_VERSION:
         return f"the native library is from another version of this package ({_BUILD_HINT})"
     if _cuda_library.exists():
-        torch.ops.jepa_kernels_native.set_cuda_library(str(_cuda_library))
+        ops.set_cuda_library(str(_cuda_library))
     return None
 
 
@@ -112,7 +116,7 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
         said = _SENTENCE.search(str(error))
         if said is None:
             raise
-        raise ValueError(said[0]) from None
+        raise ValueError(said[1]) from None
 
 
 def _validated_isa() -> int:
@@ -127,7 +131,7 @@ def _validated_isa() -> int:
 
 
 _forced_isa = _validated_isa()
-_machine_isa = torch.ops.jepa_kernels_native.cpu_isa() if _available else 0
+_machine_isa = ops.cpu_isa() if _available else 0
 if _available and _forced_isa > _machine_isa:
     raise ValueError(
         "jepa_kernels: JEPA_KERNELS_ISA must be one that this processor has (at most "

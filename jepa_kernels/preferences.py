@@ -37,7 +37,11 @@ def committed() -> list[Preference]:
 
 
 def calibration_file() -> Path:
-    """Where `calibrate` keeps what it measured: below XDG_CACHE_HOME or ~/.cache."""
+    """Where `calibrate` keeps what it measured: in JEPA_KERNELS_CACHE, or else in the folder
+    jepa_kernels of XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("JEPA_KERNELS_CACHE")
+    if own:
+        return Path(own) / "calibration.json"
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(folder) / "jepa_kernels" / "calibration.json"
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jepa_kernels import ResidualMLP, ema_update_, latent_rollout, masked_attention
+from jepa_kernels import (
+    ResidualMLP,
+    ema_update_,
+    latent_rollout,
+    masked_attention,
+    sliced_gaussianity,
+    visible_patch_embed,
+)
 from jepa_kernels.nn import EMATeacher
 from jepa_kernels.optim import AdamWEMA
 
@@ -20,6 +27,11 @@ def test_meta_calls_give_shapes():
     states = torch.randn(5, 8, device="meta")
     out = latent_rollout(states, ResidualMLP.from_module(head), 3)
     assert out.device.type == "meta" and out.shape == (3, 5, 8)
+    out = sliced_gaussianity(states, 7)
+    assert out.device.type == "meta" and out.shape == () and out.dtype == torch.float32
+    clip, weight = (torch.randn(n, 3, 2, 8, 8, device="meta") for n in (4, 6))
+    out = visible_patch_embed(clip, weight, mean=(0.5,) * 3)
+    assert out.device.type == "meta" and out.shape == (4, 1, 6)
 
 
 @pytest.fixture
@@ -38,6 +50,10 @@ def test_a_default_device_is_not_that_of_the_arguments(meta_by_default):
     assert half[0].tolist() == [0.5, 0.5]
     x = torch.randn(1, 4, 2, 8, device="cpu", generator=torch.Generator("cpu"))
     assert masked_attention(x, x, x).isfinite().all()
+    assert sliced_gaussianity(x[0, :, 0], 7).isfinite()
+    clip = torch.ones(1, 3, 2, 4, 4, device="cpu")
+    embedded = visible_patch_embed(clip.byte(), clip[..., :2, :2], mean=(0.5,) * 3)
+    assert embedded.shape == (1, 4, 1) and embedded.isfinite().all()
 
 
 @pytest.mark.parametrize("capturable", [False, True])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -115,7 +118,7 @@ def test_calibration_is_kept_read_and_bound_to_the_build(tmp_path, monkeypatch):
     one of another build is ignored."""
     from jepa_kernels import calibrate, preferences
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("JEPA_KERNELS_CACHE", str(tmp_path / "made"))
     slower = preferences.Preference(
         "masked_attention", preferences.device_kind("cpu"), "float32", "tiny", "cpu", "torch", "x"
     )
@@ -125,7 +128,7 @@ def test_calibration_is_kept_read_and_bound_to_the_build(tmp_path, monkeypatch):
     try:
         text = calibrate.run(1.0, ("cpu",))
         assert "torch before cpu" in text
-        assert preferences.calibration_file().is_relative_to(tmp_path)
+        assert preferences.calibration_file().is_relative_to(tmp_path / "made")
         x = torch.randn(1, 8, 2, 16)
         assert "runs on    torch" in explain("masked_attention", x, x, x)
         assert "cases calibrated" in preferences.summary()
@@ -138,6 +141,33 @@ def test_calibration_is_kept_read_and_bound_to_the_build(tmp_path, monkeypatch):
     finally:
         monkeypatch.undo()
         preferences.load()
+
+
+def test_calibration_is_below_the_cache_folder_unless_one_is_named(tmp_path, monkeypatch):
+    from jepa_kernels.preferences import calibration_file
+
+    monkeypatch.delenv("JEPA_KERNELS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert calibration_file() == tmp_path / "jepa_kernels" / "calibration.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert calibration_file() == tmp_path / ".cache" / "jepa_kernels" / "calibration.json"
+
+
+def test_no_test_reads_what_this_user_calibrated(tmp_path):
+    """Neither this process nor a child, wherever the user's cache is."""
+    from jepa_kernels.preferences import calibration_file
+
+    code = "from jepa_kernels.preferences import calibration_file; print(calibration_file())"
+    child = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert child.stdout.strip() == str(calibration_file())
+    assert not calibration_file().exists()
 
 
 def test_calibration_measures_both_passes_and_updates(tmp_path):

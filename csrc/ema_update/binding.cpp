@@ -177,7 +177,7 @@ void update_cuda(Tensors targets, Tensors sources, const Tensor& momentum, Tenso
 }  // namespace
 }  // namespace jk::ema
 
-STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
+JK_LIBRARY_FRAGMENT(m) {
   m.def(
       "ema_update_cpu_(Tensor(a!)[] targets, Tensor[] sources, Tensor momentum, Tensor(b!)[] "
       "copies, Tensor(c!)[] compensations, "
@@ -191,13 +191,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
       "int[] streams, int rounding, Tensor? seed) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CPU, m) {
-  m.impl("ema_update_cpu_", TORCH_BOX(&jk::ema::update_cpu));
-}
+JK_LIBRARY_IMPL(CPU, m) { m.impl("ema_update_cpu_", TORCH_BOX(&jk::ema::update_cpu)); }
 // It looks at the devices itself.
-STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CompositeExplicitAutograd, m) {
+JK_LIBRARY_IMPL(CompositeExplicitAutograd, m) {
   m.impl("ema_update_plain_cpu_", &jk::ema::update_plain_cpu);
 }
-STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CUDA, m) {
-  m.impl("ema_update_cuda_", TORCH_BOX(&jk::ema::update_cuda));
-}
+JK_LIBRARY_IMPL(CUDA, m) { m.impl("ema_update_cuda_", TORCH_BOX(&jk::ema::update_cuda)); }

@@ -402,7 +402,7 @@ std::vector<Tensor> gru_bwd(const Tensor& start, const Tensor& actions, const Te
 }  // namespace
 }  // namespace jk::rollout
 
-STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
+JK_LIBRARY_FRAGMENT(m) {
   m.def(
       "latent_rollout_mlp_fwd(Tensor start, Tensor? coupling, Tensor? drift, int horizon, bool "
       "keep_all, bool save, int isa) -> (Tensor, "
@@ -456,5 +456,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
   m.impl("latent_rollout_gru_fwd", TORCH_BOX(&jk::rollout::gru_fwd));                 \
   m.impl("latent_rollout_gru_bwd", TORCH_BOX(&jk::rollout::gru_bwd))
 
-STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CPU, m) { JK_LATENT_ROLLOUT_KERNELS(m); }
-STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CUDA, m) { JK_LATENT_ROLLOUT_KERNELS(m); }
+JK_LIBRARY_IMPL(CPU, m) { JK_LATENT_ROLLOUT_KERNELS(m); }
+JK_LIBRARY_IMPL(CUDA, m) { JK_LATENT_ROLLOUT_KERNELS(m); }

@@ -270,7 +270,7 @@ std::tuple<Tensor, Tensor, Tensor> cuda_bwd(const Tensor& grad_out, const Tensor
 }  // namespace
 }  // namespace jk::attention
 
-STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
+JK_LIBRARY_FRAGMENT(m) {
   m.def(
       "masked_attention_cpu_fwd(Tensor query, Tensor key, Tensor value, Tensor? query_ids, Tensor? "
       "key_ids, Tensor? cu_seqlens_q, "
@@ -295,12 +295,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
       "-> (Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CPU, m) {
+JK_LIBRARY_IMPL(CPU, m) {
   m.impl("masked_attention_cpu_fwd", TORCH_BOX(&jk::attention::cpu_fwd));
   m.impl("masked_attention_cpu_bwd", TORCH_BOX(&jk::attention::cpu_bwd));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CUDA, m) {
+JK_LIBRARY_IMPL(CUDA, m) {
   m.impl("masked_attention_cuda_fwd", TORCH_BOX(&jk::attention::cuda_fwd));
   m.impl("masked_attention_cuda_bwd", TORCH_BOX(&jk::attention::cuda_bwd));
 }

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..checks import sentence
 from . import (
+    dino_wm,
     eb_jepa,
     ijepa,
     lightly_ijepa,
@@ -25,6 +26,7 @@ from . import (
     vjepa1,
     vjepa2,
     vjepa2_1,
+    vjepa2_ac,
 )
 from .replace import CodeBase, Report, restore
 
@@ -32,6 +34,8 @@ CODE_BASES: tuple[CodeBase, ...] = (
     transformers_vjepa2.BASE,
     transformers_ijepa.BASE,
     vjepa2.BASE,
+    vjepa2_ac.BASE,
+    dino_wm.BASE,
     vjepa2_1.BASE,
     vjepa1.BASE,
     ijepa.BASE,
@@ -62,8 +66,9 @@ def accelerate(model: nn.Module, *, options: Sequence[str] = ()) -> Report:
 
     Notes:
         Attention probabilities are not computed: where the original returns them, the fused forward
-        returns None, as SDPA does. Works with activation checkpointing and torch.compile; call it
-        before either.
+        returns None, as SDPA does. Modules of transformers whose ``config.output_attentions`` is
+        set are left as they are, and reported. Works with activation checkpointing and
+        torch.compile; call it before either.
 
     Example:
         >>> import torch

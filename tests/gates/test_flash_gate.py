@@ -39,7 +39,7 @@ def test_the_rotation_compiles_without_spills(architecture, head_dim, transposed
         "HEADS_EACH": ROTATE_HEADS,
         "TRANSPOSED": transposed,
     }
-    panels = {"query": "*bf16", "key": "*bf16", "query_turned": "*bf16", "key_turned": "*bf16"}
+    panels = {"query": "*bf16", "key": "*bf16", "query_rotated": "*bf16", "key_rotated": "*bf16"}
     others = {"query_ids": "*i64", "key_ids": "*i64", "table": "*fp32"}
     types = {
         name: (panels | others).get(name, "i32")

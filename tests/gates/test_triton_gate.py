@@ -55,7 +55,7 @@ _PANELS = (
     "grad_key",
     "grad_value",
     "x",
-    "turned",
+    "rotated",
 )
 _SOURCES = (
     "triton_support.py",

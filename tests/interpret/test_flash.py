@@ -19,6 +19,7 @@ from jepa_kernels.ops.masked_attention.reference import rotate
 from jepa_kernels.ops.masked_attention.triton_table import ROTATE_TILE
 from jepa_kernels.testing import (
     ATTENTION_FAULTS,
+    FLOAT16_ROUNDED,
     HEAD_DIMS,
     RESULT_FAULTS,
     attention_case,
@@ -124,15 +125,15 @@ def test_the_kernel_turns_and_turns_back(machine, layout, transposed):
     for x, ids, found in zip(
         given,
         (inputs.query_ids, inputs.key_ids),
-        flash._turned(inputs, *given, transposed=transposed),
+        flash._rotated(inputs, *given, transposed=transposed),
         strict=True,
     ):
         leaf = x.double().requires_grad_()
-        turned = rotate(leaf, ids, case.rope)
+        rotated = rotate(leaf, ids, case.rope)
         if transposed:
-            (turned,) = torch.autograd.grad(turned, leaf, x.double())
+            (rotated,) = torch.autograd.grad(rotated, leaf, x.double())
         assert found.is_contiguous()
-        torch.testing.assert_close(found.double(), turned.detach(), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found.double(), rotated.detach(), **FLOAT16_ROUNDED)
 
 
 def _inputs(case):

@@ -13,12 +13,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from jepa_kernels import Rope3D, ema_update_, frame_times, masked_attention, native
+from jepa_kernels import (
+    Rope3D,
+    ema_update_,
+    frame_times,
+    masked_attention,
+    native,
+    sliced_gaussianity,
+    visible_patch_embed,
+)
 from jepa_kernels.ops.adamw_ema import TeacherLists, adamw_ema_
 from jepa_kernels.ops.latent_rollout import ResidualMLP, latent_rollout
 from jepa_kernels.ops.latent_rollout.cells import with_parameters
 from jepa_kernels.ops.masked_attention import flash
 from jepa_kernels.testing import (
+    BFLOAT16,
+    FLOAT32_CANCELLING,
+    FLOAT32_SHORT,
     HEAD_DIMS,
     RESULT_FAULTS,
     attention_case,
@@ -149,7 +160,7 @@ class TestFlash:
         cu.copy_(torch.tensor([0, 29, 38]))
         replay()
         for got, wanted in zip(kept, call(), strict=True):
-            torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02)
+            torch.testing.assert_close(got, wanted, **BFLOAT16)
 
 
 @each_gpu_backend
@@ -277,7 +288,7 @@ def test_a_table_first_used_in_a_capture_does_not_reach_eager_calls(backend):
         rope=rope,
         backend="reference",
     )
-    torch.testing.assert_close(eager[0].cpu().float(), twin, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(eager[0].cpu().float(), twin, **BFLOAT16)
     graph.replay()
     for got, wanted in zip(kept, eager, strict=True):
         assert torch.equal(got, wanted)
@@ -322,6 +333,52 @@ def test_a_graph_of_a_rollout(device, backend, cell):
 
 
 @each_device
+def test_a_graph_of_an_embedding_reads_new_ids_and_pixels(device, backend):
+    clip = torch.rand(2, 3, 4, 32, 32, device=device, requires_grad=True)
+    weight = torch.randn(40, 3, 2, 16, 16, device=device, requires_grad=True)
+    ids, cu = torch.tensor([3, 0, 5, 5, 1], device=device), torch.tensor([0, 2, 5], device=device)
+
+    def call() -> tuple[torch.Tensor, ...]:
+        options = {"ids": ids, "cu_seqlens": cu, "mean": (0.4, 0.5, 0.6)}
+        out = visible_patch_embed(clip, weight, **options, backend=backend)
+        return (out.detach().clone(), *torch.autograd.grad(out.sum(), (clip, weight)))
+
+    replay, kept = recorded(call, device)
+    with torch.no_grad():
+        clip.copy_(torch.rand_like(clip))
+    ids.copy_(torch.tensor([7, 7, 2, 6, 0]))
+    cu.copy_(torch.tensor([0, 4, 5]))
+    replay()
+    for got, wanted in zip(kept, call(), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@each_gpu_backend
+def test_ids_outside_the_grid_read_no_foreign_pixels(backend):
+    clip, weight = torch.rand(1, 3, 2, 32, 32), torch.randn(8, 3, 2, 16, 16)
+    far = torch.tensor([-1, 4, 2**62], device="cuda")
+    out = visible_patch_embed(clip.cuda(), weight.cuda(), ids=far, backend=backend)
+    near = visible_patch_embed(clip, weight, ids=torch.tensor([0, 3, 3]), backend="reference")
+    torch.testing.assert_close(out.cpu(), near, **FLOAT32_CANCELLING)
+
+
+@each_device
+def test_a_graph_of_a_statistic(device, backend):
+    x = torch.randn(300, 24, device=device, requires_grad=True)
+
+    def call() -> tuple[torch.Tensor, ...]:
+        out = sliced_gaussianity(x, 40, seed=2, backend=backend)
+        return (out.detach().clone(), *torch.autograd.grad(out, x))
+
+    replay, kept = recorded(call, device)
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    replay()
+    for got, wanted in zip(kept, call(), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@each_device
 def test_a_graph_of_an_average_reads_momentum_and_sources(device, backend):
     targets, sources = ([torch.randn(n, device=device) for n in (5, 4099)] for _ in range(2))
     momentum = torch.tensor(0.9, dtype=torch.float64, device=device)
@@ -338,7 +395,7 @@ def test_a_graph_of_an_average_reads_momentum_and_sources(device, backend):
     replay()
     for target, before, source in zip(targets, start, sources, strict=True):
         expected = 0.25 * before.double() + 0.75 * source.double()
-        torch.testing.assert_close(target.double(), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(target.double(), expected, **FLOAT32_SHORT)
 
 
 @each_gpu_backend
@@ -438,7 +495,7 @@ def test_compiled_calls_equal_eager_ones(device, backend):
         loss = run(leaf)
         results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
     for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(compiled, eager, **BFLOAT16)
 
 
 FAR = 2**31 + 2**20

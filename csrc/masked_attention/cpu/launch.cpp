@@ -165,6 +165,9 @@ Rows Call::rows_of(const jk_rows& rows, const jk_ints& cu, int64_t seq, int64_t 
 
 Ids Call::ids_of(const jk_ints& ids, const jk_ints& cu, int64_t seq) const {
   if (ids.data == nullptr) return {nullptr, 0, 0};
+  // One id of -1 for every token, as for keys that are rotated already: nothing to rotate.
+  const bool unrotated = ids.stride_token == 0 && ids.stride_seq == 0 && number_at(ids, 0) == -1;
+  if (unrotated) return {nullptr, 0, 0};
   const int64_t start = packed_ ? first_row(cu, seq) * ids.stride_token : seq * ids.stride_seq;
   return {(const char*)ids.data + start * ids.bytes, ids.bytes, ids.stride_token};
 }

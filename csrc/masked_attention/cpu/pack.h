@@ -45,7 +45,7 @@ JK_INLINE int64_t id_at(const Ids& ids, int64_t i) {
 }
 
 JK_INLINE Angle angle(const RopeRows* rope, const Ids& ids, int64_t i) {
-  if (rope == nullptr) return {nullptr, {}};
+  if (rope == nullptr || ids.data == nullptr) return {nullptr, {}};
   const int64_t row = 2 * rope->padded, h = rope->grid_t, w = h + rope->grid_h,
                 rest = w + rope->grid_w;
   const int64_t id = id_at(ids, i);

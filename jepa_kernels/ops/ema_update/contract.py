@@ -6,6 +6,7 @@ There is nothing to differentiate: the op runs under no_grad and writes in place
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -85,5 +86,6 @@ def update_plain(
         or not targets
     ):
         return False
-    inputs = Inputs(targets, sources, momentum, [], [], None, "nearest")
+    number: Any = momentum  # a `plain` takes the number itself
+    inputs = Inputs(targets, sources, number, [], [], None, "nearest")
     return OP.run_plain(inputs, targets + sources, backend)

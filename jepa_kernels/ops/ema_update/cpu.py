@@ -18,7 +18,7 @@ def unsupported(inputs: Inputs) -> list[Reason]:
 def forward(inputs: Inputs) -> None:
     with inputs.flat() as (targets, copies, compensations, sources):
         native.call(
-            torch.ops.jepa_kernels_native.ema_update_cpu_,
+            native.ops.ema_update_cpu_,
             targets,
             sources,
             inputs.momentum,
@@ -32,9 +32,7 @@ def forward(inputs: Inputs) -> None:
 
 
 # Looked up once: a short list is updated in the time that a few look-ups take.
-_update_plain = (
-    torch.ops.jepa_kernels_native.ema_update_plain_cpu_.default if native.available() else None
-)
+_update_plain = native.ops.ema_update_plain_cpu_.default if native.available() else None
 
 
 def plain(inputs: Inputs) -> bool:

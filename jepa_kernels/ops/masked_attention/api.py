@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 
 from ... import checks
@@ -11,6 +13,44 @@ from .contract import OP, prepare
 from .inputs import NAME
 
 
+@overload
+def masked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    query_ids: torch.Tensor | None = None,
+    key_ids: torch.Tensor | None = None,
+    rope: Rope3D | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    query_times: torch.Tensor | None = None,
+    key_times: torch.Tensor | None = None,
+    window: int | None = None,
+    keys_rotated: bool = False,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> torch.Tensor: ...
+@overload
+def masked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    query_ids: torch.Tensor | None = None,
+    key_ids: torch.Tensor | None = None,
+    rope: Rope3D | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    query_times: torch.Tensor | None = None,
+    key_times: torch.Tensor | None = None,
+    window: int | None = None,
+    keys_rotated: bool = False,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def masked_attention(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -29,7 +29,7 @@ from .triton_launch import alignment, id_strides, launch_options, on_device_of, 
 from .triton_table import ROTATE_HEADS, ROTATE_TILE, channels
 
 _DTYPES = (torch.bfloat16, torch.float16)
-Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Grads = tuple[torch.Tensor, ...]  # of query, key and value
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Library:
         try:
             module = importlib.import_module(self.module)
         except Exception as error:  # whatever another package raises is a reason
-            missing = isinstance(error, ModuleNotFoundError) and error.name is not None
-            if missing and f"{self.module}.".startswith(f"{error.name}."):
+            missing = error.name if isinstance(error, ModuleNotFoundError) else None
+            if missing is not None and f"{self.module}.".startswith(f"{missing}."):
                 return f"{self.name} is not installed ({self.install})"
             return f"{self.name} does not import: {type(error).__name__}: {error}"
         for name, arguments in self.functions.items():
@@ -141,8 +141,15 @@ class FlashAttention3(Library):
         ),
     }
 
-    def forward(self, query, key, value, packed, scale):
-        return self.call(
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        packed: Packed | None,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        results: tuple[torch.Tensor, torch.Tensor] = self.call(
             "flash_attn_func" if packed is None else "flash_attn_varlen_func",
             q=query,
             k=key,
@@ -151,8 +158,19 @@ class FlashAttention3(Library):
             return_attn_probs=True,
             **({} if packed is None else packed.named()),
         )
+        return results
 
-    def backward(self, grad_out, query, key, value, out, lse, packed, scale):
+    def backward(
+        self,
+        grad_out: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        packed: Packed | None,
+        scale: float,
+    ) -> Grads:
         grads = tuple(
             torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)
         )
@@ -191,13 +209,20 @@ class FlashAttention4(Library):
         ),
     }
 
-    def obstacle(self, major, deterministic):
+    def obstacle(self, major: int, deterministic: bool) -> str:
         if major == 12 and deterministic:
             return f"{self.name} has no deterministic backward on compute capability 12"
         return super().obstacle(major, deterministic)
 
-    def forward(self, query, key, value, packed, scale):
-        return self.call(
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        packed: Packed | None,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        results: tuple[torch.Tensor, torch.Tensor] = self.call(
             "flash_attn_func" if packed is None else "flash_attn_varlen_func",
             q=query,
             k=key,
@@ -206,9 +231,20 @@ class FlashAttention4(Library):
             return_lse=True,
             **({} if packed is None else packed.named()),
         )
+        return results
 
-    def backward(self, grad_out, query, key, value, out, lse, packed, scale):
-        return self.call(
+    def backward(
+        self,
+        grad_out: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        packed: Packed | None,
+        scale: float,
+    ) -> Grads:
+        grads: Grads = self.call(
             "_flash_attn_bwd",
             q=query,
             k=key,
@@ -220,6 +256,7 @@ class FlashAttention4(Library):
             deterministic=torch.are_deterministic_algorithms_enabled(),
             **({} if packed is None else packed.named()),
         )
+        return grads
 
 
 class TorchVarlen(Library):
@@ -238,16 +275,23 @@ class TorchVarlen(Library):
         "AuxRequest": ("lse",),
     }
 
-    def obstacle(self, major, deterministic):
+    def obstacle(self, major: int, deterministic: bool) -> str:
         if not torch.backends.cuda.is_flash_attention_available():
             return f"{self.name} is not in this build of torch"
         return super().obstacle(major, deterministic)
 
-    def forward(self, query, key, value, packed, scale):
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        packed: Packed | None,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if packed is None:
             batch, rows = query.shape[:2]
-            flat = [t.flatten(0, 1) for t in (query, key, value)]
-            out, lse = self.forward(*flat, _as_packed(query, key), scale)
+            q, k, v = (t.flatten(0, 1) for t in (query, key, value))
+            out, lse = self.forward(q, k, v, _as_packed(query, key), scale)
             return out.view(query.shape), lse.unflatten(1, (batch, rows)).transpose(0, 1)
         out, lse = self.call(
             "varlen_attn",
@@ -264,15 +308,25 @@ class TorchVarlen(Library):
         # FlashAttention 2 gives +inf to the queries of a sequence without keys.
         return out, lse.masked_fill_(lse == torch.inf, -torch.inf)
 
-    def backward(self, grad_out, query, key, value, out, lse, packed, scale):
+    def backward(
+        self,
+        grad_out: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        packed: Packed | None,
+        scale: float,
+    ) -> Grads:
         if packed is None:
-            flat = [t.flatten(0, 1) for t in (grad_out, query, key, value, out)]
+            g, q, k, v, o = (t.flatten(0, 1) for t in (grad_out, query, key, value, out))
             flat_lse = lse.transpose(0, 1).flatten(1, 2)
-            grads = self.backward(*flat, flat_lse, _as_packed(query, key), scale)
+            grads = self.backward(g, q, k, v, o, flat_lse, _as_packed(query, key), scale)
             shapes = (query.shape, key.shape, value.shape)
             return tuple(g.view(shape) for g, shape in zip(grads, shapes, strict=True))
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
-        return torch.ops.aten._flash_attention_backward(
+        made: Grads = torch.ops.aten._flash_attention_backward(
             grad_out,
             query,
             key,
@@ -289,16 +343,17 @@ class TorchVarlen(Library):
             no_dropout.new_empty(0),
             scale=scale,
         )
+        return made
 
 
 def _as_packed(query: torch.Tensor, key: torch.Tensor) -> Packed:
     """A dense batch as sequences of equal length."""
     (batch, rows_q), rows_k = query.shape[:2], key.shape[1]
-    offsets = [
+    offsets_q, offsets_k = (
         torch.arange(batch + 1, dtype=torch.int32, device=query.device).mul_(rows)
         for rows in (rows_q, rows_k)
-    ]
-    return Packed(*offsets, rows_q, rows_k, batch * rows_q, batch * rows_k)
+    )
+    return Packed(offsets_q, offsets_k, rows_q, rows_k, batch * rows_q, batch * rows_k)
 
 
 LIBRARIES: tuple[Library, ...] = (FlashAttention3(), FlashAttention4(), TorchVarlen())
@@ -343,7 +398,7 @@ def _library_name() -> str:
     return "" if found is None else found.name
 
 
-def forward(inputs: Inputs):
+def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     query, key, value = inputs.query, inputs.key, inputs.value
     packed = _packed(inputs)
     if _is_empty(inputs, packed):
@@ -352,7 +407,7 @@ def forward(inputs: Inputs):
     attention = library()
     assert attention is not None
     with on_device_of(query):
-        query, key = _turned(inputs, query, key)
+        query, key = _rotated(inputs, query, key)
         out, lse = attention.forward(query, key, _aligned(value), packed, inputs.scale)
         if list(lse.shape) != inputs.lse_shape():
             wanted = f"be of shape {inputs.lse_shape()}"
@@ -365,7 +420,9 @@ def forward(inputs: Inputs):
     return out.contiguous(), lse.contiguous()
 
 
-def backward(inputs: Inputs, saved, grad_out, needs):
+def backward(
+    inputs: Inputs, saved: list[torch.Tensor], grad_out: torch.Tensor, needs: list[bool]
+) -> Grads:
     query, key, value = inputs.query, inputs.key, inputs.value
     out, lse = saved
     packed = _packed(inputs)
@@ -374,7 +431,7 @@ def backward(inputs: Inputs, saved, grad_out, needs):
     attention = library()
     assert attention is not None
     with on_device_of(query):
-        query, key = _turned(inputs, query, key)
+        query, key = _rotated(inputs, query, key)
         grads = attention.backward(
             _aligned(grad_out.contiguous()),
             query,
@@ -389,7 +446,7 @@ def backward(inputs: Inputs, saved, grad_out, needs):
             _clear_slack(grads[0], 0, packed.end_q, packed.offsets_q, 0.0)
             for grad in grads[1:]:
                 _clear_slack(grad, 0, packed.end_k, packed.offsets_k, 0.0)
-        grad_query, grad_key = _turned(inputs, *grads[:2], transposed=True)
+        grad_query, grad_key = _rotated(inputs, grads[0], grads[1], transposed=True)
     return tuple(g.contiguous() for g in (grad_query, grad_key, grads[2]))
 
 
@@ -411,13 +468,14 @@ _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def _packed(inputs: Inputs) -> Packed | None:
     if inputs.cu_seqlens_q is None:
         return None
+    assert inputs.cu_seqlens_k is not None  # given with those of queries
     sides = (
         ("cu_seqlens_q", inputs.cu_seqlens_q, inputs.query.shape[0]),
         ("cu_seqlens_k", inputs.cu_seqlens_k, inputs.key.shape[0]),
     )
     (longest_q, end_q), (longest_k, end_k) = (_extent(*side) for side in sides)
-    offsets = [offsets.to(torch.int32).contiguous() for _, offsets, _ in sides]
-    return Packed(*offsets, longest_q, longest_k, end_q, end_k)
+    offsets_q, offsets_k = (offsets.to(torch.int32).contiguous() for _, offsets, _ in sides)
+    return Packed(offsets_q, offsets_k, longest_q, longest_k, end_q, end_k)
 
 
 def _extent(argument: str, offsets: torch.Tensor, rows: int) -> tuple[int, int | None]:
@@ -428,7 +486,7 @@ def _extent(argument: str, offsets: torch.Tensor, rows: int) -> tuple[int, int |
     if offsets.is_cuda and torch.cuda.is_current_stream_capturing():
         return rows, None
     version = -1 if offsets.is_inference() else offsets._version
-    kept = _read.get(offsets)
+    kept: tuple[int, int, int, int] | None = _read.get(offsets)
     if kept is not None and version >= 0 and kept[:2] == (version, rows):
         return kept[2:]
     on_host = offsets.cpu()
@@ -458,7 +516,7 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _turned(
+def _rotated(
     inputs: Inputs, query: torch.Tensor, key: torch.Tensor, transposed: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """R(query, query_ids) and R(key, key_ids) in rows of heads side by side, in one launch; or the
@@ -467,7 +525,7 @@ def _turned(
         return _aligned(query), _aligned(key)
     from .triton_turn import turn_kernel
 
-    turned = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key)]
+    rotated = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key)]
     batch = 1 if inputs.packed else query.shape[0]
     rows = [t.shape[-3] for t in (query, key)]
     tiles = [-(-count // ROTATE_TILE.block_q) for count in rows]
@@ -477,7 +535,7 @@ def _turned(
     turn_kernel[(batch * sum(tiles), -(-inputs.heads // heads_each))](
         query,
         key,
-        *turned,
+        *rotated,
         inputs.query_ids,
         inputs.key_ids,
         inputs.rope_table,
@@ -498,7 +556,7 @@ def _turned(
         TRANSPOSED=transposed,
         **launch_options(ROTATE_TILE),
     )
-    return turned[0], turned[1]
+    return rotated[0], rotated[1]
 
 
 BACKEND = Backend(

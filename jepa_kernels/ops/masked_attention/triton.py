@@ -31,7 +31,7 @@ def unsupported(inputs: Inputs) -> list[Reason]:
     )
 
 
-def forward(inputs: Inputs):
+def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     from .triton_kernels import masked_attention_fwd_kernel
 
     query, key, value = inputs.query, inputs.key, inputs.value
@@ -64,7 +64,9 @@ def forward(inputs: Inputs):
     return out, lse
 
 
-def backward(inputs: Inputs, saved, grad_out, needs):
+def backward(
+    inputs: Inputs, saved: list[torch.Tensor], grad_out: torch.Tensor, needs: list[bool]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from .triton_kernels_bwd import masked_attention_bwd_kv_kernel, masked_attention_bwd_q_kernel
 
     query, key, value = inputs.query, inputs.key, inputs.value
@@ -135,7 +137,8 @@ class _Case:
         self.batch = 1 if self.packed else query.shape[0]
         self.rows = {"q": query.shape[-3], "k": key.shape[-3]}
         self.heads, self.head_dim = query.shape[-2:]
-        self.num_seqs = inputs.cu_seqlens_q.shape[0] - 1 if self.packed else 0
+        offsets = inputs.cu_seqlens_q
+        self.num_seqs = 0 if offsets is None else offsets.shape[0] - 1
         self.grid = [int(size) for size in inputs.grid]
         self.architecture = triton_runtime.architecture(query.device)
 
@@ -145,7 +148,7 @@ class _Case:
             return x.new_empty((x.shape[1], x.shape[0], x.shape[2])).transpose(0, 1)
         return x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2)
 
-    def rotated(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def rotated(self, x: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
         """R(x, ids), computed once because the attention kernels read every row many times."""
         from .triton_kernels import rotate_rows_kernel
 
@@ -181,12 +184,12 @@ class _Case:
 
     def launch(
         self,
-        kernel,
+        kernel: Any,
         name: str,
         owned: torch.Tensor,
-        pointers: tuple,
+        pointers: tuple[torch.Tensor | None, ...],
         panels: dict[str, torch.Tensor],
-        ids,
+        ids: torch.Tensor | None,
         **extra: Any,
     ) -> None:
         """Runs `kernel` with one program per tile of `owned` and head."""

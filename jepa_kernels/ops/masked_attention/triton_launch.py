@@ -28,7 +28,7 @@ def launch_options(shape: Tile) -> dict[str, Any]:
     }
 
 
-def panel_strides(x: torch.Tensor) -> tuple[int, int, int]:
+def panel_strides(x: torch.Tensor) -> tuple[int, ...]:
     """Strides of (batch, row, head); a packed tensor is one batch entry."""
     return (0, *x.stride()[:2]) if x.dim() == 3 else x.stride()[:3]
 
@@ -39,6 +39,7 @@ def alignment(*panels: torch.Tensor) -> int:
     return 8 if all(stride % 8 == 0 for x in panels for stride in panel_strides(x)) else 1
 
 
-def id_strides(ids: torch.Tensor) -> tuple[int, int]:
+def id_strides(ids: torch.Tensor | None) -> tuple[int, int]:
     """Strides of (batch, row) of token ids [N], [B, N] or packed [tokens]."""
+    assert ids is not None  # given with a table
     return (0, ids.stride(0)) if ids.dim() == 1 else (ids.stride(0), ids.stride(1))

@@ -18,7 +18,7 @@ from .triton_tiles import (
 
 
 @triton.jit
-def _turned(part, cos, sin, BLOCK: tl.constexpr, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr):
+def _rotated(part, cos, sin, BLOCK: tl.constexpr, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr):
     """R part, or R^T part, which is not its inverse: the tiled layout is no rotation."""
     if TRANSPOSED:
         return part * cos - quarter_turn(part * sin, BLOCK, WIDTH)
@@ -29,7 +29,7 @@ def _turned(part, cos, sin, BLOCK: tl.constexpr, WIDTH: tl.constexpr, TRANSPOSED
 @triton.jit
 def _turn_rows(
     x,
-    turned,
+    rotated,
     ids,
     table,
     batch,
@@ -65,20 +65,20 @@ def _turn_rows(
     if TAIL > 0:
         cos_tail = angle_part(table, row_t, row_y, row_x, turns, 1.0, MAIN, TAIL, ROPE_DIM)
         sin_tail = angle_part(sines, row_t, row_y, row_x, turns, 0.0, MAIN, TAIL, ROPE_DIM)
-    dtype = turned.dtype.element_ty
+    dtype = rotated.dtype.element_ty
     out_row = heads * (HEAD_DIM // 8)
     for i in tl.static_range(HEADS_EACH):
         head = tl.program_id(1) * HEADS_EACH + i
         left = tl.where(head < heads, rows - first_row, 0)
         source = panel_start(x, batch, first_row, head, x_batch, x_row, x_head, ALIGN)
         row = batch.to(tl.int64) * rows + first_row
-        target = turned + (row * heads + head) * HEAD_DIM
+        target = rotated + (row * heads + head) * HEAD_DIM
         part = load_panel(source, x_row, left, 0, MAIN, BLOCK, HEAD_DIM, ALIGN, True)
-        part = _turned(part.to(tl.float32), cos, sin, BLOCK, MAIN, TRANSPOSED)
+        part = _rotated(part.to(tl.float32), cos, sin, BLOCK, MAIN, TRANSPOSED)
         store_panel(target, out_row, left, narrow(part, dtype), 0, MAIN, BLOCK, HEAD_DIM, 8)
         if TAIL > 0:
             tail = load_panel(source, x_row, left, MAIN, TAIL, BLOCK, HEAD_DIM, ALIGN, True)
-            tail = _turned(tail.to(tl.float32), cos_tail, sin_tail, BLOCK, TAIL, TRANSPOSED)
+            tail = _rotated(tail.to(tl.float32), cos_tail, sin_tail, BLOCK, TAIL, TRANSPOSED)
             store_panel(target, out_row, left, narrow(tail, dtype), MAIN, TAIL, BLOCK, HEAD_DIM, 8)
 
 
@@ -107,8 +107,8 @@ def _turn_rows(
 def turn_kernel(
     query,
     key,
-    query_turned,
-    key_turned,
+    query_rotated,
+    key_rotated,
     query_ids,
     key_ids,
     table,
@@ -139,7 +139,7 @@ def turn_kernel(
     HEADS_EACH: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    """query_turned = R(query, query_ids) and key_turned = R(key, key_ids), contiguous ``[batch,
+    """query_rotated = R(query, query_ids) and key_rotated = R(key, key_ids), contiguous ``[batch,
     rows, heads, HEAD_DIM]``; with TRANSPOSED, R^T.
 
     Axis 0 of the launch holds the tiles of the queries of a batch entry, then those of its keys, so
@@ -150,7 +150,7 @@ def turn_kernel(
     if tile < tiles_q:
         _turn_rows(
             query,
-            query_turned,
+            query_rotated,
             query_ids,
             table,
             batch,
@@ -177,7 +177,7 @@ def turn_kernel(
     else:
         _turn_rows(
             key,
-            key_turned,
+            key_rotated,
             key_ids,
             table,
             batch,
