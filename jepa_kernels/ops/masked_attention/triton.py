@@ -16,7 +16,7 @@ import torch
 from ... import triton_runtime
 from ...backend import Backend, Reason
 from ...rope3d import rope_dim
-from .inputs import Inputs, rows_of_channels, shape_reasons, times_reasons
+from .inputs import Inputs, rows_of_channels, shape_reasons
 from .triton_table import ROTATE_HEADS, ROTATE_TILE, Tile, channels, tile
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,11 +24,7 @@ _SEARCH_FANOUT = 128  # of triton_tiles.find_sequence
 
 
 def unsupported(inputs: Inputs) -> list[Reason]:
-    return (
-        triton_runtime.unavailable_reasons(inputs.device_type)
-        + shape_reasons(inputs, _DTYPES)
-        + times_reasons(inputs)
-    )
+    return triton_runtime.unavailable_reasons(inputs.device_type) + shape_reasons(inputs, _DTYPES)
 
 
 def forward(inputs: Inputs):
@@ -55,6 +51,8 @@ def forward(inputs: Inputs):
                 inputs.rope_table,
                 inputs.cu_seqlens_q,
                 inputs.cu_seqlens_k,
+                inputs.query_times,
+                inputs.key_times,
             ),
             {"q": query, "k": key, "v": value, "o": out},
             inputs.query_ids,
@@ -75,7 +73,13 @@ def backward(inputs: Inputs, saved, grad_out, needs):
     )
     case = _Case(inputs)
     delta, log2_lse = torch.empty_like(lse), torch.empty_like(lse)
-    places = (inputs.rope_table, inputs.cu_seqlens_q, inputs.cu_seqlens_k)
+    places = (
+        inputs.rope_table,
+        inputs.cu_seqlens_q,
+        inputs.cu_seqlens_k,
+        inputs.query_times,
+        inputs.key_times,
+    )
     with case.device():
         if inputs.rope_table is not None:
             query = case.rotated(query, inputs.query_ids)
@@ -142,6 +146,8 @@ class _Case:
         self.heads, self.head_dim = query.shape[-2:]
         self.num_seqs = inputs.cu_seqlens_q.shape[0] - 1 if self.packed else 0
         self.grid = [int(size) for size in inputs.grid]
+        self.times = {"tq": inputs.query_times, "tk": inputs.key_times}
+        self.window = inputs.window
         self.architecture = triton_runtime.architecture(query.device)
 
     def device(self) -> contextlib.AbstractContextManager[Any]:
@@ -203,7 +209,8 @@ class _Case:
         """Runs `kernel` with one program per tile of `owned` and head."""
         if owned.numel() == 0:
             return
-        shape = tile(name, self.architecture, self.query.dtype, self.head_dim)
+        times = self.times["tq"] is not None
+        shape = tile(name, self.architecture, self.query.dtype, self.head_dim, times)
         tiles = self._tiles(owned.shape[-3], shape.block_k if name == "bwd_kv" else shape.block_q)
         align = _alignment(*panels.values())
         strides = {
@@ -211,13 +218,18 @@ class _Case:
             for p, x in panels.items()
             for axis, s in zip(("batch", "row", "head"), _strides(x), strict=True)
         }
-        id_batch, id_row = (0, 0) if self.rope_table is None else _id_strides(ids)
+        numbers = {"id": None if self.rope_table is None else ids, **self.times}
+        for argument, list_ in numbers.items():
+            strides[f"{argument}_batch"], strides[f"{argument}_row"] = (
+                (0, 0) if list_ is None else _id_strides(list_)
+            )
         grid_t, grid_h, grid_w = self.grid
         fixed = constants(
             self.query.dtype,
             self.head_dim,
             self.rope_table is not None,
             self.packed,
+            times,
             align,
             self._search_steps(),
             shape,
@@ -234,8 +246,7 @@ class _Case:
             grid_h=grid_h,
             grid_w=grid_w,
             **strides,
-            id_batch=id_batch,
-            id_row=id_row,
+            window=self.window,
             **fixed,
             **launch_options(shape),
         )
@@ -257,6 +268,7 @@ def constants(
     head_dim: int,
     rope: bool,
     packed: bool,
+    times: bool,
     align: int,
     search_steps: int,
     shape: Tile,
@@ -272,6 +284,7 @@ def constants(
         "CHUNKED": dtype == torch.float32,
         "ALIGN": align,
         "PACKED": packed,
+        "TIMES": times,
         "SEARCH_STEPS": search_steps,
         "BLOCK_Q": shape.block_q,
         "BLOCK_K": shape.block_k,
@@ -304,7 +317,7 @@ def _alignment(*panels: torch.Tensor) -> int:
 
 
 def _id_strides(ids: torch.Tensor) -> tuple[int, int]:
-    """Strides of (batch, row) of token ids [N], [B, N] or packed [tokens]."""
+    """Strides of (batch, row) of token ids or times [N], [B, N] or packed [tokens]."""
     return (0, ids.stride(0)) if ids.dim() == 1 else (ids.stride(0), ids.stride(1))
 
 
