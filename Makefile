@@ -17,13 +17,13 @@ export PYTEST_TIMEOUT ?= 300
 PYTEST := $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: docs help dev bench test quick conformance test-rounding test-nightly test-interpret test-simt reliability test-gpu wheel-test gpu gpu-check gpu-time gpu-test gpu-dry gpu-records bench-ops lint format golden clean
+.PHONY: docs help dev bench test quick conformance test-rounding test-nightly test-interpret test-simt reliability test-gpu wheel-test gpu gpu-check gpu-time gpu-test gpu-dry gpu-records bench-ops wheels hf-kernel lint format golden clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
 
 $(READY): pyproject.toml setup.py
-	@command -v $(PYTHON) >/dev/null || { echo "needs Python 3.11 to 3.13: make PYTHON=/path/to/python3.11"; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "needs Python 3.11 to 3.14: make PYTHON=/path/to/python3.11"; exit 1; }
 	@command -v g++ >/dev/null || { echo "needs g++ (for example: apt-get install g++)"; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
@@ -57,7 +57,7 @@ test: dev ## everything that needs no GPU (under 12 minutes on 2 cores)
 	@$(MAKE) --no-print-directory --jobs=$(JOBS) --keep-going --output-sync=target $(PARTS:%=part-%)
 
 part-core: dev
-	$(PYTEST) tests/test_*.py tests/abi tests/nn
+	$(PYTEST) tests/test_*.py tests/abi tests/nn tests/packaging
 part-interpret: test-interpret ;
 part-conformance: conformance ;
 part-%: dev
@@ -98,6 +98,15 @@ test-gpu: dev ## the tests that need a CUDA device
 
 wheel-test: dev ## one wheel, a second environment without a compiler and with another torch; every way of installing
 	$(PY) -m tests.packaging.check_wheel --torch "$(OTHER_TORCH)"
+
+# More flags, such as WHEELS="--python 3.12 --torch torch==2.13.0".
+WHEELS ?=
+wheels: dev ## a wheel for every Python from 3.11 to 3.14 that is here, in dist; checked by auditwheel and tried without a compiler
+	$(PY) -m release.wheels $(WHEELS)
+
+hf-kernel: dev ## a folder for Hugging Face's kernels package, in dist/jepa-kernels, and a test that it loads
+	$(PY) -m release.hf_kernel
+	$(PYTEST) tests/packaging/test_hf_kernel.py
 
 # A rented machine's own python3 serves: torch, triton, numpy, pybind11, ninja, pytest, hypothesis. Output: $$OUT, or runs/gpu.
 GPU_PYTHON ?= python3

@@ -6,10 +6,16 @@ Three libraries, compiled by ninja with every source in parallel and incremental
                             JEPA_KERNELS_CUDA=1)
   jepa_kernels/_host*.so    pybind11 + NumPy host code: mask sampling in data workers (g++; always)
 
-Environment: JEPA_KERNELS_CUDA=0|1 decides about the CUDA library, JEPA_KERNELS_CUDA_ARCHS="80;90a"
-its architectures, JEPA_KERNELS_NATIVE=0 leaves all native code out (the package then runs on the
-torch backend), JEPA_KERNELS_NATIVE=1 refuses to. Without a C++ compiler it is left out too, and
-`python -m jepa_kernels doctor` says so.
+Environment:
+  JEPA_KERNELS_NATIVE=0     leaves all native code out; the package then runs on its torch backend,
+                            as it does where no C++ compiler is found, and
+                            `python -m jepa_kernels doctor` says so
+  JEPA_KERNELS_NATIVE=1     refuses to leave it out
+  JEPA_KERNELS_CUDA=0|1     decides about the CUDA library, JEPA_KERNELS_CUDA_ARCHS="80;90a" its
+                            architectures
+  JEPA_KERNELS_TORCH=FOLDER takes headers and libraries from that torch, whichever Python it was
+                            installed for: the stable ABI knows no Python
+  JEPA_KERNELS_NAMESPACE=X  registers the native ops under torch.ops.X (release/hf_kernel.py)
 """
 
 from __future__ import annotations
@@ -55,15 +61,19 @@ def torch_folder() -> Path:
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     for base in (sys.prefix, sys.base_prefix, os.environ.get("VIRTUAL_ENV", "")):
         folders.append(str(Path(base) / "lib" / version / "site-packages"))
+    if named := os.environ.get("JEPA_KERNELS_TORCH"):
+        folders = [str(Path(named).parent)]
     for folder in folders:
         candidate = Path(folder or ".") / "torch"
         if (candidate / "include" / "torch" / "csrc" / "stable").is_dir():
             return candidate
     raise SystemExit(
-        "jepa-kernels: building needs torch >= 2.11 installed in this environment. Install it "
-        "first, for example:\n"
-        "  pip install torch\n  pip install jepa-kernels --no-build-isolation\n"
-        "or leave the native code out: JEPA_KERNELS_NATIVE=0 pip install jepa-kernels"
+        "jepa-kernels: building needs the headers of torch >= 2.11, and none was found. Install "
+        "torch first; where a builder hides it, as uv does, name its folder:\n"
+        "  pip install torch\n"
+        "  JEPA_KERNELS_TORCH=$(python -c 'import torch; print(torch.__path__[0])') "
+        "uv pip install .\n"
+        "or leave the native code out: JEPA_KERNELS_NATIVE=0 pip install ."
     )
 
 
@@ -207,7 +217,10 @@ def plan(ninja: Ninja, nvcc: str | None) -> dict[str, Path]:
     libraries = {}
     host_sources = [CSRC / "host.cpp", *sorted((CSRC / "host").glob("*.cpp"))]
     native_sources = [s for s in sorted(CSRC.rglob("*.cpp")) if s not in host_sources]
-    objects = ninja.objects("native", native_sources)
+    bindings = [s for s in native_sources if s.name in ("binding.cpp", "registration.cpp")]
+    namespace = os.environ.get("JEPA_KERNELS_NAMESPACE")
+    objects = ninja.objects("native", [s for s in native_sources if s not in bindings])
+    objects += ninja.objects("native", bindings, f"-DJK_LIBRARY={namespace}" if namespace else "")
     link_torch = f"-L{ninja.escape(torch / 'lib')} -ltorch_cpu -lc10 -ldl"
     libraries["_native"] = ninja.build(ninja.folder / "_native.so", "link", objects, link_torch)
     libraries["_host"] = ninja.build(

@@ -1,7 +1,7 @@
 """A whole training step against the published one in one process: our step with the published
 behaviour switched on, and an eager reproduction of the published step.
 
-The reproduction (`eager_twin.py`) is held to the golden steps of the published code. Both sides
+The reproduction (`py`) is held to the golden steps of the published code. Both sides
 start from the same weights, see the same clips and the same masks (truncated to the batch minimum),
 and must give the same loss. `untruncated` compares our own default, no truncation and one packed
 call for all mask sets, per token of encoder and predictor.
@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks import eager_twin, flop, harness
+from benchmarks import flop, harness, published_step
+from benchmarks.published_step import PublishedStep
 from benchmarks.resolutions import Resolution, parse_resolution
 from jepa import step as training
 from jepa.allocator import keep_freed_memory
@@ -64,7 +65,7 @@ def inputs(resolution: Resolution, options: harness.Options, *, truncate: str) -
 
 def our_state(size: str, precision: str, checkpointing: bool, device: str) -> training.TrainState:
     model = replace(SIZES[size], checkpoint_activations=checkpointing)
-    chosen = variant("baseline", quirks="published_quirks")
+    chosen = variant("baseline", published_behaviour="all")
     cfg = training.StepConfig(
         model,
         chosen,
@@ -75,26 +76,25 @@ def our_state(size: str, precision: str, checkpointing: bool, device: str) -> tr
     return training.new_state(cfg, device)
 
 
-def their_twin(
+def their_state(
     state: training.TrainState, size: str, dtype: str, checkpointing: bool, device: str
-) -> eager_twin.EagerTwin:
-    """The twin with our weights."""
+) -> PublishedStep:
+    """The published step with our weights."""
     autocast = torch.bfloat16 if dtype == "bfloat16" else None
-    recipe = eager_twin.RECIPES["baseline"]
-    twin = eager_twin.EagerTwin(
-        eager_twin.SIZES[size],
-        recipe,
+    published = PublishedStep(
+        published_step.SIZES[size],
+        published_step.RECIPES["baseline"],
         checkpointing=checkpointing,
         autocast=autocast,
         device=device,
     )
-    twin.encoder.load_state_dict(state.bundle.context_encoder.state_dict())
+    published.encoder.load_state_dict(state.bundle.context_encoder.state_dict())
     ours = state.bundle.predictor.state_dict()
-    missing = twin.predictor.load_state_dict(ours, strict=False)
+    missing = published.predictor.load_state_dict(ours, strict=False)
     if missing.unexpected_keys or any("mask_tokens" not in name for name in missing.missing_keys):
-        raise ValueError(f"bench_step: weights must have the twin's names, got {missing}.")
-    twin.reset_training_state()
-    return twin
+        raise ValueError(f"bench_step: weights must have the published ones' names, got {missing}.")
+    published.reset_training_state()
+    return published
 
 
 def our_call(state: training.TrainState, batch: Batch, backend: str) -> Callable[[], object]:
@@ -107,7 +107,7 @@ def our_call(state: training.TrainState, batch: Batch, backend: str) -> Callable
 
 def gate(
     state: training.TrainState,
-    twin: eager_twin.EagerTwin,
+    published: PublishedStep,
     batch: Batch,
     given: Inputs,
     dtype: str,
@@ -119,7 +119,7 @@ def gate(
         return
     with torch.no_grad(), use_backend(backend):
         ours, _ = training.loss_step(state.bundle, batch, state.cfg)
-        theirs = twin.forward(given.clip, given.context_ids, given.target_ids).loss
+        theirs = published.forward(given.clip, given.context_ids, given.target_ids).loss
     harness.require_close("loss", ours, theirs, rtol=LOSS_TOLERANCE[dtype])
 
 
@@ -152,10 +152,10 @@ def _case(
         # Ours never needs checkpointing to match: the published configuration has it on, so
         # `checkpointed` is their choice, not ours.
         state = our_state(size, precision, False, options.device)
-        twin = their_twin(state, size, dtype, checkpointing, options.device)
+        published = their_state(state, size, dtype, checkpointing, options.device)
 
-        def theirs(twin: eager_twin.EagerTwin = twin) -> object:
-            return twin.train_step(given.clip, given.context_ids, given.target_ids)
+        def theirs(published: PublishedStep = published) -> object:
+            return published.train_step(given.clip, given.context_ids, given.target_ids)
 
         label = "published, checkpointing" if checkpointing else "published"
         yield harness.Comparison(
@@ -166,8 +166,8 @@ def _case(
             baseline=label,
             candidate=our_call(state, batch, backend),
             reference=theirs,
-            gate=lambda state=state, twin=twin, backend=backend: gate(
-                state, twin, batch, given, dtype, backend
+            gate=lambda state=state, published=published, backend=backend: gate(
+                state, published, batch, given, dtype, backend
             ),
             flop=step_flop(size, given.masks),
             details={

@@ -18,7 +18,7 @@ from jepa.batch import MaskBatch
 from jepa.commands import COMMANDS
 from jepa.objectives.base import ObjectiveConfig, ObjectiveContext
 from jepa.options import Option, options
-from jepa.quirks import Quirks
+from jepa.published_behaviour import PublishedBehaviour
 from jepa.variants import VARIANTS, variant
 from jepa_kernels import support
 from jepa_kernels.backend import OPS
@@ -211,7 +211,8 @@ def _given(options: dict[str, Any]) -> str:
 
 
 def published_behaviour(_: str | None) -> str:
-    """The switches of jepa/quirks.py: what the published code does and this one does not."""
+    """The switches of jepa/published_behaviour.py: what the published code does and we do not."""
     lines = ["| switch | what the published code does |", "|---|---|"]
-    lines += [f"| `{name}` | {meaning} |" for name, (_, meaning) in Quirks.describe().items()]
+    switches = PublishedBehaviour.describe()
+    lines += [f"| `{name}` | {meaning} |" for name, (_, meaning) in switches.items()]
     return "\n".join(lines)

@@ -39,7 +39,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "fwm_hw_ld": {},
     "fwm_hw_ld_defect": {
         "base": "fwm_hw_ld",
-        "quirks": ["dynamics_hard_no_gradient", "dynamics_hard_pooled"],
+        "published_behaviour": ["dynamics_hard_no_gradient", "dynamics_hard_pooled"],
     },
 }
 # Where a run is asked, in shares of its steps.

@@ -22,6 +22,7 @@ from benchmarks import (
     bench_ema_update,
     bench_latent_rollout,
     bench_masked_attention,
+    bench_sliced_gaussianity,
     harness,
     parameter_lists,
 )
@@ -33,7 +34,7 @@ from jepa_kernels.nn import EMATeacher
 from jepa_kernels.optim import AdamWEMA
 from jepa_kernels.support import example
 
-TOPICS = ("attention", "lists", "rollout")
+TOPICS = ("attention", "lists", "rollout", "gaussianity")
 Call = Callable[[], object]
 
 
@@ -160,6 +161,7 @@ def attention(device: str, quick: bool) -> Iterator[Task]:
                     "head_dim": case.head_dim,
                     "longest": max(case.lengths),
                     "sequences": len(case.lengths),
+                    "flash": op.backends["flash"].facts["library"](),
                 },
             )
 
@@ -432,6 +434,42 @@ def _rollout_call(
     return bench_latent_rollout._run(call, case, pass_name)
 
 
+def gaussianity(device: str, quick: bool) -> Iterator[Task]:
+    dtype = "float32" if quick else "bfloat16"
+    options = harness.Options(quick=quick, dtypes=(dtype,), device=device)
+    for _, case in bench_sliced_gaussianity.cases(options):
+        rivals = bench_sliced_gaussianity.baselines(case, quick)
+        for pass_name in PASSES:
+            run = partial(bench_sliced_gaussianity.timed, case, pass_name=pass_name)
+            yield Task(
+                op=bench_sliced_gaussianity.OP,
+                case=case.name,
+                dtype=dtype,
+                pass_name=pass_name,
+                size_class=str(case.details["size_class"]),
+                sides=(
+                    *(
+                        Side(
+                            n,
+                            True,
+                            partial(run, bench_sliced_gaussianity.ours(case, n)),
+                            partial(bench_sliced_gaussianity.gate, case, n, dtype),
+                        )
+                        for n in (*case.supported(), "torch")
+                    ),
+                    *(Side(n, False, partial(run, call)) for n, call in rivals.items()),
+                ),
+                flop=case.flop(pass_name != "forward"),
+                details=case.details,
+            )
+
+
 def tasks(topic: str, device: str, quick: bool) -> Iterator[Task]:
     """The cases of one of TOPICS, most valuable first; inputs are made as they are reached."""
-    return {"attention": attention, "lists": lists, "rollout": rollouts}[topic](device, quick)
+    makers = {
+        "attention": attention,
+        "lists": lists,
+        "rollout": rollouts,
+        "gaussianity": gaussianity,
+    }
+    return makers[topic](device, quick)

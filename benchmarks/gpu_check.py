@@ -24,7 +24,7 @@ from benchmarks.gpu_lines import Row
 from jepa_kernels.backend import OPS, BackendUnsupportedError
 from jepa_kernels.ops.adamw_ema import TeacherLists, adamw_ema_
 from jepa_kernels.ops.ema_update import ema_update_
-from jepa_kernels.support import gap
+from jepa_kernels.support import example, gap
 from jepa_kernels.testing import (
     HEAD_DIMS,
     AttentionCase,
@@ -32,7 +32,12 @@ from jepa_kernels.testing import (
     attention_case,
     run_attention,
 )
-from jepa_kernels.testing.rollout import OP_NAMES, rollout_case, run_rollout
+from jepa_kernels.testing.gaussianity import (
+    GaussianityCase,
+    gaussianity_case,
+    run_gaussianity,
+)
+from jepa_kernels.testing.rollout import OP_NAMES, RolloutCase, rollout_case, run_rollout
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32)
@@ -107,10 +112,17 @@ def _attention_forward(case: AttentionCase, backend: str, device: str) -> dict[s
     return {"out": out.cpu(), "lse": lse.cpu()}
 
 
-def rollout(case: object, backend: str, device: str, direction: str) -> list[Compared]:
-    oracle = run_rollout(case, "reference", torch.float64)
-    peer = run_rollout(case, "reference") if case.dtype in HALF else {}
-    actual = run_rollout(case, backend, device=device)
+def compared(
+    run: Callable[..., dict[str, torch.Tensor]],
+    case: RolloutCase | GaussianityCase,
+    backend: str,
+    device: str,
+    direction: str,
+) -> list[Compared]:
+    """The results of one direction of `run_rollout` or `run_gaussianity`."""
+    oracle = run(case, "reference", torch.float64)
+    peer = run(case, "reference") if case.dtype in HALF else {}
+    actual = run(case, backend, device=device)
     wanted = [n for n in actual if n.startswith("grad_") == (direction == "backward")]
     return [
         Compared(n, actual[n], oracle[n], peer.get(n), n.startswith("grad"), case.dtype)
@@ -187,14 +199,19 @@ def checks(device: str, backends: Sequence[str] = ()) -> Iterator[Check]:
         for head_dim in (64, *(d for d in HEAD_DIMS if d != 64)) if wide else (0,):
             for dtype in DTYPES:
                 for backend in wanted(op, device, backends):
-                    if not gap(OPS[op], backend, dtype):
+                    if not gap(OPS[op], backend, dtype) and is_there(op, backend, device, dtype):
                         yield from _of_one(op, head_dim, dtype, backend, device)
 
 
 def wanted(op: str, device: str, backends: Sequence[str]) -> list[str]:
     """Names of `op` to check on `device`: those asked for, or all that could run on such a one."""
-    kernels = ("cpu", "torch") if device == "cpu" else ("cuda", "triton", "torch")
+    kernels = ("cpu", "torch") if device == "cpu" else ("cuda", "triton", "flash", "torch")
     return [b for b in OPS[op].priority if b in (backends or kernels)]
+
+
+def is_there(op: str, backend: str, device: str, dtype: torch.dtype) -> bool:
+    """False for flash where no library of others runs: it is nobody's duty to have one."""
+    return backend != "flash" or not OPS[op].reasons(backend, example(OPS[op], device, dtype))
 
 
 def _of_one(
@@ -217,8 +234,14 @@ def _of_one(
         for output in ("last", "states", 2.0):
             case = rollout_case(_CELL_OF[op], output, dtype=dtype, channels=40, hidden=33)
             for direction in ("forward", "backward"):
-                run = partial(rollout, case, backend, device, direction)
+                run = partial(compared, run_rollout, case, backend, device, direction)
                 yield make(case=f"{output}", direction=direction, run=run)
+    elif op == "sliced_gaussianity":
+        for output in ("statistic", "sums"):
+            case = gaussianity_case(300, 40, 70, output=output, dtype=dtype)
+            for direction in ("forward", "backward"):
+                run = partial(compared, run_gaussianity, case, backend, device, direction)
+                yield make(case=output, direction=direction, run=run)
     elif op == "ema_update":
         roundings = ["nearest"]
         roundings += ["kahan"] if dtype in HALF else []

@@ -199,7 +199,7 @@ def check_steps(folder: Path, dry: bool, cores: int) -> list[Step]:
         ]
     steps = [Step("build", _python("benchmarks.gpu_build"), 150)]
     # Triton compiles while nvcc does: its kernels need nothing of the native library.
-    for backend, after in (("triton", ()), ("cuda", ("build",))):
+    for backend, after in (("triton", ()), ("flash", ()), ("cuda", ("build",))):
         for share in _shares(max(2, cores // 2)):
             name = f"{backend}-{share.split('/')[0]}"
             command = _python(*script, "--backend", backend, "--share", share)
@@ -207,7 +207,7 @@ def check_steps(folder: Path, dry: bool, cores: int) -> list[Step]:
     return [*steps, Step("doctor", _python("jepa_kernels", "doctor"), 60, after=("build",))]
 
 
-TOPICS = ("attention", "lists", "rollout")
+TOPICS = ("attention", "lists", "rollout", "gaussianity")
 
 
 def time_steps(folder: Path, dry: bool, cores: int) -> list[Step]:
@@ -220,7 +220,7 @@ def time_steps(folder: Path, dry: bool, cores: int) -> list[Step]:
         for s in shares
     ]
     names = tuple(step.name for step in warm)
-    limits = {"attention": 120, "lists": 60, "rollout": 90}
+    limits = {"attention": 120, "lists": 60, "rollout": 90, "gaussianity": 45}
     return [
         *warm,
         *(

@@ -123,6 +123,12 @@ SUMMARY: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("gru/last/D256/K16/1024rows", "forward+backward", "nn_gru_layer_norm"),
         ("published/ld/D3072/112px/16f", "forward+backward", "eager_dense_grid"),
     ),
+    "sliced_gaussianity": (
+        ("512rows/D192/S1024/K17", "forward+backward", "eager"),
+        ("4096rows/D768/S1024/K17", "forward+backward", "eager"),
+        ("4096rows/D768/S1024/K17", "forward+backward", "powers"),
+        ("4096rows/D768/S1024/K17", "forward+backward", "products"),
+    ),
     "integrations": (
         ("transformers-vjepa2/encoder/vit_s/224px/16f", "forward+backward", "transformers-vjepa2"),
         ("vjepa2/attention/vit_s/224px/16f", "forward+backward", "vjepa2"),

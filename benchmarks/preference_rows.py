@@ -44,6 +44,28 @@ UNRECORDED: tuple[Row, ...] = (
     *(
         {
             "op": "masked_attention",
+            "device": device,
+            "dtype": dtype,
+            "size_class": size_class,
+            "slower": slower,
+            "faster": "flash",
+            "why": "FlashAttention 3 and 4 are written for this GPU's generation and used by many "
+            "(by reading, no record yet)",
+            "library": "FlashAttention",
+        }
+        # On Hopper triton is before cuda already; consumer Blackwell has no instructions of its
+        # own that FlashAttention 4 uses.
+        for device, others in (
+            ("sm_90", ("triton",)),
+            *((data_centre, ("cuda", "triton")) for data_centre in ("sm_100", "sm_103", "sm_110")),
+        )
+        for slower in others
+        for dtype in ("bfloat16", "float16")
+        for size_class in ("tiny", "short", "long")
+    ),
+    *(
+        {
+            "op": "masked_attention",
             "device": "amx",
             "dtype": "bfloat16",
             "size_class": size_class,
@@ -122,7 +144,13 @@ def recorded(results: Path = machine.RESULTS) -> list[Row]:
     rows: list[Row] = []
     for path in sorted(results.glob("*/rows.json")):
         rows += json.loads(path.read_text())["rows"]
-    for name in ("masked_attention", "ema_update", "adamw_ema", "latent_rollout"):
+    for name in (
+        "masked_attention",
+        "ema_update",
+        "adamw_ema",
+        "latent_rollout",
+        "sliced_gaussianity",
+    ):
         for path in sorted(results.glob(f"*/{name}.json")):
             rows += _of_benchmark(path, f"benchmarks/results/{path.parent.name}/{path.name}")
     return rows

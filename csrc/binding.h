@@ -12,12 +12,22 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "abi.h"
+
+// Copies of the package that meet in one process register their ops under names of their own, that
+// of their Python package with _native behind it; setup.py passes one on (JEPA_KERNELS_NAMESPACE).
+#ifndef JK_LIBRARY
+#define JK_LIBRARY jepa_kernels_native
+#endif
+#define JK_EXPANDED(macro, ...) macro(__VA_ARGS__)
+#define JK_LIBRARY_FRAGMENT(m) JK_EXPANDED(STABLE_TORCH_LIBRARY_FRAGMENT, JK_LIBRARY, m)
+#define JK_LIBRARY_IMPL(key, m) JK_EXPANDED(STABLE_TORCH_LIBRARY_IMPL, JK_LIBRARY, key, m)
 
 namespace jk {
 
@@ -29,6 +39,11 @@ using torch::stable::Tensor;
 inline void parallel_for(int64_t count, int64_t grain, jk_body body, void* context) {
   torch::stable::parallel_for(0, count, grain,
                               [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+inline bool is_kernel_dtype(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
 }
 
 inline int64_t dtype_code(const char* op, const Tensor& t) {
@@ -43,6 +58,28 @@ inline int64_t dtype_code(const char* op, const Tensor& t) {
       STD_TORCH_CHECK(false, op, ": dtype must be float32, bfloat16 or float16.");
   }
   return -1;
+}
+
+// A contiguous tensor on the device of `like`. torch::stable::new_empty looks its op up by name at
+// every call, which takes as long as a small kernel.
+inline Tensor fresh_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                           std::optional<ScalarType> type = std::nullopt) {
+  int32_t dtype = 0, device = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  if (type) {
+    dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*type));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  }
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1))
+    strides[d] = stride;
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                         sizes.data(), strides.data(), dtype,
+                                                         device, like.get_device_index(), &made));
+  return Tensor(made);
 }
 
 // An isa argument as kernels take it; one beyond an int becomes one that no processor has.

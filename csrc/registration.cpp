@@ -56,14 +56,14 @@ void* cuda_stream(int32_t device) {
 
 }  // namespace jk
 
-STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
+JK_LIBRARY_FRAGMENT(m) {
   m.def("abi_version() -> int");
   m.def("cpu_isa() -> int");
   m.def("advise_huge_pages(Tensor fresh) -> ()");
   m.def("set_cuda_library(str path) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CompositeExplicitAutograd, m) {
+JK_LIBRARY_IMPL(CompositeExplicitAutograd, m) {
   m.impl("advise_huge_pages", TORCH_BOX(&jk::advise_huge_pages));
   m.impl("abi_version", TORCH_BOX(&jk::abi_version));
   m.impl("cpu_isa", TORCH_BOX(&jk::cpu_isa));

@@ -34,15 +34,18 @@ class Parsing:
 
     parse: Parse
     entries: Callable[[], Mapping[str, type]] | None
+    formerly: str | None
 
 
 def parsed_by(
-    parse: Parse, entries: Callable[[], Mapping[str, type]] | None = None
+    parse: Parse,
+    entries: Callable[[], Mapping[str, type]] | None = None,
+    formerly: str | None = None,
 ) -> Mapping[str, Parsing]:
     """Metadata of a dataclass field whose value is built by `parse(value, path)` instead of by its
     annotation. For a mapping, `entries` gives the keys that it may have and the dataclass of
-    each."""
-    return {"parsing": Parsing(parse, entries)}
+    each. `formerly`: the key's earlier name, which is refused with the new one."""
+    return {"parsing": Parsing(parse, entries, formerly)}
 
 
 def parsing_of(field: dataclasses.Field[Any]) -> Parsing | None:
@@ -56,6 +59,15 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
     listed = ", ".join(names) if names else "none"
     return f"did you mean {close[0]!r}?" if close else f"valid names: {listed}."
+
+
+def _instead(key: str, fields: Mapping[str, dataclasses.Field[Any]]) -> str:
+    """The end of the sentence about an unknown key: its new name, or the nearest."""
+    for name, field in fields.items():
+        parsing = parsing_of(field)
+        if parsing is not None and parsing.formerly == key:
+            return f"it is now called {name!r}."
+    return nearest(key, fields)
 
 
 def _joined(path: str, key: object) -> str:
@@ -86,7 +98,7 @@ def from_dict(kind: type[T], data: Mapping[str, Any], path: str = "") -> T:
     for key in data:
         if key not in fields:
             raise ConfigError(
-                f"config: unknown key {_joined(path, key)!r}; {nearest(str(key), fields)}"
+                f"config: unknown key {_joined(path, key)!r}; {_instead(str(key), fields)}"
             )
     hints = typing.get_type_hints(kind)
     values = {}

@@ -20,7 +20,6 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -245,13 +244,8 @@ def _found(path: Path) -> Parts:
         return {part: stripped(dict(state)) for part, state in kept.items()}
     if path.is_dir():
         index = path / _INDEX
-        files = (
-            sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            if index.is_file()
-            else ["model.safetensors"]
-        )
         flat: dict[str, Tensor] = {}
-        for name in files:
+        for name in _shards(index) if index.is_file() else ["model.safetensors"]:
             flat |= _tensors(path / name)
     else:
         flat = _tensors(path)
@@ -262,11 +256,32 @@ def _found(path: Path) -> Parts:
     return parts
 
 
+def _shards(index: Path) -> list[str]:
+    """The files that an index of shards names, all of them in its own folder."""
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        names = sorted(set(weight_map.values()))
+        absent = [name for name in names if not (index.parent / Path(name).name).is_file()]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ConversionError(
+            f"convert: {index} must be JSON with a weight_map of names to files, got "
+            f"{type(error).__name__}: {str(error)[:200]}"
+        ) from error
+    if absent or not names:
+        got = repr(absent[0][:200]) if absent else "none"
+        raise ConversionError(f"convert: {index} must name files of its folder, got {got}.")
+    return [Path(name).name for name in names]
+
+
 def _unpickled(path: Path) -> Mapping[str, Any]:
     """What a PyTorch file holds, without executing what is pickled in it."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, UnpicklingError, EOFError, ValueError, LookupError, TypeError) as error:
+    except OSError:
+        raise
+    except Exception as error:
+        # torch's unpickler lets through whatever damaged bytes lead it to, struct.error and
+        # AssertionError among them.
         told = str(error).strip().partition("\n")[0]
         raise ConversionError(
             f"convert: {path} must be a PyTorch file of tensors, got {type(error).__name__}: {told}"

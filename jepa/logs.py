@@ -17,6 +17,7 @@ from rich.table import Table
 
 from jepa.atomic import named_failure, write_text
 
+_FLUSH_S = 2
 _SHOWN = ("loss", "effective_rank", "clips_per_s", "data_wait_share")
 
 
@@ -42,7 +43,11 @@ class RunLog:
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed in __exit__)
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        # After an interrupt between an entry of its queue and the call that wakes the reader,
+        # closing waits for the next flush.
+        self._board = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=step + 1, flush_secs=_FLUSH_S
+        )
 
     def headline(self, values: Mapping[str, Any]) -> None:
         """The resolved configuration in one small table."""

@@ -157,7 +157,7 @@ class PretrainConfig(StepConfig):
         clip, views = self._read_at(0)
         return LoaderConfig(
             batch_size=self.batch_size,
-            rank_independent_seed=self.variant.quirks.rank_independent_seed,
+            rank_independent_seed=self.variant.published_behaviour.rank_independent_seed,
             clip=clip,
             views=views,
             stages=tuple(
@@ -233,9 +233,8 @@ def run(cfg: PretrainConfig) -> TrainState:
         ConfigError, MissingDataError: before anything is written. NotFiniteError,
             TooManyBadFilesError: during the run.
     """
-    picker = build_picker(
-        replace(cfg.data, repeat_stills=cfg.data.repeat_stills or cfg.variant.quirks.repeat_stills)
-    )
+    repeat_stills = cfg.data.repeat_stills or cfg.variant.published_behaviour.repeat_stills
+    picker = build_picker(replace(cfg.data, repeat_stills=repeat_stills))
     world = distributed.start(cfg.device)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
@@ -418,7 +417,7 @@ def save(
 def _restore(state: TrainState, checkpoints: Checkpoints, cfg: PretrainConfig) -> int:
     """Goes on from the newest checkpoint; returns how many updates had been skipped before."""
     model, moments, saved = checkpoints.load()
-    if cfg.variant.quirks.resume_drops_heads:
+    if cfg.variant.published_behaviour.resume_drops_heads:
         model, moments = _without_heads(state.bundle, model, moments)
     load_training_tensors(state.bundle, state.optimizer, model, moments)
     state.step = saved["step"]
@@ -432,8 +431,8 @@ def _restore(state: TrainState, checkpoints: Checkpoints, cfg: PretrainConfig) -
 def _without_heads(
     bundle: ModelBundle, model: dict[str, Tensor], moments: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A checkpoint whose heads are as new: the bundle's present weights, and no moments. A quirk of
-    the published code."""
+    """A checkpoint whose heads are as new: the bundle's present weights, and no moments. The
+    published code does so."""
     fresh = {
         name: whole(value)
         for name, value in bundle.state_dict().items()

@@ -74,12 +74,13 @@ class ModelBundle(nn.Module):
     def __init__(self, model: ModelConfig, variant: VariantConfig) -> None:
         super().__init__()
         self.context_encoder = Encoder(model)
-        self.predictor = Predictor(model, shared_mask_token=variant.quirks.shared_mask_token)
+        behaviour = variant.published_behaviour
+        self.predictor = Predictor(model, shared_mask_token=behaviour.shared_mask_token)
         dims = FeatureDims(model.feature_width, model.levels, variant.factorisation)
         self.heads = build_heads(variant.objectives, dims)
         # Without an EMA a target encoder would only be ballast, unless its initial weights are what
         # gets evaluated (published).
-        keeps_target = variant.target.kind == "ema" or variant.quirks.evaluate_initial_target
+        keeps_target = variant.target.kind == "ema" or behaviour.evaluate_initial_target
         self.target_encoder = frozen_copy(self.context_encoder) if keeps_target else None
 
     @property
@@ -135,7 +136,8 @@ class ModelBundle(nn.Module):
 
 def objective_weights(cfg: StepConfig, step: int) -> dict[str, float]:
     """The weight of every objective at a step (counted from 0)."""
-    return weights(cfg.variant.objectives, step, progress(cfg, step), cfg.variant.quirks)
+    variant = cfg.variant
+    return weights(variant.objectives, step, progress(cfg, step), variant.published_behaviour)
 
 
 def progress(cfg: StepConfig, step: int) -> float:
@@ -208,7 +210,7 @@ def objective_context(
         levels=cfg.model.levels,
         factorisation=cfg.variant.factorisation,
         heads=bundle.heads,
-        quirks=cfg.variant.quirks,
+        published_behaviour=cfg.variant.published_behaviour,
         clips=batch.clips,
         patch_size=cfg.model.patch_size,
         tubelet_size=cfg.model.tubelet_size,

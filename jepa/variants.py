@@ -14,7 +14,7 @@ from typing import Any, Literal
 from jepa.config import ConfigError, from_dict, merged, nearest, parsed_by, to_dict
 from jepa.masks.policy import POLICY_NAMES, MaskPolicy, mask_policy
 from jepa.objectives import Factorisation, ObjectiveConfig, configurations, parse_objectives
-from jepa.quirks import Quirks, parse_quirks
+from jepa.published_behaviour import PublishedBehaviour, parse_published_behaviour
 
 
 def parse_masks(value: Any, path: str) -> MaskPolicy:
@@ -63,26 +63,28 @@ class VariantConfig:
     """Where the targets come from."""
     factorisation: Factorisation = field(default_factory=Factorisation)
     """Which channels hold appearance and which dynamics."""
-    quirks: Quirks = field(default_factory=Quirks, metadata=parsed_by(parse_quirks))
-    """Defects of the published code to switch on: names, or published_quirks for all."""
+    published_behaviour: PublishedBehaviour = field(
+        default_factory=PublishedBehaviour,
+        metadata=parsed_by(parse_published_behaviour, formerly="quirks"),
+    )
+    """Defects of the published code to switch on: names, or all."""
 
     @property
     def mask_policy(self) -> MaskPolicy:
-        """The policy to sample from: `masks` with those of its published defects that `quirks`
-        switches on."""
-        quirks, policy = self.quirks, self.masks
+        """The policy to sample from: `masks` with what `published_behaviour` switches on."""
+        behaviour, policy = self.published_behaviour, self.masks
         if policy.motion is not None:
-            sampling = "point" if quirks.motion_point_sampling else policy.motion.sampling
+            sampling = "point" if behaviour.motion_point_sampling else policy.motion.sampling
             maximum = (
-                "published" if quirks.motion_maximum_of_wrong_sample else policy.motion.maximum
+                "published" if behaviour.motion_maximum_of_wrong_sample else policy.motion.maximum
             )
             policy = replace(
                 policy, motion=replace(policy.motion, sampling=sampling, maximum=maximum)
             )
         return replace(
             policy,
-            truncate="batch_min" if quirks.truncate_to_batch_minimum else policy.truncate,
-            shared_block_size=quirks.shared_block_size or policy.shared_block_size,
+            truncate="batch_min" if behaviour.truncate_to_batch_minimum else policy.truncate,
+            shared_block_size=behaviour.shared_block_size or policy.shared_block_size,
         )
 
     @property

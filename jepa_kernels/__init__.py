@@ -26,6 +26,7 @@ from .ops.latent_rollout import (
     latent_rollout_loss,
 )
 from .ops.masked_attention import masked_attention
+from .ops.sliced_gaussianity import random_directions, sliced_gaussianity
 from .profile import profile
 from .rope3d import Rope3D
 from .times import FrameTokens, frame_times, frame_tokens
@@ -57,5 +58,7 @@ __all__ = [
     "latent_rollout_loss",
     "masked_attention",
     "profile",
+    "random_directions",
+    "sliced_gaussianity",
     "use_backend",
 ]

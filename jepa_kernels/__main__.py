@@ -13,6 +13,16 @@ import torch
 from . import __version__, backend, calibrate, native, preferences, support
 from .checks import dtype_name
 
+# Wheels of these were built and used; metadata allows one release more.
+TRIED_PYTHONS = ("3.11", "3.12", "3.13")
+
+
+def _python() -> str:
+    version = platform.python_version()
+    if version.rpartition(".")[0] in TRIED_PYTHONS:
+        return version
+    return f"{version} (allowed, but tried on {', '.join(TRIED_PYTHONS)} alone)"
+
 
 def _installed(package: str) -> str:
     try:
@@ -24,7 +34,7 @@ def _installed(package: str) -> str:
 def _machine() -> list[tuple[str, str]]:
     rows = [
         ("jepa_kernels", __version__),
-        ("python", platform.python_version()),
+        ("python", _python()),
         ("torch", torch.__version__),
         ("triton", _installed("triton")),
         ("platform", f"{platform.system()} {platform.machine()}"),

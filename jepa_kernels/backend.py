@@ -85,8 +85,12 @@ class Backend:
         unsupported: inputs -> the reasons why this backend cannot run them, device included.
         forward: inputs -> the op's outputs. None for a backend that only composes.
         backward: (inputs, saved, grad_out, needs) -> one gradient for each differentiable input.
-        compose: inputs -> the op's outputs from PyTorch operations, with PyTorch's own autograd.
+        compose: inputs -> the op's outputs from PyTorch operations, with PyTorch's own autograd;
+            None for one that the call does not ask for.
         composes: inputs -> whether `compose` serves this call; None is always, where there is one.
+        plain: unchecked inputs of an op that writes in place -> whether it made the call. It checks
+            all by itself and, where anything is special or wrong, answers False with nothing
+            written.
         checks_values: the kernel itself checks ids, offsets and row numbers on a CPU, so that
             nothing reads them twice.
         facts: more that the op's contract asks of a backend, by name.
@@ -97,8 +101,9 @@ class Backend:
     unsupported: Callable[[Any], list[Reason]]
     forward: Callable[..., Any] | None = None
     backward: Callable[..., Any] | None = None
-    compose: Callable[..., Any] | None = None
+    compose: Callable[[Any], tuple[Any, ...]] | None = None
     composes: Callable[[Any], bool] | None = None
+    plain: Callable[[Any], bool] | None = None
     checks_values: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -122,6 +127,8 @@ class Preference:
     slower: str
     faster: str
     why: str  # the measured ratio and its record, as `explain` prints it
+    # Holds only where the fact "library" of `faster` starts with this; empty: wherever it can run.
+    library: str = ""
 
 
 class Op:
@@ -146,6 +153,7 @@ class Op:
     ) -> None:
         self.name, self.priority, self.prepare, self.examples = name, priority, prepare, examples
         self.backends: dict[str, Backend] = {}
+        self._candidates: dict[str, tuple[str, ...]] = {}
         for word in priority:
             backend = importlib.import_module(f"{package}.{word}").BACKEND
             if backend.name != word:
@@ -154,6 +162,14 @@ class Op:
         OPS[name] = self
 
     signature: Any  # of the op's inputs; see `contract.Signature`
+
+    def candidates(self, device_type: str) -> tuple[str, ...]:
+        """What `auto` tries for tensors of this device type, in order."""
+        found = self._candidates.get(device_type)
+        if found is None:
+            found = tuple(name for name, b in self.backends.items() if b.takes(device_type))
+            self._candidates[device_type] = found
+        return found
 
     def reasons(self, backend: str, inputs: Inputs) -> list[Reason]:
         """Why `backend` cannot run these inputs; empty when it can."""
@@ -168,6 +184,9 @@ class Op:
         preference = _preferred(self.name, backend, inputs)
         if preference is None or self.reasons(preference.faster, inputs):
             return None
+        if preference.library:
+            found = self.backends[preference.faster].facts["library"]()
+            return preference if found.startswith(preference.library) else None
         return preference
 
 
@@ -272,13 +291,10 @@ def resolve(op: Op, inputs: Inputs, backend: str | None = None) -> Backend:
             raise BackendUnsupportedError(_refusal(op, inputs, {name: reasons}, name, source))
         return op.backends[name]
     device_type, transformed = inputs.device_type, transforms.active()
-    for candidate in op.priority:
+    for candidate in op.candidates(device_type):
         record = op.backends[candidate]
-        # A backend of another device is passed over before it spells out its reasons: this runs at
-        # every call.
         if (
-            record.takes(device_type)
-            and not (transformed and transforms.obstacle(op.name, candidate))
+            not (transformed and transforms.obstacle(op.name, candidate))
             and not record.unsupported(inputs)
             and op.passed_by(candidate, inputs) is None
         ):

@@ -117,3 +117,11 @@ def offsets_valid(op: str, argument: str, offsets: torch.Tensor, total: int) -> 
             raise ValueError(sentence(op, argument, "never decrease", f"{after} after {before}"))
     if values[-1] > total:
         raise ValueError(sentence(op, argument, f"end at or before {total} rows", values[-1]))
+
+
+def is_autocast_enabled(kind: str) -> bool:
+    """Whether autocast is on for this device type. Devices without autocast, such as meta, refuse
+    the question itself."""
+    if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):
+        return False
+    return torch.is_autocast_enabled(kind)

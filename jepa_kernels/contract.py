@@ -11,23 +11,27 @@ then the backend's name. Whoever calls that op directly meets the same checks.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from operator import attrgetter
-from typing import Any
+from operator import attrgetter, itemgetter
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import checks
-from .backend import Backend, BackendUnsupportedError, Op, joined
+from .backend import Backend, BackendUnsupportedError, Op, joined, requested
 
 Tensors = tuple[torch.Tensor, ...]
-_library = torch.library.Library("jepa_kernels", "FRAGMENT")
+_Class = TypeVar("_Class")
+# The package's own name, which is another one in a copy that is loaded beside an installed package.
+_NAMESPACE = __name__.partition(".")[0]
+_library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+_ops: Any = getattr(torch.ops, _NAMESPACE)
 # Tensors that no subclass needs to see.
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_PLAIN_OR_ABSENT = PLAIN | {type(None)}
 
 # How a field of Inputs is spelled in a schema.
 _SCHEMA_TYPES = {
@@ -58,6 +62,19 @@ def beside_the_schema(**options: Any) -> Any:
     return dataclasses.field(metadata={"schema": False}, **options)
 
 
+@typing.dataclass_transform(field_specifiers=(differentiable, written, beside_the_schema))
+def call_inputs(**options: Any) -> Callable[[type[_Class]], type[_Class]]:
+    """`dataclasses.dataclass` for the inputs of an op: type checkers know the fields made above."""
+    return dataclasses.dataclass(**options)
+
+
+def _picked(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """values -> those at `places`."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda values: tuple([values[i] for i in places])
+
+
 class Signature:
     """The fields of an Inputs dataclass as the arguments of a torch op."""
 
@@ -73,7 +90,11 @@ class Signature:
         self.written = tuple(f.name for f in fields if f.metadata.get("written", False))
         self.tensors = tuple(i for i, kind in enumerate(self.types) if kind in _TENSOR_TYPES)
         self.has_lists = any(self.types[i] == "Tensor[]" for i in self.tensors)
+        # Values are taken apart and put together at every call, so in C.
+        others = tuple(i for i in range(len(fields)) if i not in self.tensors)
         self._values = attrgetter(*self.names)
+        self.tensors_of, self.others_of = _picked(self.tensors), _picked(others)
+        self.together = _picked([(*self.tensors, *others).index(i) for i in range(len(fields))])
 
     def schema(self) -> str:
         marks = {name: chr(ord("a") + i) for i, name in enumerate(self.written)}
@@ -88,7 +109,8 @@ class Signature:
         """The arguments of the op, in order."""
         if torch.compiler.is_compiling():  # Dynamo traces a loop, not an attrgetter
             return tuple([getattr(inputs, name) for name in self.names])
-        return self._values(inputs)
+        found: tuple[Any, ...] = self._values(inputs)
+        return found
 
     def given(self, values: Sequence[Any]) -> list[torch.Tensor]:
         """Every tensor of a call."""
@@ -211,24 +233,30 @@ class Function(Contract):
         super().__init__(*arguments, **options)
         self.outputs, self.num_outputs, self.saved = outputs, num_outputs, saved
         _register_function(self)
-        self.forward_op = getattr(torch.ops.jepa_kernels, f"{self.name}_fwd").default
-        self.backward_op = getattr(torch.ops.jepa_kernels, f"{self.name}_bwd").default
+        self.forward_op: Callable[..., Tensors]
+        self.forward_op = getattr(_ops, f"{self.name}_fwd").default
+        self.backward_op = getattr(_ops, f"{self.name}_bwd").default
 
     def run(self, inputs: Any, backend: Backend) -> Tensors:
         """Runs checked inputs on `backend`."""
         if backend.runs_composed(inputs):
             if not torch.compiler.is_compiling():
                 self._check_values(inputs, backend)
-            return backend.compose(inputs)  # type: ignore[misc] # runs_composed says it is there
-        values = self.signature.values(inputs)
-        if not is_plain(self.signature.given(values)):
+            assert backend.compose is not None  # runs_composed says so
+            return backend.compose(inputs)
+        signature, values = self.signature, self.signature.values(inputs)
+        if torch.compiler.is_compiling() or not _unwatched(
+            signature.given(values) if signature.has_lists else signature.tensors_of(values)
+        ):
             return self.forward_op(*values, backend.name)
-        self._check_values(inputs, backend)
+        if not backend.checks_values:
+            self.check_values(inputs)
         if torch.is_grad_enabled():
-            leaves = self.signature.leaves(values)
+            leaves = signature.leaves(values)
             if any([t is not None and t.requires_grad for t in leaves]):
-                return _Eager.apply(self, backend, inputs, values, *leaves)
-        return _exact(backend.forward, inputs)
+                return _apply(self, backend, inputs, values, *leaves)
+        outputs: Tensors = _exact(backend.forward, inputs)
+        return outputs
 
 
 class InPlace(Contract):
@@ -247,7 +275,30 @@ class InPlace(Contract):
         super().__init__(*arguments, **options)
         self.distinct = distinct
         _register_in_place(self)
-        self.update_op = getattr(torch.ops.jepa_kernels, f"{self.name}_").default
+        self.update_op = getattr(_ops, f"{self.name}_").default
+
+    def run_plain(self, inputs: Any, tensors: Sequence[torch.Tensor], name: str | None) -> bool:
+        """Makes a call whose inputs nobody has checked, where nothing in it is special: one native
+        call checks a short list in less time than Python. Returns False, with nothing written,
+        where the usual way has to be taken.
+
+        Args:
+            inputs: a call with targets.
+            tensors: every tensor of its lists.
+            name: the backend argument of the public function.
+        """
+        wanted = requested(name)[0]
+        first = self.candidates(inputs.device_type)[0] if wanted == "auto" else wanted
+        backend = self.backends[first]
+        if (
+            backend.plain is None
+            or not is_plain(tensors)
+            or (wanted == "auto" and self.passed_by(backend.name, inputs) is not None)
+            or not backend.plain(inputs)
+        ):
+            return False
+        self._count_writes(inputs)
+        return True
 
     def run(self, inputs: Any, backend: Backend) -> None:
         """Runs checked inputs on `backend`."""
@@ -259,28 +310,36 @@ class InPlace(Contract):
 
     def update(self, inputs: Any, backend: Backend) -> None:
         self._check_values(inputs, backend)
-        kernel_inputs = self.distinct(inputs)
-        if kernel_inputs is not None:
-            assert backend.forward is not None
-            backend.forward(kernel_inputs)
-        # Kernels write through raw pointers, which autograd's version counters do not see
-        # (inference tensors have none).
+        if backend.plain is None or not backend.plain(inputs):
+            kernel_inputs = self.distinct(inputs)
+            if kernel_inputs is not None:
+                assert backend.forward is not None
+                backend.forward(kernel_inputs)
+        self._count_writes(inputs)
+
+    def _count_writes(self, inputs: Any) -> None:
+        """Kernels write through raw pointers, which autograd's version counters do not see."""
         for name in self.signature.written:
-            torch.autograd.graph.increment_version(
-                list(itertools.filterfalse(torch.Tensor.is_inference, getattr(inputs, name)))
-            )
+            written = getattr(inputs, name)
+            try:
+                if written:
+                    torch.autograd.graph.increment_version(written)
+            except RuntimeError:  # an inference tensor, which has no counter, ended it
+                torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
 
-def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
+def is_plain(tensors: Sequence[torch.Tensor | None]) -> bool:
     """Whether nothing but a backend needs to see this call: no graph, mode, transform or
     subclass."""
+    return not torch.compiler.is_compiling() and _unwatched(tensors)
+
+
+def _unwatched(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """`is_plain` outside a graph."""
     return (
-        not (
-            torch.compiler.is_compiling()
-            or _get_current_dispatch_mode() is not None
-            or torch._C._are_functorch_transforms_active()
-        )
-        and set(map(type, tensors)) <= PLAIN
+        _get_current_dispatch_mode() is None
+        and not torch._C._are_functorch_transforms_active()
+        and set(map(type, tensors)) <= _PLAIN_OR_ABSENT
     )
 
 
@@ -288,8 +347,7 @@ def _exact(call: Callable[..., Any] | None, inputs: Any, *more: Any) -> Any:
     """Calls a backend with autocast off: the public function has cast what it should."""
     assert call is not None
     kind = inputs.device_type
-    # Devices without autocast, such as meta, refuse the question whether it is on.
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if checks.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
             return call(inputs, *more)
     return call(inputs, *more)
@@ -307,7 +365,7 @@ class _Eager(torch.autograd.Function):
         values: tuple[Any, ...],
         *leaves: Any,
     ) -> Tensors:
-        outputs = _exact(backend.forward, inputs)
+        outputs: Tensors = _exact(backend.forward, inputs)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)  # or it fills zeros as large as what is saved
         _save(ctx, op, values, outputs)
@@ -327,41 +385,42 @@ class _Eager(torch.autograd.Function):
             inputs = ctx.op.signature.inputs(*values)
             backend = ctx.op.backends[ctx.backend_name]
             grads = _exact(backend.backward, inputs, saved, grad_out, needs)
-        wanted = [g if n else None for g, n in zip(grads, needs, strict=True)]
-        return (None, None, None, None, *wanted)
+        if False in needs:
+            grads = [g if n else None for g, n in zip(grads, needs, strict=True)]
+        return (None, None, None, None, *grads)
+
+
+# Function.apply without its look at torch.func's wrappers: `is_plain` has looked.
+_apply: Callable[..., Tensors] = super(torch.autograd.Function, _Eager).apply
 
 
 def _save(ctx: Any, op: Function, values: Sequence[Any], outputs: Sequence[torch.Tensor]) -> None:
     """Tensors go where autograd counts their versions and hooks see them, the rest beside."""
-    signature, rest = op.signature, list(values)
-    ctx.op, ctx.rest, ctx.counts = op, rest, None
-    if not signature.has_lists:
-        tensors = [values[i] for i in signature.tensors]
-        for i in signature.tensors:
-            rest[i] = None
-        ctx.save_for_backward(*tensors, *[outputs[i] for i in op.saved])
-        return
-    tensors, counts = [], []
-    for i in signature.tensors:
-        value = values[i]
-        if isinstance(value, (list, tuple)):
-            tensors += value
-            counts.append(len(value))
-        else:
-            tensors.append(value)
-            counts.append(-1)
-        rest[i] = None
-    ctx.counts = counts
+    signature = op.signature
+    ctx.op, ctx.others, ctx.counts = op, signature.others_of(values), None
+    tensors: Sequence[Any] = signature.tensors_of(values)
+    if signature.has_lists:
+        parts = [v if isinstance(v, (list, tuple)) else None for v in tensors]
+        ctx.counts = [-1 if part is None else len(part) for part in parts]
+        tensors = [
+            t
+            for value, part in zip(tensors, parts, strict=True)
+            for t in ((value,) if part is None else part)
+        ]
     ctx.save_for_backward(*tensors, *[outputs[i] for i in op.saved])
 
 
-def _saved(ctx: Any) -> tuple[list[Any], list[torch.Tensor]]:
+def _saved(ctx: Any) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
     """The arguments of the op, and the outputs that backward needs."""
-    tensors: Iterator[Any] = iter(ctx.saved_tensors)
-    places, values = ctx.op.signature.tensors, list(ctx.rest)
-    for i, count in zip(places, ctx.counts or [-1] * len(places), strict=True):
-        values[i] = next(tensors) if count < 0 else [next(tensors) for _ in range(count)]
-    return values, list(tensors)
+    saved, signature = ctx.saved_tensors, ctx.op.signature
+    if ctx.counts is None:
+        given = len(signature.tensors)
+        return signature.together((*saved[:given], *ctx.others)), list(saved[given:])
+    rest: Iterator[Any] = iter(saved)
+    tensors = [
+        next(rest) if count < 0 else [next(rest) for _ in range(count)] for count in ctx.counts
+    ]
+    return signature.together((*tensors, *ctx.others)), list(rest)
 
 
 def _register_function(op: Function) -> None:
@@ -448,7 +507,7 @@ def _register_function(op: Function) -> None:
         ("fwd", forward, fake_forward, differentiate, setup_context),
         ("bwd", backward, fake_backward, refuse_double_backward, None),
     ):
-        qualified = f"jepa_kernels::{name}_{suffix}"
+        qualified = f"{_NAMESPACE}::{name}_{suffix}"
         _library.impl(f"{name}_{suffix}", implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, fake, lib=_library)
         torch.library.register_autograd(qualified, formula, setup_context=context, lib=_library)
@@ -469,7 +528,7 @@ def _register_in_place(op: InPlace) -> None:
     name = f"{op.name}_"
     _library.define(f"{name}({op.signature.schema()}, str backend) -> ()")
     _library.impl(name, update, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"jepa_kernels::{name}", fake, lib=_library)
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
 
 
 def _check_one_device(op: str, tensors: Sequence[torch.Tensor]) -> None:

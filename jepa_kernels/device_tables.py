@@ -6,17 +6,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 # Host memory that recorded copies read at every replay; nobody says when a graph is gone.
 _read_by_graphs: list[torch.Tensor] = []
+_Result = TypeVar("_Result", bound=tuple[Any, ...])
 
 
 @dataclass(frozen=True)
 class _Entry:
-    result: tuple[Any, ...]
+    result: Any
     stream: torch.cuda.Stream | None = None  # where they were made; None on a CPU
     made: torch.cuda.Event | None = None
 
@@ -41,24 +42,26 @@ class DeviceTables:
         """Forgets what no graph reads."""
         self._entries.clear()
 
-    def get(
-        self, key: Hashable, device: torch.device, make: Callable[[], tuple[Any, ...]]
-    ) -> tuple[Any, ...]:
+    def get(self, key: Hashable, device: torch.device, make: Callable[[], _Result]) -> _Result:
         """The result of `key` on `device`, made by `make` if it is not kept."""
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         entry = self._entries.get(key) or self._read_by_graphs.get(key)
         if entry is None:
-            result = make()
+            made = make()
             if not capturing:
-                self._keep(key, _made_now(result, device))
-            return result
+                self._keep(key, _made_now(made, device))
+            return made
+        result: _Result = entry.result
         if capturing:
             self._read_by_graphs[key] = entry
-            return entry.result
-        self._keep(key, entry)
+            return result
+        if key in self._entries:
+            self._entries.move_to_end(key)
+        else:
+            self._keep(key, entry)
         if entry.stream is not None:
             _order(entry, torch.cuda.current_stream(device))
-        return entry.result
+        return result
 
     def _keep(self, key: Hashable, entry: _Entry) -> None:
         self._entries[key] = entry

@@ -18,6 +18,9 @@ from .backend import Reason
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 ABI_VERSION = 1
+# The native ops. A copy of the package under another name has a library under another name, so that
+# two copies can meet in one process.
+ops: Any = getattr(torch.ops, f"{__package__}_native")
 # The one wording of refusals; the stable ABI knows no ValueError.
 _SENTENCE = re.compile(r"^\w+: .+ must .+", re.MULTILINE)
 
@@ -39,10 +42,10 @@ def _load() -> str | None:
         torch.ops.load_library(str(_library))
     except OSError as error:
         return f"the native library does not load: {error}"
-    if torch.ops.jepa_kernels_native.abi_version() != ABI_VERSION:
+    if ops.abi_version() != ABI_VERSION:
         return f"the native library is from another version of this package ({_BUILD_HINT})"
     if _cuda_library.exists():
-        torch.ops.jepa_kernels_native.set_cuda_library(str(_cuda_library))
+        ops.set_cuda_library(str(_cuda_library))
     return None
 
 
@@ -82,6 +85,8 @@ def cuda_reason() -> str | None:
 
 
 def _reasons(missing: str | None, device_type: str, wanted: str) -> list[Reason]:
+    if missing is None and device_type == wanted:
+        return []
     reasons = [] if missing is None else [Reason(missing, "machine")]
     if device_type != wanted:
         place = "a CPU" if wanted == "cpu" else "a CUDA device"
@@ -125,7 +130,7 @@ def _validated_isa() -> int:
 
 
 _forced_isa = _validated_isa()
-_machine_isa = torch.ops.jepa_kernels_native.cpu_isa() if _available else 0
+_machine_isa = ops.cpu_isa() if _available else 0
 if _available and _forced_isa > _machine_isa:
     raise ValueError(
         "jepa_kernels: JEPA_KERNELS_ISA must be one that this processor has (at most "

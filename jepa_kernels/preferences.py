@@ -37,7 +37,11 @@ def committed() -> list[Preference]:
 
 
 def calibration_file() -> Path:
-    """Where `calibrate` keeps what it measured: below XDG_CACHE_HOME or ~/.cache."""
+    """Where `calibrate` keeps what it measured: in JEPA_KERNELS_CACHE, or else in the folder
+    jepa_kernels of XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("JEPA_KERNELS_CACHE")
+    if own:
+        return Path(own) / "calibration.json"
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(folder) / "jepa_kernels" / "calibration.json"
 
@@ -92,6 +96,8 @@ def summary() -> str:
 def found(op: str, backend: str, inputs: Any) -> Preference | None:
     """The preference that passes `backend` by for these inputs, if there is one."""
     # Nothing is asked of the inputs where no row can concern them: this runs at every call.
+    if not _table:
+        return None
     rows = _table.get((op, backend, device_kind(inputs.device_type)))
     return None if rows is None else rows.get((dtype_name(inputs.dtype), inputs.size_class()))
 

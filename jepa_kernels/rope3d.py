@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .checks import sentence, type_name
 from .device_tables import DeviceTables
@@ -119,14 +120,12 @@ class Rope3D:
         ``out[2i] = x[2i] * cos[2i] - x[2i+1] * sin[2i]`` and ``out[2i+1] = x[2i+1] * cos[2i+1] +
         x[2i] * sin[2i+1]``, which serves both layouts.
         """
-        if (
-            torch.compiler.is_compiling()
-            or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
-        ):
+        if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
             return self._build(head_dim, device)
-        return _tables.get(
-            (self, head_dim, device), device, lambda: self._lasting(head_dim, device)
-        )[0]
+        # Plain values: the hash of a dataclass is computed in Python at every look-up.
+        rule = (self.interpolate_from, self.interpolation)
+        key = (self.grid, self.layout, *rule, head_dim, device)
+        return _tables.get(key, device, lambda: self._lasting(head_dim, device))[0]
 
     def _lasting(self, head_dim: int, device: torch.device) -> tuple[torch.Tensor]:
         # Whatever mode the first call is in, later ones may be in another.

@@ -13,6 +13,7 @@ _OWN: dict[str, dict[str, tuple[str, ...]]] = {
     "rollout_mlp": {"forward": ("reference",), "reverse": ("reference",)},
     "rollout_hamiltonian": {"forward": ("reference",), "reverse": ("reference",)},
     "rollout_gru": {"forward": ("reference",), "reverse": ("reference",)},
+    "sliced_gaussianity": {"forward": ("reference",), "reverse": ("reference",)},
 }
 _ASKED = {
     "forward": "forward-mode AD (torch.func.jvp, jacfwd, forward_ad.dual_level)",
@@ -37,8 +38,8 @@ def _mode() -> str:
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import Dynamo with this package.
-active._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
+active._dynamo_marked_constant = True  # type: ignore[attr-defined] # for Dynamo
+_mode._dynamo_marked_constant = True  # type: ignore[attr-defined] # for Dynamo
 
 
 def obstacle(op: str, backend: str) -> str | None:

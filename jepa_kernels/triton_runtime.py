@@ -3,9 +3,11 @@ does not import triton."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
+from typing import Any
 
 import torch
 
@@ -58,6 +60,11 @@ def unavailable_reasons(device_type: str) -> list[Reason]:
     elif not interpreting():
         said += capability.reasons()
     return [Reason(text, "machine") for text in said]
+
+
+def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors': enter this around."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def architecture(device: torch.device) -> int:

@@ -1,10 +1,11 @@
-"""Shared by every test: seeds, NaN-poisoned allocations, the folder of shared data, and a list of
-what was not exercised."""
+"""Shared by every test: seeds, NaN-poisoned allocations, no calibration, the folder of shared data,
+and a list of what was not exercised."""
 
 from __future__ import annotations
 
 import os
 import random
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+# What this user has calibrated must not choose backends here, nor in child processes. Set before
+# jepa_kernels, which reads the file at import.
+_NO_CALIBRATION = tempfile.TemporaryDirectory(prefix="jepa_kernels_tests_")
+os.environ["JEPA_KERNELS_CACHE"] = _NO_CALIBRATION.name
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 
 

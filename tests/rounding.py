@@ -61,7 +61,7 @@ PARTS: tuple[tuple[str, ...], ...] = (
     ("-m", "pytest", "tests/jepa"),
     ("-m", "pytest", "tests/ops"),
     ("-m", "pytest", "tests/integrations"),
-    ("-m", "pytest", "tests/nn", "tests/benchmarks/test_eager_twin.py"),
+    ("-m", "pytest", "tests/nn", "tests/benchmarks/test_published_step.py"),
 )
 # What compares most numbers per second of testing: nothing that waits for a compiler or for other
 # processes.

@@ -56,8 +56,8 @@ def test_precedence(monkeypatch):
 def test_unknown_names_are_refused():
     with pytest.raises(
         ValueError,
-        match="use_backend name must be one of auto, reference, torch, cpu, triton, cuda, got "
-        "'gpu'",
+        match="use_backend name must be one of auto, reference, torch, cpu, triton, cuda, flash, "
+        "got 'gpu'",
     ):
         use_backend("gpu")
     child = subprocess.run(

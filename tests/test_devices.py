@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jepa_kernels import ResidualMLP, ema_update_, latent_rollout, masked_attention
+from jepa_kernels import (
+    ResidualMLP,
+    ema_update_,
+    latent_rollout,
+    masked_attention,
+    sliced_gaussianity,
+)
 from jepa_kernels.nn import EMATeacher
 from jepa_kernels.optim import AdamWEMA
 
@@ -20,6 +26,8 @@ def test_meta_calls_give_shapes():
     states = torch.randn(5, 8, device="meta")
     out = latent_rollout(states, ResidualMLP.from_module(head), 3)
     assert out.device.type == "meta" and out.shape == (3, 5, 8)
+    out = sliced_gaussianity(states, 7)
+    assert out.device.type == "meta" and out.shape == () and out.dtype == torch.float32
 
 
 @pytest.fixture
@@ -38,6 +46,7 @@ def test_a_default_device_is_not_that_of_the_arguments(meta_by_default):
     assert half[0].tolist() == [0.5, 0.5]
     x = torch.randn(1, 4, 2, 8, device="cpu", generator=torch.Generator("cpu"))
     assert masked_attention(x, x, x).isfinite().all()
+    assert sliced_gaussianity(x[0, :, 0], 7).isfinite()
 
 
 @pytest.mark.parametrize("capturable", [False, True])

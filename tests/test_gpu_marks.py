@@ -44,6 +44,14 @@ def test_rollouts_and_float16_are_among_them(collected):
         assert len(halves) == len(HEAD_DIMS)
 
 
+def test_flash_is_tested_on_every_library(collected):
+    from jepa_kernels.ops.masked_attention import flash
+
+    for library in flash.LIBRARIES:
+        found = [t for t in collected if "::TestFlash::" in t and library.name in t]
+        assert len(found) == 2 * len(HEAD_DIMS) + 3, library.name
+
+
 def test_graphs_streams_devices_and_far_addresses_are_among_them(collected):
     for name in (
         "test_a_graph_computes_anew_from_values_ids_and_lengths",

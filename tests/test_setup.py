@@ -10,6 +10,8 @@ import tomllib
 
 import pytest
 
+from jepa_kernels import __main__ as doctor
+
 
 @pytest.fixture
 def built(root, tmp_path):
@@ -77,4 +79,24 @@ def test_old_pythons_are_refused_by_metadata(root):
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     pythons = SpecifierSet(project["requires-python"])
     assert [version in pythons for version in ("3.9.20", "3.10.16")] == [False, False]
-    assert all(version in pythons for version in ("3.11.0", "3.12.9", "3.13.3"))
+    assert all(version in pythons for version in ("3.11.0", "3.12.9", "3.13.3", "3.14.0"))
+    assert "3.15.0" not in pythons
+
+
+def test_doctor_names_a_python_that_no_test_has_run_on(root, monkeypatch):
+    """Classifiers are the versions that were tried; metadata allows one more."""
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    tried = {
+        line.rsplit(" ", 1)[1]
+        for line in project["classifiers"]
+        if line.startswith("Programming Language :: Python :: 3.")
+    }
+    assert tried == set(doctor.TRIED_PYTHONS)
+    for version in tried:
+        monkeypatch.setattr(
+            doctor.platform, "python_version", lambda version=version: f"{version}.1"
+        )
+        assert ("python", f"{version}.1") in doctor._machine()
+    monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.14.2")
+    ((_, said),) = [row for row in doctor._machine() if row[0] == "python"]
+    assert said == "3.14.2 (allowed, but tried on 3.11, 3.12, 3.13 alone)"

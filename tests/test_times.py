@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from jepa_kernels import Rope3D, frame_times, frame_tokens, masked_attention
+from jepa_kernels.testing import FLOAT32_SHORT
 
 
 def seen(tokens, window: int | None = None) -> torch.Tensor:
@@ -52,13 +53,13 @@ def test_conditioning_tokens_turn_by_time_alone():
     action = 2 * 5
     assert tokens.query_ids[action] == 8
     x = torch.randn(1, 1, 48, dtype=torch.float64)
-    turned = Rope3D((3, 2, 2)).rotate(x, tokens.query_ids[action : action + 1])
+    rotated = Rope3D((3, 2, 2)).rotate(x, tokens.query_ids[action : action + 1])
     m = 16
-    assert torch.equal(turned[..., m:], x[..., m:])
+    assert torch.equal(rotated[..., m:], x[..., m:])
     angle = 2.0 * 10000.0 ** (-2.0 * torch.arange(m // 2, dtype=torch.float64) / m)
     a, b = x[..., :m].unflatten(-1, (-1, 2)).unbind(-1)
     pairs = torch.stack((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
-    torch.testing.assert_close(turned[..., :m], pairs.flatten(-2), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rotated[..., :m], pairs.flatten(-2), **FLOAT32_SHORT)
 
 
 @pytest.mark.parametrize("reads_itself", [False, True])
@@ -93,6 +94,17 @@ def test_the_two_interpolation_rules(interpolation, expected):
         masked_attention(q, k, v, query_ids=ids, rope=rope, backend=backend)
         for backend in ("reference", "torch")
     ]
-    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(*results, **FLOAT32_SHORT)
     with pytest.raises(ValueError, match="interpolation must be one of corners, size"):
         Rope3D((1, 1, 1), interpolation="linear")
+
+
+def test_each_interpolation_rule_has_a_table_of_its_own():
+    """Tables are kept by what makes them: one rule must not be served the other's."""
+    corners, size = (
+        Rope3D((2, 7, 7), interpolate_from=4, interpolation=rule) for rule in ("corners", "size")
+    )
+    device = torch.device("cpu")
+    corners.table(24, device)
+    assert torch.equal(size.table(24, device), size._build(24, device))
+    assert not torch.equal(size.table(24, device), corners.table(24, device))

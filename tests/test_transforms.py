@@ -12,6 +12,7 @@ from jepa_kernels import (
     latent_rollout,
     latent_rollout_loss,
     masked_attention,
+    sliced_gaussianity,
     transforms,
 )
 from jepa_kernels.backend import OPS
@@ -46,11 +47,16 @@ def rollout_loss(x, backend=None):
     return latent_rollout_loss(x, cell, TARGETS, backend=backend)
 
 
+def gaussianity(x, backend=None):
+    return sliced_gaussianity(x, STATES.mT, backend=backend)
+
+
 CASES = {
     "attention": (attention, QUERY, "masked_attention"),
     "packed": (packed, QUERY, "masked_attention"),
     "rollout": (rollout, STATES, "rollout_mlp"),
     "rollout_loss": (rollout_loss, STATES, "rollout_mlp"),
+    "gaussianity": (gaussianity, STATES, "sliced_gaussianity"),
 }
 
 
@@ -95,7 +101,7 @@ def test_derivatives_are_right_or_refused(case, transform):
         else:
             torch.testing.assert_close(got, wanted, **FLOAT32_DEEP)
             right.append(backend)
-    assert {None, *backends} - {"cpu", "triton", "cuda", "torch"} == {*right} - {"torch"}
+    assert {None, *backends} - {"cpu", "triton", "flash", "cuda", "torch"} == {*right} - {"torch"}
     assert "needs backend=" in refused["cpu"] and "'reference'" in refused["cpu"]
 
 

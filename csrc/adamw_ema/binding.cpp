@@ -149,7 +149,7 @@ void step_cuda(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_
 }  // namespace
 }  // namespace jk::adamw
 
-STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
+JK_LIBRARY_FRAGMENT(m) {
   m.def(
       "adamw_ema_cpu_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] "
       "exp_avg_sqs, Tensor[] steps, Tensor hyper, "
@@ -164,9 +164,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
       "Tensor? seed, Tensor? grad_scale, Tensor? found_inf) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CPU, m) {
-  m.impl("adamw_ema_cpu_", TORCH_BOX(&jk::adamw::step_cpu));
-}
-STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CUDA, m) {
-  m.impl("adamw_ema_cuda_", TORCH_BOX(&jk::adamw::step_cuda));
-}
+JK_LIBRARY_IMPL(CPU, m) { m.impl("adamw_ema_cpu_", TORCH_BOX(&jk::adamw::step_cpu)); }
+JK_LIBRARY_IMPL(CUDA, m) { m.impl("adamw_ema_cuda_", TORCH_BOX(&jk::adamw::step_cuda)); }

@@ -1,5 +1,5 @@
-// Every tile size of the CPU kernels of masked_attention and latent_rollout: one row for each
-// instruction set, then what all of them share.
+// Every tile size of the CPU kernels of masked_attention, latent_rollout and sliced_gaussianity:
+// one row for each instruction set, then what all of them share.
 #pragma once
 #include <stdint.h>
 
@@ -20,15 +20,17 @@ struct Tiles {
   // masked_attention backward: query tiles whose P and dS meet dO and Q at once, and vectors of
   // channels of a block of that product.
   int backward_tiles, backward_vectors;
+  // sliced_gaussianity: rows whose powers are in registers at once, five vectors each.
+  int turned_rows;
 };
 
 // clang-format off
 constexpr Tiles kTilesOf[JK_ISA_COUNT] = {  // accumulators of 16 registers, with AVX-512 of 32
-    // accumulators  attention_rows  attention_run  backward_tiles  backward_vectors
-    {             8,              4,             0,              4,                2},  // PORTABLE
-    {            12,              4,             0,              4,                2},  // AVX2
-    {            24,              8,             4,              2,                4},  // AVX512
-    {            24,              8,             2,              2,                4},  // AVX512_BF16
+    // accumulators  attention_rows  attention_run  backward_tiles  backward_vectors  turned_rows
+    {             8,              4,             0,              4,                2,           2},  // PORTABLE
+    {            12,              4,             0,              4,                2,           2},  // AVX2
+    {            24,              8,             4,              2,                4,           4},  // AVX512
+    {            24,              8,             2,              2,                4,           4},  // AVX512_BF16
 };
 // clang-format on
 
@@ -49,5 +51,12 @@ constexpr int64_t kTileRows = 48;
 // A product goes over the depth in steps of at most so many units: a step's panel (16 KiB with 8
 // lanes) stays in the L1 cache while all rows of the tile pass by.
 constexpr int64_t kDepth = 256;
+
+// sliced_gaussianity on every instruction set. Rows that one thread turns at a time, and the most
+// pieces of rows whose sums are kept apart: both bound rounding errors, the second also memory.
+constexpr int64_t kTurnedRows = 256;
+constexpr int64_t kMostPieces = 64;
+// Columns that one thread takes at a time: a cache line or more of each row.
+constexpr int64_t kTurnedColumns = 64;
 
 }  // namespace jk

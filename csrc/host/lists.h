@@ -1,5 +1,5 @@
 // Index lists of a packed mask batch: distances to the nearest target, temporal pairs, full
-// columns. jepa/lattice.py is the twin in NumPy.
+// columns. jepa/lattice.py does the same in NumPy.
 #pragma once
 #include <cstdint>
 #include <vector>

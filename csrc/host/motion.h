@@ -1,5 +1,5 @@
-// Motion maps of clips on the token grid and block scores from a summed-volume table. The twin in
-// NumPy, jepa/masks/motion.py, gives the same bits: every running sum here adds in the order
+// Motion maps of clips on the token grid and block scores from a summed-volume table.
+// jepa/masks/motion.py does the same in NumPy, to the bit: every running sum here adds in the order
 // written there, in doubles.
 #pragma once
 #include <array>

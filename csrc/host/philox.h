@@ -1,6 +1,6 @@
 // Philox4x32-10 counter-based random numbers (Salmon, Moraes, Dror, Shaw, SC 2011).
-// jepa/counter_rng.py is the twin in NumPy and states how (seed, step, sample, stream, index) fill
-// the counter and the key.
+// jepa/counter_rng.py does the same in NumPy and states how (seed, step, sample, stream, index)
+// fill the counter and the key.
 #pragma once
 #include <array>
 #include <cstdint>

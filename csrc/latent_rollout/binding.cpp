@@ -36,7 +36,7 @@ const float* numbers(const Tensor& t) { return t.const_data_ptr<float>(); }
 float* filled(Tensor& t) { return t.mutable_data_ptr<float>(); }
 
 Tensor floats(const Tensor& like, std::vector<int64_t> shape) {
-  Tensor fresh = torch::stable::new_empty(like, shape, ScalarType::Float);
+  Tensor fresh = fresh_tensor(like, shape, ScalarType::Float);
   advise_huge_pages(fresh);
   return fresh;
 }
@@ -44,7 +44,7 @@ Tensor floats(const Tensor& like, std::vector<int64_t> shape) {
 // Numbers that only go into products: on a CPU in the dtype of the operand.
 Tensor operands(const Tensor& like, std::vector<int64_t> shape, int64_t operand) {
   if (!like.is_cpu() || operand == JK_FLOAT32) return floats(like, shape);
-  Tensor fresh = torch::stable::new_empty(like, shape, ScalarType::BFloat16);
+  Tensor fresh = fresh_tensor(like, shape, ScalarType::BFloat16);
   advise_huge_pages(fresh);
   return fresh;
 }
@@ -283,7 +283,7 @@ std::tuple<Tensor, Tensor> errors(const Tensor& sums, const Tensor& weight, cons
   const std::vector<int64_t> planes =
       save_signs ? std::vector<int64_t>{p.steps, p.rows, 2 * ((p.channels + 7) / 8)}
                  : std::vector<int64_t>{0};
-  Tensor signs = torch::stable::new_empty(sums, planes, ScalarType::Byte);
+  Tensor signs = fresh_tensor(sums, planes, ScalarType::Byte);
   p.errors = filled(values);
   p.signs = save_signs ? signs.mutable_data_ptr<uint8_t>() : nullptr;
   device_of(sums, isa).run(p, jk_latent_rollout_cpu_readout, "jk_latent_rollout_cuda_readout",
@@ -402,7 +402,7 @@ std::vector<Tensor> gru_bwd(const Tensor& start, const Tensor& actions, const Te
 }  // namespace
 }  // namespace jk::rollout
 
-STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
+JK_LIBRARY_FRAGMENT(m) {
   m.def(
       "latent_rollout_mlp_fwd(Tensor start, Tensor? coupling, Tensor? drift, int horizon, bool "
       "keep_all, bool save, int isa) -> (Tensor, "
@@ -456,5 +456,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
   m.impl("latent_rollout_gru_fwd", TORCH_BOX(&jk::rollout::gru_fwd));                 \
   m.impl("latent_rollout_gru_bwd", TORCH_BOX(&jk::rollout::gru_bwd))
 
-STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CPU, m) { JK_LATENT_ROLLOUT_KERNELS(m); }
-STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CUDA, m) { JK_LATENT_ROLLOUT_KERNELS(m); }
+JK_LIBRARY_IMPL(CPU, m) { JK_LATENT_ROLLOUT_KERNELS(m); }
+JK_LIBRARY_IMPL(CUDA, m) { JK_LATENT_ROLLOUT_KERNELS(m); }

@@ -139,7 +139,7 @@ jk_masked_attention_params describe(const Tensor& query, const Tensor& key, cons
   return p;
 }
 
-Tensor like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
+Tensor like(const Tensor& t) { return fresh_tensor(t, t.sizes()); }
 
 void set_out(jk_masked_attention_params& p, const Tensor& out, const Tensor& lse, bool packed) {
   p.out = rows(out, packed);
@@ -169,7 +169,7 @@ struct Cuda {
     const auto run = reinterpret_cast<kernel>(cuda_symbol(name));
     torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
     const std::vector<int64_t> bytes{size(&p, backward)};
-    Tensor scratch = torch::stable::new_empty(query, bytes, ScalarType::Byte);
+    Tensor scratch = fresh_tensor(query, bytes, ScalarType::Byte);
     p.scratch = scratch.mutable_data_ptr();
     p.scratch_bytes = bytes[0];
     return run(&p, cuda_stream(query.get_device_index()));
@@ -193,7 +193,7 @@ std::tuple<Tensor, Tensor> forward(const Device& device, const Tensor& query, co
   const std::vector<int64_t> shape =
       packed ? std::vector<int64_t>{query.size(1), query.size(0)}
              : std::vector<int64_t>{query.size(0), query.size(2), query.size(1)};
-  Tensor lse = torch::stable::new_empty(query, shape, ScalarType::Float);
+  Tensor lse = fresh_tensor(query, shape, ScalarType::Float);
   set_out(p, out, lse, packed);
   check_sentence(device.fwd(p, query));
   return {out, lse};
@@ -267,7 +267,7 @@ std::tuple<Tensor, Tensor, Tensor> cuda_bwd(const Tensor& grad_out, const Tensor
 }  // namespace
 }  // namespace jk::attention
 
-STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
+JK_LIBRARY_FRAGMENT(m) {
   m.def(
       "masked_attention_cpu_fwd(Tensor query, Tensor key, Tensor value, Tensor? query_ids, Tensor? "
       "key_ids, Tensor? cu_seqlens_q, "
@@ -291,12 +291,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
       "-> (Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CPU, m) {
+JK_LIBRARY_IMPL(CPU, m) {
   m.impl("masked_attention_cpu_fwd", TORCH_BOX(&jk::attention::cpu_fwd));
   m.impl("masked_attention_cpu_bwd", TORCH_BOX(&jk::attention::cpu_bwd));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CUDA, m) {
+JK_LIBRARY_IMPL(CUDA, m) {
   m.impl("masked_attention_cuda_fwd", TORCH_BOX(&jk::attention::cuda_fwd));
   m.impl("masked_attention_cuda_bwd", TORCH_BOX(&jk::attention::cuda_bwd));
 }

@@ -2,8 +2,8 @@
 steps.
 
 Layout: ``objectives/``, ``modules/`` and ``steps/`` with one .npz file per case. Every array of
-every file is either compared or used as an input; one that is neither is a miss. Published quirks
-are switched on.
+every file is either compared or used as an input; one that is neither is a miss. Published
+behaviour is switched on.
 
 Tolerances are fixed: 1e-5 of an array's norm; 1e-4 for gradients through the model, and for the
 norms and sums of weights after a step. An array that misses its tolerance may still pass by its own

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from jepa.conformance import check_folder, print_report
-from jepa.quirks import Quirks
+from jepa.published_behaviour import PublishedBehaviour
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     console = Console()
-    console.print(f"published quirks switched on: {', '.join(Quirks.published().active())}")
+    switches = ", ".join(PublishedBehaviour.names())
+    console.print(f"published behaviour switched on: {switches}")
     try:
         report = check_folder(options.folder, options.backend)
     except FileNotFoundError as failure:

@@ -71,7 +71,8 @@ class Golden:
     def __getitem__(self, key: str) -> NDArray[Any]:
         """The array as it is in the file: what results are compared with."""
         self._unread.discard(key)
-        return self._arrays[key]
+        array: NDArray[Any] = self._arrays[key]
+        return array
 
     def tensor(self, key: str) -> Tensor:
         """The array as an input of this run: moved, and in the run's dtype if it is no integer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,10 +100,10 @@ def _rotated(x: Tensor, ids: Tensor, rope: Rope3D) -> Tensor:
     cosine, sine = (
         torch.cat([table[row] for row in rows], dim=-1)[:, :, None] for table in (cosine, sine)
     )
-    turned, rest = x.split([cosine.shape[-1], x.shape[-1] - cosine.shape[-1]], dim=-1)
-    even, odd = turned[..., 0::2], turned[..., 1::2]
+    rotated, rest = x.split([cosine.shape[-1], x.shape[-1] - cosine.shape[-1]], dim=-1)
+    even, odd = rotated[..., 0::2], rotated[..., 1::2]
     return torch.cat(
-        [turned * cosine + torch.stack([-odd, even], dim=-1).flatten(-2) * sine, rest], dim=-1
+        [rotated * cosine + torch.stack([-odd, even], dim=-1).flatten(-2) * sine, rest], dim=-1
     )
 
 
@@ -369,8 +370,8 @@ def _compare_updates(
     report: Report,
     tag: str,
     schedule: ScheduleConfig,
-    groups: list,
-    parameters: dict,
+    groups: list[dict[str, Any]],
+    parameters: dict[str, nn.Parameter],
 ) -> None:
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
     for step in (1, 2, 3):

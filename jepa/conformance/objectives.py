@@ -17,13 +17,16 @@ from jepa.objectives import (
     Objective,
     ObjectiveConfig,
     ObjectiveContext,
+    action,
     build_heads,
     compute_all,
+    context,
     get,
+    kinematic,
+    sigreg,
     weights,
 )
-from jepa.objectives.sigreg import projection
-from jepa.quirks import Quirks
+from jepa.published_behaviour import PublishedBehaviour
 from jepa.target import standardise
 from jepa.variants import VARIANTS, VariantConfig, variant
 
@@ -72,11 +75,11 @@ _KINDS = {"velocity": "l1", "huber": "huber", "acceleration": "acceleration"}
 
 
 def check(golden: Golden, report: Report) -> None:
-    """Compares one file of objectives/ with the variant of its name, published quirks on."""
+    """Compares one file of objectives/ with the variant of its name, published behaviour on."""
     if golden.name not in VARIANTS:
         report.miss("(file)", f"unknown file: no variant is named {golden.name!r}")
         return
-    cfg = variant(golden.name, quirks="published_quirks")
+    cfg = variant(golden.name, published_behaviour="all")
     _check_configuration(golden, report, cfg)
     loss, features, heads = _losses(golden, report, cfg)
     report.compare("loss", loss, golden["loss"])
@@ -101,27 +104,30 @@ def _check_configuration(golden: Golden, report: Report, cfg: VariantConfig) -> 
     for published, (name, option) in _OPTIONS.items():
         own = objectives.get(name, get(name).Config())
         report.compare(f"cfg_{published}", float(getattr(own, option)), golden[f"cfg_{published}"])
-    kinematic = objectives.get("kinematic", get("kinematic").Config())
-    report.equal("cfg_kinematic_type", _KINDS[kinematic.kind], str(golden["cfg_kinematic_type"]))
+    smoothness = objectives.get("kinematic", kinematic.Config())
+    assert isinstance(smoothness, kinematic.Config)
+    seen = objectives["context"]
+    assert isinstance(seen, context.Config)
+    report.equal("cfg_kinematic_type", _KINDS[smoothness.kind], str(golden["cfg_kinematic_type"]))
     report.equal(
         "cfg_kinematic_anneal",
-        kinematic.schedule.kind == "cosine",
+        smoothness.schedule.kind == "cosine",
         bool(golden["cfg_kinematic_anneal"]),
     )
     report.equal("cfg_disable_ema", cfg.target.kind == "online", bool(golden["cfg_disable_ema"]))
     report.equal(
         "cfg_weight_distance_loss",
-        objectives["context"].weight_by_distance,
+        seen.weight_by_distance,
         bool(golden["cfg_weight_distance_loss"]),
     )
     report.compare(
         "cfg_fwm_app_ratio", cfg.factorisation.appearance_share, golden["cfg_fwm_app_ratio"]
     )
-    report.compare("cfg_lambda_value", objectives["context"].weight, golden["cfg_lambda_value"])
-    report.equal("cfg_ac_target_dim", get("action").COLOURS, golden.integer("cfg_ac_target_dim"))
+    report.compare("cfg_lambda_value", seen.weight, golden["cfg_lambda_value"])
+    report.equal("cfg_ac_target_dim", action.COLOURS, golden.integer("cfg_ac_target_dim"))
     report.equal("cfg_loss_exp", 1.0, golden.number("cfg_loss_exp"))
     if "cfg_current_kinematic_coeff" in golden:
-        weight = forced_weights(objectives, _progress(golden), cfg.quirks)["kinematic"]
+        weight = forced_weights(objectives, _progress(golden), cfg.published_behaviour)["kinematic"]
         report.compare("cfg_current_kinematic_coeff", weight, golden["cfg_current_kinematic_coeff"])
     # Facts about how the file was made that need no comparison of their own.
     golden.integer("mask_seed")
@@ -136,11 +142,11 @@ def _progress(golden: Golden) -> float:
 
 
 def forced_weights(
-    objectives: Mapping[str, ObjectiveConfig], progress: float, quirks: Quirks
+    objectives: Mapping[str, ObjectiveConfig], progress: float, behaviour: PublishedBehaviour
 ) -> dict[str, float]:
     """The weights in force, with the context loss at its final weight: the golden runs have no
     ramp."""
-    return {**weights(objectives, 0, progress, quirks), "context": objectives["context"].weight}
+    return {**weights(objectives, 0, progress, behaviour), "context": objectives["context"].weight}
 
 
 def _losses(
@@ -180,12 +186,12 @@ def _losses(
         levels=levels,
         factorisation=cfg.factorisation,
         heads=heads,
-        quirks=cfg.quirks,
+        published_behaviour=cfg.published_behaviour,
         clips=golden.tensor("clip") if "action" in cfg.objectives else None,
         patch_size=golden.integer("patch_size"),
         tubelet_size=golden.integer("tubelet_size"),
     )
-    weight = forced_weights(cfg.objectives, _progress(golden), cfg.quirks)
+    weight = forced_weights(cfg.objectives, _progress(golden), cfg.published_behaviour)
     for name, objective in cfg.objectives.items():
         term: Objective = get(name).compute(ctx, objective)
         published = TERMS[name]
@@ -249,9 +255,10 @@ def _check_projection(
 ) -> None:
     """The random directions and the quadrature of SIGReg."""
     own = cfg.objectives["sigreg"]
+    assert isinstance(own, sigreg.Config)
     report.compare(
         "sigreg_A",
-        projection(ctx.context_tokens.float(), own.slices, own.seed + ctx.step),
+        sigreg.projection(ctx.context_tokens.float(), own.slices, own.seed + ctx.step),
         golden["sigreg_A"],
     )
     time = torch.linspace(0.0, own.largest_point, own.points)
@@ -267,7 +274,7 @@ def _read_heads(
 ) -> tuple[nn.ModuleDict, dict[str, nn.Parameter]]:
     heads = build_heads(cfg.objectives, FeatureDims(width, levels, cfg.factorisation))
     heads.to(golden.dtype)
-    parameters = {}
+    parameters: dict[str, nn.Parameter] = {}
     for published, name in HEADS.items():
         keys = golden.names(f"param_{published}.")
         if not keys:

@@ -24,7 +24,7 @@ NO_GRADIENT = -1.0
 
 
 def check(golden: Golden, report: Report) -> None:
-    """Compares one file of steps/ with the variant of its name, published quirks on."""
+    """Compares one file of steps/ with the variant of its name, published behaviour on."""
     if golden.name == "init_state":
         _check_initial_state(golden, report)
         return
@@ -48,7 +48,7 @@ def _check_initial_state(golden: Golden, report: Report) -> None:
     """The weights every file starts from: our modules take all of them under their public names."""
     model = golden_model(*_widths(golden), mask_tokens=len(golden.names("predictor.mask_tokens.")))
     bundle = phases.ModelBundle(model, variant("baseline")).to(golden.dtype)
-    for name, module in {"encoder": bundle.context_encoder, "predictor": bundle.predictor}.items():
+    for name, module in (("encoder", bundle.context_encoder), ("predictor", bundle.predictor)):
         module.load_public(
             {key.removeprefix(f"{name}."): golden.tensor(key) for key in golden.names(f"{name}.")}
         )
@@ -67,13 +67,13 @@ def _widths(initial: Golden) -> tuple[int, int, int]:
 
 
 def _configuration(name: str) -> VariantConfig:
-    """The variant with every published quirk, and the context loss at its final weight: the golden
-    runs have no ramp."""
-    cfg = variant(name, quirks="published_quirks")
-    quirks = dataclasses.replace(cfg.quirks, context_ramp_fixed_steps=False)
+    """The variant with all published behaviour, and the context loss at its final weight: the
+    golden runs have no ramp."""
+    cfg = variant(name, published_behaviour="all")
+    behaviour = dataclasses.replace(cfg.published_behaviour, context_ramp_fixed_steps=False)
     context = dataclasses.replace(cfg.objectives["context"], schedule=WeightSchedule())
     return dataclasses.replace(
-        cfg, quirks=quirks, objectives={**cfg.objectives, "context": context}
+        cfg, published_behaviour=behaviour, objectives={**cfg.objectives, "context": context}
     )
 
 
@@ -97,6 +97,7 @@ def _initial_state(golden: Golden, report: Report) -> phases.TrainState:
     for key, value in bundle.predictor.state_dict().items():
         own.setdefault(key, torch.zeros_like(value))
     bundle.predictor.load_public({key: own[key] for key in bundle.predictor.state_dict()})
+    assert bundle.target_encoder is not None  # every published configuration keeps one
     bundle.target_encoder.load_state_dict(bundle.context_encoder.state_dict())
     for published, name in HEADS.items():
         keys = golden.names(f"init_{published}.")
@@ -110,7 +111,8 @@ def _initial_state(golden: Golden, report: Report) -> phases.TrainState:
 
 def _parameter_names(bundle: phases.ModelBundle) -> dict[str, nn.Parameter]:
     """Published name -> parameter."""
-    modules = {
+    assert bundle.target_encoder is not None  # every published configuration keeps one
+    modules: dict[str, nn.Module] = {
         "encoder": bundle.context_encoder,
         "predictor": bundle.predictor,
         "target_encoder": bundle.target_encoder,
@@ -141,6 +143,7 @@ def _first_step(
     target, target_live = phases.target_features(bundle, batch, cfg)
     context_tokens = phases.context_features(bundle, batch, cfg)
     predicted, predicted_context = phases.predictions(bundle, context_tokens, batch, cfg)
+    assert predicted_context is not None  # asked for by default
     packed = {"z_enc": context_tokens, "z_pred": predicted, "z_context": predicted_context}
     for kind, rows in packed.items():
         parts = [f"{kind}_{j}" for j in range(batch.masks.num_sets)]

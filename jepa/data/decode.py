@@ -457,8 +457,8 @@ def _clip(
 def _picture(
     frame: av.VideoFrame, stream: av.VideoStream, spec: ClipSpec
 ) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-    """Pixels [H, W, 3] at the size of `spec`, turned upright; and the upright source size in square
-    pixels."""
+    """Pixels [H, W, 3] at the size of `spec`, rotated upright; and the upright source size in
+    square pixels."""
     turns = round(frame.rotation / 90) % 4
     sideways = turns % 2 == 1
     height, width = (spec.width, spec.height) if sideways else (spec.height, spec.width)

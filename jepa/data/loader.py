@@ -43,7 +43,7 @@ class LoaderConfig:
     `views` None leaves clips whole; `random` False takes centred views and the middle of each
     video. `masks` None samples none. Ranks share one global batch: rank r of `world` reads places
     r*batch_size .. (r+1)*batch_size-1, and each place has random numbers of its own. With
-    `rank_independent_seed` (a quirk of the published code) all ranks draw those of rank 0 for their
+    `rank_independent_seed` (as the published code does) all ranks draw those of rank 0 for their
     own samples. `stages`, by rising step, change the size within a run. A sample that cannot be
     read makes way for another one, or with `substitutes` False is left out of its batch.
     """

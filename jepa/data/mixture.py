@@ -30,7 +30,7 @@ class Picker(Protocol):
     rank's."""
 
     datasets: Sequence[ClipDataset]
-    repeat_stills: bool  # stills become clips of equal frames (a quirk of the published code)
+    repeat_stills: bool  # stills become clips of equal frames (as in the published code)
 
     def pick(
         self, seed: int, step: int, slots: NDArray[np.int64], global_batch: int
@@ -84,7 +84,7 @@ class Mixture:
 
     Clips of one batch have one length, so a step reads either videos or stills (T = 1), drawn for
     the whole global batch by the weight of each kind; over many steps every data set gets its
-    share. With `repeat_stills` (a quirk of the published code) stills are repeated to the length of
+    share. With `repeat_stills` (as in the published code) stills are repeated to the length of
     the videos and mix with them freely; temporal objectives then run on stills.
     """
 

@@ -154,7 +154,7 @@ class MovingShapes:
             np.floor(centre_y[seen])[:, None] + offset,
             np.floor(centre_x[seen])[:, None] + offset,
         )
-        # Pixel centres relative to the shape, turned into its own axes and measured in radii.
+        # Pixel centres relative to the shape, rotated into its own axes and measured in radii.
         down = ((rows + 0.5 - centre_y[seen, None]) / radius).astype(np.float32)[:, :, None]
         across = ((columns + 0.5 - centre_x[seen, None]) / radius).astype(np.float32)[:, None, :]
         cosine = np.array([math.cos(a) for a in angle[seen]], dtype=np.float32)[:, None, None]

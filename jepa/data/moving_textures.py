@@ -369,7 +369,7 @@ def _waves(
     band: tuple[float, float],
     angles: tuple[float, float],
     octaves: Float64,
-    turned: Float64,
+    rotated: Float64,
 ) -> Waves:
     """Vertical and horizontal frequency, amplitude [F, K] and phase [K] of the waves of a field.
 
@@ -377,8 +377,8 @@ def _waves(
         draws: two shifts of the band, then three numbers per wave, in [0, 1).
         band: lowest and highest frequency, cycles per side; places in it are on a log scale.
         angles: centre and half width of the range of angles.
-        octaves, turned: [F] how far the field has been zoomed (higher frequency: smaller) and
-            turned at each frame.
+        octaves, rotated: [F] how far the field has been zoomed (higher frequency: smaller) and
+            rotated at each frame.
     """
     jitter = draws[2:].reshape(3, count)
     # Evenly spread with jitter, then shifted by one uniform number: the set has the same
@@ -388,7 +388,7 @@ def _waves(
     place = (evenly + jitter[0]) / count + draws[0]
     turn = (5 * evenly % count + jitter[1]) / count + draws[1]
     place = np.mod(place + octaves[:, None] / math.log2(band[1] / band[0]), 1.0)
-    turn = np.mod(turn + turned[:, None] / (2 * angles[1]), 1.0)
+    turn = np.mod(turn + rotated[:, None] / (2 * angles[1]), 1.0)
     frequency = 2 * math.pi * band[0] * (band[1] / band[0]) ** place
     angle = angles[0] + angles[1] * (2 * turn - 1)
     # A full half circle of angles has no ends to fade at: a wave and its opposite are the same.

@@ -112,8 +112,8 @@ class MaskPolicy:
         return max(1, int(time_steps * self.context_share))
 
     def published(self) -> MaskPolicy:
-        """This policy with the published quirks: batch truncation, one size per step, point-sampled
-        and wrongly scaled motion maps."""
+        """This policy with the published behaviour: batch truncation, one size per step,
+        point-sampled and wrongly scaled motion maps."""
         motion = (
             None
             if self.motion is None

@@ -54,8 +54,7 @@ class Attention(nn.Module):
             cu_seqlens_k=layout.cu_seqlens,
             backend=self.backend,
         )
-        # Without return_lse it is one tensor.
-        projected: Tensor = self.proj(cast(Tensor, mixed).flatten(-2))
+        projected: Tensor = self.proj(mixed.flatten(-2))
         return projected
 
 

@@ -27,7 +27,7 @@ from jepa.objectives.base import (
     WeightSchedule,
 )
 from jepa.objectives.context import published_factor
-from jepa.quirks import Quirks
+from jepa.published_behaviour import PublishedBehaviour
 
 __all__ = [
     "Denominators",
@@ -93,13 +93,15 @@ def parse_objectives(value: Any, path: str) -> dict[str, ObjectiveConfig]:
     }
 
 
-def weights(objectives: Objectives, step: int, progress: float, quirks: Quirks) -> dict[str, float]:
+def weights(
+    objectives: Objectives, step: int, progress: float, behaviour: PublishedBehaviour
+) -> dict[str, float]:
     """The weight of every objective at a moment of training: numbers on the host, so that weight 0
     can skip the work."""
     result = {}
     for name, cfg in objectives.items():
         factor = cfg.schedule.factor(progress)
-        if name == "context" and quirks.context_ramp_fixed_steps:
+        if name == "context" and behaviour.context_ramp_fixed_steps:
             factor = published_factor(step)
         result[name] = cfg.weight * factor
     return result

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import jepa_kernels
 from jepa.batch import MaskBatch
-from jepa.quirks import Quirks
+from jepa.published_behaviour import PublishedBehaviour
+from jepa_kernels.ops import collective
 from jepa_kernels.ops.latent_rollout.cells import Cell
 
 
@@ -189,7 +190,7 @@ class ObjectiveContext:
         levels: L, the number of encoder levels in a feature.
         factorisation: which channels hold appearance and which dynamics.
         heads: the objectives' own modules by objective name.
-        quirks: the published defects that are switched on.
+        published_behaviour: the published defects that are switched on.
         clips: the normalised clips ``[B, 3, frames, H, W]``; None where only features are given.
         patch_size: side of a patch in pixels.
         tubelet_size: frames of a token.
@@ -208,7 +209,7 @@ class ObjectiveContext:
     levels: int
     factorisation: Factorisation = field(default_factory=Factorisation)
     heads: nn.ModuleDict = field(default_factory=nn.ModuleDict)
-    quirks: Quirks = field(default_factory=Quirks)
+    published_behaviour: PublishedBehaviour = field(default_factory=PublishedBehaviour)
     clips: Tensor | None = None
     patch_size: int = 16
     tubelet_size: int = 2
@@ -399,31 +400,21 @@ def segment_softmax_weights(values: Tensor, offsets: Tensor, temperature: float)
     )
 
 
+def all_ranks() -> dist.ProcessGroup | None:
+    """The group of all processes; None where there is one process."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    return dist.group.WORLD
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum over all processes, differentiable; the value itself where there is one process.
 
     Every rank must call it equally often. If each rank then takes 1/ranks of a loss of the sum, the
     gradients add up to the right one.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return value
-    # torch declares `apply` without types.
-    total: Tensor = _SumOverRanks.apply(value)  # type: ignore[no-untyped-call]
-    return total
-
-
-class _SumOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        total = value.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.clone()
-        dist.all_reduce(total)
-        return total
+    group = all_ranks()
+    return value if group is None else collective.sum_over_ranks(value, group)
 
 
 def two_layer_head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:

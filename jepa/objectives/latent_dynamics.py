@@ -69,17 +69,16 @@ def compute(ctx: ObjectiveContext, cfg: Config) -> Objective:
     if cfg.hard_region:
         error = error * segment_softmax_weights(error, _segments(ctx), cfg.temperature)
     loss = ctx.pair_mean(error)
-    return Objective(
-        loss.detach() if cfg.hard_region and ctx.quirks.dynamics_hard_no_gradient else loss,
-        ctx.step_metrics(errors),
-    )
+    if cfg.hard_region and ctx.published_behaviour.dynamics_hard_no_gradient:
+        loss = loss.detach()
+    return Objective(loss, ctx.step_metrics(errors))
 
 
 def _segments(ctx: ObjectiveContext) -> Tensor:
     """Where each softmax group of the pairs begins: one group per sequence (pairs are ordered by
     sequence), or one per mask set."""
     masks = ctx.masks
-    if ctx.quirks.dynamics_hard_pooled:
+    if ctx.published_behaviour.dynamics_hard_pooled:
         group, groups = masks.pair_set, masks.num_sets
     else:
         sample = torch.div(masks.pair_rows[:, 0], masks.num_tokens, rounding_mode="floor")

@@ -62,8 +62,9 @@ def accelerate(model: nn.Module, *, options: Sequence[str] = ()) -> Report:
 
     Notes:
         Attention probabilities are not computed: where the original returns them, the fused forward
-        returns None, as SDPA does. Works with activation checkpointing and torch.compile; call it
-        before either.
+        returns None, as SDPA does. Modules of transformers whose ``config.output_attentions`` is
+        set are left as they are, and reported. Works with activation checkpointing and
+        torch.compile; call it before either.
 
     Example:
         >>> import torch

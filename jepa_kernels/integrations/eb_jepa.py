@@ -4,18 +4,19 @@ planners call, through latent_rollout."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import sentence, type_name
 from ..ops.latent_rollout import GRU, latent_rollout
-from .replace import CodeBase, Target
+from .replace import CodeBase, Foreign, Target
 
 _PREDICTOR = "eb_jepa.architectures:RNNPredictor"
 
 
-def _cell(predictor: nn.Module) -> GRU:
+def _cell(predictor: Foreign) -> GRU:
     rnn, norm = predictor.rnn, predictor.final_ln
     return GRU(
         rnn.weight_ih_l0,
@@ -28,7 +29,7 @@ def _cell(predictor: nn.Module) -> GRU:
     )
 
 
-def _predictor_obstacles(module: nn.Module) -> list[str]:
+def _predictor_obstacles(module: Foreign) -> list[str]:
     rnn, norm = module.rnn, module.final_ln
     reasons = []
     if rnn.num_layers != 1 or rnn.bidirectional or rnn.batch_first:
@@ -48,7 +49,7 @@ def _predictor_obstacles(module: nn.Module) -> list[str]:
     return reasons
 
 
-def _model_obstacles(module: nn.Module) -> list[str]:
+def _model_obstacles(module: Foreign) -> list[str]:
     predictor = module.predictor
     if not isinstance(getattr(predictor, "rnn", None), nn.GRU):
         return [
@@ -58,7 +59,7 @@ def _model_obstacles(module: nn.Module) -> list[str]:
     return _predictor_obstacles(predictor)
 
 
-def _predict(self, state: Tensor, action: Tensor) -> Tensor:
+def _predict(self: Foreign, state: Tensor, action: Tensor) -> Tensor:
     """One step, ``[B, D, 1, 1, 1]`` and ``[B, A, 1]`` to ``[B, D, 1, 1, 1]``."""
     moved = latent_rollout(
         state.flatten(1), _cell(self), 1, actions=action.flatten(1)[None], output="last"
@@ -66,7 +67,7 @@ def _predict(self, state: Tensor, action: Tensor) -> Tensor:
     return moved[:, :, None, None, None]
 
 
-def _roll(model: nn.Module, start: Tensor, actions: Tensor, steps: int) -> Tensor:
+def _roll(model: Foreign, start: Tensor, actions: Tensor, steps: int) -> Tensor:
     """States 1 to `steps` as ``[B, D, steps, 1, 1]`` from ``[B, D]`` and encoded actions ``[B, A,
     T]``."""
     if not steps:
@@ -78,15 +79,15 @@ def _roll(model: nn.Module, start: Tensor, actions: Tensor, steps: int) -> Tenso
 
 
 def _unroll(
-    self,
-    observations,
-    actions,
-    nsteps=1,
-    unroll_mode="parallel",
-    ctxt_window_time=1,
-    compute_loss=True,
-    return_all_steps=False,
-):
+    self: Foreign,
+    observations: Tensor,
+    actions: Tensor | None,
+    nsteps: int = 1,
+    unroll_mode: str = "parallel",
+    ctxt_window_time: int = 1,
+    compute_loss: bool = True,
+    return_all_steps: bool = False,
+) -> tuple[Tensor | list[Tensor], tuple[Any, ...] | None]:
     """The autoregressive unroll of a GRU predictor as one rollout; what it returns is what the
     original returns."""
     if unroll_mode != "autoregressive":
@@ -120,7 +121,7 @@ def _unroll(
     return sequence, losses
 
 
-def planning_unroll(model: nn.Module) -> Callable[..., Tensor]:
+def planning_unroll(model: Foreign) -> Callable[..., Tensor]:
     """What a planner of eb_jepa calls to score candidates, without encoding the same observation
     once per candidate.
 

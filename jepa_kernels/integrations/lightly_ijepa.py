@@ -7,20 +7,21 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..ops.masked_attention import masked_attention
-from .replace import CodeBase, Target, dropout_obstacles
+from .replace import CodeBase, Foreign, Target, dropout_obstacles
 
 
-def _block_forward(self: nn.Module, input: Tensor) -> Tensor:
+def _block_forward(self: Foreign, input: Tensor) -> Tensor:
     """torchvision's block: its attention is torch's own MultiheadAttention, which serves too many
     others to be replaced itself."""
     attention = self.self_attention
     projected = linear(self.ln_1(input), attention.in_proj_weight, attention.in_proj_bias)
     query, key, value = projected.unflatten(-1, (3, attention.num_heads, -1)).unbind(-3)
     x = input + self.dropout(attention.out_proj(masked_attention(query, key, value).flatten(-2)))
-    return x + self.mlp(self.ln_2(x))
+    out: Tensor = x + self.mlp(self.ln_2(x))
+    return out
 
 
-def _block_obstacles(module: nn.Module) -> list[str]:
+def _block_obstacles(module: Foreign) -> list[str]:
     attention = module.self_attention
     reasons = dropout_obstacles(module, attention_dropout=attention.dropout)
     if (
@@ -37,7 +38,7 @@ def _block_obstacles(module: nn.Module) -> list[str]:
 
 
 def _attention_forward(
-    self: nn.Module, x: Tensor, attn_mask: None = None, is_causal: bool = False
+    self: Foreign, x: Tensor, attn_mask: None = None, is_causal: bool = False
 ) -> Tensor:
     if attn_mask is not None or is_causal:
         raise ValueError(
@@ -45,11 +46,14 @@ def _attention_forward(
             "restore(model) to use them."
         )
     query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-    out = masked_attention(self.q_norm(query), self.k_norm(key), value, scale=float(self.scale))
-    return self.proj_drop(self.proj(out.flatten(-2)))
+    attended = masked_attention(
+        self.q_norm(query), self.k_norm(key), value, scale=float(self.scale)
+    )
+    out: Tensor = self.proj_drop(self.proj(attended.flatten(-2)))
+    return out
 
 
-def _attention_obstacles(module: nn.Module) -> list[str]:
+def _attention_obstacles(module: Foreign) -> list[str]:
     reasons = dropout_obstacles(module, attn_drop=module.attn_drop.p)
     if getattr(module, "gate", None) is not None or not isinstance(
         getattr(module, "norm", nn.Identity()), nn.Identity

@@ -13,11 +13,14 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from ..checks import sentence
 
+# A module of a class that is never imported here: nothing is known of its attributes' types.
+Foreign: TypeAlias = Any
 _MARK = "_jepa_kernels_fused"
 
 
@@ -43,8 +46,8 @@ class Target:
     """
 
     names: tuple[str, ...]
-    forward: Callable
-    obstacles: Callable[[nn.Module], list[str]]
+    forward: Callable[..., Any]
+    obstacles: Callable[[Foreign], list[str]]
     fuses: str
     marker: str = ""
     keeps: Callable[..., bool] | None = None
@@ -182,7 +185,7 @@ def accelerate(model: nn.Module, bases: Sequence[CodeBase], options: Sequence[st
     return report
 
 
-def _either(target: Target, module: nn.Module, *args, **kwargs):
+def _either(target: Target, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The fused forward, or the class's own for a call that it keeps."""
     assert target.keeps is not None
     own = getattr(type(module), target.method)
@@ -213,7 +216,7 @@ def patched(
     installed, or lacks a package of its own, is passed over, or refused where the caller `named`
     it.
     """
-    undo: list[tuple[type, str, Callable]] = []
+    undo: list[tuple[type, str, Callable[..., Any]]] = []
     names = []
     try:
         for base in bases:
@@ -236,8 +239,8 @@ def patched(
             setattr(kind, method, original)
 
 
-def _choosing(target: Target, original: Callable) -> Callable:
-    def forward(self, *args, **kwargs):
+def _choosing(target: Target, original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Foreign, *args: Any, **kwargs: Any) -> Any:
         fused = target.fits(self) and not target.obstacles(self)
         if fused and target.keeps is not None:
             fused = not target.keeps(self, *args, **kwargs)
@@ -279,6 +282,14 @@ def _installed(name: str, method: str) -> type | None:
         if isinstance(found, type) and full_name(found) == name and method in vars(found)
         else None
     )
+
+
+def weights_obstacles(module: nn.Module) -> list[str]:
+    """The fused op computes no attention weights: a module whose configuration asks for them at
+    every call keeps its forward."""
+    if getattr(getattr(module, "config", None), "output_attentions", False):
+        return ["config.output_attentions must be False, since the fused op computes no weights"]
+    return []
 
 
 def dropout_obstacles(module: nn.Module, **probabilities: float) -> list[str]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 
 from ..ops.masked_attention import masked_attention
-from .replace import CodeBase, Target, dropout_obstacles
+from .replace import CodeBase, Foreign, Target, dropout_obstacles, weights_obstacles
 
 
-def _forward(self: nn.Module, hidden_states: Tensor, attention_mask: None = None, **kwargs):
+def _forward(
+    self: Foreign, hidden_states: Tensor, attention_mask: None = None, **kwargs: Any
+) -> tuple[Tensor, None]:
     layers = (self.q_proj, self.k_proj, self.v_proj)
     query, key, value = (
         layer(hidden_states).unflatten(-1, (-1, self.head_dim)) for layer in layers
@@ -17,14 +21,18 @@ def _forward(self: nn.Module, hidden_states: Tensor, attention_mask: None = None
 
 
 def _keeps(
-    self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs
+    self: Foreign,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    output_attentions: bool = False,
+    **kwargs: Any,
 ) -> bool:
-    return attention_mask is not None
+    return attention_mask is not None or output_attentions
 
 
 def _forward_self(
-    self: nn.Module, hidden_states: Tensor, head_mask: None = None, output_attentions: bool = False
-):
+    self: Foreign, hidden_states: Tensor, head_mask: None = None, output_attentions: bool = False
+) -> tuple[Tensor, None]:
     """The class of releases before 5: projections named query, key, value; the output projection is
     a module of its own."""
     layers = (self.query, self.key, self.value)
@@ -35,7 +43,7 @@ def _forward_self(
 
 
 def _keeps_self(
-    self: nn.Module,
+    self: Foreign,
     hidden_states: Tensor,
     head_mask: Tensor | None = None,
     output_attentions: bool = False,
@@ -43,17 +51,13 @@ def _keeps_self(
     return head_mask is not None or output_attentions
 
 
-def _obstacles(module: nn.Module) -> list[str]:
-    """Attention weights that every call is to return, and dropout."""
-    found = dropout_obstacles(module, attention_probs_dropout_prob=module.attention_dropout)
-    if getattr(module.config, "output_attentions", False):
-        found.append(
-            "config.output_attentions must be False, since the fused op computes no weights"
-        )
-    return found
+def _obstacles(module: Foreign) -> list[str]:
+    return dropout_obstacles(
+        module, attention_probs_dropout_prob=module.attention_dropout
+    ) + weights_obstacles(module)
 
 
-def _obstacles_self(module: nn.Module) -> list[str]:
+def _obstacles_self(module: Foreign) -> list[str]:
     return dropout_obstacles(module, attention_probs_dropout_prob=module.dropout_prob)
 
 

@@ -4,13 +4,17 @@ attentive pooler of the classifier."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.masked_attention import masked_attention
 from ..rope3d import Rope3D
-from .replace import CodeBase, Target, dropout_obstacles
+from .replace import CodeBase, Foreign, Target, dropout_obstacles, weights_obstacles
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import BaseModelOutput
 
 # Frames (in tubelets) that ids of a masked call may reach: the model extrapolates beyond the length
 # it is configured for.
@@ -18,16 +22,17 @@ _FRAMES = 256
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1))
+    split: Tensor = x.unflatten(-1, (heads, -1))
+    return split
 
 
 def _rope_forward(
-    self: nn.Module,
+    self: Foreign,
     hidden_states: Tensor,
     position_mask: Tensor | None = None,
     output_attentions: bool = False,
     head_mask: None = None,
-):
+) -> tuple[Tensor, None]:
     _refuse(output_attentions=output_attentions, head_mask=head_mask)
     heads, side = self.num_attention_heads, self.grid_size
     query, key, value = (
@@ -44,11 +49,11 @@ def _rope_forward(
 
 
 def _self_forward(
-    self: nn.Module,
+    self: Foreign,
     hidden_states: Tensor,
     attention_mask: None = None,
     output_attentions: bool = False,
-):
+) -> tuple[Tensor, None]:
     _refuse(attention_mask=attention_mask, output_attentions=output_attentions)
     query, key, value = (
         _heads(layer(hidden_states), self.num_heads)
@@ -58,13 +63,13 @@ def _self_forward(
 
 
 def _cross_forward(
-    self: nn.Module,
+    self: Foreign,
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
     attention_mask: None = None,
     output_attentions: bool = False,
-):
+) -> tuple[Tensor, None]:
     _refuse(attention_mask=attention_mask, output_attentions=output_attentions)
     projected = ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, values))
     query, key, value = (_heads(layer(x), self.num_heads) for layer, x in projected)
@@ -72,7 +77,7 @@ def _cross_forward(
 
 
 def encode_context(
-    encoder: nn.Module, pixel_values_videos: Tensor, context_mask: Sequence[Tensor]
+    encoder: Foreign, pixel_values_videos: Tensor, context_mask: Sequence[Tensor]
 ) -> Tensor:
     """The encoder on the kept tokens alone, as V-JEPA trains it: **another function** than the
     model's own forward.
@@ -94,15 +99,16 @@ def encode_context(
     tokens = _kept(tokens, context_mask)
     for layer in encoder.layer:
         tokens = layer(tokens, ids)[0]
-    return encoder.layernorm(tokens)
+    features: Tensor = encoder.layernorm(tokens)
+    return features
 
 
 def predict_targets(
-    predictor: nn.Module,
+    predictor: Foreign,
     context: Tensor,
     context_mask: Sequence[Tensor],
     target_mask: Sequence[Tensor],
-    **kwargs,
+    **kwargs: Any,
 ) -> Tensor:
     """The predictor on features of kept tokens, in the order they come in: what its forward
     computes, without sorting and unsorting.
@@ -131,7 +137,8 @@ def predict_targets(
         tokens = layer(tokens, ids, **kwargs)[0]
     # Every layer but attention treats tokens alone: what is not asked for is dropped ahead of norm
     # and projection.
-    return predictor.proj(predictor.layernorm(tokens[:, kept:]))
+    predicted: Tensor = predictor.proj(predictor.layernorm(tokens[:, kept:]))
+    return predicted
 
 
 def _kept(tokens: Tensor, masks: Sequence[Tensor]) -> Tensor:
@@ -144,15 +151,15 @@ def _kept(tokens: Tensor, masks: Sequence[Tensor]) -> Tensor:
 
 
 def _predictor_forward(
-    self: nn.Module,
+    self: Foreign,
     encoder_hidden_states: Tensor,
     context_mask: list[Tensor],
     target_mask: list[Tensor],
     head_mask: Sequence[None] | None = None,
     output_attentions: bool = False,
     output_hidden_states: bool = False,
-    **kwargs,
-):
+    **kwargs: Any,
+) -> BaseModelOutput:
     from transformers.modeling_outputs import BaseModelOutput
 
     # Release 4 passes a mask of heads for every layer, None where there is none.
@@ -179,17 +186,19 @@ def _refuse(**arguments: object) -> None:
             )
 
 
-def _rope_obstacles(module: nn.Module) -> list[str]:
-    return dropout_obstacles(module, attention_probs_dropout_prob=module.dropout_prob)
+def _rope_obstacles(module: Foreign) -> list[str]:
+    return dropout_obstacles(
+        module, attention_probs_dropout_prob=module.dropout_prob
+    ) + weights_obstacles(module)
 
 
-def _predictor_obstacles(module: nn.Module) -> list[str]:
+def _predictor_obstacles(module: Foreign) -> list[str]:
     """Whole layers take their own attention; only stochastic depth could tell tokens apart, and it
     draws per clip."""
     return []
 
 
-def _pooler_obstacles(module: nn.Module) -> list[str]:
+def _pooler_obstacles(module: Foreign) -> list[str]:
     return dropout_obstacles(module, attention_dropout=module.dropout)
 
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor
 
 from ..ops.masked_attention import masked_attention
-from .replace import CodeBase, Target, dropout_obstacles
+from .replace import CodeBase, Foreign, Target, dropout_obstacles
 from .vjepa2 import cross_forward, no_obstacles
 
 
-def _forward(self, x, mask=None):
+def _forward(self: Foreign, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None]:
     query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
     scale = None if self.use_sdpa else float(self.scale)
     return self.proj(masked_attention(query, key, value, scale=scale).flatten(-2)), None
 
 
-def _cross_forward(self, q, x):
+def _cross_forward(self: Foreign, q: Tensor, x: Tensor) -> Tensor:
     """Unlike V-JEPA 2's, the class has an output projection."""
-    return self.proj(cross_forward(self, q, x))
+    out: Tensor = self.proj(cross_forward(self, q, x))
+    return out
 
 
-def _obstacles(module: nn.Module) -> list[str]:
+def _obstacles(module: Foreign) -> list[str]:
     return dropout_obstacles(module, attn_drop=module.attn_drop.p, proj_drop=module.proj_drop_prob)
 
 

@@ -8,18 +8,25 @@ from torch import Tensor
 
 from ..ops.masked_attention import masked_attention
 from ..rope3d import Rope3D
-from .replace import CodeBase, Target
-from .vjepa2 import FRAMES, cross_forward, no_obstacles, obstacles, qkv, scale
+from .replace import CodeBase, Foreign, Target
+from .vjepa2 import FRAMES, cross_forward, no_obstacles, obstacles, qkv, scale, sides
 
 
-def _rope_forward(self, x, mask=None, T=None, H_patches=None, W_patches=None, return_attn=False):
+def _rope_forward(
+    self: Foreign,
+    x: Tensor,
+    mask: Tensor | None = None,
+    T: int | None = None,
+    H_patches: int | None = None,
+    W_patches: int | None = None,
+    return_attn: bool = False,
+) -> tuple[Tensor, None]:
     if return_attn and not self.use_sdpa:
         raise ValueError(
             "V-JEPA 2.1: return_attn must be False with the fused op, got True. Call "
             "restore(model) to see probabilities."
         )
-    sized = H_patches is not None and W_patches is not None
-    height, width = (int(H_patches), int(W_patches)) if sized else (self.grid_size, self.grid_size)
+    height, width = sides(self, H_patches, W_patches)
     first, last = int(self.has_cls_first), self.n_registers
     if mask is None:
         mask = torch.arange(x.shape[1] - first - last, device=x.device)
@@ -48,8 +55,9 @@ def _with_unrotated(ids: Tensor, first: int, last: int) -> Tensor:
     )
 
 
-def _plain_forward(self, x):
-    return self.proj(masked_attention(*qkv(self, x), scale=scale(self)).flatten(-2))
+def _plain_forward(self: Foreign, x: Tensor) -> Tensor:
+    out: Tensor = self.proj(masked_attention(*qkv(self, x), scale=scale(self)).flatten(-2))
+    return out
 
 
 _PATH = "app.vjepa_2_1.models.utils.modules"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .attention import CrossAttention, RoPEAttention
 from .cache import KeyValueCache
 from .ema import EMATeacher
+from .gaussianity import LeJEPALoss, SlicedGaussianity, lejepa_loss
 from .momentum import CosineMomentum, LinearMomentum
 
 __all__ = [
@@ -12,6 +13,9 @@ __all__ = [
     "CrossAttention",
     "EMATeacher",
     "KeyValueCache",
+    "LeJEPALoss",
     "LinearMomentum",
     "RoPEAttention",
+    "SlicedGaussianity",
+    "lejepa_loss",
 ]

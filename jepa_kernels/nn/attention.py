@@ -121,7 +121,7 @@ class RoPEAttention(nn.Module):
             T = _DEFAULT_FRAMES if mask is not None else -(-ids.shape[-1] // (height * width))
         rope = Rope3D((int(T), height, width), self.layout, self.interpolate_from)
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        out = masked_attention(
+        attended = masked_attention(
             query,
             key,
             value,
@@ -131,7 +131,8 @@ class RoPEAttention(nn.Module):
             scale=self.scale,
             backend=self.backend,
         )
-        return self.proj(out.flatten(-2))
+        out: torch.Tensor = self.proj(attended.flatten(-2))
+        return out
 
     def _ids(
         self, x: torch.Tensor, mask: torch.Tensor | None, height: int, width: int, packed: bool

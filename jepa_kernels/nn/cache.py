@@ -188,8 +188,8 @@ class KeyValueCache:
         ):
             if (numbers is not None) != required:
                 wanted = "be given, as for the cache" if required else "be None, as for the cache"
-                got = "None" if numbers is None else "a tensor"
-                raise ValueError(checks.sentence(_NAME, argument, wanted, got))
+                state = "None" if numbers is None else "a tensor"
+                raise ValueError(checks.sentence(_NAME, argument, wanted, state))
             if numbers is None:
                 continue
             checks.is_tensor(_NAME, argument, numbers)
@@ -225,22 +225,22 @@ class KeyValueCache:
     ) -> _Segment:
         """The last segment, with room for `count` more tokens that nobody else reads."""
         if not self._grows:
-            last = _Segment(
-                *(t.new_empty((t.shape[0], count, *t.shape[2:])) for t in (key, value)),
-                *(
-                    None if t is None else t.new_empty(count, dtype=torch.int64)
-                    for t in (ids, times)
-                ),
-                0,
+            keys, values = (t.new_empty((t.shape[0], count, *t.shape[2:])) for t in (key, value))
+            own_ids, own_times = (
+                None if t is None else t.new_empty(count, dtype=torch.int64) for t in (ids, times)
             )
+            last = _Segment(keys, values, own_ids, own_times, 0)
             self._segments.append(last)
             self.batch, self._grows, self._lent = key.shape[0], True, 0
         last = self._segments[-1]
         if last.length < self._lent or last.length + count > last.key.shape[1]:
             capacity = max(2 * last.length, last.length + count)
-            last.key, last.value, last.ids, last.times = (
-                _grown(t, dim, last.length, capacity)
-                for t, dim in ((last.key, 1), (last.value, 1), (last.ids, 0), (last.times, 0))
+            last.key, last.value = (
+                _grown(t, 1, last.length, capacity) for t in (last.key, last.value)
+            )
+            last.ids, last.times = (
+                None if t is None else _grown(t, 0, last.length, capacity)
+                for t in (last.ids, last.times)
             )
             self._lent = 0
         return last
@@ -282,12 +282,8 @@ class KeyValueCache:
         return out.view(query.shape), lse
 
 
-def _grown(
-    buffer: torch.Tensor | None, dim: int, length: int, capacity: int
-) -> torch.Tensor | None:
+def _grown(buffer: torch.Tensor, dim: int, length: int, capacity: int) -> torch.Tensor:
     """A copy of the first `length` entries with room for `capacity`."""
-    if buffer is None:
-        return None
     shape = list(buffer.shape)
     shape[dim] = capacity
     grown = buffer.new_empty(shape)
@@ -303,8 +299,8 @@ def _joined(parts: list[tuple[torch.Tensor, torch.Tensor]], query: torch.Tensor)
     largest = lse.amax(0).clamp(min=torch.finfo(lse.dtype).min)
     weights = (lse - largest).exp()
     weights = weights / weights.sum(0).clamp(min=torch.finfo(lse.dtype).tiny)
-    out = sum(
+    weighed: list[torch.Tensor] = [
         w.movedim(1, 2)[..., None] * out.to(w.dtype)
         for w, (out, _) in zip(weights, parts, strict=True)
-    )
-    return out.to(query.dtype)  # type: ignore[union-attr] # there is at least one part
+    ]
+    return sum(weighed[1:], start=weighed[0]).to(query.dtype)

@@ -82,6 +82,9 @@ class EMATeacher(nn.Module):
         True
     """
 
+    _counted: int
+    _skipped: torch.Tensor | None
+
     def __init__(
         self,
         student: nn.Module,
@@ -112,8 +115,9 @@ class EMATeacher(nn.Module):
         if self.compensation is not None:
             for tensor in (*self.compensation.parameters(), *self.compensation.buffers()):
                 tensor.zero_()
-        self.register_state_dict_post_hook(_drop_forward_copy)
-        self.register_load_state_dict_pre_hook(_add_forward_copy)
+        hooks: Any = self  # torch annotates neither function
+        hooks.register_state_dict_post_hook(_drop_forward_copy)
+        hooks.register_load_state_dict_pre_hook(_add_forward_copy)
         super().train(False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EMATeacher:
@@ -143,8 +147,8 @@ class EMATeacher(nn.Module):
 
     @num_updates.setter
     def num_updates(self, value: int) -> None:
-        self._counted: int = value
-        self._skipped: torch.Tensor | None = None
+        self._counted = value
+        self._skipped = None
 
     def _make_forward_copy(
         self, student: nn.Module, forward_dtype: torch.dtype | None
@@ -192,11 +196,12 @@ class EMATeacher(nn.Module):
                 for name, target in master.__dict__[kind].items():
                     if target is not None and id(target) not in found:
                         source = _of_student(student, kind, name)
-                        others = (
+                        copied, compensation = (
                             None if m is None else m.__dict__[kind][name] for m in (low, lost)
                         )
+                        is_float = averaged and _is_averaged(target)
                         found[id(target)] = Pair(
-                            name, target, source, *others, averaged and _is_averaged(target)
+                            name, target, source, copied, compensation, is_float
                         )
         return list(found.values())
 
@@ -268,25 +273,24 @@ class EMATeacher(nn.Module):
         by_device: dict[tuple[torch.device, bool], list[Pair]] = {}
         for pair in moved:
             by_device.setdefault((pair.target.device, pair.copy is not None), []).append(pair)
-        for (_, copies), group in by_device.items():
+        for group in by_device.values():
             ema_update_(
                 [p.target for p in group],
                 [p.source for p in group],
                 momentum,
-                copies=[p.copy for p in group] if copies else None,
+                copies=copies_of(group),
                 rounding=self.rounding,
-                compensations=[p.compensation for p in group] if self.rounding == "kahan" else None,
+                compensations=compensations_of(group),
                 seed=self.next_seed(part),
                 backend=self.backend,
             )
         for pair in pairs:
             if not pair.is_float:
-                skip = isinstance(momentum, torch.Tensor) and momentum.device == pair.target.device
                 # A momentum of exactly 1 on the device may mean a skipped step, which copies
                 # nothing either.
                 source = (
                     torch.where(momentum == 1, pair.target, pair.source.to(pair.target.dtype))
-                    if skip
+                    if isinstance(momentum, torch.Tensor) and momentum.device == pair.target.device
                     else pair.source
                 )
                 for place in (pair.target, pair.copy):
@@ -319,6 +323,18 @@ class EMATeacher(nn.Module):
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         self.num_updates, self.history_weight = int(state[0]), float(state[1])
+
+
+def copies_of(pairs: list[Pair]) -> list[torch.Tensor] | None:
+    """The forward copies of pairs that all have one, or None."""
+    found = [pair.copy for pair in pairs if pair.copy is not None]
+    return found if len(found) == len(pairs) else None
+
+
+def compensations_of(pairs: list[Pair]) -> list[torch.Tensor] | None:
+    """The Kahan compensations of pairs that all have one, or None."""
+    found = [pair.compensation for pair in pairs if pair.compensation is not None]
+    return found if len(found) == len(pairs) else None
 
 
 def _check(
@@ -374,14 +390,14 @@ def _check(
             )
     elif not callable(momentum):
         checks.is_finite_number(_NAME, "momentum", momentum)
-        if not 0.0 <= momentum <= 1.0:  # type: ignore[operator]
+        if not 0.0 <= momentum <= 1.0:  # type: ignore[operator] # a number
             raise ValueError(checks.sentence(_NAME, "momentum", "be from 0 to 1", momentum))
 
 
 def _of_student(student: nn.Module, kind: str, name: str) -> torch.Tensor:
     """The student's tensor of a name, or ValueError where it has been made into something else
     since the teacher was built."""
-    own = student.__dict__[kind].get(name)
+    own: torch.Tensor | None = student.__dict__[kind].get(name)
     if own is not None:
         return own
     hint = "Build the teacher from the module as it is now."
@@ -409,11 +425,12 @@ def _real(pair: Pair) -> Pair:
     """A complex tensor as its real and imaginary parts, which are averaged one by one."""
     if not pair.target.is_complex():
         return pair
-    parts = (
+    copied, compensation = (
         None if tensor is None else torch.view_as_real(tensor.detach())
-        for tensor in (pair.target, pair.source, pair.copy, pair.compensation)
+        for tensor in (pair.copy, pair.compensation)
     )
-    return Pair(pair.name, *parts, True)  # type: ignore[arg-type]
+    target, source = (torch.view_as_real(t.detach()) for t in (pair.target, pair.source))
+    return Pair(pair.name, target, source, copied, compensation, True)
 
 
 def _cast(module: nn.Module, rule: Callable[[torch.dtype], torch.dtype]) -> None:
@@ -432,6 +449,7 @@ def _squares(pair: Pair) -> torch.Tensor:
     sharded parameter."""
     target, source = pair.target, pair.source
     if is_sharded(target):
+        assert is_sharded(source)  # alike: ema_update_ checks it
         mesh, placements = target.device_mesh, target.placements
         sums = _local_squares(target.to_local(), source.to_local())
         for dim, placement in enumerate(placements):

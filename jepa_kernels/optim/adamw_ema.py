@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import checks
-from ..nn.ema import EMATeacher, Pair
+from ..nn.ema import EMATeacher, Pair, compensations_of, copies_of
 from ..ops.adamw_ema import TeacherLists, adamw_ema_
 from ..ops.adamw_ema.inputs import COLUMNS
 
@@ -88,7 +88,7 @@ class AdamWEMA(torch.optim.AdamW):
         return {**super().__getstate__(), "teacher": self.teacher, "backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call] # of torch
         for group in self.param_groups:
             _check_group(group)
 
@@ -193,7 +193,7 @@ class AdamWEMA(torch.optim.AdamW):
     def _state_of(
         self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]
     ) -> dict[str, torch.Tensor]:
-        state = self.state[parameter]
+        state: dict[str, torch.Tensor] = self.state[parameter]
         if gradient.layout != torch.strided:
             raise ValueError(
                 checks.sentence(_NAME, "gradients", "be dense", f"layout {gradient.layout}")
@@ -210,20 +210,18 @@ class AdamWEMA(torch.optim.AdamW):
         work: _Work,
         device: torch.device,
         momentum: float | torch.Tensor,
-        grad_scale,
-        found_inf,
+        grad_scale: torch.Tensor | None,
+        found_inf: torch.Tensor | None,
     ) -> None:
         teacher = None
         if work.pairs:
-            copies = [pair.copy for pair in work.pairs]
+            assert self.teacher is not None  # whose pairs they are
             teacher = TeacherLists(
                 targets=[pair.target for pair in work.pairs],
                 momentum=momentum,
-                copies=None if copies[0] is None else copies,
+                copies=copies_of(work.pairs),
                 rounding=self.teacher.rounding,
-                compensations=[pair.compensation for pair in work.pairs]
-                if self.teacher.rounding == "kahan"
-                else None,
+                compensations=compensations_of(work.pairs),
                 seed=self.teacher.next_seed(),
             )
         adamw_ema_(

@@ -3,7 +3,9 @@ that a new backend can be held to it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -86,7 +88,7 @@ def rollout_case(
         wide = torch.zeros(states.shape[0], channels + 4, dtype=torch.float64)
         wide[:, 2:-2] = states
         states = wide[:, 2:-2]
-    numbers = {"rows": index}
+    numbers: dict[str, torch.Tensor | None] = {"rows": index}
     if cell != "gru" and anchored:
         numbers["anchor"], numbers["anchor_rows"] = table()
     if cell == "gru":
@@ -99,9 +101,11 @@ def rollout_case(
             ).to(index_dtype)
         else:
             numbers["targets"] = values(horizon, rows, channels, spread=magnitude)
-    shape = {"states": (horizon, rows, channels), "last": (rows, channels)}.get(
-        output, (horizon, rows)
-    )
+    shapes: dict[str | float, tuple[int, ...]] = {
+        "states": (horizon, rows, channels),
+        "last": (rows, channels),
+    }
+    shape = shapes.get(output, (horizon, rows))
     parameters = _cell(
         cell, values, channels, action_channels if cell == "gru" else hidden, split, time_step, gain
     )
@@ -109,7 +113,13 @@ def rollout_case(
 
 
 def _cell(
-    cell: str, values, channels: int, width: int, split: bool, time_step: float, gain: float
+    cell: str,
+    values: Callable[..., torch.Tensor],
+    channels: int,
+    width: int,
+    split: bool,
+    time_step: float,
+    gain: float,
 ) -> Cell:
     """`width`: hidden units, or the action channels of a GRU."""
     fan = gain / channels**0.5, gain / width**0.5
@@ -148,40 +158,34 @@ def run_rollout(
     """The output and the gradient of every floating input, by name, of the case on `backend`."""
     dtype = case.dtype if dtype is None else dtype
 
-    def leaf(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return (
-            None
-            if tensor is None
-            else tensor.to(device=device, dtype=dtype).detach().requires_grad_()
-        )
+    def leaf(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device=device, dtype=dtype).detach().requires_grad_()
 
     def index(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor.to(device)
 
     cell = with_parameters(case.cell, [leaf(p) for p in case.cell.parameters()])
     names = list(type(cell).__dataclass_fields__)
-    leaves = {
-        "states": _strided_leaf(case.states, dtype, device),
-        "actions": leaf(case.actions),
-        "anchor": leaf(case.anchor),
-    }
-    leaves |= {"targets": leaf(case.targets), **dict(zip(names, cell.parameters(), strict=False))}
-    options = {
+    wanted = {"states": _strided_leaf(case.states, dtype, device)}
+    given = {"actions": case.actions, "anchor": case.anchor, "targets": case.targets}
+    wanted |= {name: leaf(tensor) for name, tensor in given.items() if tensor is not None}
+    wanted |= dict(zip(names, cell.parameters(), strict=False))
+    options: dict[str, Any] = {
         "rows": index(case.rows),
-        "actions": leaves["actions"],
-        "anchor": leaves["anchor"],
+        "actions": wanted.get("actions"),
+        "anchor": wanted.get("anchor"),
         "anchor_rows": index(case.anchor_rows),
+        "backend": backend,
     }
     if isinstance(case.output, str):
         out = api.latent_rollout(
-            leaves["states"], cell, case.horizon, **options, output=case.output, backend=backend
+            wanted["states"], cell, case.horizon, output=case.output, **options
         )
     else:
         options |= {"target_rows": index(case.target_rows), "exponent": case.output}
         out = api.latent_rollout_loss(
-            leaves["states"], cell, leaves["targets"], **options, reduction="none", backend=backend
+            wanted["states"], cell, wanted["targets"], reduction="none", **options
         )
-    wanted = {name: tensor for name, tensor in leaves.items() if tensor is not None}
     grads = torch.autograd.grad(
         out, list(wanted.values()), case.grad_out.to(device=device, dtype=out.dtype)
     )
@@ -194,9 +198,11 @@ def run_rollout(
 def _strided_leaf(tensor: torch.Tensor, dtype: torch.dtype, device: str) -> torch.Tensor:
     if tensor.is_contiguous():
         return tensor.to(device=device, dtype=dtype).detach().requires_grad_()
-    base = tensor._base.to(device=device, dtype=dtype)
+    base = tensor._base
+    assert base is not None
     return (
-        base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        base.to(device=device, dtype=dtype)
+        .as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
         .detach()
         .requires_grad_()
     )

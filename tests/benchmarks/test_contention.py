@@ -272,3 +272,47 @@ def test_threads_wait_asleep_where_processes_are_started(root):
             check=True,
         )
         assert kept.stdout == "active\n"
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs to pin processes to cores")
+def test_beside_two_busy_loops_the_main_job_agrees_or_says_busy(root, tmp_path):
+    """The command itself on two cores, alone and beside a loop on either core."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+
+    def swept(name):
+        path = tmp_path / f"{name}.json"
+        size = ["--variants", "baseline,ld", "--resolutions", "48", "--frames", "8"]
+        how = ["--rounds", "3", "--threads", "2", "--budget", "3600", "--no-report"]
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.sweep", *size, *how, "--output", str(path)],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )
+        cells = [cell for cell in sweep_record.load(path)["cells"] if cell["status"] == "ok"]
+        assert cells
+        assert ("busy: in " in done.stdout) == any(cell["busy"] for cell in cells)
+        return cells
+
+    def loop(core):
+        os.sched_setaffinity(0, {core})
+        spin(3600)
+
+    alone = swept("alone")
+    loops = [multiprocessing.get_context("fork").Process(target=loop, args=(c,)) for c in cores]
+    try:
+        for other in loops:
+            other.start()
+        beside = swept("beside")
+    finally:
+        for other in loops:
+            other.kill()
+            other.join()
+    assert any(cell["busy"] for cell in beside)
+    for quiet, cell in zip(alone, beside, strict=True):
+        (low, high), (least, most) = quiet["interval_ms"], cell["interval_ms"]
+        assert quiet["busy"] or cell["busy"] or (least <= high and low <= most)

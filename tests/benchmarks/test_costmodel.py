@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from benchmarks import costmodel, flop
 from jepa.models.sizes import SIZES
-from jepa_kernels.testing import DERIVED, FLOAT32_DEEP
+from jepa_kernels.testing import DERIVED, FLOAT32_DEEP, FLOAT32_ROUNDED
 
 TOKENS = [128.0, 392.0, 800.0, 1568.0]
 
@@ -21,7 +21,7 @@ def test_recovers_its_own_coefficients(constant: float, per_token: float, per_pa
     truth = costmodel.Fit(constant, per_token, per_pair, 0, 0.0)
     values = [truth.predict(n, 2) for n in TOKENS]
     made = costmodel.fit(TOKENS, [2] * 4, values)
-    assert made.worst_error < 1e-6
+    assert made.worst_error < FLOAT32_ROUNDED["rtol"]
     for batch, size in ((1, 100.0), (8, 5000.0)):
         assert made.predict(size, batch) == pytest.approx(
             truth.predict(size, batch), rel=FLOAT32_DEEP["rtol"]
@@ -46,7 +46,7 @@ def test_exponent_runs_from_zero_to_two() -> None:
 
 def test_holdout_sees_a_surprise() -> None:
     honest = [0.01 + 1e-5 * n for n in TOKENS]
-    assert abs(costmodel.holdout(TOKENS, [1] * 4, honest).error) < 1e-6
+    assert abs(costmodel.holdout(TOKENS, [1] * 4, honest).error) < FLOAT32_ROUNDED["rtol"]
     surprise = [*honest[:-1], 3 * honest[-1]]
     assert costmodel.holdout(TOKENS, [1] * 4, surprise).error < -0.5
     assert costmodel.holdout(TOKENS[:2], [1, 1], honest[:2]) is None

@@ -278,10 +278,10 @@ def test_the_step_bench_compares_equal_losses_and_its_gate_bites() -> None:
     first.gate()
     assert first.baseline == "published" and first.flop > 1e8
     state = bench_step.our_state("micro", "fp32", False, "cpu")
-    twin = bench_step.their_twin(state, "micro", "float32", False, "cpu")
+    published = bench_step.their_state(state, "micro", "float32", False, "cpu")
     given = bench_step.inputs(resolutions.parse_resolution("64"), options, truncate="batch_min")
     batch = Batch(given.clip, given.masks, bench_step.STEP)
     with torch.no_grad():
-        twin.predictor.predictor_proj.bias.add_(0.1)
+        published.predictor.predictor_proj.bias.add_(0.1)
     with pytest.raises(harness.GateError, match="loss: relative error"):
-        bench_step.gate(state, twin, batch, given, "float32", "torch")
+        bench_step.gate(state, published, batch, given, "float32", "torch")

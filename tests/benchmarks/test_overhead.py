@@ -18,8 +18,13 @@ if not native.available():
 
 
 def entered(call: Callable[[], object]) -> int:
-    """Python functions entered by a call that has been made before."""
+    """Python functions entered by a call that has been made before: the fewest of three times,
+    since a finalizer of something else may run in between."""
     call()
+    return min(_entered_once(call) for _ in range(3))
+
+
+def _entered_once(call: Callable[[], object]) -> int:
     count = 0
 
     def note(frame: object, event: str, argument: object) -> None:
@@ -52,4 +57,4 @@ def test_an_update_enters_no_function_per_tensor() -> None:
 
 
 # What was entered when this was written, and a few more: a change that needs more says why here.
-FORWARD, FORWARD_BACKWARD, UPDATE = 65, 165, 112
+FORWARD, FORWARD_BACKWARD, UPDATE = 52, 142, 24

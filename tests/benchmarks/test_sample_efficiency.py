@@ -90,7 +90,7 @@ def test_cells_of_a_seed_start_alike_and_differ_in_their_objectives(name, tmp_pa
     assert cfg.variant.objectives == variant(base).objectives
     assert cfg.variant.masks.context_share == 0.5
     assert cfg.data.size == 10 * cfg.batch_size
-    assert bool(cfg.variant.quirks.active()) == (name == "fwm_hw_ld_defect")
+    assert bool(cfg.variant.published_behaviour.active()) == (name == "fwm_hw_ld_defect")
     torch.manual_seed(cfg.seed)
     started = new_state(cfg).bundle.context_encoder.state_dict()
     for key, value in untrained_encoder(cfg, 3).state_dict().items():

@@ -7,7 +7,8 @@ As in setup.py, one front-end pass for compute_80 serves all architectures; ptxa
 each. The table holds, for each kernel: registers, bytes of stack and of spills, and how many
 instructions use the tensor cores (HMMA), load operands for them (LDSM), copy to shared memory
 asynchronously (LDGSTS) and bring a warp together (WARPSYNC); the same of its longest loop with
-tensor-core instructions, whose length is what a step costs.
+tensor-core instructions, whose length is what a step costs, and of the next one where blocks do one
+of two things.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ CSRC = ROOT / "csrc"
 TABLE = Path(__file__).with_suffix(".json")
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120")
 INSTRUCTIONS = ("HMMA", "LDSM", "LDGSTS", "WARPSYNC")
+LOOPS = ("loop", "next_loop")
+OF_TWO_KINDS = ("masked_attention_bwd_kernel",)
 _USAGE = re.compile(
     r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) "
     r"bytes spill loads.*?Used (\d+) registers",
@@ -136,9 +139,9 @@ def assemble(ptx: Path, architecture: str) -> dict[str, dict[str, int]]:
         lines = [(int(at, 16), name, rest) for at, name, rest in _LINE.findall(body)]
         counts = Counter(name for _, name, _ in lines)
         rows[mangled.strip()].update({name: counts[name] for name in INSTRUCTIONS})
-        loop = hot_loop(lines)
-        if loop["HMMA"]:
-            rows[mangled.strip()]["loop"] = {
+        count = 2 if any(name in mangled for name in OF_TWO_KINDS) else 1
+        for place, loop in zip(LOOPS, hot_loops(lines, count), strict=False):
+            rows[mangled.strip()][place] = {
                 "instructions": sum(loop.values()),
                 **{name: loop[name] for name in ("HMMA", "LDSM")},
             }
@@ -148,18 +151,27 @@ def assemble(ptx: Path, architecture: str) -> dict[str, dict[str, int]]:
     return dict(sorted(zip(names, rows.values(), strict=True)))
 
 
-def hot_loop(lines: Sequence[tuple[int, str, str]]) -> Counter[str]:
-    """Instructions of the longest loop that uses the tensor cores: from the target of a backward
-    branch to the branch."""
-    longest: Counter[str] = Counter()
+def hot_loops(lines: Sequence[tuple[int, str, str]], count: int = 1) -> list[Counter[str]]:
+    """Instructions of the longest `count` loops that use the tensor cores, none within another:
+    from the target of a backward branch to the branch.
+
+    Of a kernel with two kinds of blocks, a branch across the end of the kernel is no loop: one kind
+    returns from code that was put behind the end.
+    """
+    found: list[tuple[int, int, Counter[str]]] = []
     for end, name, rest in lines:
         target = re.search(r"\b0x([0-9a-f]+)", rest) if name == "BRA" else None
         if target is None or int(target[1], 16) >= end:
             continue
-        body = Counter(n for at, n, _ in lines if int(target[1], 16) <= at <= end)
-        if body["HMMA"] and body.total() > longest.total():
-            longest = body
-    return longest
+        start = int(target[1], 16)
+        body = Counter(n for at, n, _ in lines if start <= at <= end)
+        if body["HMMA"] and (count == 1 or not body["EXIT"]):
+            found.append((start, end, body))
+    apart: list[tuple[int, int, Counter[str]]] = []
+    for start, end, body in sorted(found, key=lambda loop: -loop[2].total()):
+        if all(end < other[0] or start > other[1] for other in apart):
+            apart.append((start, end, body))
+    return [body for _, _, body in apart[:count]]
 
 
 def compile_op(

@@ -82,14 +82,14 @@ def test_masked_attention_has_a_row_for_every_class_and_type() -> None:
     for architecture in cuda_gate.ARCHITECTURES:
         rows = TABLE["ops"]["masked_attention"][architecture]
         for kind, classes in (("<bfloat16", 5), ("<float16", 5)):
-            for kernel in ("fwd", "bwd_keys", "bwd_queries"):
+            for kernel in ("fwd", "bwd"):
                 found = [
                     name
                     for name in rows
                     if name.startswith(f"masked_attention_{kernel}_kernel{kind}")
                 ]
                 assert len(found) == classes, (architecture, kernel, kind)
-        assert len([name for name in rows if "float_kernel" in name]) == 9, architecture
+        assert len([name for name in rows if "float_kernel" in name]) == 6, architecture
 
 
 def test_a_warp_is_together_before_ldmatrix() -> None:
@@ -99,24 +99,35 @@ def test_a_warp_is_together_before_ldmatrix() -> None:
         assert kernel.endswith("<float>") or row["WARPSYNC"] >= 12, (kernel, row)
 
 
-# Most instructions of a step, and LDSM for each HMMA, of 16-bit kernels with 64 channels on Hopper.
-# A step makes 64 scores of a lane in fwd, 32 in the others; what only the first step loads counts.
+# Most instructions of a step, and LDSM for each HMMA, of 16-bit kernels on Hopper. A step makes 64
+# scores of a lane in fwd, 32 in the others; what only the first step loads counts.
 # The eight warps of a multiprocessor take 12.8 clocks of its tensor cores for an HMMA each and 32
 # of its shared memory for an LDSM: from 0.4 on memory is the bound.
-LOOPS = {"fwd": (770, 0.35), "bwd_keys": (440, 0.4), "bwd_queries": (410, 0.45)}
+# Of the backward kernel's two loops the longer one is of blocks that own keys where heads have 64
+# channels. Elsewhere it is of blocks that own queries, which make 64 scores at a time or have wide
+# heads.
+LOOPS = {
+    ("fwd", 64, "loop"): (770, 0.35),
+    ("bwd", 64, "loop"): (440, 0.4),
+    ("bwd", 64, "next_loop"): (410, 0.45),
+    ("bwd", 32, "loop"): (600, 0.35),
+    ("bwd", 32, "next_loop"): (340, 0.4),
+    ("bwd", 96, "loop"): (580, 0.45),
+    ("bwd", 96, "next_loop"): (370, 0.65),
+}
 
 
-@pytest.mark.parametrize("kind", LOOPS)
-def test_inner_loops_stay_within_their_budget(kind: str) -> None:
-    instructions, ratio = LOOPS[kind]
+@pytest.mark.parametrize(("kind", "channels", "place"), LOOPS)
+def test_inner_loops_stay_within_their_budget(kind: str, channels: int, place: str) -> None:
+    instructions, ratio = LOOPS[kind, channels, place]
     rows = [
         row
         for name, row in TABLE["ops"]["masked_attention"]["sm_90a"].items()
-        if name.startswith(f"masked_attention_{kind}_kernel<") and "Tile<64," in name
+        if name.startswith(f"masked_attention_{kind}_kernel<") and f"Tile<{channels}," in name
     ]
     assert len(rows) == 2, "bfloat16 and float16"
     for row in rows:
-        loop = row["loop"]
+        loop = row[place]
         assert loop["instructions"] <= instructions, loop
         assert loop["LDSM"] <= ratio * loop["HMMA"], loop
 

@@ -27,7 +27,8 @@ import torch
 
 import jepa_kernels
 from jepa_kernels import triton_runtime
-from jepa_kernels.ops.masked_attention.triton import constants, launch_options
+from jepa_kernels.ops.masked_attention.triton import constants
+from jepa_kernels.ops.masked_attention.triton_launch import launch_options
 from jepa_kernels.ops.masked_attention.triton_table import (
     ROTATE_HEADS,
     ROTATE_TILE,
@@ -55,7 +56,7 @@ _PANELS = (
     "grad_key",
     "grad_value",
     "x",
-    "turned",
+    "rotated",
 )
 _SOURCES = (
     "triton_support.py",

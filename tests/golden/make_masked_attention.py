@@ -76,11 +76,11 @@ def main() -> None:
         nq, nk = sum(lengths_q), sum(lengths_k)
         q, k, v = (np.round(rng.standard_normal((n, heads, head_dim)), 3) for n in (nq, nk, nk))
         ids_q, ids_k = rng.integers(-1, 24, nq), rng.integers(-1, 24, nk)
-        turned_q, turned_k = turn(q, ids_q, grid, layout, g0), turn(k, ids_k, grid, layout, g0)
+        rotated_q, rotated_k = turn(q, ids_q, grid, layout, g0), turn(k, ids_k, grid, layout, g0)
         outs, lses, at_q, at_k = [], [], 0, 0
         for a, b in zip(lengths_q, lengths_k, strict=True):
             out, lse = attend(
-                turned_q[at_q : at_q + a], turned_k[at_k : at_k + b], v[at_k : at_k + b], scale
+                rotated_q[at_q : at_q + a], rotated_k[at_k : at_k + b], v[at_k : at_k + b], scale
             )
             outs.append(out)
             lses.append(lse)

@@ -1,5 +1,5 @@
 """lightly's I-JEPA against the untouched model: the flavour on torchvision's blocks and the one on
-timm's attention.
+timm's attention; and its LeJEPA loss with our SIGReg.
 
 lightly needs torchvision, and other packages behave differently where torchvision is: `make dev`
 puts the two into a folder of their own (`apart` in the environment), which only this file looks
@@ -8,8 +8,10 @@ into.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
+import re
 import sys
 import types
 from pathlib import Path
@@ -18,8 +20,9 @@ import pytest
 import torch
 from torch import nn
 
+from jepa_kernels import random_directions
 from jepa_kernels.integrations import accelerate, patch, restore
-from jepa_kernels.testing import FLOAT32_DEEP
+from jepa_kernels.testing import FLOAT32, FLOAT32_DEEP
 from tests.conftest import missing
 from tests.integrations.peers import DTYPES, check, randomised, results, steps_apart
 
@@ -67,12 +70,13 @@ def modules():
             for name in ("ijepa", "ijepa_timm")
         )
         yield types.SimpleNamespace(
+            LeJEPALoss=importlib.import_module("lightly.loss.lejepa_loss").LeJEPALoss,
             **{
                 key: value
                 for module in flavours
                 for key, value in vars(module).items()
                 if "IJEPA" in key
-            }
+            },
         )
     finally:
         if not found:
@@ -156,7 +160,7 @@ def test_timm_attention_with_norms_of_query_and_key(modules):
 
 
 def test_ten_steps_stay_together(modules):
-    assert steps_apart(Pair(modules, "timm").train(), call, images()) < 1e-4
+    assert steps_apart(Pair(modules, "timm").train(), call, images()) < FLOAT32_DEEP["rtol"]
 
 
 def test_training_mode_draws_the_same_dropout(modules):
@@ -208,3 +212,34 @@ def test_obstacles_and_refusals(modules):
     accelerate(plain)
     with pytest.raises(ValueError, match="attn_mask must be None"):
         plain(torch.randn(1, 9, 48), is_causal=True)
+
+
+def test_the_recipe_does_what_update_momentum_does(modules, root):
+    page = (root / "docs" / "integrations" / "recipes.md").read_text()
+    lines = page.split("## lightly\n")[1].split("```python\n")[1].split("```")[0]
+    recipe: dict = {}
+    exec(lines, recipe)
+    encoder, teacher = recipe["encoder"], recipe["teacher"]
+    assert any(hasattr(part, "_jepa_kernels_fused") for part in encoder.modules())
+    plain = copy.deepcopy(teacher.module)
+    update = importlib.import_module("lightly.models.utils").update_momentum
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in encoder.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        update(encoder, plain, 0.99)
+        teacher.update()
+    for theirs, ours in zip(plain.parameters(), teacher.module.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_lines_for_its_lejepa_loss(modules, root):
+    """docs/lejepa.md: the loss is lightly's, with the directions that lightly is made to draw."""
+    page = (root / "docs" / "lejepa.md").read_text()
+    (lines,) = [b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "lightly" in b]
+    given: dict[str, nn.Module] = {}
+    exec(lines, given)
+    theirs = modules.LeJEPALoss()
+    theirs.sigreg._generate_unit_vectors = lambda *_: random_directions(16, 1024, 0)
+    views = {"local_proj": torch.randn(6, 20, 16), "global_proj": torch.randn(2, 20, 16)}
+    torch.testing.assert_close(given["criterion"](**views), theirs(**views), **FLOAT32)

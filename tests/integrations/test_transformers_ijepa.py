@@ -66,7 +66,7 @@ def test_not_square():
 
 
 def test_ten_steps_stay_together():
-    assert steps_apart(model().train(), features, torch.randn(2, 3, 12, 12)) < 1e-4
+    assert steps_apart(model().train(), features, torch.randn(2, 3, 12, 12)) < FLOAT32_DEEP["rtol"]
 
 
 def test_dropout_is_an_obstacle():
@@ -96,6 +96,19 @@ def test_attention_weights_are_an_obstacle():
     report = accelerate(model(output_attentions=True, attn_implementation="eager"))
     assert not report.replaced
     assert "config.output_attentions must be False" in str(report)
+
+
+def test_attention_weights_of_one_call_are_served_by_the_original():
+    torch.manual_seed(3)
+    x, made = torch.randn(2, 3, 12, 12), model(attn_implementation="eager").eval()
+    with torch.no_grad():
+        wanted = made(x, output_attentions=True)
+        accelerate(made)
+        got = made(x, output_attentions=True)
+    assert len(got.attentions) == len(wanted.attentions) > 0
+    for ours, theirs in zip(got.attentions, wanted.attentions, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(got.last_hidden_state, wanted.last_hidden_state)
 
 
 def test_an_accelerated_model_can_be_pickled_and_copied():

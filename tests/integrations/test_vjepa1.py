@@ -72,7 +72,7 @@ def test_written_out_attention():
 
 
 def test_ten_steps_stay_together():
-    assert steps_apart(Pair().train(), call, clips()) < 1e-4
+    assert steps_apart(Pair().train(), call, clips()) < FLOAT32_DEEP["rtol"]
 
 
 def test_dropout_is_an_obstacle():

@@ -13,7 +13,7 @@ from jepa_kernels.ops.latent_rollout import (
     latent_rollout_loss,
 )
 from jepa_kernels.ops.latent_rollout.cells import with_parameters
-from jepa_kernels.testing import RESULT_FAULTS, planted_fault
+from jepa_kernels.testing import FLOAT32_SHORT, RESULT_FAULTS, planted_fault
 from jepa_kernels.testing.rollout import CELLS, check_rollout, rollout_case, run_rollout
 
 # Rows that fill one tile and part of the next; widths that are no power of two.
@@ -67,7 +67,7 @@ def test_weighted_losses():
         )
         results.append([loss, *torch.autograd.grad(loss, leaves)])
     for actual, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(actual, wanted, **FLOAT32_SHORT)
 
 
 @each_cell

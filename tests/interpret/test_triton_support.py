@@ -16,6 +16,7 @@ from jepa_kernels.ops.masked_attention.triton_tiles import (  # noqa: E402
     panel_start,
     token_places,
 )
+from jepa_kernels.testing import EXACT, FLOAT32  # noqa: E402
 from jepa_kernels.triton_support import INTERPRET, matmul, narrow  # noqa: E402
 
 
@@ -97,14 +98,14 @@ def test_narrow_rounds_to_nearest_even():
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         y = torch.zeros(64, dtype=dtype)
         _narrow_kernel[(1,)](x, y, SIZE=64)
-        torch.testing.assert_close(y, x.to(dtype), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(y, x.to(dtype), **EXACT, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_matmul_accumulates_in_float32(dtype):
     a, b, c = torch.randn(16, 16).to(dtype), torch.randn(16, 16).to(dtype), torch.zeros(16, 16)
     _matmul_kernel[(1,)](a, b, c, SIZE=16)
-    torch.testing.assert_close(c.double(), a.double() @ b.double() + 1, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(c.double(), a.double() @ b.double() + 1, **FLOAT32)
 
 
 @pytest.mark.parametrize(("sequences", "steps"), [(0, 1), (1, 1), (5, 1), (128, 2), (300, 2)])

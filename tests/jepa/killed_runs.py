@@ -1,6 +1,6 @@
 """Kills a run again and again, lets it finish, and compares it with one that was left alone.
 
-    python -m tests.jepa.killed_runs FOLDER [SIGINT] pretrain=20 finetune=5 probe=5 encode=10
+    python -m tests.jepa.killed_runs FOLDER [SIGINT] [steps=24] pretrain=20 finetune=5 encode=10
 
 Run by test_checkpoint.py and tests/reliability in a process of its own. Every attempt is a fork of
 this process, which has imported everything and started no thread, so that an attempt costs no
@@ -33,6 +33,7 @@ from jepa.step import loss_step, new_state
 from tests.jepa.run_cases import tiny_run
 from tests.jepa.training_cases import make_batch
 
+# Of a whole run of training; `steps` changes it.
 STEPS = 24
 
 
@@ -238,11 +239,7 @@ def killed(folder: Path, kills: int, kind: str, interrupts: bool) -> dict[str, o
 
 
 if __name__ == "__main__":
-    counts = dict(word.split("=") for word in sys.argv[2:] if "=" in word)
-    sys.exit(
-        main(
-            Path(sys.argv[1]),
-            {kind: int(count) for kind, count in counts.items()},
-            "SIGINT" in sys.argv[2:],
-        )
-    )
+    words = dict(word.split("=") for word in sys.argv[2:] if "=" in word)
+    counts = {kind: int(count) for kind, count in words.items()}
+    STEPS = counts.pop("steps", STEPS)
+    sys.exit(main(Path(sys.argv[1]), counts, "SIGINT" in sys.argv[2:]))

@@ -153,7 +153,7 @@ def _attention(change: Callable[[dict[str, Any]], None], gradient: bool = False)
     return plant
 
 
-def _turned_back(options: dict[str, Any]) -> None:
+def _rotated_back(options: dict[str, Any]) -> None:
     """Positions counted from the other end turn the other way."""
     tokens = options["rope"].num_tokens
     options.update({name: tokens - 1 - options[name] for name in ("query_ids", "key_ids")})
@@ -213,7 +213,7 @@ _LOSS_FAULTS: dict[str, Plant] = {
     "wrong mask id": _mask_id,
 }
 _ATTENTION_FAULTS: dict[str, Plant] = {
-    "sign": _attention(_turned_back),
+    "sign": _attention(_rotated_back),
     "gradient": _attention(lambda options: None, gradient=True),
     "wrong mask id": _attention(_one_id),
 }

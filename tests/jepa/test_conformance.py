@@ -95,7 +95,7 @@ def test_the_command_prints_a_table_and_returns_zero(tmp_path):
         command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "published quirks switched on: dynamics_hard_no_gradient" in done.stdout
+    assert "published behaviour switched on: dynamics_hard_no_gradient" in done.stdout
     assert "modules/ema" in done.stdout
     assert "2 files, 68 arrays compared, 0 misses" in done.stdout
 

@@ -47,3 +47,22 @@ def test_damaged_files(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ConversionError, match=r"convert: .* must be (a PyTorch|safetensors)"):
             read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {}}']
+    + ['{"weight_map": {"a": "../a.safetensors"}}', '{"weight_map": {"a": "gone.safetensors"}}'],
+)
+def test_a_damaged_index_of_shards(tmp_path, content):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    save_file(STATE, tmp_path / "a.safetensors")
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ConversionError, match=r"convert: .*index\.json must (be JSON|name files)"):
+        read(folder)
+
+
+def test_a_missing_file_stays_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "gone.pt")

@@ -30,11 +30,11 @@ AWKWARD = {
 def every_frame(path):
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
-        turned = [
+        rotated = [
             np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
             for frame in frames
         ]
-    return np.stack(turned)
+    return np.stack(rotated)
 
 
 # The two long files are read at their ends only, to keep this fast.

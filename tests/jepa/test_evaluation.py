@@ -161,9 +161,9 @@ def test_a_linear_probe_reaches_directions_that_hardly_vary():
     rng = np.random.default_rng(0)
     hidden = rng.standard_normal((600, 1, 8)) * np.array([1.0] * 7 + [1e-3])
     labels = {"a": torch.from_numpy((hidden[:, 0, 7] > 0).astype(int))}
-    turned = (hidden @ np.linalg.qr(rng.standard_normal((8, 8)))[0]).astype(np.float32)
+    rotated = (hidden @ np.linalg.qr(rng.standard_normal((8, 8)))[0]).astype(np.float32)
     train, test = (
-        Features(turned[rows], {"a": labels["a"][rows]}) for rows in (slice(400), slice(400, 600))
+        Features(rotated[rows], {"a": labels["a"][rows]}) for rows in (slice(400), slice(400, 600))
     )
     result = probed(ProbeConfig(), "linear", train, test, {"a": 2})
     assert result["questions"]["a"]["top1"] > 0.95

@@ -77,7 +77,7 @@ def test_exif_orientation_is_upright(tmp_path, orientation, end):
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = tmp_path / f"turned.{end}"
+    path = tmp_path / f"rotated.{end}"
     Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
     clip = read_image(path, SPEC)
     assert (clip.source_height, clip.source_width) == (64, 96)

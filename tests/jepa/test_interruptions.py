@@ -221,3 +221,21 @@ def test_a_fault_of_the_program_keeps_its_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "run", lambda cfg: {}["fault"])
     with pytest.raises(KeyError):
         cli.main(["pretrain", f"output={tmp_path}"])
+
+
+def test_an_interrupt_inside_tensorboards_queue_costs_seconds(tmp_path):
+    """Between an entry of the queue and the call that wakes its reader: closing then waits for the
+    reader to wake by itself."""
+
+    def interrupted():
+        del queue.not_empty.notify
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), RunLog(tmp_path, 0) as log:
+        log.write({"step": 1, "loss": 0.5}, 3)
+        time.sleep(0.2)  # the reader has written, and waits
+        queue = log._board.file_writer.event_writer._async_writer._byte_queue
+        queue.not_empty.notify = interrupted
+        began = time.monotonic()
+        log.write({"step": 2, "loss": 0.5}, 3)
+    assert time.monotonic() - began < 20

@@ -136,15 +136,15 @@ def test_two_ranks_share_the_batch_of_one():
             )
 
 
-@pytest.mark.parametrize("quirk", [False, True])
-def test_ranks_draw_numbers_of_their_own_unless_the_quirk_is_on(quirk):
+@pytest.mark.parametrize("published", [False, True])
+def test_ranks_draw_numbers_of_their_own_unless_the_published_ones_are_asked_for(published):
     config = changed(
-        SHAPES, batch_size=2, world=2, rank_independent_seed=quirk, masks=mask_policy("blocks")
+        SHAPES, batch_size=2, world=2, rank_independent_seed=published, masks=mask_policy("blocks")
     )
     first, second = (batches(changed(config, rank=rank), 2, 3)[0] for rank in (0, 1))
     assert not set(first.sample_ids.tolist()) & set(second.sample_ids.tolist())
-    assert torch.equal(first.views.boxes, second.views.boxes) == quirk
-    assert (first.masks.context_ids.tolist() == second.masks.context_ids.tolist()) == quirk
+    assert torch.equal(first.views.boxes, second.views.boxes) == published
+    assert (first.masks.context_ids.tolist() == second.masks.context_ids.tolist()) == published
     alone = batches(changed(config, rank_independent_seed=False), 2, 3)[0]
     assert_same(first, alone)
 
@@ -340,14 +340,14 @@ def test_random_views_stay_inside_and_in_range():
     views = random_views(
         spec, seed=1, step=2, samples=np.arange(1000), source_sizes=sizes, may_flip=may_flip
     )
-    boxes = views.boxes.double().numpy()
+    boxes, slack = views.boxes.double().numpy(), FLOAT32_STORED["atol"]
     assert boxes.min() >= 0
-    assert (boxes[:, :2] + boxes[:, 2:]).max() <= 1 + 1e-6
+    assert (boxes[:, :2] + boxes[:, 2:]).max() <= 1 + slack
     area, ratio = boxes[:, 2] * boxes[:, 3], boxes[:, 3] * sizes[:, 1] / (boxes[:, 2] * sizes[:, 0])
-    assert ratio.min() > 0.75 - 1e-4
-    assert ratio.max() < 1.35 + 1e-4
-    assert area[::2].min() > 0.2 - 1e-4
-    assert area[::2].max() < 0.9 + 1e-4
+    assert ratio.min() > 0.75 - slack
+    assert ratio.max() < 1.35 + slack
+    assert area[::2].min() > 0.2 - slack
+    assert area[::2].max() < 0.9 + slack
     assert not views.flips.numpy()[~may_flip].any()
     assert 0.4 < views.flips.numpy()[may_flip].mean() < 0.6
     again = random_views(spec, seed=1, step=2, samples=[7, 3], source_sizes=sizes[[7, 3]])

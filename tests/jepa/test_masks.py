@@ -25,7 +25,7 @@ from jepa.masks import (
     sample_masks,
 )
 from jepa.masks import motion as motion_math
-from jepa_kernels.testing import FLOAT32_STORED, FLOAT64_SHORT
+from jepa_kernels.testing import FLOAT32_STORED, FLOAT64, FLOAT64_SHORT
 from tests.conftest import missing
 
 BACKENDS = ["numpy"] + (["host"] if not host.reason() else [])
@@ -371,7 +371,9 @@ def test_token_frequencies_equal_the_closed_form(mask_set, size):
     frequency = context[:, 0].mean(axis=0)
     want = context_frequency(mask_set, *size)
     # Five standard errors of each of the 100 or so frequencies.
-    assert (np.abs(frequency - want) <= 5 * np.sqrt(want * (1 - want) / draws) + 1e-9).all()
+    assert (
+        np.abs(frequency - want) <= 5 * np.sqrt(want * (1 - want) / draws) + FLOAT64["rtol"]
+    ).all()
 
 
 @pytest.mark.parametrize("policy", POLICIES)

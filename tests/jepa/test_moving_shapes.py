@@ -9,6 +9,7 @@ from scipy import stats
 from jepa.data import moving_shapes
 from jepa.data.clip import ClipSpec
 from jepa.data.moving_shapes import APPEARANCE, FACTORS, MOTION, MovingShapes
+from jepa_kernels.testing import DRAWN_CENTRE
 
 TRAIN, TEST, SIDE, FRAMES = 1200, 400, 24, 8
 
@@ -154,7 +155,7 @@ def test_motion_is_drawn_as_labelled():
         for axis, want in ((1, np.sin(heading)), (2, np.cos(heading))):
             centre = np.angle((weight.sum(axis=3 - axis) * turn).sum(axis=1)) / (2 * np.pi) * side
             moved = (centre[steps + 1] - centre[steps] + side / 2) % side - side / 2
-            assert abs(moved.mean() - speed * want) < 0.1
+            assert abs(moved.mean() - speed * want) < DRAWN_CENTRE["atol"]
 
 
 def test_wrong_arguments_are_named():

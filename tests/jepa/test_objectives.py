@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+import jepa_kernels
 from jepa import objectives
 from jepa.batch import MaskBatch
 from jepa.config import ConfigError
@@ -25,7 +26,6 @@ from jepa.objectives import (
 )
 from jepa.objectives.base import segment_softmax_weights
 from jepa.objectives.orthogonality import mean_square_covariance
-from jepa.objectives.sigreg import characteristic_distance
 from jepa_kernels.testing import DERIVED, FLOAT32_ROUNDED, FLOAT64, FLOAT64_SHORT, GRADCHECK
 from tests.jepa.objective_cases import (
     Loop,
@@ -418,12 +418,14 @@ def test_sigreg_against_the_plain_formula():
     statistic = 37 * (weight * ((angle.cos().mean(0) - phi) ** 2 + angle.sin().mean(0) ** 2)).sum(
         -1
     )
-    expected, actual = statistic.mean(), characteristic_distance(u, 17, 3.0)
+    expected = statistic.mean()
+    actual = jepa_kernels.sliced_gaussianity(u, torch.eye(6, dtype=torch.float64))
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(*(torch.autograd.grad(v, u)[0] for v in (actual, expected)))
-    normal = characteristic_distance(torch.randn(20_000, 4, dtype=torch.float64), 17, 3.0)
-    assert normal < 0.1 * characteristic_distance(
-        torch.rand(20_000, 4, dtype=torch.float64), 17, 3.0
+    axes = torch.eye(4, dtype=torch.float64)
+    normal = jepa_kernels.sliced_gaussianity(torch.randn(20_000, 4, dtype=torch.float64), axes)
+    assert normal < 0.1 * jepa_kernels.sliced_gaussianity(
+        torch.rand(20_000, 4, dtype=torch.float64), axes
     )
 
 

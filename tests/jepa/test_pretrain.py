@@ -21,7 +21,7 @@ from jepa.distributed import World
 from jepa.evaluation import InputSpec, load_bundle
 from jepa.monitor import MonitorConfig, Watch, collapse_metrics, effective_rank, warnings
 from jepa.pretrain import NotFiniteError, load_config
-from jepa.quirks import Quirks
+from jepa.published_behaviour import PublishedBehaviour
 from jepa.step import new_state, train_step
 from jepa.target import standardise
 from jepa_kernels.testing import DERIVED, FLOAT32, FLOAT32_DEEP
@@ -87,31 +87,36 @@ def test_a_run_goes_on_with_the_other_optimiser(tmp_path, caplog):
         caplog.clear()
 
 
-@pytest.mark.parametrize("quirks", [[], ["resume_drops_heads"]])
-def test_resuming_keeps_the_heads_unless_the_quirk_drops_them(tmp_path, quirks):
+def as_published(cfg, names):
+    behaviour = PublishedBehaviour.of(names)
+    return replace(cfg, variant=replace(cfg.variant, published_behaviour=behaviour))
+
+
+@pytest.mark.parametrize("behaviour", [[], ["resume_drops_heads"]])
+def test_resuming_keeps_the_heads_unless_the_published_behaviour_drops_them(tmp_path, behaviour):
     cfg = tiny_run(tmp_path, steps=2, name="ld")
-    cfg = replace(cfg, variant=replace(cfg.variant, quirks=Quirks.of(quirks)))
+    cfg = as_published(cfg, behaviour)
     trained = pretrain.run(cfg).bundle.state_dict()
     state = pretrain.run(cfg)
     torch.manual_seed(cfg.seed)
     fresh = new_state(cfg).bundle.state_dict()
     for name, value in state.bundle.state_dict().items():
-        dropped = name.startswith("heads.") and bool(quirks)
+        dropped = name.startswith("heads.") and bool(behaviour)
         assert torch.equal(value, (fresh if dropped else trained)[name]), name
     heads = list(state.bundle.heads.parameters())
     assert heads
-    assert all(bool(state.optimizer.state.get(p)) == (not quirks) for p in heads)
+    assert all(bool(state.optimizer.state.get(p)) == (not behaviour) for p in heads)
     assert all(
         state.optimizer.state[p] for p in state.bundle.predictor.predictor_blocks.parameters()
     )
     later = pretrain.run(replace(cfg, schedule=replace(cfg.schedule, total_steps=3)))
     assert {int(later.optimizer.state[p]["step"]) for p in later.bundle.heads.parameters()} == {
-        1 if quirks else 3
+        1 if behaviour else 3
     }
 
 
-@pytest.mark.parametrize("quirks", [[], ["repeat_stills"]])
-def test_stills_are_images_unless_the_quirk_repeats_them(tmp_path, monkeypatch, quirks):
+@pytest.mark.parametrize("behaviour", [[], ["repeat_stills"]])
+def test_stills_are_images_unless_repeated_as_published(tmp_path, monkeypatch, behaviour):
     for name in ("a", "b"):
         (tmp_path / "images" / name).mkdir(parents=True)
         Image.new("RGB", (70, 80)).save(tmp_path / "images" / name / "x.png")
@@ -126,22 +131,19 @@ def test_stills_are_images_unless_the_quirk_repeats_them(tmp_path, monkeypatch, 
         lambda state, batches: seen.append(batches[0]) or train_step(state, batches),
     )
     cfg = tiny_run(tmp_path / "run", steps=1, name="ld", data=data)
-    pretrain.run(replace(cfg, variant=replace(cfg.variant, quirks=Quirks.of(quirks))))
-    assert seen[0].clips.shape[2] == (4 if quirks else 1)
-    assert seen[0].masks.grid == (2 if quirks else 1, 4, 4)
-    if quirks:
+    pretrain.run(as_published(cfg, behaviour))
+    assert seen[0].clips.shape[2] == (4 if behaviour else 1)
+    assert seen[0].masks.grid == (2 if behaviour else 1, 4, 4)
+    if behaviour:
         assert all(torch.equal(seen[0].clips[:, :, 0], seen[0].clips[:, :, t]) for t in range(4))
 
 
-def test_the_seed_quirk_reaches_the_loader(tmp_path):
+def test_the_published_seed_reaches_the_loader(tmp_path):
     cfg = tiny_run(tmp_path)
     world = World(1, 2, torch.device("cpu"), None)
     assert not cfg.loader(world).rank_independent_seed
-    assert (
-        replace(cfg, variant=replace(cfg.variant, quirks=Quirks.of(["rank_independent_seed"])))
-        .loader(world)
-        .rank_independent_seed
-    )
+    cfg = as_published(cfg, ["rank_independent_seed"])
+    assert cfg.loader(world).rank_independent_seed
 
 
 def grids(monkeypatch) -> list[tuple]:

@@ -1,4 +1,4 @@
-"""Variants, quirks and strict configuration."""
+"""Variants, published behaviour and strict configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jepa import objectives
 from jepa.config import ConfigError, from_dict, load, merged, parse_overrides, to_dict, to_yaml
 from jepa.objectives import WeightSchedule, weights
 from jepa.objectives.context import published_factor
-from jepa.quirks import Quirks, parse_quirks
+from jepa.published_behaviour import PublishedBehaviour, parse_published_behaviour
 from jepa.step import StepConfig
 from jepa.variants import VARIANTS, VariantConfig, parse_masks, parse_variant, variant
 
@@ -78,7 +78,7 @@ def test_variants_are_those_of_the_study(name):
         **added,
     }
     assert cfg.target.kind == target
-    assert cfg.quirks == Quirks()
+    assert cfg.published_behaviour == PublishedBehaviour()
     assert [one.num_blocks for one in cfg.masks.sets] == ([4, 1] if "future" in masks else [8, 2])
 
 
@@ -105,7 +105,7 @@ def test_a_new_combination_needs_no_code():
             },
             "masks": {"name": "motion", "strength": 3, "context_share": 0.5},
             "factorisation": {"split": "channels"},
-            "quirks": ["motion_point_sampling"],
+            "published_behaviour": ["motion_point_sampling"],
         },
         "variant",
     )
@@ -128,26 +128,26 @@ def test_a_new_combination_needs_no_code():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_configurations_survive_yaml(name, tmp_path):
     path = tmp_path / "variant.yaml"
-    path.write_text(to_yaml(variant(name, quirks="published_quirks")))
-    assert load(VariantConfig, path) == variant(name, quirks="published_quirks")
+    path.write_text(to_yaml(variant(name, published_behaviour="all")))
+    assert load(VariantConfig, path) == variant(name, published_behaviour="all")
 
 
-@pytest.mark.parametrize("quirk", Quirks.names())
-def test_quirks_switch_one_by_one(quirk):
-    cfg = variant("amg", quirks=[quirk])
-    assert cfg.quirks.active() == (quirk,)
+@pytest.mark.parametrize("name", PublishedBehaviour.names())
+def test_published_behaviour_switches_one_by_one(name):
+    cfg = variant("amg", published_behaviour=[name])
+    assert cfg.published_behaviour.active() == (name,)
     policy, fixed = cfg.mask_policy, variant("amg").mask_policy
-    assert (policy.motion.sampling == "point") == (quirk == "motion_point_sampling")
-    assert (policy.motion.maximum == "published") == (quirk == "motion_maximum_of_wrong_sample")
-    assert (policy.truncate == "batch_min") == (quirk == "truncate_to_batch_minimum")
-    assert policy.shared_block_size == (quirk == "shared_block_size")
+    assert (policy.motion.sampling == "point") == (name == "motion_point_sampling")
+    assert (policy.motion.maximum == "published") == (name == "motion_maximum_of_wrong_sample")
+    assert (policy.truncate == "batch_min") == (name == "truncate_to_batch_minimum")
+    assert policy.shared_block_size == (name == "shared_block_size")
     assert fixed.truncate == "none"
 
 
-def test_quirks_all_together_and_by_wrong_name():
-    assert Quirks.of(["published_quirks"]).active() == Quirks.names()
-    assert parse_quirks("published_quirks", "quirks") == Quirks.published()
-    assert {defect for defect, _ in Quirks.describe().values()} >= {
+def test_published_behaviour_all_together_and_by_wrong_name():
+    assert PublishedBehaviour.of(["all"]).active() == PublishedBehaviour.names()
+    assert parse_published_behaviour("all", "published_behaviour") == PublishedBehaviour.published()
+    assert {defect for defect, _ in PublishedBehaviour.describe().values()} >= {
         "D1",
         "D2",
         "D3",
@@ -157,19 +157,18 @@ def test_quirks_all_together_and_by_wrong_name():
         "D10",
         "D11",
     }
-    with pytest.raises(
-        ConfigError, match="unknown quirk 'shared_mask_tokn'; did you mean 'shared_mask_token'"
-    ):
-        Quirks.of(["shared_mask_tokn"])
+    sentence = "unknown published behaviour 'shared_mask_tokn'; did you mean 'shared_mask_token'"
+    with pytest.raises(ConfigError, match=sentence):
+        PublishedBehaviour.of(["shared_mask_tokn"])
 
 
 def test_context_ramp_is_a_share_of_training_unless_published():
     objectives_of = variant("baseline").objectives
+    none = PublishedBehaviour()
     for step, expected in ((0, 0.0), (499, 0.0), (750, 0.25), (1000, 0.5)):
-        assert weights(objectives_of, step, step / 1000, Quirks())["context"] == pytest.approx(
-            expected
-        )
-    fixed = Quirks(context_ramp_fixed_steps=True)
+        weight = weights(objectives_of, step, step / 1000, none)["context"]
+        assert weight == pytest.approx(expected)
+    fixed = PublishedBehaviour(context_ramp_fixed_steps=True)
     for step, expected in ((1000, 0.0), (15_000, 0.0), (22_500, 0.25), (30_000, 0.5), (10**6, 0.5)):
         assert weights(objectives_of, step, 1.0, fixed)["context"] == pytest.approx(expected)
     assert published_factor(22_500) == 0.5
@@ -200,7 +199,8 @@ def test_weight_schedules():
         ({"masks": {"name": "motion", "strenght": 2}}, "unknown key 'masks.strenght'"),
         ({"target": {"kind": "emma"}}, "target.kind must be one of 'ema', 'online', got 'emma'"),
         ({"target": {"detach": 1}}, "target.detach must be bool, got 1"),
-        ({"quirks": ["nope"]}, "unknown quirk 'nope'"),
+        ({"quirks": ["all"]}, "unknown key 'quirks'; it is now called 'published_behaviour'"),
+        ({"published_behaviour": ["nope"]}, "unknown published behaviour 'nope'"),
     ],
 )
 def test_wrong_configurations_name_the_key(change, message):

@@ -18,7 +18,7 @@ from jepa.objectives import (
     ObjectiveContext,
     build_heads,
 )
-from jepa.quirks import Quirks
+from jepa.published_behaviour import PublishedBehaviour
 from jepa.schedules import ScheduleConfig
 from jepa.step import StepConfig
 from jepa.variants import variant
@@ -133,7 +133,7 @@ def random_context(
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
-    quirks: Quirks | None = None,
+    published_behaviour: PublishedBehaviour | None = None,
     factorisation: Factorisation | None = None,
     online: bool = False,
     patch: int = 2,
@@ -166,7 +166,7 @@ def random_context(
         levels=LEVELS,
         factorisation=factorisation or Factorisation(),
         heads=heads,
-        quirks=quirks or Quirks(),
+        published_behaviour=published_behaviour or PublishedBehaviour(),
         clips=torch.randn(
             masks.batch_size,
             3,

@@ -30,8 +30,8 @@ def rotate(
     for axis in range(3):
         part = x[..., axis * m : (axis + 1) * m]
         cos, sin = table.double()[:, axes[axis]][:, :, None]
-        turned = torch.stack([-part[..., 1::2], part[..., 0::2]], -1).flatten(-2)
-        parts.append(part * cos + turned * sin)
+        perpendicular = torch.stack([-part[..., 1::2], part[..., 0::2]], -1).flatten(-2)
+        parts.append(part * cos + perpendicular * sin)
     rotated = torch.cat([*parts, x[..., 3 * m :]], -1)
     return torch.where((ids >= 0)[:, None, None], rotated, x)
 

@@ -12,7 +12,7 @@ import torch
 
 from jepa_kernels import BackendUnsupportedError, TeacherLists, adamw_ema_, explain, native
 from jepa_kernels.ops.adamw_ema.contract import OP
-from jepa_kernels.testing import assert_within_budget, patched_backend
+from jepa_kernels.testing import FLOAT32_SHORT, assert_within_budget, patched_backend
 from tests.ops.backends import each
 from tests.ops.lists import one_thread, run_here, tensors  # noqa: F401
 
@@ -140,8 +140,7 @@ def test_golden_steps(backend, root):
                 torch.testing.assert_close(
                     actual.double().cpu(),
                     expected,
-                    rtol=3e-6,
-                    atol=3e-7,
+                    **FLOAT32_SHORT,
                     msg=lambda m, n=name, t=t: f"{n}, step {t}: {m}",
                 )
 
@@ -207,7 +206,7 @@ def test_scaled_gradients(backend):
     expected, actual = run(backend, values), run(backend, scaled, grad_scale=scale)
     for name in ("params", "exp_avgs", "exp_avg_sqs", "targets"):
         assert all(
-            torch.allclose(a, b, rtol=1e-6, atol=1e-7)
+            torch.allclose(a, b, **FLOAT32_SHORT)
             for a, b in zip(actual[name], expected[name], strict=True)
         ), name
     assert all(torch.equal(a, b) for a, b in zip(actual["grads"], scaled["grads"], strict=True))
@@ -217,12 +216,12 @@ def test_scaled_gradients(backend):
 def test_strided_parameters(backend):
     values = case(sizes=((8, 6, 4), (5, 7)), followed=1)
     expected = oracle(values)
-    turned = {
+    transposed = {
         name: [t.transpose(0, -1).contiguous().transpose(0, -1) for t in v]
         for name, v in values.items()
     }
-    uneven = {**turned, "grads": values["grads"]}
-    for layout in (turned, uneven):
+    uneven = {**transposed, "grads": values["grads"]}
+    for layout in (transposed, uneven):
         actual = run(backend, layout)
         for name in LISTS:
             for a, e in zip(actual[name], expected[name], strict=True):
@@ -281,7 +280,7 @@ def test_steps_and_hyperparameters_on_the_device(backend):
         )
         for name in LISTS:
             assert all(
-                torch.allclose(a, b, rtol=1e-6, atol=1e-7)
+                torch.allclose(a, b, **FLOAT32_SHORT)
                 for a, b in zip(actual[name], expected[name], strict=True)
             ), name
 

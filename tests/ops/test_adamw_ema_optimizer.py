@@ -14,6 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from jepa_kernels.nn import EMATeacher, LinearMomentum
 from jepa_kernels.optim import AdamWEMA
+from jepa_kernels.testing import (
+    BFLOAT16,
+    BFLOAT16_STOCHASTIC,
+    EXACT,
+    FLOAT32,
+    FLOAT32_DEEP,
+    FLOAT32_SHORT,
+    FLOAT64,
+)
 from tests.conftest import missing
 from tests.ops.backends import runnable
 from tests.ops.devices import GPU_BACKENDS, on_a_gpu
@@ -69,13 +78,11 @@ def test_equals_adamw_and_an_average_over_100_steps(backend, maximize):
     train(ours, fused, 100, after=schedules[0].step)
     train(theirs, plain, 100, after=lambda: (twin.update(), schedules[1].step()))
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(a, b, **FLOAT32, msg=lambda m, n=name: f"{n}: {m}")
     for (name, a), b in zip(
         teacher.module.named_parameters(), twin.module.parameters(), strict=True
     ):
-        torch.testing.assert_close(
-            a, b, rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"teacher {n}: {m}"
-        )
+        torch.testing.assert_close(a, b, **FLOAT32, msg=lambda m, n=name: f"teacher {n}: {m}")
     assert teacher.num_updates == 100
 
 
@@ -88,9 +95,7 @@ def test_other_dtypes_stay_close_to_torch(dtype):
     )
     train(ours, fused, 10)
     train(theirs, plain, 10)
-    tolerance = (
-        {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 0.05, "atol": 0.02}
-    )
+    tolerance = FLOAT64 if dtype == torch.float64 else BFLOAT16
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, **tolerance)
 
@@ -122,11 +127,11 @@ def test_published_steps(backend, tag, shared_dir):
         for n in names:
             wanted = numbers[f"{tag}_p{step + 1}_{n}"]
             np.testing.assert_allclose(
-                params[n].detach().numpy(), wanted, rtol=1e-6, atol=1e-7, err_msg=n
+                params[n].detach().numpy(), wanted, **FLOAT32_SHORT, err_msg=n
             )
             expected[n] = 0.9 * expected[n] + 0.1 * torch.from_numpy(wanted).double()
             torch.testing.assert_close(
-                teacher.module[n.replace(".", "/")].double(), expected[n], rtol=1e-6, atol=1e-6
+                teacher.module[n.replace(".", "/")].double(), expected[n], **FLOAT32_SHORT
             )
 
 
@@ -144,7 +149,7 @@ def test_checkpoints_are_torchs():
     train(theirs, swapped, 3, seed=1)
     train(ours, back, 3, seed=1)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b, **FLOAT32)
     assert float(swapped.state_dict()["state"][0]["step"]) == 6.0
     other = torch.optim.AdamW(groups(model()), lr=1e-2, fused=True)
     train(model(), other, 0)
@@ -222,9 +227,7 @@ def test_the_teachers_options_hold_in_the_fused_step(forward_dtype, rounding):
     train(ours, fused, 4)
     train(theirs, plain, 4, after=twin.update)
     # Bits of stochastic rounding depend on the place in the list, which differs.
-    tolerance = (
-        {"rtol": 0.02, "atol": 1e-3} if rounding == "stochastic" else {"rtol": 0.0, "atol": 0.0}
-    )
+    tolerance = BFLOAT16_STOCHASTIC if rounding == "stochastic" else EXACT
     for a, b in zip(teacher.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, **tolerance)
     assert (teacher.forward_copy is None) == (forward_dtype is torch.bfloat16)
@@ -257,7 +260,7 @@ def test_grad_scaler_scales_and_skips(backend):
             plain.step()
     assert teacher.num_updates == 2 and float(optimizer.state[ours[0].weight]["step"]) == 2.0
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b, **FLOAT32)
 
 
 SCHEDULES = {
@@ -351,7 +354,7 @@ def test_clipping_hooks_closures_and_zero_grad_work_as_in_torch():
     train(theirs, plain, 3, clip=0.1)
     assert calls == ["pre", "post"] * 3
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b, **FLOAT32)
 
     def closure():
         fused.zero_grad()
@@ -388,7 +391,7 @@ def test_a_learning_rate_may_be_a_tensor(lr):
     train(ours, AdamWEMA(ours.parameters(), lr=lr), 2)
     train(theirs, torch.optim.AdamW(theirs.parameters(), lr=1e-2), 2)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b, **FLOAT32)
 
 
 def test_gradients_of_another_layout():
@@ -439,4 +442,4 @@ def test_capturable_steps_replay(backend):
         itertools.chain(theirs.parameters(), twin.parameters()),
         strict=True,
     ):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, **FLOAT32_DEEP)

@@ -12,6 +12,14 @@ import torch
 from torch import nn
 
 from jepa_kernels.nn import CosineMomentum, EMATeacher, LinearMomentum
+from jepa_kernels.testing import (
+    FLOAT32,
+    FLOAT32_LAST_PLACE,
+    FLOAT32_ROUNDED,
+    FLOAT32_SHORT,
+    FLOAT64_LAST_PLACE,
+    SMALL_STEPS_OF_ONE_VALUE,
+)
 from tests.ops.backends import runnable
 from tests.ops.lists import one_thread  # noqa: F401
 
@@ -88,14 +96,13 @@ def test_published_ramp(shared_dir):
         for n in "abc":
             student[n].copy_(torch.from_numpy(numbers[f"ramp_online_{n}"]))
     for step, momentum in enumerate(numbers["ramp_m"].tolist()):
-        assert teacher.next_momentum() == pytest.approx(momentum, abs=1e-15)
+        assert teacher.next_momentum() == pytest.approx(momentum, abs=FLOAT64_LAST_PLACE["atol"])
         teacher.update()
         for n in "abc":
             np.testing.assert_allclose(
                 teacher.module[n].numpy(),
                 numbers[f"ramp_target{step + 1}_{n}"],
-                rtol=2e-7,
-                atol=2e-7,
+                **FLOAT32_LAST_PLACE,
             )
 
 
@@ -121,7 +128,7 @@ def test_debias_equals_the_corrected_average_from_zero():
         product *= m
         teacher.update()
         torch.testing.assert_close(
-            teacher.module.weight.double(), average / (1 - product), rtol=1e-6, atol=1e-6
+            teacher.module.weight.double(), average / (1 - product), **FLOAT32_SHORT
         )
 
 
@@ -136,7 +143,7 @@ def test_half_precision_student_has_float32_masters_and_a_copy_for_the_forward()
     for _ in range(1000):
         teacher.update()
     expected = 1.1015625 - 0.1015625 * (1 - 1e-3) ** 1000  # 1.1 in bfloat16
-    torch.testing.assert_close(master, torch.full_like(master, expected), rtol=1e-4, atol=0)
+    torch.testing.assert_close(master, torch.full_like(master, expected), **FLOAT32)
     assert torch.equal(low, master.bfloat16())
     assert teacher(torch.ones(2, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert teacher.module.norm.num_batches_tracked.dtype == torch.int64
@@ -158,7 +165,7 @@ def test_half_precision_masters(rounding):
     if rounding == "nearest":
         assert moved == 0.0
     else:
-        assert abs(moved - 1) < 0.05
+        assert abs(moved - 1) < SMALL_STEPS_OF_ONE_VALUE["rtol"]
 
 
 def test_forward_dtype_keeps_a_low_precision_copy():
@@ -218,7 +225,9 @@ def test_lag_is_the_relative_distance():
         float((t.double() - s.detach().double()).square().sum()) for t, s in parameters
     )
     size = sum(float(s.detach().double().square().sum()) for _, s in parameters)
-    assert float(teacher.lag()) == pytest.approx(math.sqrt(difference / size), rel=1e-6)
+    assert float(teacher.lag()) == pytest.approx(
+        math.sqrt(difference / size), rel=FLOAT32_ROUNDED["rtol"]
+    )
     before = float(teacher.lag())
     teacher.update()
     assert float(teacher.lag()) < before

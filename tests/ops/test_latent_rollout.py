@@ -27,7 +27,19 @@ from jepa_kernels.ops.latent_rollout.arithmetic import inside
 from jepa_kernels.ops.latent_rollout.cells import with_parameters
 from jepa_kernels.ops.latent_rollout.hamiltonian.reference import energy
 from jepa_kernels.ops.latent_rollout.mlp import reference
-from jepa_kernels.testing import RESULT_FAULTS, assert_within_budget, planted_fault
+from jepa_kernels.testing import (
+    CENTRAL_DIFFERENCES,
+    FLOAT32,
+    FLOAT32_DEEP,
+    FLOAT32_NEAR_ZERO,
+    FLOAT32_SHORT,
+    FLOAT32_STORED,
+    FLOAT64_STORED,
+    NOMINAL,
+    RESULT_FAULTS,
+    assert_within_budget,
+    planted_fault,
+)
 from jepa_kernels.testing.rollout import (
     CELLS,
     OP_NAMES,
@@ -239,7 +251,7 @@ def test_rolling_out_twice_is_rolling_out_the_sum(first, second, cell, seed):
         again = latent_rollout(
             middle, cell_now, second, actions=after, output="last", backend=backend
         )
-        torch.testing.assert_close(again, whole, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(again, whole, **FLOAT32_DEEP)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
@@ -256,7 +268,7 @@ def test_loss_is_zero_at_its_own_prediction_and_ignores_the_order_of_rows(cell, 
         zero = latent_rollout_loss(
             states, cell_now, own, actions=actions, exponent=exponent, backend=backend
         )
-        assert zero.abs() < 1e-5
+        assert zero.abs() < FLOAT32_NEAR_ZERO["atol"]
         order = torch.randperm(6)
         moved = None if actions is None else actions[:, order]
         loss = latent_rollout_loss(
@@ -298,7 +310,7 @@ def test_anchor_replaces_the_initial_state(backend):
     states, anchor = case.states.float(), case.anchor.float()
     plain = latent_rollout(states, cell, 3, backend=backend)
     anchored = latent_rollout(states, cell, 3, anchor=anchor, backend=backend)
-    torch.testing.assert_close(anchored - anchor, plain - states, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(anchored - anchor, plain - states, **FLOAT32)
 
 
 # Peers and published numbers.
@@ -364,7 +376,7 @@ def test_numpy_golden_vectors(root, name, index):
         "anchor": tensor(case["anchor"]),
         "backend": name,
     }
-    close = {"rtol": 2e-5, "atol": 2e-6} if name == "cpu" else {"rtol": 1e-6, "atol": 1e-8}
+    close = FLOAT32 if name == "cpu" else FLOAT64_STORED
     predictions = latent_rollout(states, cell, targets.shape[0], **options)
     torch.testing.assert_close(predictions, tensor(case["predictions"]), **close)
     errors = latent_rollout_loss(
@@ -373,7 +385,9 @@ def test_numpy_golden_vectors(root, name, index):
     torch.testing.assert_close(errors, tensor(case["errors"]), **close)
     gradient = torch.autograd.grad(errors.sum(), states)[0]
     torch.testing.assert_close(
-        gradient, tensor(case["grad_states"]), rtol=1e-4 if name == "cpu" else 1e-5, atol=1e-5
+        gradient,
+        tensor(case["grad_states"]),
+        **(FLOAT32_DEEP if name == "cpu" else CENTRAL_DIFFERENCES),
     )
 
 
@@ -433,7 +447,7 @@ def test_published_objectives(shared_dir, name, objective):
         )
     loss = sum(losses) / len(losses)
     term = "term_hamiltonian_loss" if objective == "hamiltonian" else "term_ld_loss"
-    assert abs(loss.item() - float(golden[term])) < 2e-6
+    assert abs(loss.item() - float(golden[term])) < FLOAT32_STORED["atol"]
     grads = torch.autograd.grad(loss, [*contexts, *tensors])
     # The context features carry only this objective's gradient, except the factorisation's own
     # terms in fwm_ld.
@@ -444,7 +458,7 @@ def test_published_objectives(shared_dir, name, objective):
     )
     grads = grads[2:] if objective == "fwm_ld" else grads
     for grad, expected in zip(grads, [*wanted, *(golden[f"grad_{n}"] for n in names)], strict=True):
-        torch.testing.assert_close(grad, torch.from_numpy(expected), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(grad, torch.from_numpy(expected), **FLOAT32_SHORT)
 
 
 # Weights.
@@ -470,9 +484,7 @@ def test_weighted_losses(backend, form):
         leaves[0], cell, leaves[1], **options, weights=weights, backend=backend
     )
     torch.testing.assert_close(loss, (errors * factors).mean())
-    torch.testing.assert_close(
-        torch.autograd.grad(loss, leaves[0])[0], wanted, rtol=1e-4, atol=1e-7
-    )
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves[0])[0], wanted, **FLOAT32_SHORT)
 
 
 def test_strided_row_indices(backend):
@@ -750,7 +762,9 @@ def test_flop_ratio_is_the_documented_one():
         call = prepare(case[0], cell, horizon, output="last")
         assert call.space() == "hidden"
         ratio = call.flop("state") / call.flop("hidden")
-        assert abs(ratio / (2 * horizon / (2 + horizon * 256 / channels)) - 1) < 0.12
+        assert ratio == pytest.approx(
+            2 * horizon / (2 + horizon * 256 / channels), rel=NOMINAL["rtol"]
+        )
 
 
 def test_planning_reads_one_state_for_all_candidates(backend):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jepa_kernels import Rope3D, masked_attention
+from jepa_kernels.testing import FLOAT32, FLOAT32_CANCELLING, FLOAT32_DEEP
 from tests.ops.test_masked_attention import RUNNABLE
 
 BACKENDS = ["reference", *(b for d, b in RUNNABLE if d == "cpu")]
@@ -23,7 +24,7 @@ grids = st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 7))
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(a, b, **FLOAT32)
 
 
 def rows(n: int, generator: torch.Generator, heads: int = 2, head_dim: int = 24) -> torch.Tensor:
@@ -74,7 +75,7 @@ def _shifted(
 @given(seed=seeds, n=st.integers(2, 20), shift=st.tuples(*(st.integers(0, 5) for _ in range(3))))
 def test_interleaved_depends_on_relative_position_only(backend, seed, n, shift):
     before, after = _shifted(backend, "interleaved", seed, n, shift)
-    torch.testing.assert_close(before, after, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(before, after, **FLOAT32_DEEP)
 
 
 @each_backend
@@ -145,7 +146,7 @@ def test_masked_equals_dense_restricted_to_ids(backend, seed, grid, layout, shar
         weight = (lse_rest - lse).exp().movedim(1, -1)[..., None]
         whole = (whole - weight * rest) / (1 - weight)
         usable = (weight < 0.95)[:, kept]
-        torch.testing.assert_close((out * usable), (whole[:, kept] * usable), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(out * usable, whole[:, kept] * usable, **FLOAT32_CANCELLING)
     else:
         close(out, whole[:, kept])
 
@@ -161,6 +162,4 @@ def test_linear_in_value_and_shift_of_keys_without_rope(backend, seed, n, m, shi
     ones = masked_attention(q, k, torch.full_like(v, 2.5), backend=backend)
     close(ones, torch.full_like(ones, 2.5))
     moved = masked_attention(q, k + shift, v, backend=backend)
-    torch.testing.assert_close(
-        moved, masked_attention(q, k, v, backend=backend), rtol=1e-3, atol=1e-4
-    )
+    torch.testing.assert_close(moved, masked_attention(q, k, v, backend=backend), **FLOAT32_DEEP)

@@ -15,6 +15,9 @@ from jepa_kernels.backend import OPS
 from jepa_kernels.ops.masked_attention.inputs import NAME
 from jepa_kernels.support import example
 from jepa_kernels.testing import (
+    FLOAT32,
+    FLOAT32_DEEP,
+    FLOAT32_LARGE_LOGITS,
     HEAD_DIMS,
     TIME_FAULTS,
     attention_case,
@@ -41,7 +44,7 @@ def rows(n: int, generator: torch.Generator, heads: int = 2, head_dim: int = 24)
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(a, b, **FLOAT32)
 
 
 @each_backend
@@ -110,7 +113,7 @@ def test_logits_of_ten_thousand_pick_one_key(backend):
     for name, tensor in result.named():
         known = torch.isfinite(getattr(oracle, name))
         assert torch.equal(torch.isfinite(tensor), known), name
-    torch.testing.assert_close(result.out.double(), oracle.out, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(result.out.double(), oracle.out, **FLOAT32_LARGE_LOGITS)
 
 
 @each_backend
@@ -177,7 +180,7 @@ def test_frame_causal_equals_a_call_for_each_prefix(backend):
         torch.autograd.grad(by_prefix, leaves, grad_out),
         strict=True,
     ):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, **FLOAT32_DEEP)
 
 
 @kernels
@@ -368,7 +371,7 @@ def test_one_graph_when_compiled(backend, packed):
         torch.autograd.grad(eager, leaves, grad_out),
         strict=True,
     ):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, **FLOAT32_DEEP)
 
 
 @each_backend

@@ -5,9 +5,10 @@ environments.
 
 1. `pip wheel . --no-build-isolation`; the wheel goes into a second environment with another torch,
    and is used there with no compiler on PATH.
-2. `pip install .` with build isolation, and `pip install -e . --no-build-isolation`, in an
-   environment that shares this one's torch.
-3. An sdist builds and holds the native sources.
+2. `pip install .` with build isolation, `pip install -e . --no-build-isolation`, and
+   `uv pip install .`, in environments that share this one's torch.
+3. Where something is missing: no compiler, no writable home, a pip of 2021, Python 3.10.
+4. An sdist builds and holds the native sources.
 """
 
 from __future__ import annotations
@@ -18,102 +19,117 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import venv
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-
-# Run with an empty PATH, from a folder that is not the checkout.
-SMOKE = """
 import torch
-import jepa_kernels
-from jepa_kernels import Rope3D, masked_attention, native
-print("torch", torch.__version__, "package", jepa_kernels.__version__, "isa", native.isa_name())
-assert "site-packages" in jepa_kernels.__file__ or {editable!r} == "editable", jepa_kernels.__file__
-assert native.available(), native.reason()
-assert native.host_reason() is None, native.host_reason()
-q, k, v = (torch.randn(2, 50, 3, 64, requires_grad=True) for _ in range(3))
-options = dict(query_ids=torch.arange(50), rope=Rope3D((2, 5, 5)))
-results = {{}}
-for backend in ("cpu", "reference"):
-    out = masked_attention(q, k, v, **options, backend=backend)
-    results[backend] = (out, *torch.autograd.grad(out.square().sum(), (q, k, v)))
-for a, b in zip(*results.values()):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-torch.library.opcheck(
-    torch.ops.jepa_kernels.masked_attention_fwd.default,
-    (q.detach().requires_grad_(), k, v, *[None] * 5, [0, 0, 0], 0.125, None, None, 0, "cpu"),
-)
-print("smoke test passed")
-"""
+
+from release.environments import ROOT, fresh, interpreter, run, smoke
+
+# Not one that root could make.
+NO_HOME = "/proc/nobody"
+BUILD = {**os.environ, "JEPA_KERNELS_CUDA": "0"}
+INSTALL = ("-m", "pip", "install", "--quiet", "--no-deps")
 
 
-def run(*command: str | Path, **kw) -> None:
-    print("$", " ".join(map(str, command)), flush=True)
-    subprocess.run([str(c) for c in command], check=True, **kw)
+def build_wheel(folder: Path) -> Path:
+    out = folder / "wheels"
+    command = (sys.executable, "-m", "pip", "wheel", ".", "--no-build-isolation", "--no-deps")
+    run(*command, "--quiet", "-w", out, cwd=ROOT)
+    (wheel,) = out.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for part in ("jepa_kernels/_native.so", "jepa_kernels/py.typed", "jepa_kernels/_host", "jepa/"):
+        assert any(n.startswith(part) for n in names), f"the wheel lacks {part}"
+    developed = ("tests", "benchmarks", "csrc", "release")
+    assert not any(n.startswith(developed) for n in names), "the wheel holds development files"
+    return wheel
 
 
-def fresh(folder: Path, share_torch: bool) -> Path:
-    """A new environment; with `share_torch` it sees this one's torch through a .pth file, so
-    nothing is downloaded."""
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    if share_torch:
-        import torch
-
-        site = next((folder / "lib").iterdir()) / "site-packages"
-        for name in _closure():
-            source = Path(torch.__file__).parents[1] / name
-            if source.exists() and not (site / name).exists():
-                (site / name).symlink_to(source)
-    return python
-
-
-def _closure() -> list[str]:
-    """Top-level folders of torch and what it imports."""
-    from importlib import metadata
-
-    names: list[str] = []
-    # An environment brings its own setuptools; the metadata of another one beside it would deceive
-    # pip.
-    queue, seen = ["torch", "numpy"], {"setuptools", "pip", "wheel"}
-    while queue:
-        package = queue.pop()
-        if package in seen:
-            continue
-        seen.add(package)
-        try:
-            files = metadata.files(package) or []
-            requirements = metadata.requires(package) or []
-        except metadata.PackageNotFoundError:
-            continue
-        names += [part for part in {f.parts[0] for f in files} if part not in ("..", "bin")]
-        queue += [
-            r.split(";")[0].split("[")[0].strip().split(" ")[0].rstrip("<>=!~0123456789.,")
-            for r in requirements
-            if "extra" not in r
-        ]
-    return names
+def check_sdist(folder: Path) -> None:
+    run(sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", folder / "sdist", cwd=ROOT)
+    (sdist,) = (folder / "sdist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        held = [Path(*Path(m).parts[1:]).as_posix() for m in archive.getnames()]
+    for source in (
+        "csrc/registration.cpp",
+        "csrc/abi.h",
+        "csrc/cuda/device.cuh",
+        "csrc/masked_attention/cuda/launch.cu",
+        "LICENSE",
+        "setup.py",
+    ):
+        assert source in held, f"the sdist lacks {source}"
 
 
-def smoke(python: Path, where: Path, kind: str) -> None:
-    environment = {k: v for k, v in os.environ.items() if k not in ("PATH", "PYTHONPATH")}
-    run(
-        python,
-        "-c",
-        SMOKE.format(editable=kind),
-        cwd=where,
-        env={**environment, "PATH": "/nonexistent"},
+def isolated(folder: Path) -> None:
+    python = fresh(folder / "isolated", share_torch=True)
+    run(python, *INSTALL, ROOT, cwd=folder, env=BUILD)
+    smoke(python, folder, "installed")
+
+
+def editable(folder: Path) -> None:
+    python = fresh(folder / "editable", share_torch=True)
+    run(python, "-m", "pip", "install", "--quiet", "setuptools>=77", "wheel", "pybind11", "ninja")
+    copy = folder / "copy"
+    run("git", "clone", "--quiet", ROOT, copy)
+    run(python, *INSTALL, "--no-build-isolation", "-e", copy, cwd=folder, env=BUILD)
+    smoke(python, folder, "editable")
+
+
+def with_uv(folder: Path) -> None:
+    """uv hides the environment from the build, which is told where torch is."""
+    python = fresh(folder / "uv", share_torch=True)
+    run(python, "-m", "pip", "install", "--quiet", "uv")
+    install = (python.parent / "uv", "pip", "install", "--quiet", "--no-deps", "--python", python)
+    told = subprocess.run(
+        [str(word) for word in (*install, ROOT)], env=BUILD, capture_output=True, text=True
     )
-    run(
-        python,
-        "-m",
-        "jepa_kernels",
-        "doctor",
-        cwd=where,
-        env={**environment, "PATH": "/nonexistent"},
+    assert told.returncode != 0 and "JEPA_KERNELS_TORCH=" in told.stderr, told.stderr
+    run(*install, ROOT, cwd=folder, env={**BUILD, "JEPA_KERNELS_TORCH": torch.__path__[0]})
+    smoke(python, folder, "installed")
+
+
+def without_a_compiler(folder: Path) -> None:
+    """Nor a home that could be written: the pure-Python package, and doctor says why."""
+    python = fresh(folder / "pure", share_torch=True)
+    # A pip of its own process still finds what it calls; no compiler is among that.
+    bare = {k: v for k, v in BUILD.items() if k not in ("CXX", "PYTHONPATH")}
+    bare |= {"PATH": "/nonexistent", "HOME": NO_HOME}
+    run(python, *INSTALL, ROOT, cwd=folder, env=bare)
+    command = [str(python), "-m", "jepa_kernels", "doctor"]
+    said = subprocess.run(command, cwd=folder, env=bare, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert "there is no C++ compiler (install g++" in said.stdout, said.stdout
+    assert "torch yes  reference yes" in said.stdout, said.stdout
+
+
+def with_an_old_pip(folder: Path) -> None:
+    python = fresh(folder / "old", share_torch=True)
+    run(python, "-m", "pip", "install", "--quiet", "pip==21.3.1")
+    run(python, *INSTALL, ROOT, cwd=folder, env={**BUILD, "JEPA_KERNELS_NATIVE": "0"})
+    run(python, "-c", "import jepa_kernels", cwd=folder)
+
+
+def with_python_3_10(folder: Path) -> None:
+    base = interpreter("3.10")
+    if base is None:
+        print("Python 3.10 is not here; that it is refused was not seen")
+        return
+    python = fresh(folder / "3.10", base=base)
+    told = subprocess.run(
+        [str(word) for word in (python, *INSTALL, ROOT)], env=BUILD, capture_output=True, text=True
     )
+    assert told.returncode != 0 and "requires a different Python" in told.stderr, told.stderr
+
+
+WAYS = {
+    "isolated": isolated,
+    "editable": editable,
+    "uv": with_uv,
+    "without-a-compiler": without_a_compiler,
+    "old-pip": with_an_old_pip,
+    "python-3.10": with_python_3_10,
+}
 
 
 def main() -> None:
@@ -128,95 +144,20 @@ def main() -> None:
         action="store_true",
         help="leave out the environment that installs another torch",
     )
+    parser.add_argument("--only", nargs="+", choices=WAYS, help="these ways alone, and no wheel")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pip = (sys.executable, "-m", "pip")
-        run(
-            *pip,
-            "wheel",
-            ".",
-            "--no-build-isolation",
-            "--no-deps",
-            "--quiet",
-            "-w",
-            folder / "wheels",
-            cwd=ROOT,
-        )
-        (wheel,) = (folder / "wheels").glob("*.whl")
-        names = zipfile.ZipFile(wheel).namelist()
-        for part in (
-            "jepa_kernels/_native.so",
-            "jepa_kernels/py.typed",
-            "jepa_kernels/_host",
-            "jepa/",
-        ):
-            assert any(n.startswith(part) for n in names), f"the wheel lacks {part}"
-        assert not any(n.startswith(("tests", "benchmarks", "csrc")) for n in names), (
-            "the wheel holds development files"
-        )
-        run(*pip, "--version")
-        run(
-            sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", folder / "sdist", cwd=ROOT
-        )
-        (sdist,) = (folder / "sdist").glob("*.tar.gz")
-        with tarfile.open(sdist) as archive:
-            held = [Path(*Path(m).parts[1:]).as_posix() for m in archive.getnames()]
-        for source in (
-            "csrc/registration.cpp",
-            "csrc/abi.h",
-            "csrc/cuda/device.cuh",
-            "csrc/masked_attention/cuda/launch.cu",
-            "LICENSE",
-            "setup.py",
-        ):
-            assert source in held, f"the sdist lacks {source}"
-
-        isolated = fresh(folder / "isolated", share_torch=True)
-        run(
-            isolated,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            ROOT,
-            cwd=folder,
-            env={**os.environ, "JEPA_KERNELS_CUDA": "0"},
-        )
-        smoke(isolated, folder, "installed")
-        editable = fresh(folder / "editable", share_torch=True)
-        run(
-            editable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "setuptools>=77",
-            "wheel",
-            "pybind11",
-            "ninja",
-        )
-        copy = folder / "copy"
-        run("git", "clone", "--quiet", ROOT, copy)
-        command = (
-            editable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--no-build-isolation",
-            "-e",
-            copy,
-        )
-        run(*command, cwd=folder, env={**os.environ, "JEPA_KERNELS_CUDA": "0"})
-        smoke(editable, folder, "editable")
-
+        for way in chosen.only or WAYS:
+            WAYS[way](folder)
+        if chosen.only:
+            return
+        check_sdist(folder)
+        wheel = build_wheel(folder)
         if not chosen.skip_other_torch:
-            other = fresh(folder / "other", share_torch=False)
+            other = fresh(folder / "other")
             run(other, "-m", "pip", "install", "--quiet", chosen.torch, "numpy")
-            run(other, "-m", "pip", "install", "--quiet", "--no-deps", wheel)
+            run(other, *INSTALL, wheel)
             smoke(other, folder, "installed")
     print("every way of installing works")
 

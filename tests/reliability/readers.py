@@ -17,6 +17,9 @@ from jepa import evaluation, logs
 from jepa.checkpoint import CheckpointError, Checkpoints, _digest, load, load_model_tensors
 from jepa.config import ConfigError, to_yaml
 from jepa.config import load as load_config
+from jepa.convert import ConversionError
+from jepa.convert import read as read_weights
+from jepa.convert import write as write_weights
 from jepa.data.clip import BadClipError, ClipSpec, MissingDataError
 from jepa.data.decode import read_image, read_video
 from jepa.data.diving48 import diving48
@@ -30,7 +33,7 @@ from tests.jepa import numbered_videos
 from tests.jepa.run_cases import tiny_run
 
 # Anything else that a reader raises is a fault.
-REFUSALS = (BadClipError, ConfigError, CheckpointError, MissingDataError)
+REFUSALS = (BadClipError, ConfigError, CheckpointError, ConversionError, MissingDataError)
 _CLIP = ClipSpec(3, 2, None, 32, 32)
 
 
@@ -167,6 +170,26 @@ def _read_checkpoint(path: Path, number: float) -> object:
     return model
 
 
+def _weights(folder: Path) -> list[Path]:
+    parts = {part: {"a.weight": torch.ones(8, 8)} for part in ("encoder", "predictor")}
+    torch.save({**parts, "epoch": 3}, folder / "a.pt")
+    torch.save(parts, folder / "old.pth", _use_new_zipfile_serialization=False)
+    write_weights(parts, folder / "whole")
+    write_weights(parts, folder / "shards", shard_bytes=256)
+    whole = (folder / "whole" / "model.safetensors").rename(folder / "a.safetensors")
+    index = (folder / "shards" / "model.safetensors.index.json").rename(folder / "index.json")
+    return [folder / "a.pt", folder / "old.pth", whole, index]
+
+
+def _read_weights(path: Path, number: float) -> object:
+    if path.suffix != ".json":
+        return read_weights(path)
+    # A damaged index, beside sound shards.
+    shards = path.parent / "sound" / "shards"
+    (shards / "model.safetensors.index.json").write_bytes(path.read_bytes())
+    return read_weights(shards)
+
+
 def _caches(folder: Path) -> list[Path]:
     np.save(folder / "features.npy", np.ones((6, 4, 8), np.float16))
     save_file({"features": torch.ones(2, 3)}, folder / "a.safetensors", {"identity": "x"})
@@ -191,14 +214,16 @@ READERS: dict[str, Reader] = {
     "lists": Reader(_lists, _read_list),
     "configurations": Reader(_configurations, lambda path, _: load_config(PretrainConfig, path)),
     "checkpoints": Reader(_checkpoints, _read_checkpoint),
+    "weights": Reader(_weights, _read_weights),
     "caches": Reader(_caches, _read_cache),
 }
 # Of a hundred inputs, how many go to each; the costly ones are where most parsers are.
 SHARES = {
-    "videos": 30,
-    "images": 30,
+    "videos": 28,
+    "images": 28,
     "lists": 14,
     "configurations": 8,
     "checkpoints": 9,
-    "caches": 9,
+    "weights": 6,
+    "caches": 7,
 }

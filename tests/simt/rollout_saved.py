@@ -37,6 +37,14 @@ def span(tensor) -> np.ndarray:
     ).numpy()
 
 
+def allowed(tensor) -> np.ndarray:
+    """rtol and atol of a replay: another compiler or instruction set fuses other operations."""
+    from jepa_kernels.testing import BFLOAT16, FLOAT32_CANCELLING
+
+    tolerance = BFLOAT16 if tensor.element_size() == 2 else FLOAT32_CANCELLING
+    return np.array([tolerance["rtol"], tolerance["atol"]])
+
+
 class Recorder:
     """A Library that keeps what it was given and what came out."""
 
@@ -60,6 +68,7 @@ class Recorder:
             elif value is not None:
                 tensors[f"{where}/array"] = value
         self.arrays |= {f"{where}/before": span(tensor) for where, tensor in tensors.items()}
+        self.arrays |= {f"{where}/tolerance": allowed(tensor) for where, tensor in tensors.items()}
         self.library.call(name, **values)
         self.arrays |= {f"{where}/after": span(tensor) for where, tensor in tensors.items()}
         self.count += 1
@@ -80,19 +89,18 @@ class Saved(NamedTuple):
     values: dict[str, Any]
     arrays: dict[str, np.ndarray]  # what the call reads and writes
     wanted: dict[str, np.ndarray]  # what they should hold afterwards, by the same names
+    tolerances: dict[str, np.ndarray]  # rtol and atol, by the same names
 
     def check(self, note: str = "") -> None:
-        """Results must be the saved ones up to rounding: another compiler or instruction set fuses
-        other operations."""
+        """Results must be the saved ones up to rounding."""
         for key, wanted in self.wanted.items():
-            actual, same = self.arrays[key], 1e-4
+            actual, tolerance = self.arrays[key], dict(zip(("rtol", "atol"), self.tolerances[key]))
             if wanted.dtype == np.int16:
-                actual, wanted, same = (
-                    *((a.astype(np.uint32) << 16).view(np.float32) for a in (actual, wanted)),
-                    2e-2,
+                actual, wanted = (
+                    (a.astype(np.uint32) << 16).view(np.float32) for a in (actual, wanted)
                 )
             np.testing.assert_allclose(
-                actual, wanted, rtol=same, atol=same, err_msg=f"{self.label} {key} {note}"
+                actual, wanted, **tolerance, err_msg=f"{self.label} {key} {note}"
             )
 
 
@@ -120,12 +128,15 @@ def saved_calls(path: str) -> Iterator[Saved]:
                 values[field] = Table(
                     arrays[f"{field}/data"], arrays.get(f"{field}/index"), *(int(v) for v in entry)
                 )
-        wanted = {
-            key.removesuffix("/after"): entry
-            for key, entry in entries.items()
-            if key.endswith("/after")
-        }
-        yield Saved(label, label.split("/")[1], values, arrays, wanted)
+        wanted, tolerances = (
+            {
+                key.removesuffix(f"/{kind}"): entry
+                for key, entry in entries.items()
+                if key.endswith(f"/{kind}")
+            }
+            for kind in ("after", "tolerance")
+        )
+        yield Saved(label, label.split("/")[1], values, arrays, wanted, tolerances)
 
 
 def replay(path: str, calls: str, sanitizer: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from jepa_kernels import TeacherLists, adamw_ema_
+from jepa_kernels.testing import FLOAT32_SHORT
 from tests.ops.test_adamw_ema import HYPER
 from tests.simt import ema_abi
 from tests.simt.build import ORDERS, ROOT, build, configure, run_sanitized
@@ -148,8 +149,7 @@ def test_scalars_on_the_device_and_a_skipped_step(adamw_library):
         results.append([t for v in (lists[0], lists[2], lists[3], targets) for t in v])
     for other in results[1:]:
         assert all(
-            torch.allclose(a, b, rtol=1e-6, atol=1e-7)
-            for a, b in zip(results[0], other, strict=True)
+            torch.allclose(a, b, **FLOAT32_SHORT) for a, b in zip(results[0], other, strict=True)
         )
     lists, targets = adamw_lists(torch.float32, torch.float32, torch.float32, (30, 5, 9))
     adamw_ema_(
@@ -161,7 +161,7 @@ def test_scalars_on_the_device_and_a_skipped_step(adamw_library):
     )
     wanted = [t for v in (lists[0], lists[2], lists[3], targets) for t in v]
     assert all(
-        torch.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in zip(results[0], wanted, strict=True)
+        torch.allclose(a, b, **FLOAT32_SHORT) for a, b in zip(results[0], wanted, strict=True)
     )
 
 

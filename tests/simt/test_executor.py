@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jepa_kernels.testing import FLOAT32, TF32_PRODUCTS
 from tests.simt.build import (
     ORDERS,
     SANITIZER_STATUS,
@@ -123,7 +124,7 @@ def test_mma_matches_a_matrix_product(ordered: ctypes.CDLL, is_fp16: int, transp
         expected = bfloat16_value(a).astype(np.float64) @ bfloat16_value(b).astype(np.float64)
     right = np.ascontiguousarray(b if transposed else b.T)
     assert ordered.probe_mma(pointer(a), pointer(right), pointer(c), is_fp16, transposed, 0) is None
-    np.testing.assert_allclose(c, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(c, expected, **FLOAT32)
 
 
 def test_tf32_mma_rounds_its_inputs(probe: ctypes.CDLL) -> None:
@@ -136,7 +137,7 @@ def test_tf32_mma_rounds_its_inputs(probe: ctypes.CDLL) -> None:
     assert probe.probe_mma_tf32(pointer(a), pointer(b), pointer(c)) is None
     exact = a.astype(np.float64) @ b.T.astype(np.float64)
     error = np.abs(c - exact).max()
-    assert 1e-6 < error < 1e-2
+    assert 1e-6 < error < TF32_PRODUCTS["atol"]
 
 
 def test_two_half_warps_run_their_own_collectives(ordered: ctypes.CDLL) -> None:

@@ -75,6 +75,11 @@ struct Avx2 {
     return _mm256_castsi256_ps(_mm256_add_epi32(
         _mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
   }
+  // -v in the lanes where that integer is odd, else v.
+  static JK_INLINE Vec negate_odd(Vec v, Vec shifted) {
+    return _mm256_xor_ps(v,
+                         _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 31)));
+  }
   static JK_INLINE Vec swap_pairs(Vec v) { return _mm256_permute_ps(v, 0xb1); }
   static JK_INLINE float sum(Vec v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

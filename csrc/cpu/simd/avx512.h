@@ -107,6 +107,11 @@ struct Avx512 {
     return _mm512_castsi512_ps(_mm512_add_epi32(
         _mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
   }
+  // -v in the lanes where that integer is odd, else v.
+  static JK_INLINE Vec negate_odd(Vec v, Vec shifted) {
+    return _mm512_castsi512_ps(_mm512_xor_si512(
+        _mm512_castps_si512(v), _mm512_slli_epi32(_mm512_castps_si512(shifted), 31)));
+  }
   static JK_INLINE Vec swap_pairs(Vec v) { return _mm512_permute_ps(v, 0xb1); }
   static JK_INLINE float sum(Vec v) {
     const __m256 s = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));

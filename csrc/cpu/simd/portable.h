@@ -82,6 +82,10 @@ struct Portable {
   static JK_INLINE Vec scale_by_power(Vec p, Vec shifted) {
     return (Vec)((Int)p + ((Int)shifted << 23));
   }
+  // -v in the lanes where that integer is odd, else v.
+  static JK_INLINE Vec negate_odd(Vec v, Vec shifted) {
+    return (Vec)((Int)v ^ ((Int)shifted << 31));
+  }
   static JK_INLINE Vec swap_pairs(Vec v) { return Vec{v[1], v[0], v[3], v[2]}; }
   static JK_INLINE float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
   static JK_INLINE void transpose(Vec (&r)[kLanes]) {

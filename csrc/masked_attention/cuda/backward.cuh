@@ -1,5 +1,5 @@
-// Backward kernels for bfloat16 and float16. Two passes, each of which owns the rows it writes, so
-// nothing is added up by atomics and the result does not depend on scheduling.
+// Backward kernel for bfloat16 and float16. A block owns the rows it writes, of keys or of queries,
+// so nothing is added up by atomics and the result does not depend on scheduling.
 //   P_ij = exp(scale q_i k_j - lse_i),  dP_ij = grad_out_i v_j,  dS_ij = P_ij (dP_ij - delta_i)
 //   grad_v_j = sum_i P_ij grad_out_i,  grad_k_j = R^T scale sum_i dS_ij q_i,  grad_q_i = R^T scale
 //   sum_j dS_ij k_j
@@ -28,11 +28,10 @@ JK_DEVICE float4 read_pair(const float2* group) {
   return *reinterpret_cast<const float4*>(group + lane_id() % 4 * 2);
 }
 
-// One block owns kOwn keys of one head and reads the queries and output gradients of their
-// sequence; grid: (tiles, heads). Everything is transposed (rows are keys), so that P and dS are
-// left operands where they stand.
+// A block that owns kOwn keys of one head reads the queries and output gradients of their sequence.
+// Everything is transposed (rows are keys), so that P and dS are left operands where they stand.
 template <class T, class Tile>
-__global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_keys_kernel(const Args a) {
+JK_DEVICE void own_keys(const Args& a) {
   constexpr int kDim = Tile::kDim, kBands = Tile::kBands, kStep = Tile::kStep, kPart = Tile::kPart,
                 kLd = kStride<T, kDim>;
   JK_DYNAMIC_SHARED(T, keys);
@@ -41,8 +40,8 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_keys_kernel(
   T* grads = queries + 2 * kStep * kLd;
   float2* stats = reinterpret_cast<float2*>(grads + 2 * kStep * kLd);
   Sequence s;
-  if (!find_sequence<Tile::kOwn>(a, a.p.cu_k, a.p.cu_q, a.p.len_k, a.p.len_q, s)) return;
-  const int64_t head = blockIdx.y, own = s.begin + s.first;
+  if (!find_keys<Tile::kOwn>(a, s)) return;
+  const int64_t head = s.head, own = s.begin + s.first;
   const int head_dim = static_cast<int>(a.p.head_dim), steps = (s.other + kStep - 1) / kStep;
   // The loop needs the registers: what follows it finds the sequence here.
   Sequence* const kept = reinterpret_cast<Sequence*>(stats + 2 * kStep);
@@ -135,18 +134,17 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_keys_kernel(
     }
   write_rows<T, kDim, true>(
       a, at, a.p.ids_k, grad_key, scales, keys,
-      row_pointer<T>(a.p.grad_k, a.p.cu_k, at.seq, at.begin + at.first, blockIdx.y),
+      row_pointer<T>(a.p.grad_k, a.p.cu_k, at.seq, at.begin + at.first, at.head),
       a.p.grad_k.stride_token, a.vector_grad_k);
   write_rows<T, kDim, false>(
       a, at, a.p.ids_k, grad_value, ones, values,
-      row_pointer<T>(a.p.grad_v, a.p.cu_k, at.seq, at.begin + at.first, blockIdx.y),
+      row_pointer<T>(a.p.grad_v, a.p.cu_k, at.seq, at.begin + at.first, at.head),
       a.p.grad_v.stride_token, a.vector_grad_v);
 }
 
-// One block owns kOwn queries of one head and reads the keys and values of their sequence; grid:
-// (tiles, heads).
+// A block that owns kOwn queries of one head reads the keys and values of their sequence.
 template <class T, class Tile>
-__global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_queries_kernel(const Args a) {
+JK_DEVICE void own_queries(const Args& a) {
   constexpr int kDim = Tile::kDim, kBands = Tile::kBands, kStep = Tile::kStep,
                 kLd = kStride<T, kDim>;
   JK_DYNAMIC_SHARED(T, queries);
@@ -154,8 +152,8 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_queries_kern
   T* keys = grads + Tile::kOwn * kLd;  // two stages
   T* values = keys + 2 * kStep * kLd;  // two stages
   Sequence s;
-  if (!find_sequence<Tile::kOwn>(a, a.p.cu_q, a.p.cu_k, a.p.len_q, a.p.len_k, s)) return;
-  const int64_t head = blockIdx.y, own = s.begin + s.first;
+  if (!find_queries<Tile::kOwn>(a, s)) return;
+  const int64_t head = s.head, own = s.begin + s.first;
   const int head_dim = static_cast<int>(a.p.head_dim), steps = (s.other + kStep - 1) / kStep;
   T* target = row_pointer<T>(a.p.grad_q, a.p.cu_q, s.seq, own, head);
   const int rows = s.length - s.first < Tile::kOwn ? s.length - s.first : Tile::kOwn;
@@ -225,6 +223,16 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_queries_kern
   }
   write_rows<T, kDim, true>(a, s, a.p.ids_q, grad_query, scales, queries, target,
                             a.p.grad_q.stride_token, a.vector_grad_q);
+}
+
+// grid: (tiles, heads, 2): blocks that own keys, whose steps are longer, come first. In one launch
+// the last of them run beside the first that own queries.
+template <class T, class Keys, class Queries>
+__global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_kernel(const Args a) {
+  if (blockIdx.z == 0)
+    own_keys<T, Keys>(a);
+  else
+    own_queries<T, Queries>(a);
 }
 
 }  // namespace jk::attention

@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_float_kernel
   float* values = keys + kStep * kLd;
   float* weights = values + kStep * kLd;
   Sequence s;
-  if (!find_sequence<Tile::kRows>(a, a.p.cu_q, a.p.cu_k, a.p.len_q, a.p.len_k, s)) return;
-  const int64_t head = blockIdx.y;
+  if (!find_queries<Tile::kRows>(a, s)) return;
+  const int64_t head = s.head;
   if (s.other == 0) return write_no_keys<float, Tile::kRows>(a, s, head);
   const float* key = row_pointer<const float>(a.p.k, a.p.cu_k, s.seq, s.partner, head);
   const float* value = row_pointer<const float>(a.p.v, a.p.cu_k, s.seq, s.partner, head);
@@ -211,10 +211,9 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_float_kernel
                            a.p.out.stride_token, a.vector_out);
 }
 
-// As masked_attention_bwd_keys_kernel (kKeysOwned) and masked_attention_bwd_queries_kernel: the
-// block owns one side's rows.
+// As own_keys (kKeysOwned) and own_queries: the block owns one side's rows.
 template <class Tile, bool kKeysOwned>
-__global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_float_kernel(const Args a) {
+JK_DEVICE void own_floats(const Args& a) {
   constexpr int kDim = Tile::kDim, kR = Tile::kR, kStep = Tile::kStep, kLd = Tile::kLd,
                 kRows = Tile::kRows;
   JK_DYNAMIC_SHARED(float, own_first);            // keys or queries
@@ -227,10 +226,8 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_float_kernel
   const jk_ints &cu_own = kKeysOwned ? a.p.cu_k : a.p.cu_q,
                 &cu_other = kKeysOwned ? a.p.cu_q : a.p.cu_k;
   Sequence s;
-  if (!find_sequence<kRows>(a, cu_own, cu_other, kKeysOwned ? a.p.len_k : a.p.len_q,
-                            kKeysOwned ? a.p.len_q : a.p.len_k, s))
-    return;
-  const int64_t head = blockIdx.y, own = s.begin + s.first;
+  if (!(kKeysOwned ? find_keys<kRows>(a, s) : find_queries<kRows>(a, s))) return;
+  const int64_t head = s.head, own = s.begin + s.first;
   const int head_dim = static_cast<int>(a.p.head_dim), y = static_cast<int>(threadIdx.x) / 8,
             x = static_cast<int>(threadIdx.x) % 8;
   const int rows = s.length - s.first < kRows ? s.length - s.first : kRows;
@@ -309,6 +306,15 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_float_kernel
   if (kKeysOwned)
     float_write<Tile, false>(a, s, a.p.ids_k, grad_value, ones, target_value,
                              a.p.grad_v.stride_token, a.vector_grad_v);
+}
+
+// grid: as masked_attention_bwd_kernel.
+template <class Tile>
+__global__ void __launch_bounds__(kThreads, 2) masked_attention_bwd_float_kernel(const Args a) {
+  if (blockIdx.z == 0)
+    own_floats<Tile, true>(a);
+  else
+    own_floats<Tile, false>(a);
 }
 
 }  // namespace jk::attention

@@ -73,8 +73,9 @@ struct Softmax {
 };
 
 // One block owns kQueries queries of one head and reads all keys and values of their sequence;
-// grid: (tiles, heads). m_i = max_j s_ij,  out_i = sum_j exp(s_ij - m_i) v_j / sum_j exp(s_ij -
-// m_i),  s = scale R(q) R(k)^T; keys come rotated.
+// grid: (tiles, heads), in one axis where sequences are ranked. m_i = max_j s_ij,
+// out_i = sum_j exp(s_ij - m_i) v_j / sum_j exp(s_ij - m_i),  s = scale R(q) R(k)^T; keys come
+// rotated.
 template <class T, class Tile>
 __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_kernel(const Args a) {
   constexpr int kDim = Tile::kDim, kBands = Tile::kBands, kKeys = Tile::kKeys,
@@ -83,8 +84,8 @@ __global__ void __launch_bounds__(kThreads, 2) masked_attention_fwd_kernel(const
   T* keys = queries + Tile::kQueries * kLd;  // two stages
   T* values = keys + 2 * kKeys * kLd;        // two stages
   Sequence s;
-  if (!find_sequence<Tile::kQueries>(a, a.p.cu_q, a.p.cu_k, a.p.len_q, a.p.len_k, s)) return;
-  const int64_t head = blockIdx.y;
+  if (!find_queries<Tile::kQueries>(a, s)) return;
+  const int64_t head = s.head;
   if (s.other == 0) return write_no_keys<T, Tile::kQueries>(a, s, head);
 
   const int head_dim = static_cast<int>(a.p.head_dim), steps = (s.other + kKeys - 1) / kKeys;

@@ -61,12 +61,15 @@ const Stream kStreams[] = {
     {&P::grad_out, &P::cu_q, &P::ids_q, &P::len_q, false, true},
 };
 
-// How the scratch space is laid out: copies of the streams that need one, then the row statistics.
+// The most packed sequences that are ranked: each is compared with all, by one thread.
+constexpr int64_t kMostRanked = 256;
+
+// How the scratch space is laid out: copies of the streams that need one, then the row statistics,
+// then the ranks.
 struct Plan {
   Args args{};
-  Copies copies{};
-  int count = 0;
-  int64_t longest = 0;  // rows of the longest copy
+  Preparation made{};
+  int64_t blocks = 0;  // that the longest part of the preparation takes
   int64_t bytes = 0;
 };
 
@@ -82,6 +85,11 @@ Plan make_plan(const jk_masked_attention_params& p, bool backward) {
   a.vector_grad_k = is_aligned(p, p.grad_k, p.cu_k);
   a.vector_grad_v = is_aligned(p, p.grad_v, p.cu_k);
   char* const scratch = static_cast<char*>(p.scratch);
+  auto take = [&](int64_t size) {
+    void* const at = scratch + plan.bytes;
+    plan.bytes += round_up(size);
+    return at;
+  };
   for (const Stream& stream : kStreams) {
     if (stream.backward_only && !backward) continue;
     const jk_rows from = p.*stream.rows;
@@ -90,53 +98,86 @@ Plan make_plan(const jk_masked_attention_params& p, bool backward) {
                aligned = is_aligned(p, from, cu);
     const int64_t length = p.*stream.length, rows = rows_of(p, cu, length);
     if (rows == 0 || (!rotate && aligned)) continue;
-    void* const to = scratch + plan.bytes;
-    plan.copies.item[plan.count++] = {
+    void* const to = take(p.heads * rows * p.head_dim * element_bytes(p));
+    plan.made.copy[plan.made.copies++] = {
         from, rotate ? p.*stream.ids : jk_ints{}, cu, to, rows, length, aligned};
     a.p.*stream.rows = {to, length * p.head_dim, p.head_dim, rows * p.head_dim};
-    plan.longest = std::max(plan.longest, rows);
-    plan.bytes += round_up(p.heads * rows * p.head_dim * element_bytes(p));
+    plan.blocks = std::max(plan.blocks, (rows * (p.head_dim / 8) + kThreads - 1) / kThreads);
   }
   if (backward) {
-    a.stats = reinterpret_cast<float2*>(scratch + plan.bytes);
-    plan.bytes += round_up(p.heads * a.rows_q * int64_t(sizeof(float2)));
+    plan.made.stats = a.rows_q > 0;
+    plan.made.grad_out = p.grad_out;
+    plan.made.vector_grad_out = is_aligned(p, p.grad_out, p.cu_q);
+    plan.blocks = std::max(plan.blocks, (a.rows_q + kRowsOfStats - 1) / kRowsOfStats);
+    a.stats = static_cast<float2*>(take(p.heads * a.rows_q * int64_t(sizeof(float2))));
+  }
+  // A launch for the ranks alone would cost what they save.
+  plan.made.ranks = p.cu_q.data && p.num_seqs > 1 && p.num_seqs <= kMostRanked &&
+                    (plan.made.copies > 0 || plan.made.stats);
+  if (plan.made.ranks) {
+    const int64_t count = p.num_seqs + 2;
+    auto ranks = [&] {
+      return Ranks{static_cast<int32_t*>(take(count * int64_t(sizeof(int32_t)))),
+                   static_cast<int64_t*>(take(count * int64_t(sizeof(int64_t))))};
+    };
+    a.ranks_q = ranks();
+    if (backward) a.ranks_k = ranks();
+    plan.blocks = std::max(plan.blocks, (count + kThreads - 1) / kThreads);
   }
   return plan;
 }
 
 template <class Kernel>
-const char* launch(Kernel kernel, size_t bytes, int64_t tiles, const Args& a, void* stream) {
-  if (tiles > INT32_MAX)
+const char* launch(Kernel kernel, size_t bytes, int64_t tiles, int passes, const Args& a,
+                   void* stream) {
+  if (tiles == 0) return nullptr;
+  const bool ranked = a.ranks_q.sequence != nullptr;
+  const int64_t across = ranked ? tiles * a.p.heads : tiles;
+  if (across > INT32_MAX)
     return "masked_attention: query and key must have fewer than 2147483647 tiles of rows on CUDA.";
   if (bytes > 48 * 1024)
     if (const char* error = allow_dynamic_shared(kernel, bytes)) return error;
-  JK_LAUNCH(kernel, dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(a.p.heads)),
-            dim3(kThreads), bytes, stream, a);
+  const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(ranked ? 1 : a.p.heads),
+                  static_cast<unsigned>(passes));
+  JK_LAUNCH(kernel, grid, dim3(kThreads), bytes, stream, a);
   return launch_error();
 }
 
-// Launches a kernel over tiles of kRows rows of one side. How packed rows fall into tiles is only
-// known on the device: the grid is the upper bound that find_sequence assumes.
-template <int kRows, class Kernel>
-const char* launch_tiles(Kernel kernel, size_t bytes, Args a, const jk_ints& cu, int64_t length,
-                         void* stream) {
-  a.tiles = (length + kRows - 1) / kRows;
-  const int64_t tiles = cu.data ? length / kRows + a.p.num_seqs + 2 : a.tiles * a.p.num_seqs;
-  return tiles == 0 ? nullptr : launch(kernel, bytes, tiles, a, stream);
+// Tiles of `rows` rows of one side, and of one sequence of a dense batch. How packed rows fall into
+// tiles is only known on the device: this is the upper bound that find_sequence assumes.
+int64_t count_tiles(const Args& a, const jk_ints& cu, int64_t length, int rows,
+                    int64_t& of_sequence) {
+  of_sequence = (length + rows - 1) / rows;
+  return cu.data ? length / rows + a.p.num_seqs + 2 : of_sequence * a.p.num_seqs;
+}
+
+template <class Kernel>
+const char* launch_forward(Kernel kernel, size_t bytes, Args a, int rows, void* stream) {
+  const int64_t tiles = count_tiles(a, a.p.cu_q, a.p.len_q, rows, a.tiles_q);
+  return launch(kernel, bytes, tiles, 1, a, stream);
+}
+
+// Blocks that own keys and blocks that own queries.
+template <class Kernel>
+const char* launch_backward(Kernel kernel, size_t bytes, Args a, int rows_k, int rows_q,
+                            void* stream) {
+  const int64_t tiles_k = count_tiles(a, a.p.cu_k, a.p.len_k, rows_k, a.tiles_k),
+                tiles_q = count_tiles(a, a.p.cu_q, a.p.len_q, rows_q, a.tiles_q);
+  return launch(kernel, bytes, std::max(tiles_k, tiles_q), 2, a, stream);
 }
 
 template <class T>
-const char* launch_copies(const Plan& plan, void* stream) {
-  if (plan.count == 0) return nullptr;
+const char* prepare(const Plan& plan, void* stream) {
   const Args a = plan.args;
-  const Copies copies = plan.copies;
-  const int64_t blocks = (plan.longest * (a.p.head_dim / 8) + kThreads - 1) / kThreads,
-                groups = (a.p.heads + kHeadsPerCopy - 1) / kHeadsPerCopy;
-  if (blocks > INT32_MAX)
+  const Preparation made = plan.made;
+  const int parts = made.copies + (made.stats ? 1 : 0) + (made.ranks ? 1 : 0);
+  if (parts == 0) return nullptr;
+  if (plan.blocks > INT32_MAX)
     return "masked_attention: query and key must have fewer than 2147483647 tiles of rows on CUDA.";
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(groups),
-                  static_cast<unsigned>(plan.count));
-  JK_LAUNCH((masked_attention_copy_kernel<T>), grid, dim3(kThreads), 0, stream, a, copies);
+  const int64_t groups = (a.p.heads + kHeadsAtOnce - 1) / kHeadsAtOnce;
+  const dim3 grid(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(groups),
+                  static_cast<unsigned>(parts));
+  JK_LAUNCH((masked_attention_prepare_kernel<T>), grid, dim3(kThreads), 0, stream, a, made);
   return launch_error();
 }
 
@@ -153,52 +194,45 @@ constexpr const char* kNotBuilt =
 template <class T, class Tile>
 const char* forward_tile(const Args& a, void* stream) {
   if constexpr (kBuilt<Tile>)
-    return launch_tiles<Tile::kQueries>(masked_attention_fwd_kernel<T, Tile>,
-                                        Tile::template bytes<T>(), a, a.p.cu_q, a.p.len_q, stream);
+    return launch_forward(masked_attention_fwd_kernel<T, Tile>, Tile::template bytes<T>(), a,
+                          Tile::kQueries, stream);
   else
     return kNotBuilt;
 }
 
 template <class T, class Keys, class Queries>
 const char* backward_tiles(const Args& a, void* stream) {
-  if constexpr (kBuilt<Keys>) {
-    const char* error =
-        launch_tiles<Keys::kOwn>(masked_attention_bwd_keys_kernel<T, Keys>,
-                                 Keys::template bytes<T>(true), a, a.p.cu_k, a.p.len_k, stream);
-    if (error) return error;
-    return launch_tiles<Queries::kOwn>(masked_attention_bwd_queries_kernel<T, Queries>,
-                                       Queries::template bytes<T>(false), a, a.p.cu_q, a.p.len_q,
-                                       stream);
-  } else {
+  if constexpr (kBuilt<Keys>)
+    return launch_backward(
+        masked_attention_bwd_kernel<T, Keys, Queries>,
+        std::max(Keys::template bytes<T>(true), Queries::template bytes<T>(false)), a, Keys::kOwn,
+        Queries::kOwn, stream);
+  else
     return kNotBuilt;
-  }
 }
 
 template <class Tile>
 const char* forward_float(const Args& a, void* stream) {
   if constexpr (kBuilt<Tile>)
-    return launch_tiles<Tile::kRows>(masked_attention_fwd_float_kernel<Tile>, Tile::kForwardBytes,
-                                     a, a.p.cu_q, a.p.len_q, stream);
+    return launch_forward(masked_attention_fwd_float_kernel<Tile>, Tile::kForwardBytes, a,
+                          Tile::kRows, stream);
   else
     return kNotBuilt;
 }
 
 template <class Tile>
 const char* backward_float(const Args& a, void* stream) {
-  if constexpr (kBuilt<Tile>) {
-    const char* error =
-        launch_tiles<Tile::kRows>(masked_attention_bwd_float_kernel<Tile, true>,
-                                  Tile::kBackwardBytes, a, a.p.cu_k, a.p.len_k, stream);
-    if (error) return error;
-    return launch_tiles<Tile::kRows>(masked_attention_bwd_float_kernel<Tile, false>,
-                                     Tile::kBackwardBytes, a, a.p.cu_q, a.p.len_q, stream);
-  } else {
+  if constexpr (kBuilt<Tile>)
+    return launch_backward(masked_attention_bwd_float_kernel<Tile>, Tile::kBackwardBytes, a,
+                           Tile::kRows, Tile::kRows, stream);
+  else
     return kNotBuilt;
-  }
 }
 
 // The table of tile shapes, by head_dim class: 16-row bands per warp, rows of the other side per
-// step, left operands in registers.
+// step, left operands in registers. Two bands read a right operand once for both, which is what
+// shared memory allows; of wide heads, keys with two bands spill (96: 52 bytes, 128: 976), and
+// queries of 128 channels leave an A100 one block for two.
 template <class T>
 const char* forward(const Args& a, void* stream) {
   const int64_t d = a.p.head_dim;
@@ -224,16 +258,16 @@ const char* backward(const Args& a, void* stream) {
     return backward_float<FloatTile<128, 2>>(a, stream);
   } else {
     if (d <= 16)
-      return backward_tiles<T, BackwardTile<16, 1, 64, true>, BackwardTile<16, 1, 64, true>>(
+      return backward_tiles<T, BackwardTile<16, 2, 64, true>, BackwardTile<16, 2, 64, true>>(
           a, stream);
     if (d <= 32)
-      return backward_tiles<T, BackwardTile<32, 2, 64, true, 32>, BackwardTile<32, 1, 64, true>>(
+      return backward_tiles<T, BackwardTile<32, 2, 64, true, 32>, BackwardTile<32, 2, 64, true>>(
           a, stream);
     if (d <= 64)
       return backward_tiles<T, BackwardTile<64, 2, 32, false>, BackwardTile<64, 2, 32, true>>(
           a, stream);
     if (d <= 96)
-      return backward_tiles<T, BackwardTile<96, 1, 32, false>, BackwardTile<96, 1, 64, false>>(
+      return backward_tiles<T, BackwardTile<96, 1, 32, false>, BackwardTile<96, 2, 32, false>>(
           a, stream);
     return backward_tiles<T, BackwardTile<128, 1, 32, false>, BackwardTile<128, 1, 32, false>>(
         a, stream);
@@ -248,15 +282,8 @@ const char* run(const jk_masked_attention_params& p, bool is_backward, void* str
            "names.";
   const Args& a = plan.args;
   if (p.heads == 0 || (a.rows_q == 0 && (!is_backward || a.rows_k == 0))) return nullptr;
-  if (const char* error = launch_copies<T>(plan, stream)) return error;
-  if (!is_backward) return forward<T>(a, stream);
-  if (a.rows_q > 0) {
-    constexpr int kRowsPerBlock = kThreads / kLanesPerRow;
-    if (const char* error = launch(masked_attention_stats_kernel<T>, 0,
-                                   (a.rows_q + kRowsPerBlock - 1) / kRowsPerBlock, a, stream))
-      return error;
-  }
-  return backward<T>(a, stream);
+  if (const char* error = prepare<T>(plan, stream)) return error;
+  return is_backward ? backward<T>(a, stream) : forward<T>(a, stream);
 }
 
 const char* run_any(const jk_masked_attention_params* p, bool is_backward, void* stream) {

@@ -11,6 +11,14 @@ constexpr int kWarps = kThreads / 32;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
+// Packed sequences of one side in the order of their work, longest first, for blocks that own rows
+// of that side: sequence[i] is the number of the i-th in `boundary`, start[i] how many rows come
+// before.
+struct Ranks {
+  int32_t* sequence;  // NULL: in the order of the rows
+  int64_t* start;
+};
+
 // What every kernel gets by value. In `p` the rows that are streamed through shared memory have
 // been replaced by 16-byte aligned copies in the scratch space where the caller's tensors are
 // unaligned or must be rotated first.
@@ -18,8 +26,9 @@ struct Args {
   jk_masked_attention_params p;
   float2* stats;  // [heads, rows_q]: lse / ln 2, and delta = sum over channels of grad_out * out
                   // (backward only)
-  int64_t rows_q, rows_k;  // rows of all sequences together
-  int64_t tiles;           // dense: tiles of one sequence in this launch
+  int64_t rows_q, rows_k;    // rows of all sequences together
+  int64_t tiles_q, tiles_k;  // dense: tiles of one sequence on each side, in this launch
+  Ranks ranks_q, ranks_k;
   // Whether rows can be accessed 16 bytes at a time.
   bool vector_q, vector_out, vector_grad_q, vector_grad_k, vector_grad_v;
 };
@@ -45,7 +54,8 @@ JK_DEVICE int64_t clamp_to(int64_t x, int64_t low, int64_t high) {
 // The sequence that a tile belongs to. Rows outside every sequence form sequences of their own,
 // without partners.
 struct Sequence {
-  int64_t seq;             // of a dense batch; 0 if packed
+  int64_t seq;  // of a dense batch; 0 if packed
+  int64_t head;
   int64_t begin, partner;  // first row of the side that the tile is on, and of the other side
   int length, other;       // rows of the sequence on this side and on the other
   int first;               // first row of the tile within the sequence
@@ -58,41 +68,58 @@ JK_DEVICE int64_t boundary(const jk_ints& cu, int64_t num_seqs, int64_t total, i
   return i == num_seqs + 2 ? total : clamp_to(load_int(cu, i - 1), 0, total);
 }
 
-// Finds the rows of tile `tile`; false where it has none. `cu` is the offset list of the tile's
-// side, `cu_other` of the other. Packed: sequence i starts at tile boundary(i) / kRows + i, which
-// grows with i and leaves every sequence tiles enough, so that no tile list has to be built; the
-// warp searches 32 candidates at a time.
+// Finds the rows of the block's tile; false where it has none. `cu` is the offset list of the
+// tile's side, `cu_other` of the other. Packed: the i-th sequence starts at tile start(i) / kRows +
+// i, which grows with i and leaves every sequence tiles enough, so that no tile list has to be
+// built; the warp searches 32 candidates at a time. Ranked sequences run for all heads before the
+// next: only then do the long ones come first.
 template <int kRows>
 JK_DEVICE bool find_sequence(const Args& a, const jk_ints& cu, const jk_ints& cu_other,
-                             int64_t total, int64_t total_other, Sequence& s) {
-  const int64_t tile = blockIdx.x;
+                             const Ranks& ranks, int64_t tiles, int64_t total, int64_t total_other,
+                             Sequence& s) {
+  const bool ranked = ranks.sequence != nullptr;
+  const unsigned heads = static_cast<unsigned>(a.p.heads);
+  const int64_t tile = ranked ? blockIdx.x / heads : blockIdx.x;
+  s.head = ranked ? blockIdx.x % heads : blockIdx.y;
   if (cu.data == nullptr) {
-    s.seq = tile / a.tiles;
+    if (tile >= tiles * a.p.num_seqs) return false;
+    s.seq = tile / tiles;
     s.begin = s.partner = 0;
     s.length = static_cast<int>(total);
     s.other = static_cast<int>(total_other);
-    s.first = static_cast<int>(tile % a.tiles) * kRows;
-    return s.first < s.length;
+    s.first = static_cast<int>(tile % tiles) * kRows;
+    return true;
   }
   const int64_t n = a.p.num_seqs;
+  auto start = [&](int64_t i) { return ranked ? ranks.start[i] : boundary(cu, n, total, i); };
   int64_t low = 0, count = n + 2;
   while (count > 1) {
     const int64_t step = (count + 31) / 32, probe = lane_id() * step;
-    const bool reached =
-        probe < count && boundary(cu, n, total, low + probe) / kRows + low + probe <= tile;
+    const bool reached = probe < count && start(low + probe) / kRows + low + probe <= tile;
     const int64_t found = 31 - __clz(static_cast<int>(__ballot_sync(0xffffffffu, reached) | 1u));
     low += found * step;
     count = count - found * step < step ? count - found * step : step;
   }
+  const int64_t i = ranked ? ranks.sequence[low] : low;
   s.seq = 0;
-  s.begin = boundary(cu, n, total, low);
-  s.length = static_cast<int>(boundary(cu, n, total, low + 1) - s.begin);
-  s.first = static_cast<int>(tile - (s.begin / kRows + low)) * kRows;
-  const bool outside = low == 0 || low == n + 1;
-  s.partner = outside ? 0 : boundary(cu_other, n, total_other, low);
-  const int64_t other = outside ? 0 : boundary(cu_other, n, total_other, low + 1) - s.partner;
+  s.begin = boundary(cu, n, total, i);
+  s.length = static_cast<int>(boundary(cu, n, total, i + 1) - s.begin);
+  s.first = static_cast<int>(tile - (start(low) / kRows + low)) * kRows;
+  const bool outside = i == 0 || i == n + 1;
+  s.partner = outside ? 0 : boundary(cu_other, n, total_other, i);
+  const int64_t other = outside ? 0 : boundary(cu_other, n, total_other, i + 1) - s.partner;
   s.other = other > 0 ? static_cast<int>(other) : 0;
   return s.first < s.length;
+}
+
+template <int kRows>
+JK_DEVICE bool find_queries(const Args& a, Sequence& s) {
+  return find_sequence<kRows>(a, a.p.cu_q, a.p.cu_k, a.ranks_q, a.tiles_q, a.p.len_q, a.p.len_k, s);
+}
+
+template <int kRows>
+JK_DEVICE bool find_keys(const Args& a, Sequence& s) {
+  return find_sequence<kRows>(a, a.p.cu_k, a.p.cu_q, a.ranks_k, a.tiles_k, a.p.len_k, a.p.len_q, s);
 }
 
 template <class T>

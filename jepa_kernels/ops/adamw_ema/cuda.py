@@ -3,8 +3,6 @@ binding."""
 
 from __future__ import annotations
 
-import torch
-
 from ... import native
 from ...backend import Backend, Reason
 from .inputs import Inputs, kernel_reasons
@@ -17,7 +15,7 @@ def unsupported(inputs: Inputs) -> list[Reason]:
 def forward(inputs: Inputs) -> None:
     with inputs.flat() as flat:
         native.call(
-            torch.ops.jepa_kernels_native.adamw_ema_cuda_,
+            native.ops.adamw_ema_cuda_,
             *flat.native_arguments(),
         )
 

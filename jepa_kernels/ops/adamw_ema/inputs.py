@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from ... import checks
 from ...backend import Reason, dtype_reasons
 from ...checks import dtype_name
-from ...contract import beside_the_schema, written
+from ...contract import beside_the_schema, call_inputs, written
 from ..ema import lists, memory
 from ..ema.lists import Tensors
 
@@ -21,7 +20,7 @@ COLUMNS = ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize")
 _WRITTEN = ("params", "exp_avgs", "exp_avg_sqs", "targets", "copies", "compensations")
 
 
-@dataclass(slots=True)
+@call_inputs(slots=True)
 class Inputs:
     """One call. `targets`, `copies` and `compensations` belong to the first parameters; the other
     lists have one entry for each parameter. Absent lists are empty."""
@@ -88,7 +87,7 @@ class Inputs:
             self.found_inf,
         )
 
-    def flat(self, *, row_major: bool | None = None) -> memory.FlatInputs:
+    def flat(self, *, row_major: bool | None = None) -> memory.FlatInputs[Inputs]:
         """The same call with arrays of one memory order; what had to be copied is copied back."""
         if row_major is None:
             row_major = self.rounding == "stochastic"

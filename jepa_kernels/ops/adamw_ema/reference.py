@@ -50,7 +50,15 @@ def forward(inputs: Inputs) -> None:
                 inputs.copies[i].copy_(inputs.targets[i])
 
 
-def _adamw(param, grad, exp_avg, exp_avg_sq, step: float, row: list[float], grad_scale) -> None:
+def _adamw(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    step: float,
+    row: list[float],
+    grad_scale: torch.Tensor | None,
+) -> None:
     lr, beta1, beta2, eps, weight_decay, maximize = row
     work = torch.float64 if param.dtype == torch.float64 else torch.float32
     p, g, m, v = (t.to(work) for t in (param, grad, exp_avg, exp_avg_sq))

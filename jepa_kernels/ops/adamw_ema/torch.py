@@ -47,7 +47,7 @@ def _step(lists: Inputs, found_inf: torch.Tensor | None) -> None:
     hyper, groups = lists.hyper, lists.groups
     grads = lists.grads
     if lists.grad_scale is not None:
-        grads = torch._foreach_div(grads, lists.grad_scale)
+        grads = list(torch._foreach_div(grads, lists.grad_scale))
     plain = []
     for i, param in enumerate(lists.params):
         if hyper.device.type == "cpu" and param.dtype == grads[i].dtype == lists.exp_avgs[i].dtype:
@@ -66,7 +66,13 @@ def _step(lists: Inputs, found_inf: torch.Tensor | None) -> None:
         _fused(lists, grads, [i for i in plain if groups[i] == row], hyper[row].tolist(), found_inf)
 
 
-def _fused(lists, grads, places: list[int], row: list[float], found_inf) -> None:
+def _fused(
+    lists: Inputs,
+    grads: list[torch.Tensor],
+    places: list[int],
+    row: list[float],
+    found_inf: torch.Tensor | None,
+) -> None:
     lr, beta1, beta2, eps, weight_decay, maximize = row
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i in places:
@@ -96,7 +102,15 @@ def _fused(lists, grads, places: list[int], row: list[float], found_inf) -> None
         )
 
 
-def _adamw(param, grad, exp_avg, exp_avg_sq, step, row, found_inf) -> None:
+def _adamw(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    step: torch.Tensor,
+    row: torch.Tensor,
+    found_inf: torch.Tensor | None,
+) -> None:
     """One parameter of mixed dtypes, or with hyperparameters on the device; every scalar stays a
     tensor."""
     work = torch.promote_types(param.dtype, torch.float32)

@@ -85,7 +85,7 @@ def forward(inputs: Inputs) -> None:
 
 
 def step_scalars(
-    steps,
+    steps: list[torch.Tensor],
     hyper: torch.Tensor,
     groups: list[int],
     grad_scale: torch.Tensor | None,

@@ -9,13 +9,20 @@ from operator import attrgetter
 import torch
 
 from . import stochastic
-from .lists import Tensors
 
 _EXACT = frozenset((torch.float32, torch.float64))
 _dtype = attrgetter("dtype")
 
 
-def update(target, source, momentum, compensation, rounding, seed, stream) -> None:
+def update(
+    target: torch.Tensor,
+    source: torch.Tensor,
+    momentum: torch.Tensor,
+    compensation: torch.Tensor | None,
+    rounding: str,
+    seed: torch.Tensor | None,
+    stream: int,
+) -> None:
     """One target, in place. 16-bit targets are computed in float32 and rounded as `rounding`
     says."""
     work = torch.float64 if target.dtype == torch.float64 else torch.float32
@@ -25,10 +32,12 @@ def update(target, source, momentum, compensation, rounding, seed, stream) -> No
     elif rounding == "kahan":
         # target + compensation is the running value; what target cannot hold of it stays in
         # compensation.
+        assert compensation is not None  # check_given saw to it
         new = average(value + compensation.to(work), source, momentum)
         target.copy_(new)
         compensation.copy_(new - target.to(work))
     elif rounding == "stochastic":
+        assert seed is not None  # check_given saw to it
         new = average(value, source, momentum)
         bits = stochastic.random_bits(seed, stream, target.numel(), target.device)
         target.copy_(stochastic.round_bfloat16(new, bits))
@@ -46,11 +55,11 @@ def average(target: torch.Tensor, source: torch.Tensor, momentum: torch.Tensor) 
 
 
 def update_lists(
-    targets: Tensors,
-    sources: Tensors,
+    targets: list[torch.Tensor],
+    sources: list[torch.Tensor],
     momentum: torch.Tensor,
-    copies: Tensors,
-    compensations: Tensors,
+    copies: list[torch.Tensor],
+    compensations: list[torch.Tensor],
     streams: Sequence[int],
     rounding: str,
     seed: torch.Tensor | None,
@@ -67,21 +76,29 @@ def update_lists(
         torch._foreach_copy_(copies, targets)
 
 
-def _by_dtype(targets, sources, momentum, compensations, streams, rounding, seed) -> None:
+def _by_dtype(
+    targets: list[torch.Tensor],
+    sources: list[torch.Tensor],
+    momentum: torch.Tensor,
+    compensations: list[torch.Tensor],
+    streams: Sequence[int],
+    rounding: str,
+    seed: torch.Tensor | None,
+) -> None:
     plain = [
         t.dtype == s.dtype and (rounding == "nearest" or t.dtype in _EXACT)
         for t, s in zip(targets, sources, strict=True)
     ]
     matching = [(t, s) for t, s, same in zip(targets, sources, plain, strict=True) if same]
     if matching:
-        _lerp(*map(list, zip(*matching, strict=True)), momentum)
+        _lerp([t for t, _ in matching], [s for _, s in matching], momentum)
     for i, same in enumerate(plain):
         if not same:
             compensation = compensations[i] if rounding == "kahan" else None
             _mixed(targets[i], sources[i], momentum, compensation, rounding, seed, streams[i])
 
 
-def _lerp(targets, sources, momentum) -> None:
+def _lerp(targets: list[torch.Tensor], sources: list[torch.Tensor], momentum: torch.Tensor) -> None:
     if momentum.device.type == "cpu":
         torch._foreach_lerp_(targets, sources, 1.0 - float(momentum))
         return
@@ -91,7 +108,15 @@ def _lerp(targets, sources, momentum) -> None:
     torch._foreach_add_(targets, difference)
 
 
-def _mixed(target, source, momentum, compensation, rounding, seed, stream) -> None:
+def _mixed(
+    target: torch.Tensor,
+    source: torch.Tensor,
+    momentum: torch.Tensor,
+    compensation: torch.Tensor | None,
+    rounding: str,
+    seed: torch.Tensor | None,
+    stream: int,
+) -> None:
     work = torch.promote_types(target.dtype, torch.float32)
     value = target.to(work)
     keep_in_16_bits = target.dtype in (torch.bfloat16, torch.float16)
@@ -100,6 +125,7 @@ def _mixed(target, source, momentum, compensation, rounding, seed, stream) -> No
     take = (1.0 - momentum.to(target.device, torch.float64)).to(work)
     value = torch.lerp(value, source.to(work), take)
     if rounding == "stochastic" and keep_in_16_bits:
+        assert seed is not None  # check_given saw to it
         bits = stochastic.random_bits(seed, stream, target.numel(), target.device)
         value = stochastic.round_bfloat16(value, bits)
     target.copy_(value)

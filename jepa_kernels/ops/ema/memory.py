@@ -5,12 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
 from ...checks import sentence
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_Inputs = TypeVar("_Inputs", bound="DataclassInstance")
 Lists = tuple[Sequence[torch.Tensor], ...]
 
 
@@ -95,11 +99,11 @@ class Flat:
                 self.back.append((tensor, flat))
 
 
-class FlatInputs:
+class FlatInputs(Generic[_Inputs]):
     """The inputs of a call with some of their lists as `Flat` gives them."""
 
     def __init__(
-        self, inputs: Any, *, written: tuple[str, ...], read: tuple[str, ...], row_major: bool
+        self, inputs: _Inputs, *, written: tuple[str, ...], read: tuple[str, ...], row_major: bool
     ) -> None:
         self.inputs, self.names = inputs, (*written, *read)
         self.flat = Flat(
@@ -108,8 +112,9 @@ class FlatInputs:
             row_major=row_major,
         )
 
-    def __enter__(self) -> Any:
-        return replace(self.inputs, **dict(zip(self.names, self.flat.__enter__(), strict=True)))
+    def __enter__(self) -> _Inputs:
+        lists: dict[str, Any] = dict(zip(self.names, self.flat.__enter__(), strict=True))
+        return replace(self.inputs, **lists)
 
     def __exit__(self, *exception: Any) -> None:
         self.flat.__exit__(*exception)

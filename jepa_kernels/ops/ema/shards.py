@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 
 from ... import checks
 from ...contract import PLAIN
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def _module() -> Any:
@@ -19,7 +22,7 @@ def _module() -> Any:
     return sys.modules.get("torch.distributed.tensor")
 
 
-def is_sharded(tensor: object) -> bool:
+def is_sharded(tensor: object) -> TypeGuard[DTensor]:
     module = _module()
     return module is not None and isinstance(tensor, module.DTensor)
 

@@ -4,14 +4,15 @@ them."""
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 
-def by_dtypes(*lists) -> list[list[int]]:
+def by_dtypes(*lists: Sequence[torch.Tensor | None]) -> list[list[int]]:
     """Places of the entries of each combination of dtypes."""
-    places: dict[tuple, list[int]] = {}
+    places: dict[tuple[torch.dtype | None, ...], list[int]] = {}
     for i, entry in enumerate(zip(*lists, strict=True)):
         places.setdefault(tuple(None if t is None else t.dtype for t in entry), []).append(i)
     return list(places.values())

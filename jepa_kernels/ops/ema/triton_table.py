@@ -35,9 +35,11 @@ def table(
     """The table of `arrays` (one list for each column; None = absent) in chunks of `block`
     elements.
 
-    Every entry is contiguous and has the elements of its first column.
+    Every entry is contiguous and has the elements of its first column, which is never absent.
     """
-    device = arrays[0][0].device
+    first = arrays[0][0]
+    assert first is not None
+    device = first.device
     rows = tuple(
         (*(0 if t is None else t.data_ptr() for t in entry), entry[0].numel(), stream)
         for *entry, stream in zip(*arrays, streams, strict=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ...backend import resolve
-from .contract import OP, prepare
+from .contract import OP, prepare, update_plain
 
 
 def ema_update_(
@@ -71,6 +71,9 @@ def ema_update_(
         >>> teacher
         [tensor([0.2500, 0.2500, 0.2500])]
     """
+    plain = copies is None and compensations is None and seed is None and rounding == "nearest"
+    if plain and update_plain(targets, sources, momentum, backend):
+        return
     with torch.no_grad():
         inputs = prepare(
             targets,

@@ -6,6 +6,7 @@ There is nothing to differentiate: the op runs under no_grad and writes in place
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -67,3 +68,24 @@ OP = InPlace(
     check_values=check_values,
     distinct=distinct,
 )
+
+
+def update_plain(
+    targets: Sequence[torch.Tensor],
+    sources: Sequence[torch.Tensor],
+    momentum: float | torch.Tensor,
+    backend: str | None,
+) -> bool:
+    """The usual call, targets and sources alone, without checks in Python; see
+    `InPlace.run_plain`."""
+    if (
+        type(momentum) is not float
+        or not 0.0 <= momentum <= 1.0
+        or not isinstance(targets, list)
+        or not isinstance(sources, list)
+        or not targets
+    ):
+        return False
+    number: Any = momentum  # a `plain` takes the number itself
+    inputs = Inputs(targets, sources, number, [], [], None, "nearest")
+    return OP.run_plain(inputs, targets + sources, backend)

@@ -18,7 +18,7 @@ def unsupported(inputs: Inputs) -> list[Reason]:
 def forward(inputs: Inputs) -> None:
     with inputs.flat() as (targets, copies, compensations, sources):
         native.call(
-            torch.ops.jepa_kernels_native.ema_update_cpu_,
+            native.ops.ema_update_cpu_,
             targets,
             sources,
             inputs.momentum,
@@ -31,4 +31,18 @@ def forward(inputs: Inputs) -> None:
         )
 
 
-BACKEND = Backend("cpu", ("cpu",), unsupported, forward)
+# Looked up once: a short list is updated in the time that a few look-ups take.
+_update_plain = native.ops.ema_update_plain_cpu_.default if native.available() else None
+
+
+def plain(inputs: Inputs) -> bool:
+    if _update_plain is None or inputs.copies or inputs.rounding != "nearest":
+        return False
+    momentum = inputs.momentum
+    if isinstance(momentum, torch.Tensor) and not momentum.is_cpu:
+        return False
+    made: bool = _update_plain(inputs.targets, inputs.sources, float(momentum), native.isa())
+    return made
+
+
+BACKEND = Backend("cpu", ("cpu",), unsupported, forward, plain=plain)

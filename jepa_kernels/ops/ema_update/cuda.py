@@ -3,8 +3,6 @@ binding."""
 
 from __future__ import annotations
 
-import torch
-
 from ... import native
 from ...backend import Backend, Reason
 from ..ema.lists import ROUNDINGS
@@ -18,7 +16,7 @@ def unsupported(inputs: Inputs) -> list[Reason]:
 def forward(inputs: Inputs) -> None:
     with inputs.flat() as (targets, copies, compensations, sources):
         native.call(
-            torch.ops.jepa_kernels_native.ema_update_cuda_,
+            native.ops.ema_update_cuda_,
             targets,
             sources,
             inputs.momentum,

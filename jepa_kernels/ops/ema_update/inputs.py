@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from ...backend import Reason, dtype_reasons
 from ...checks import dtype_name
-from ...contract import beside_the_schema, written
+from ...contract import beside_the_schema, call_inputs, written
 from ..ema import lists, memory
 
 NAME = "ema_update_"
 
 
-@dataclass(slots=True)
+@call_inputs(slots=True)
 class Inputs:
-    """One call; absent lists are empty. `streams` numbers the random bits of each target."""
+    """One call; absent lists are empty. `streams` numbers the random bits of each target; they come
+    from `distinct`."""
 
     targets: list[torch.Tensor] = written()
     sources: list[torch.Tensor]
@@ -26,7 +27,7 @@ class Inputs:
     compensations: list[torch.Tensor] = written()
     seed: torch.Tensor | None
     rounding: str
-    streams: Sequence[int] | None = beside_the_schema(default=None)
+    streams: Sequence[int] = beside_the_schema(default=())
     dtypes: tuple[torch.dtype, ...] = beside_the_schema(default=())
 
     @property
@@ -89,11 +90,18 @@ def distinct(inputs: Inputs) -> Inputs | None:
         return inputs
     if not first:
         return None
-    chosen = {
-        name: [values[i] for i in first] if (values := getattr(inputs, name)) else []
-        for name in ("targets", "sources", "copies", "compensations")
-    }
-    return replace(inputs, streams=first, **chosen)
+
+    def chosen(values: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [values[i] for i in first] if values else []
+
+    return replace(
+        inputs,
+        targets=chosen(inputs.targets),
+        sources=chosen(inputs.sources),
+        copies=chosen(inputs.copies),
+        compensations=chosen(inputs.compensations),
+        streams=first,
+    )
 
 
 def kernel_reasons(inputs: Inputs) -> list[Reason]:

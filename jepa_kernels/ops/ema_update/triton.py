@@ -29,12 +29,11 @@ def forward(inputs: Inputs) -> None:
         pointer, keep, take = weights(inputs.momentum, device)
         seed = None if seed is None else on_the_device(seed, device)
         none = [None] * len(targets)
-        copies, compensations = copies or none, compensations or none
-        for places in by_dtypes(targets, sources, copies):
+        given_copies, given_compensations = copies or none, compensations or none
+        for places in by_dtypes(targets, sources, given_copies):
             first = places[0]
-            chosen = [
-                [values[i] for i in places] for values in (targets, copies, compensations, sources)
-            ]
+            arrays = (targets, given_copies, given_compensations, sources)
+            chosen = [[values[i] for i in places] for values in arrays]
             lists = table(chosen, [inputs.streams[i] for i in places], BLOCK)
             ema_update_kernel[(lists.chunks.shape[0],)](
                 lists.rows,
@@ -45,7 +44,7 @@ def forward(inputs: Inputs) -> None:
                 seed,
                 TARGET=dtype_of(targets[first]),
                 SOURCE=dtype_of(sources[first]),
-                COPY=dtype_of(copies[first]),
+                COPY=dtype_of(given_copies[first]),
                 ROUNDING=ROUNDINGS.index(inputs.rounding),
                 ALIGNED=lists.aligned,
                 BLOCK=BLOCK,

@@ -179,9 +179,7 @@ def _run(
     linear layer do."""
     checks.is_tensor(NAME, "states", states)
     op, kind = op_of(cell), states.device.type
-    # Devices without autocast, such as meta, refuse the question whether it is on.
-    available = torch.amp.is_autocast_available(kind)
-    if states.dtype != torch.float64 and available and torch.is_autocast_enabled(kind):
+    if states.dtype != torch.float64 and checks.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         states = states.to(dtype)
         cell = with_parameters(cell, [p.to(dtype) for p in cell.parameters()])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +40,7 @@ class ResidualMLP:
     ) -> ResidualMLP:
         """The cell of ``nn.Sequential(nn.Linear(in, h), nn.GELU(), nn.Linear(h, D))``, sharing its
         parameters."""
-        first, _, last = _layers("ResidualMLP", module, 3)
+        first, last = _layers("ResidualMLP", module, 3)
         return cls(first.weight, first.bias, last.weight, last.bias, in_channels)
 
     def parameters(self) -> list[torch.Tensor]:
@@ -73,7 +74,7 @@ class Hamiltonian:
     def from_module(cls, module: nn.Sequential, time_step: float = 0.1) -> Hamiltonian:
         """The cell of ``nn.Sequential(Linear(D, h), GELU(), Linear(h, h2), GELU(), Linear(h2,
         1))``, sharing its parameters."""
-        first, _, middle, _, last = _layers("Hamiltonian", module, 5)
+        first, middle, last = _layers("Hamiltonian", module, 5)
         return cls(first.weight, first.bias, middle.weight, middle.bias, last.weight, time_step)
 
     def parameters(self) -> list[torch.Tensor]:
@@ -139,12 +140,15 @@ Cell = ResidualMLP | Hamiltonian | GRU
 def with_parameters(cell: Cell, parameters: list[torch.Tensor]) -> Cell:
     """`cell` with other parameter tensors, in the order of ``cell.parameters()``."""
     names = list(type(cell).__dataclass_fields__)[: len(parameters)]
-    return replace(cell, **dict(zip(names, parameters, strict=True)))
+    changes: dict[str, Any] = dict(zip(names, parameters, strict=True))
+    return replace(cell, **changes)
 
 
-def _layers(cell: str, module: nn.Sequential, count: int) -> list[nn.Module]:
+def _layers(cell: str, module: nn.Sequential, count: int) -> list[nn.Linear]:
+    """The Linear layers of `module`, in turn with GELU ones."""
     layers = list(module)
-    if len(layers) != count or not all(isinstance(layer, nn.Linear) for layer in layers[::2]):
+    linear = [layer for layer in layers[::2] if isinstance(layer, nn.Linear)]
+    if len(layers) != count or len(linear) != len(layers[::2]):
         raise ValueError(
             f"{cell}.from_module: module must be {count} layers, Linear and GELU in turn, got "
             f"{module}."
@@ -155,4 +159,4 @@ def _layers(cell: str, module: nn.Sequential, count: int) -> list[nn.Module]:
                 f"{cell}.from_module: module must have exact nn.GELU layers between its Linear "
                 f"layers, got {layer}."
             )
-    return layers
+    return linear

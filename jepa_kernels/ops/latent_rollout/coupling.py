@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .arithmetic import add_matmul, matmul
+from ..products import add_matmul, matmul
 
 
 class Coupling:
@@ -46,10 +46,11 @@ class Coupling:
             self._grad_right, matmul(rows, self.left, self.operand).mT, columns, self.operand
         )
 
-    def gradients(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Gradients of left and right, or None where C was never used."""
+    def gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of left and right, once `add_gradient` was called."""
         if self._grad is not None:
             return matmul(self._grad, self.right.mT, self.operand), matmul(
                 self.left.mT, self._grad, self.operand
             )
-        return None if self._grad_left is None else (self._grad_left, self._grad_right)
+        assert self._grad_left is not None and self._grad_right is not None
+        return self._grad_left, self._grad_right

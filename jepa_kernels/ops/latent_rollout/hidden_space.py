@@ -8,20 +8,19 @@ row-steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from ... import checks
 from ...backend import Backend
-from ...contract import differentiable
-from .arithmetic import add_matmul, affine, matmul
+from ...contract import call_inputs, differentiable
+from ..products import add_matmul, affine, matmul
 from .readout.parts import ReadoutGradients
 from .rollout import Rollout, fail
 
 
-@dataclass
+@call_inputs()
 class HiddenRollout(Rollout):
     """The inputs of a rollout in hidden space.
 

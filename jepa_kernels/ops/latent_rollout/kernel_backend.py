@@ -4,14 +4,36 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from ... import checks
 from ...backend import ANY_DEVICE, Backend, Reason
-from .arithmetic import widened_on_cpus
+from ..products import widened_on_cpus
 from .rollout import NAME, Rollout
+
+RolloutT = TypeVar("RolloutT", bound=Rollout)
+KernelsT = TypeVar("KernelsT")
+_Inputs = TypeVar("_Inputs", bound=Rollout, contravariant=True)
+_Kernels = TypeVar("_Kernels", contravariant=True)
+
+
+class Passes(Protocol[_Inputs, _Kernels]):
+    """A cell's module ``rollout``: both passes around the kernels of a backend."""
+
+    def forward(self, inputs: _Inputs, kernels: _Kernels) -> tuple[torch.Tensor, ...]:
+        """The result, then what backward needs."""
+
+    def backward(
+        self,
+        inputs: _Inputs,
+        kernels: _Kernels,
+        saved: list[torch.Tensor],
+        grad_out: torch.Tensor,
+        needs_targets: bool,
+    ) -> dict[str, torch.Tensor | None]:
+        """Gradients of the inputs by name, one row per rollout row."""
 
 
 def takes_all(inputs: Rollout) -> list[Reason]:
@@ -23,8 +45,8 @@ def kernel_backend(
     name: str,
     devices: tuple[str, ...],
     unsupported: Callable[[Rollout], list[Reason]],
-    rollout: Any,
-    kernels: Any,
+    rollout: Passes[RolloutT, KernelsT],
+    kernels: KernelsT,
     *,
     widens: bool = False,
     on: Callable[[torch.Tensor], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
@@ -33,24 +55,23 @@ def kernel_backend(
 
     Args:
         name, devices, unsupported: as of `Backend`.
-        rollout: the cell's module of ``forward(inputs, kernels)`` and ``backward(inputs, kernels,
-            saved, grad_out, needs_targets)``, whose gradients are named, one row per rollout row.
+        rollout: the cell's module of that name.
         kernels: what the cell's `Kernels` protocol asks of a backend.
         widens: take inputs as float32 on a CPU that does not multiply their dtype.
         on: what to enter around the kernels, given a tensor.
     """
 
-    def multiplied(inputs: Rollout) -> Rollout:
+    def multiplied(inputs: RolloutT) -> RolloutT:
         narrow = widens and inputs.device_type == "cpu" and widened_on_cpus(inputs.dtype)
         return inputs.widened() if narrow else inputs
 
-    def forward(inputs: Rollout) -> tuple[torch.Tensor, ...]:
+    def forward(inputs: RolloutT) -> tuple[torch.Tensor, ...]:
         with on(inputs.states):
             out, *saved = rollout.forward(multiplied(inputs), kernels)
         return out if inputs.output == "errors" else out.to(inputs.dtype), *saved
 
     def backward(
-        inputs: Rollout, saved: list[torch.Tensor], grad_out: torch.Tensor, needs: list[bool]
+        inputs: RolloutT, saved: list[torch.Tensor], grad_out: torch.Tensor, needs: list[bool]
     ) -> list[torch.Tensor | None]:
         if not inputs.save:
             raise ValueError(checks.sentence(NAME, "save", "be True for backward", False))
@@ -65,7 +86,7 @@ def kernel_backend(
     return Backend(name, devices, unsupported, forward, backward, facts=facts)
 
 
-def eager_backend(rollout: Any, kernels: Any) -> Backend:
+def eager_backend(rollout: Passes[RolloutT, KernelsT], kernels: KernelsT) -> Backend:
     """What runs where no kernel does."""
     return kernel_backend("torch", ANY_DEVICE, takes_all, rollout, kernels, widens=True)
 

@@ -8,31 +8,35 @@ products would lose speed and accuracy.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 
 from ... import native
 from ...backend import Backend, Reason
-from .kernel_backend import kernel_backend
+from .kernel_backend import KernelsT, Passes, RolloutT, kernel_backend
 from .rollout import Rollout
 
-OPS: Any = torch.ops.jepa_kernels_native
+OPS: Any = native.ops
 
 
+@overload
+def floats(tensor: torch.Tensor) -> torch.Tensor: ...
+@overload
+def floats(tensor: None) -> None: ...
 def floats(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """What is no matrix of a product, as kernels read it."""
     return None if tensor is None else tensor.float().contiguous()
 
 
-def cpu_backend(rollout: Any, kernels: Any) -> Backend:
+def cpu_backend(rollout: Passes[RolloutT, KernelsT], kernels: KernelsT) -> Backend:
     def unsupported(inputs: Rollout) -> list[Reason]:
         return native.cpu_unavailable_reasons(inputs.device_type) + inputs.kernel_reasons()
 
     return kernel_backend("cpu", ("cpu",), unsupported, rollout, kernels, widens=True)
 
 
-def cuda_backend(rollout: Any, kernels: Any, widest: int) -> Backend:
+def cuda_backend(rollout: Passes[RolloutT, KernelsT], kernels: KernelsT, widest: int) -> Backend:
     """`widest`: the width whose tiles of 16 rows fit 99 KiB of shared memory, the least that a
     supported device has, beside a short ring."""
 

@@ -4,16 +4,16 @@ that runs them."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn, Self, TypeVar
 
 import torch
 
 from ... import checks
 from ...backend import Backend, Reason, dtype_reasons
 from ...checks import dtype_name
-from ...contract import Function, differentiable
+from ...contract import Function, call_inputs, differentiable
 from .cells import Cell
 
 NAME = "latent_rollout"
@@ -21,7 +21,7 @@ PRIORITY = ("cuda", "triton", "cpu", "torch", "reference")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass
+@call_inputs()
 class Rollout:
     """The inputs of one rollout, shaped as in the public functions. Those of a cell add its
     parameters by name.
@@ -47,6 +47,11 @@ class Rollout:
     cell_type: ClassVar[type]
     tables: ClassVar[dict[str, str]] = {"states": "rows", "targets": "target_rows"}
     leaves: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def of(cls, cell: Any, shared: Any, actions: Any, anchor: Any, anchor_rows: Any) -> Self:
+        """The inputs of a rollout of `cell`; `shared` are the fields of this class, in order."""
+        raise NotImplementedError
 
     @property
     def device_type(self) -> str:
@@ -94,7 +99,7 @@ class Rollout:
             return self.targets[k], None
         return self.targets, self.target_rows[k]
 
-    def widened(self) -> Rollout:
+    def widened(self) -> Self:
         """The same rollout in float32, for processors without fast 16-bit products."""
         given = {name: getattr(self, name) for name in self.leaves}
         return replace(self, **{n: t.float() for n, t in given.items() if t is not None})
@@ -228,19 +233,22 @@ class Rollout:
 
     def matrix_shape(self, name: str, meaning: str) -> torch.Size:
         """The shape of a parameter that others are measured by."""
-        tensor = getattr(self, name)
+        tensor: torch.Tensor = getattr(self, name)
         if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2:
             checks.is_tensor(NAME, f"cell.{name}", tensor)
             checks.has_rank(NAME, f"cell.{name}", tensor, 2, meaning)
         return tensor.shape
 
 
-def fail(argument: str, requirement: str, got: object) -> None:
+def fail(argument: str, requirement: str, got: object) -> NoReturn:
     raise ValueError(checks.sentence(NAME, argument, requirement, got))
 
 
+_Kind = TypeVar("_Kind", bound=Rollout)
+
+
 def prepare(
-    kind: Any,
+    kind: type[_Kind],
     states: torch.Tensor,
     cell: Cell,
     horizon: int | None = None,
@@ -253,7 +261,7 @@ def prepare(
     target_rows: torch.Tensor | None = None,
     exponent: float = 1.0,
     output: str = "states",
-) -> Any:
+) -> _Kind:
     """The checked inputs, of the dataclass `kind`, of the public functions' arguments (values are
     not read). Targets imply the horizon, and that errors are returned."""
     checks.is_tensor(NAME, "states", states)
@@ -283,7 +291,7 @@ def without_actions(actions: Any) -> None:
         fail("actions", "be None unless the cell is a GRU", checks.type_name(actions))
 
 
-def _steps(targets: Any, target_rows: Any) -> int:
+def _steps(targets: torch.Tensor, target_rows: torch.Tensor | None) -> int:
     """The horizon that the targets imply."""
     checks.is_tensor(NAME, "targets", targets)
     if target_rows is None:
@@ -295,12 +303,15 @@ def _steps(targets: Any, target_rows: Any) -> int:
     return target_rows.shape[0]
 
 
+Zeros = Callable[..., torch.Tensor]  # sizes -> a tensor of zeros
+
+
 def rollout_op(
     name: str,
     package: str,
-    kind: Any,
+    kind: type[Rollout],
     num_outputs: int,
-    example: Callable[..., tuple[Cell, torch.Tensor | None]],
+    example: Callable[[int, int, int, Zeros], tuple[Cell, torch.Tensor | None]],
 ) -> Function:
     """The op of one cell.
 
@@ -315,9 +326,14 @@ def rollout_op(
         zeros = partial(torch.zeros, dtype=dtype, device=device_type)
         cell, actions = example(channels, 4, 512, zeros)
         targets = zeros(4, 512, channels) if output == "errors" else None
-        how = {} if targets is not None else {"output": output}
         given = prepare(
-            kind, zeros(512, channels), cell, 4, actions=actions, targets=targets, **how
+            kind,
+            zeros(512, channels),
+            cell,
+            4,
+            actions=actions,
+            targets=targets,
+            output=output,
         )
         return replace(given, save=True)  # as in training
 

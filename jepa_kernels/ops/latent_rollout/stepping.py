@@ -7,18 +7,24 @@ They share nothing with the kernels: no hidden-space algebra, no hand-written de
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 
+from .rollout import Rollout
+
+_Inputs = TypeVar("_Inputs", bound=Rollout)
+
 
 def stepped(
-    inputs: Any, step: Callable[[Any, torch.Tensor, int], torch.Tensor]
+    inputs: _Inputs, step: Callable[[_Inputs, torch.Tensor, int], torch.Tensor]
 ) -> tuple[torch.Tensor]:
     """The result of a rollout by ``step(inputs, state, k)``."""
-    start, anchor = inputs.start(), getattr(inputs, "anchor", None)
-    if anchor is not None and inputs.anchor_rows is not None:
-        anchor = anchor[inputs.anchor_rows]
+    start = inputs.start()
+    anchor: torch.Tensor | None = getattr(inputs, "anchor", None)
+    anchor_rows: torch.Tensor | None = getattr(inputs, "anchor_rows", None)
+    if anchor is not None and anchor_rows is not None:
+        anchor = anchor[anchor_rows]
     state, predictions = start, []
     for k in range(inputs.horizon):
         state = step(inputs, state, k)
@@ -29,10 +35,11 @@ def stepped(
     return (out.to(inputs.out()[1]),)
 
 
-def _error(inputs: Any, prediction: torch.Tensor, k: int) -> torch.Tensor:
+def _error(inputs: Rollout, prediction: torch.Tensor, k: int) -> torch.Tensor:
     """e ``[rows]``: mean over channels of ``|y - target| ** exponent / exponent``; where the state
     has two halves the sum of their means."""
     targets, rows = inputs.target(k)
     target = targets if rows is None else targets[rows]
     residual = (prediction - target).abs() ** inputs.exponent / inputs.exponent
-    return residual.mean(-1) * getattr(inputs, "halves", 1)
+    halves: int = getattr(inputs, "halves", 1)
+    return residual.mean(-1) * halves

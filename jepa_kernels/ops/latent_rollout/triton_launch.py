@@ -8,14 +8,13 @@ so a call never waits for the device.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 
 from ... import triton_runtime
 from ...backend import Backend, Reason
-from .kernel_backend import kernel_backend
+from .kernel_backend import KernelsT, Passes, RolloutT, kernel_backend
 from .rollout import Rollout
 
 # Rows of a program, and terms of a product staged at a time: all that a thread of eight warps can
@@ -23,7 +22,7 @@ from .rollout import Rollout
 ROWS, COLUMNS = 16, 64
 
 
-def triton_backend(rollout: Any, kernels: Any, widest: int) -> Backend:
+def triton_backend(rollout: Passes[RolloutT, KernelsT], kernels: KernelsT, widest: int) -> Backend:
     """`widest`: the hidden width that the registers of a program hold."""
 
     def unsupported(inputs: Rollout) -> list[Reason]:
@@ -31,12 +30,9 @@ def triton_backend(rollout: Any, kernels: Any, widest: int) -> Backend:
         return here + inputs.kernel_reasons(widest)
 
     devices = triton_runtime.DEVICES
-    return kernel_backend("triton", devices, unsupported, rollout, kernels, on=_device_of)
-
-
-def _device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    return kernel_backend(
+        "triton", devices, unsupported, rollout, kernels, on=triton_runtime.device_of
+    )
 
 
 def padded(width: int) -> int:

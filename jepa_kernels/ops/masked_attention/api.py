@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 
 from ... import checks
@@ -11,6 +13,44 @@ from .contract import OP, prepare
 from .inputs import NAME
 
 
+@overload
+def masked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    query_ids: torch.Tensor | None = None,
+    key_ids: torch.Tensor | None = None,
+    rope: Rope3D | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    query_times: torch.Tensor | None = None,
+    key_times: torch.Tensor | None = None,
+    window: int | None = None,
+    keys_rotated: bool = False,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> torch.Tensor: ...
+@overload
+def masked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    query_ids: torch.Tensor | None = None,
+    key_ids: torch.Tensor | None = None,
+    rope: Rope3D | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    query_times: torch.Tensor | None = None,
+    key_times: torch.Tensor | None = None,
+    window: int | None = None,
+    keys_rotated: bool = False,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def masked_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -78,9 +118,10 @@ def masked_attention(
     Notes:
         Accumulates in float32 (float64 for float64). The cpu, triton and cuda backends are
         deterministic: bitwise equal for any thread count, packing order and process, forward and
-        backward. Kernels skip tiles of keys and queries whose times cannot meet, so sorted tokens
-        cost least. Double backward and dense masks are not supported. Under autocast float32 inputs
-        are cast to the autocast dtype, as for scaled_dot_product_attention.
+        backward; flash repeats its gradients under torch.use_deterministic_algorithms. Kernels skip
+        tiles of keys and queries whose times cannot meet, so sorted tokens cost least. Double
+        backward and dense masks are not supported. Under autocast float32 inputs are cast to the
+        autocast dtype, as for scaled_dot_product_attention.
 
     Example:
         >>> import torch
@@ -117,8 +158,7 @@ def _autocast(
     """What torch's autocast does to scaled_dot_product_attention: float inputs take its dtype."""
     checks.is_tensor(NAME, "query", query)
     kind = query.device.type
-    # Devices without autocast, such as meta, refuse the question whether it is on.
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not checks.is_autocast_enabled(kind):
         return query, key, value
     for argument, tensor in (("key", key), ("value", value)):
         checks.is_tensor(NAME, argument, tensor)

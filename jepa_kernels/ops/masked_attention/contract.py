@@ -10,7 +10,7 @@ from ...contract import Function
 from ...rope3d import Rope3D
 from .inputs import NAME, Inputs, check, check_direct, check_values, example, outputs
 
-PRIORITY = ("cuda", "triton", "cpu", "torch", "reference")
+PRIORITY = ("cuda", "triton", "flash", "cpu", "torch", "reference")
 
 
 def prepare(

@@ -15,9 +15,9 @@ def unsupported(inputs: Inputs) -> list[Reason]:
     return native.cpu_unavailable_reasons(inputs.device_type) + shape_reasons(inputs, _DTYPES)
 
 
-def forward(inputs: Inputs):
-    return native.call(
-        torch.ops.jepa_kernels_native.masked_attention_cpu_fwd,
+def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    results: tuple[torch.Tensor, torch.Tensor] = native.call(
+        native.ops.masked_attention_cpu_fwd,
         *inputs.tensors(),
         inputs.query_times,
         inputs.key_times,
@@ -26,12 +26,15 @@ def forward(inputs: Inputs):
         inputs.window,
         native.isa(),
     )
+    return results
 
 
-def backward(inputs: Inputs, saved, grad_out, needs):
+def backward(
+    inputs: Inputs, saved: list[torch.Tensor], grad_out: torch.Tensor, needs: list[bool]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out, lse = saved
-    return native.call(
-        torch.ops.jepa_kernels_native.masked_attention_cpu_bwd,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = native.call(
+        native.ops.masked_attention_cpu_bwd,
         rows_of_channels(grad_out),
         *inputs.tensors(),
         inputs.query_times,
@@ -43,6 +46,7 @@ def backward(inputs: Inputs, saved, grad_out, needs):
         inputs.window,
         native.isa(),
     )
+    return grads
 
 
 BACKEND = Backend("cpu", ("cpu",), unsupported, forward, backward, checks_values=True)

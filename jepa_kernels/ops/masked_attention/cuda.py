@@ -20,19 +20,22 @@ def unsupported(inputs: Inputs) -> list[Reason]:
     )
 
 
-def forward(inputs: Inputs):
-    return native.call(
-        torch.ops.jepa_kernels_native.masked_attention_cuda_fwd,
+def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    results: tuple[torch.Tensor, torch.Tensor] = native.call(
+        native.ops.masked_attention_cuda_fwd,
         *inputs.tensors(),
         inputs.grid,
         inputs.scale,
     )
+    return results
 
 
-def backward(inputs: Inputs, saved, grad_out, needs):
+def backward(
+    inputs: Inputs, saved: list[torch.Tensor], grad_out: torch.Tensor, needs: list[bool]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out, lse = saved
-    return native.call(
-        torch.ops.jepa_kernels_native.masked_attention_cuda_bwd,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = native.call(
+        native.ops.masked_attention_cuda_bwd,
         rows_of_channels(grad_out),
         *inputs.tensors(),
         out,
@@ -40,6 +43,7 @@ def backward(inputs: Inputs, saved, grad_out, needs):
         inputs.grid,
         inputs.scale,
     )
+    return grads
 
 
 BACKEND = Backend("cuda", ("cuda",), unsupported, forward, backward)

@@ -3,7 +3,7 @@ them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,13 +11,13 @@ import torch
 from ... import checks
 from ...backend import Reason, dtype_reasons
 from ...checks import dtype_name
-from ...contract import beside_the_schema, differentiable
+from ...contract import beside_the_schema, call_inputs, differentiable
 from ...rope3d import Rope3D, rope_dim
 
 NAME = "masked_attention"
 
 
-@dataclass(slots=True)
+@call_inputs(slots=True)
 class Inputs:
     """One call. Shapes as in the public function; ids, times and offsets of keys are always given
     where those of queries are. A window of 0 is none."""
@@ -101,7 +101,7 @@ class Inputs:
 
     def with_contiguous_channels(self) -> Inputs:
         """The same call with channel stride 1, which kernels read."""
-        if all([t.stride(-1) == 1 for t in (self.query, self.key, self.value)]):
+        if self.query.stride(-1) == self.key.stride(-1) == self.value.stride(-1) == 1:
             return self
         query, key, value = (
             t if t.stride(-1) == 1 else t.contiguous() for t in (self.query, self.key, self.value)
@@ -287,7 +287,7 @@ def check_direct(inputs: Inputs) -> None:
         _fail("grid", "have three sizes (T, H, W)", grid)
     table, query = inputs.rope_table, inputs.query
     if table is not None:
-        Rope3D(grid)
+        Rope3D((grid[0], grid[1], grid[2]))
         checks.has_dtype(NAME, "rope_table", table, (torch.float32,))
         checks.same_device(NAME, "rope_table", table, query.device)
         wanted = (2, sum(grid), rope_dim(query.shape[-1] if query.dim() else 0))
@@ -303,16 +303,19 @@ def check_values(inputs: Inputs) -> None:
     """Ids lie in the grid, offsets in the rows and times in 32 bits; read on a CPU, on a GPU only
     where asked for."""
     if inputs.rope_table is not None:
+        assert inputs.query_ids is not None and inputs.key_ids is not None  # `check` saw them
         frames, height, width = inputs.grid
         total = frames * height * width
         checks.token_ids_in_grid(NAME, "query_ids", inputs.query_ids, total)
         if inputs.key_ids is not inputs.query_ids:
             checks.token_ids_in_grid(NAME, "key_ids", inputs.key_ids, total)
     if inputs.cu_seqlens_q is not None:
+        assert inputs.cu_seqlens_k is not None  # `check` saw them
         checks.offsets_valid(NAME, "cu_seqlens_q", inputs.cu_seqlens_q, inputs.query.shape[0])
         if inputs.cu_seqlens_k is not inputs.cu_seqlens_q:
             checks.offsets_valid(NAME, "cu_seqlens_k", inputs.cu_seqlens_k, inputs.key.shape[0])
     if inputs.query_times is not None:
+        assert inputs.key_times is not None  # `check` saw them
         checks.times_in_range(NAME, "query_times", inputs.query_times)
         if inputs.key_times is not inputs.query_times:
             checks.times_in_range(NAME, "key_times", inputs.key_times)
@@ -320,8 +323,8 @@ def check_values(inputs: Inputs) -> None:
 
 def shape_reasons(inputs: Inputs, dtypes: tuple[torch.dtype, ...]) -> list[Reason]:
     """The dtypes and head widths that kernel backends take."""
-    head_dim = inputs.head_dim
-    reasons = dtype_reasons((inputs.dtype,), dtypes)
+    head_dim, dtype = inputs.query.shape[-1], inputs.query.dtype
+    reasons = [] if dtype in dtypes else dtype_reasons((dtype,), dtypes)
     if head_dim % 8 or not 8 <= head_dim <= 128:
         reasons.append(Reason(f"head_dim must be a multiple of 8 from 8 to 128, got {head_dim}"))
     return reasons

@@ -29,6 +29,7 @@ def compose(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     visible = _visible(inputs)
     if inputs.cu_seqlens_q is None:
         return _attend(query, key, value, inputs.scale, visible(slice(None), slice(None)))
+    assert inputs.cu_seqlens_k is not None  # given with those of queries
     starts_q, starts_k = inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
     outs, lses = [], []
     for i in range(len(starts_q) - 1):
@@ -45,9 +46,10 @@ def compose(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(outs), torch.cat(lses, dim=-1)
 
 
-def rotate(x: torch.Tensor, ids: torch.Tensor, rope: Rope3D) -> torch.Tensor:
+def rotate(x: torch.Tensor, ids: torch.Tensor | None, rope: Rope3D) -> torch.Tensor:
     """R(x, ids) for ``[..., N, heads, head_dim]`` and ids ``[..., N]``: see `jepa_kernels.rope3d`
     for the formula."""
+    assert ids is not None  # given with a rope
     m = rope_dim(x.shape[-1])
     _, height, width = rope.grid
     spatial = height * width
@@ -89,12 +91,13 @@ def _pair_angles(angle: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.
 def _visible(inputs: Inputs) -> Callable[[slice, slice], torch.Tensor | None]:
     """(queries, keys) -> whether each of these queries sees each of these keys, ``[..., 1, Nq,
     Nk]``; None where there are no times."""
-    if inputs.query_times is None:
+    query_times, key_times = inputs.query_times, inputs.key_times
+    if query_times is None or key_times is None:
         return lambda queries, keys: None
 
     def visible(queries: slice, keys: slice) -> torch.Tensor:
-        query_time = inputs.query_times[..., queries].long()[..., None, :, None]
-        key_time = inputs.key_times[..., keys].long()[..., None, None, :]
+        query_time = query_times[..., queries].long()[..., None, :, None]
+        key_time = key_times[..., keys].long()[..., None, None, :]
         past = key_time <= query_time
         return past & (query_time - inputs.window < key_time) if inputs.window else past
 

@@ -8,6 +8,7 @@ and backward then recomputes the composition.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -37,6 +38,7 @@ def compose(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
     """out and lse (None unless asked for), with ordinary autograd."""
     query, key, value = inputs.query, inputs.key, inputs.value
     if inputs.rope_table is not None:
+        assert inputs.query_ids is not None and inputs.key_ids is not None  # `check` saw them
         query = rotate(query, inputs.query_ids, inputs.rope_table, inputs.grid)
         key = rotate(key, inputs.key_ids, inputs.rope_table, inputs.grid)
     times = inputs.query_times, inputs.key_times
@@ -52,8 +54,8 @@ def compose(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
         strict=True,
     )
     results = [
-        _attend_in_time(q[None], k[None], v[None], *of_sequence, inputs)
-        for q, k, v, *of_sequence in list(pieces)[:-1]
+        _attend_in_time(q[None], k[None], v[None], tq, tk, inputs)
+        for q, k, v, tq, tk in list(pieces)[:-1]
     ]
     # The rows past the last offset belong to no sequence.
     slack = query[query.shape[0] - lengths_q[-1] :]
@@ -62,28 +64,35 @@ def compose(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
     if not inputs.return_lse:
         return out, None
     lse_slack = slack.new_full((query.shape[1], lengths_q[-1]), -torch.inf, dtype=torch.float32)
-    return out, torch.cat([lse[0] for _, lse in results] + [lse_slack], dim=-1)
+    lses = [lse[0] for _, lse in results if lse is not None]
+    return out, torch.cat([*lses, lse_slack], dim=-1)
 
 
 def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = compose(replace(inputs, return_lse=True))
+    assert lse is not None  # asked for
     return out.contiguous(), lse.contiguous()
 
 
-def backward(inputs: Inputs, saved, grad_out, needs):
+def backward(
+    inputs: Inputs, saved: list[torch.Tensor], grad_out: torch.Tensor, needs: list[bool]
+) -> list[torch.Tensor]:
     """The softmax gradient written out: inside an op there is no autograd to ask. O(Nq * Nk) memory
     for one sequence at a time."""
     query, key, value, scale = inputs.query, inputs.key, inputs.value, inputs.scale
     out, lse = saved
     table, grid = inputs.rope_table, inputs.grid
     if table is not None:
+        assert inputs.query_ids is not None and inputs.key_ids is not None  # `check` saw them
         query = rotate(query, inputs.query_ids, table, grid)
         key = rotate(key, inputs.key_ids, table, grid)
     delta = (grad_out.float() * out.float()).sum(-1).movedim(-1, -2)
     times = inputs.query_times, inputs.key_times
     if inputs.cu_seqlens_q is None:
         visible = _visible(*times, inputs.window)
-        grads = _attend_backward(grad_out, query, key, value, delta, lse, scale, visible)
+        grads: Sequence[torch.Tensor] = _attend_backward(
+            grad_out, query, key, value, delta, lse, scale, visible
+        )
     else:
         lengths_q = _lengths(inputs.cu_seqlens_q, query.shape[0])
         lengths_k = _lengths(inputs.cu_seqlens_k, key.shape[0])
@@ -106,12 +115,22 @@ def backward(inputs: Inputs, saved, grad_out, needs):
         grads = [torch.cat([*part, end]) for part, end in zip(parts, slack, strict=True)]
     grad_query, grad_key, grad_value = grads
     if table is not None:
+        assert inputs.query_ids is not None and inputs.key_ids is not None  # `check` saw them
         grad_query = rotate_transposed(grad_query, inputs.query_ids, table, grid)
         grad_key = rotate_transposed(grad_key, inputs.key_ids, table, grid)
     return [g.contiguous() for g in (grad_query, grad_key, grad_value)]
 
 
-def _attend_backward(grad_out, query, key, value, delta, lse, scale: float, visible):
+def _attend_backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    delta: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    visible: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
     """Gradients of `_attend` for ``[..., N, heads, head_dim]``, with delta and lse ``[..., heads,
     Nq]`` and visible ``[..., 1, Nq, Nk]`` or None."""
     dtype = query.dtype
@@ -132,28 +151,43 @@ def _attend_backward(grad_out, query, key, value, delta, lse, scale: float, visi
     return tuple(g.transpose(-3, -2).to(dtype) for g in grads)
 
 
-def _lengths(offsets: torch.Tensor, total: int) -> list[int]:
+def _lengths(offsets: torch.Tensor | None, total: int) -> list[int]:
+    assert offsets is not None  # those of keys are given with those of queries
     ends = offsets.tolist()
     return [b - a for a, b in pairwise(ends)] + [total - ends[-1]]
 
 
-def _split_times(times, lengths_q: list[int], lengths_k: list[int]):
+def _split_times(
+    times: tuple[torch.Tensor | None, torch.Tensor | None],
+    lengths_q: list[int],
+    lengths_k: list[int],
+) -> list[Sequence[torch.Tensor | None]]:
     """The times of each packed sequence, those of queries and those of keys."""
-    if times[0] is None:
+    query_times, key_times = times
+    if query_times is None or key_times is None:
         return [[None] * len(lengths_q)] * 2
-    return [t.split(lengths) for t, lengths in zip(times, (lengths_q, lengths_k), strict=True)]
+    return [query_times.split(lengths_q), key_times.split(lengths_k)]
 
 
-def _visible(query_times, key_times, window: int):
+def _visible(
+    query_times: torch.Tensor | None, key_times: torch.Tensor | None, window: int
+) -> torch.Tensor | None:
     """Whether each query sees each key, ``[..., 1, Nq, Nk]``; None without times."""
-    if query_times is None:
+    if query_times is None or key_times is None:
         return None
     last = query_times.long()[..., None, :, None]
     time = key_times.long()[..., None, None, :]
     return (time <= last) & (time > last - window) if window else time <= last
 
 
-def _attend_in_time(query, key, value, query_times, key_times, inputs: Inputs):
+def _attend_in_time(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_times: torch.Tensor | None,
+    key_times: torch.Tensor | None,
+    inputs: Inputs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`_attend` over the keys that each query sees: by slices of keys where times are sorted, else
     by a mask."""
     scale, return_lse = inputs.scale, inputs.return_lse
@@ -166,14 +200,18 @@ def _attend_in_time(query, key, value, query_times, key_times, inputs: Inputs):
         for queries, keys in runs
     ]
     out = torch.cat([out for out, _ in parts], dim=1)
-    return out, torch.cat([lse for _, lse in parts], dim=-1) if return_lse else None
+    lses = [lse for _, lse in parts if lse is not None]
+    return out, torch.cat(lses, dim=-1) if return_lse else None
 
 
-def _runs(query_times, key_times, window: int) -> list[tuple[slice, slice]] | None:
+def _runs(
+    query_times: torch.Tensor | None, key_times: torch.Tensor | None, window: int
+) -> list[tuple[slice, slice]] | None:
     """The queries of each time with the keys that they see, where one list of sorted times serves
     the batch, can be read without waiting, and gives calls that are worth their overhead."""
     if (
         query_times is None
+        or key_times is None
         or query_times.device.type != "cpu"
         or query_times.dim() > 1
         or key_times.dim() > 1
@@ -195,7 +233,14 @@ def _runs(query_times, key_times, window: int) -> list[tuple[slice, slice]] | No
     ]
 
 
-def _attend(query, key, value, scale: float, return_lse: bool, visible=None):
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    return_lse: bool,
+    visible: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """SDPA for ``[B, N, heads, head_dim]`` over the keys that are visible; lse ``[B, heads, Nq]``
     float32 where asked for."""
     if key.shape[1] == 0 or query.numel() == 0:

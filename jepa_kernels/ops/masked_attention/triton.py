@@ -7,7 +7,6 @@ need, so a call never waits for the device and can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
@@ -17,6 +16,7 @@ from ... import triton_runtime
 from ...backend import Backend, Reason
 from ...rope3d import rope_dim
 from .inputs import Inputs, rows_of_channels, shape_reasons
+from .triton_launch import alignment, id_strides, launch_options, on_device_of, panel_strides
 from .triton_table import ROTATE_HEADS, ROTATE_TILE, Tile, channels, tile
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,14 +27,14 @@ def unsupported(inputs: Inputs) -> list[Reason]:
     return triton_runtime.unavailable_reasons(inputs.device_type) + shape_reasons(inputs, _DTYPES)
 
 
-def forward(inputs: Inputs):
+def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     from .triton_kernels import masked_attention_fwd_kernel
 
     query, key, value = inputs.query, inputs.key, inputs.value
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     case = _Case(inputs)
     lse = query.new_empty(inputs.lse_shape(), dtype=torch.float32)
-    with case.device():
+    with on_device_of(query):
         if inputs.rope_table is not None:
             key = case.rotated(key, inputs.key_ids)
         case.launch(
@@ -62,7 +62,9 @@ def forward(inputs: Inputs):
     return out, lse
 
 
-def backward(inputs: Inputs, saved, grad_out, needs):
+def backward(
+    inputs: Inputs, saved: list[torch.Tensor], grad_out: torch.Tensor, needs: list[bool]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from .triton_kernels_bwd import masked_attention_bwd_kv_kernel, masked_attention_bwd_q_kernel
 
     query, key, value = inputs.query, inputs.key, inputs.value
@@ -80,7 +82,7 @@ def backward(inputs: Inputs, saved, grad_out, needs):
         inputs.query_times,
         inputs.key_times,
     )
-    with case.device():
+    with on_device_of(query):
         if inputs.rope_table is not None:
             query = case.rotated(query, inputs.query_ids)
             key = case.rotated(key, inputs.key_ids)
@@ -129,11 +131,6 @@ def backward(inputs: Inputs, saved, grad_out, needs):
     return grad_query, grad_key, grad_value
 
 
-def _strides(x: torch.Tensor) -> tuple[int, int, int]:
-    """Strides of (batch, row, head); a packed tensor is one batch entry."""
-    return (0, *x.stride()[:2]) if x.dim() == 3 else x.stride()[:3]
-
-
 class _Case:
     """One call's sizes, and the launches that share them."""
 
@@ -144,17 +141,12 @@ class _Case:
         self.batch = 1 if self.packed else query.shape[0]
         self.rows = {"q": query.shape[-3], "k": key.shape[-3]}
         self.heads, self.head_dim = query.shape[-2:]
-        self.num_seqs = inputs.cu_seqlens_q.shape[0] - 1 if self.packed else 0
+        offsets = inputs.cu_seqlens_q
+        self.num_seqs = 0 if offsets is None else offsets.shape[0] - 1
         self.grid = [int(size) for size in inputs.grid]
         self.times = {"tq": inputs.query_times, "tk": inputs.key_times}
         self.window = inputs.window
         self.architecture = triton_runtime.architecture(query.device)
-
-    def device(self) -> contextlib.AbstractContextManager[Any]:
-        """Triton launches on the current device, which need not be the tensors'."""
-        return (
-            torch.cuda.device(self.query.device) if self.query.is_cuda else contextlib.nullcontext()
-        )
 
     def scratch(self, x: torch.Tensor) -> torch.Tensor:
         """Like `x`, with the rows of one head side by side in memory."""
@@ -162,7 +154,7 @@ class _Case:
             return x.new_empty((x.shape[1], x.shape[0], x.shape[2])).transpose(0, 1)
         return x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2)
 
-    def rotated(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def rotated(self, x: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
         """R(x, ids), computed once because the attention kernels read every row many times."""
         from .triton_kernels import rotate_rows_kernel
 
@@ -172,7 +164,7 @@ class _Case:
         rows = x.shape[-3]
         tiles = -(-rows // ROTATE_TILE.block_q)
         heads_each = min(ROTATE_HEADS, self.heads)
-        align = _alignment(x)
+        align = alignment(x)
         main, tail = channels(self.query.dtype, self.head_dim)
         rotate_rows_kernel[(tiles * self.batch, -(-self.heads // heads_each))](
             x,
@@ -182,8 +174,8 @@ class _Case:
             rows,
             self.heads,
             tiles,
-            *(s // align for s in _strides(x)),
-            *_id_strides(ids),
+            *(s // align for s in panel_strides(x)),
+            *id_strides(ids),
             *self.grid,
             HEAD_DIM=self.head_dim,
             MAIN=main,
@@ -198,12 +190,12 @@ class _Case:
 
     def launch(
         self,
-        kernel,
+        kernel: Any,
         name: str,
         owned: torch.Tensor,
-        pointers: tuple,
+        pointers: tuple[torch.Tensor | None, ...],
         panels: dict[str, torch.Tensor],
-        ids,
+        ids: torch.Tensor | None,
         **extra: Any,
     ) -> None:
         """Runs `kernel` with one program per tile of `owned` and head."""
@@ -212,16 +204,16 @@ class _Case:
         times = self.times["tq"] is not None
         shape = tile(name, self.architecture, self.query.dtype, self.head_dim, times)
         tiles = self._tiles(owned.shape[-3], shape.block_k if name == "bwd_kv" else shape.block_q)
-        align = _alignment(*panels.values())
+        align = alignment(*panels.values())
         strides = {
             f"{p}_{axis}": s // align
             for p, x in panels.items()
-            for axis, s in zip(("batch", "row", "head"), _strides(x), strict=True)
+            for axis, s in zip(("batch", "row", "head"), panel_strides(x), strict=True)
         }
         numbers = {"id": None if self.rope_table is None else ids, **self.times}
         for argument, list_ in numbers.items():
             strides[f"{argument}_batch"], strides[f"{argument}_row"] = (
-                (0, 0) if list_ is None else _id_strides(list_)
+                (0, 0) if list_ is None else id_strides(list_)
             )
         grid_t, grid_h, grid_w = self.grid
         fixed = constants(
@@ -291,34 +283,11 @@ def constants(
     }
 
 
-def launch_options(shape: Tile) -> dict[str, Any]:
-    """What Triton is told besides the arguments."""
-    from ...triton_support import FP_FUSION
-
-    return {
-        "num_warps": shape.warps,
-        "num_stages": shape.stages,
-        "maxnreg": shape.registers,
-        **FP_FUSION,
-    }
-
-
 def _log2_scale(scale: float) -> float:
     """scale * log2(e). The floor keeps a scale of 0 from making 0 * inf of a masked key; the
     products it scales then vanish anyway."""
     magnitude = max(abs(scale), 1e-30) * math.log2(math.e)
     return -magnitude if scale < 0 else magnitude
-
-
-def _alignment(*panels: torch.Tensor) -> int:
-    """8 where every row of every panel starts on a multiple of 8 elements from its data pointer,
-    else 1."""
-    return 8 if all(stride % 8 == 0 for x in panels for stride in _strides(x)) else 1
-
-
-def _id_strides(ids: torch.Tensor) -> tuple[int, int]:
-    """Strides of (batch, row) of token ids or times [N], [B, N] or packed [tokens]."""
-    return (0, ids.stride(0)) if ids.dim() == 1 else (ids.stride(0), ids.stride(1))
 
 
 BACKEND = Backend("triton", triton_runtime.DEVICES, unsupported, forward, backward)

@@ -73,7 +73,7 @@ _SIZES = [
 )
 def rotate_rows_kernel(
     x,
-    turned,
+    rotated,
     ids,
     table,
     rows,
@@ -95,11 +95,11 @@ def rotate_rows_kernel(
     BLOCK: tl.constexpr,
     HEADS_EACH: tl.constexpr,
 ):
-    """turned = R(x, ids), written head by head as [batch, heads, rows, HEAD_DIM].
+    """rotated = R(x, ids), written head by head as [batch, heads, rows, HEAD_DIM].
 
     A program owns BLOCK rows of HEADS_EACH heads: it gathers the cosines and sines once and turns
     all those heads with them, so that the attention kernels, which read each row many times over,
-    find it turned.
+    find it rotated.
     """
     tile = tl.program_id(0) % tiles
     batch = tl.program_id(0) // tiles
@@ -119,11 +119,11 @@ def rotate_rows_kernel(
         head = tl.program_id(1) * HEADS_EACH + i
         rows_left = tl.where(head < heads, rows - first_row, 0)
         source = panel_start(x, batch, first_row, head, x_batch, x_row, x_head, ALIGN)
-        target = turned + ((batch.to(tl.int64) * heads + head) * rows + first_row) * HEAD_DIM
+        target = rotated + ((batch.to(tl.int64) * heads + head) * rows + first_row) * HEAD_DIM
         part = load_panel(source, x_row, rows_left, 0, MAIN, BLOCK, HEAD_DIM, ALIGN, True).to(
             tl.float32
         )
-        part = narrow(quarter_turn(part, BLOCK, MAIN) * sin + part * cos, turned.dtype.element_ty)
+        part = narrow(quarter_turn(part, BLOCK, MAIN) * sin + part * cos, rotated.dtype.element_ty)
         store_panel(target, HEAD_DIM // 8, rows_left, part, 0, MAIN, BLOCK, HEAD_DIM, 8)
         if TAIL > 0:
             part = load_panel(
@@ -131,7 +131,7 @@ def rotate_rows_kernel(
             ).to(tl.float32)
             part = narrow(
                 quarter_turn(part, BLOCK, TAIL) * sin_tail + part * cos_tail,
-                turned.dtype.element_ty,
+                rotated.dtype.element_ty,
             )
             store_panel(target, HEAD_DIM // 8, rows_left, part, MAIN, TAIL, BLOCK, HEAD_DIM, 8)
 
@@ -265,11 +265,11 @@ def masked_attention_fwd_kernel(
     """out = softmax(scale * R(query) key^T) value and lse = log sum exp of the scores, for BLOCK_Q
     queries of one head.
 
-    `key` is turned already (rotate_rows_kernel) or has no positions; queries are read once, so they
-    turn here, in registers (ROPE_DIM = 0: no positions). Reads every key and value row of its
-    sequence (TIMES: from the first to the last row that one of its queries sees), writes its rows
-    of out and lse. `log2_scale` is scale * log2(e), because exp(s) = 2 ** (s log2 e); it is never 0
-    and NEGATIVE says its sign.
+    `key` is rotated already (rotate_rows_kernel) or has no positions; queries are read once, so
+    they are rotated here, in registers (ROPE_DIM = 0: no positions). Reads every key and value row
+    of its sequence (TIMES: from the first to the last row that one of its queries sees), writes its
+    rows of out and lse. `log2_scale` is scale * log2(e), because exp(s) = 2 ** (s log2 e); it is
+    never 0 and NEGATIVE says its sign.
     """
     batch, head, first_row, start_q, length_q, start_k, length_k = owned_tile(
         cu_q, cu_k, num_seqs, rows_q, rows_k, tiles, heads, BLOCK_Q, PACKED, SEARCH_STEPS
@@ -324,7 +324,7 @@ def masked_attention_fwd_kernel(
                 dtype,
             )
             store_panel(o_tile, o_row, rows_left, q_tail, MAIN, TAIL, BLOCK_Q, HEAD_DIM, ALIGN)
-        # The turned queries pass through this program's own rows of out, which the end overwrites.
+        # The rotated queries pass through this program's own rows of out, which the end overwrites.
         # What is loaded goes to the tensor cores from shared memory; what was computed would sit in
         # registers all through the loop and halve the occupancy.
         tl.debug_barrier()

@@ -1,7 +1,7 @@
 """Triton kernels of the masked_attention gradient: one pass over queries, then one over keys. No
 atomics, so bitwise repeatable.
 
-With P = exp(scale * S - lse), S = q k^T, q and k turned, and delta = sum over channels of grad_out
+With P = exp(scale * S - lse), S = q k^T, q and k rotated, and delta = sum over channels of grad_out
 * out (FlashAttention-2, arXiv 2307.08691, algorithm 2):  grad_v = P^T grad_out,  dS = P * (grad_out
   v^T - delta),  grad_q = scale * R^T dS k,
 grad_k = scale * R^T dS^T q. The pass over queries runs first: it leaves delta behind for the pass
@@ -199,7 +199,7 @@ def masked_attention_bwd_q_kernel(
     """grad_query for BLOCK_Q queries of one head, and what the second pass needs of each row: delta
     and log2(e) * lse, laid out like lse.
 
-    `query` and `key` are turned already or have no positions. Reads every key and value row of its
+    `query` and `key` are rotated already or have no positions. Reads every key and value row of its
     sequence. `out` and `grad_query` share the strides o_*.
     """
     batch, head, first_row, start_q, length_q, start_k, length_k = owned_tile(
@@ -535,8 +535,8 @@ def masked_attention_bwd_kv_kernel(
 ):
     """grad_key and grad_value (both with the strides o_*) for BLOCK_K keys of one head.
 
-    `query` and `key` are turned already or have no positions. Reads every query and grad_out row of
-    its sequence, and what the first pass left of them.
+    `query` and `key` are rotated already or have no positions. Reads every query and grad_out row
+    of its sequence, and what the first pass left of them.
     """
     batch, head, first_row, start_k, length_k, start_q, length_q = owned_tile(
         cu_k, cu_q, num_seqs, rows_k, rows_q, tiles, heads, BLOCK_K, PACKED, SEARCH_STEPS

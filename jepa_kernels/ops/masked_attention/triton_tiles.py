@@ -252,18 +252,18 @@ def angle_part(
     row_y,
     row_x,
     turns,
-    unturned,
+    unrotated,
     C0: tl.constexpr,
     WIDTH: tl.constexpr,
     ROPE_DIM: tl.constexpr,
 ):
-    """[BLOCK, WIDTH] cosines (or sines) of channels C0 ..., `unturned` where nothing turns. A few
+    """[BLOCK, WIDTH] cosines (or sines) of channels C0 ..., `unrotated` where nothing turns. A few
     KB of table: these loads hit L1."""
     channel = C0 + tl.arange(0, WIDTH)
     axis = (channel // ROPE_DIM)[None, :]
     row = tl.where(axis == 0, row_t[:, None], tl.where(axis == 1, row_y[:, None], row_x[:, None]))
     where = row * ROPE_DIM + (channel % ROPE_DIM)[None, :]
-    return tl.load(table + where, mask=turns[:, None] & (axis < 3), other=unturned)
+    return tl.load(table + where, mask=turns[:, None] & (axis < 3), other=unrotated)
 
 
 @triton.jit
@@ -290,10 +290,10 @@ def rotate(
 ):
     """R x in float32, for channels C0 ... `sines` is the second half of the table. Cosines are
     loaded last: registers are scarce."""
-    turned = quarter_turn(x, BLOCK, WIDTH) * angle_part(
+    rotated = quarter_turn(x, BLOCK, WIDTH) * angle_part(
         sines, row_t, row_y, row_x, turns, 0.0, C0, WIDTH, ROPE_DIM
     )
-    return turned + x * angle_part(table, row_t, row_y, row_x, turns, 1.0, C0, WIDTH, ROPE_DIM)
+    return rotated + x * angle_part(table, row_t, row_y, row_x, turns, 1.0, C0, WIDTH, ROPE_DIM)
 
 
 @triton.jit
@@ -311,7 +311,7 @@ def rotate_transposed(
     ROPE_DIM: tl.constexpr,
 ):
     """R^T g, the gradient of `rotate`: not its inverse, because the tiled layout is no rotation."""
-    turned = quarter_turn(
+    rotated = quarter_turn(
         g * angle_part(sines, row_t, row_y, row_x, turns, 0.0, C0, WIDTH, ROPE_DIM), BLOCK, WIDTH
     )
-    return g * angle_part(table, row_t, row_y, row_x, turns, 1.0, C0, WIDTH, ROPE_DIM) - turned
+    return g * angle_part(table, row_t, row_y, row_x, turns, 1.0, C0, WIDTH, ROPE_DIM) - rotated

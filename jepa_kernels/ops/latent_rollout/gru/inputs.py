@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from .... import checks
 from ....backend import Backend
-from ....contract import differentiable
+from ....contract import call_inputs, differentiable
 from ..cells import GRU
 from ..rollout import NAME, Rollout, fail
 
 
-@dataclass
+@call_inputs()
 class Inputs(Rollout):
     """One call."""
 
@@ -31,14 +30,15 @@ class Inputs(Rollout):
     cell_type = GRU
 
     @classmethod
-    def of(cls, cell: GRU, shared: Any, actions: Any, anchor: Any, anchor_rows: Any) -> Inputs:
+    def of(cls, cell: GRU, shared: Any, actions: Any, anchor: Any, anchor_rows: Any) -> Self:
         if actions is None:
             raise TypeError(checks.sentence(NAME, "actions", "be given for a GRU", "None"))
         for argument, given in (("anchor", anchor), ("anchor_rows", anchor_rows)):
             if given is not None:
                 wanted = "be None for a GRU, whose states are normalised"
                 fail(argument, wanted, checks.type_name(given))
-        return cls(*shared, actions, *cell.parameters(), cell.epsilon)
+        fields: tuple[Any, ...] = (*shared, actions, *cell.parameters(), cell.epsilon)
+        return cls(*fields)
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -14,7 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from ..arithmetic import add_matmul, fresh, matmul, power_mean, power_mean_gradient, take
+from ...products import add_matmul, matmul
+from ..arithmetic import fresh, power_mean, power_mean_gradient, take
 from .inputs import Inputs
 
 
@@ -124,15 +125,13 @@ def backward(
     new = start.new_zeros
     grad_weight_state, grad_small = new(3 * width, width), new(1 + actions.shape[-1], 4 * width)
     grad_actions, grad_norm = new(actions.shape), (new(width), new(width))
-    carried = None if inputs.keeps_all else grad_states
+    carried: torch.Tensor | None = None if inputs.keeps_all else grad_states
     for begin, end in _chunks(inputs, start):
         before = states[begin - 1] if begin else start
-        given = carried
-        if inputs.keeps_all:
-            given = grad_states[begin:end]
-            if carried is not None:
-                given = given.clone()
-                given[-1] += carried
+        given = grad_states[begin:end] if inputs.keeps_all or carried is None else carried
+        if inputs.keeps_all and carried is not None:
+            given = given.clone()
+            given[-1] += carried
         step = kernels.recurrence_backward(
             inputs, before, actions[begin:end], states[begin:end], gates[begin:end], given
         )

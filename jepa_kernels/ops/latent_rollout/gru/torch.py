@@ -8,15 +8,23 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..arithmetic import matmul
+from ...products import matmul
 from ..kernel_backend import eager_backend
 from . import rollout
+from .inputs import Inputs
 
 
 class Eager:
     """See `rollout.Kernels`."""
 
-    def recurrence(self, inputs, start, actions, keep_all, save):
+    def recurrence(
+        self,
+        inputs: Inputs,
+        start: torch.Tensor,
+        actions: torch.Tensor,
+        keep_all: bool,
+        save: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         weight_input, weight_state, bias_input, bias_state, norm_weight, norm_bias = inputs.weights
         width, operand = start.shape[1], weight_state.dtype
         state, states, gates = start, [], []
@@ -44,7 +52,15 @@ class Eager:
             gates
         ) if save else start.new_empty(0)
 
-    def recurrence_backward(self, inputs, start, actions, states, gates, grad_states):
+    def recurrence_backward(
+        self,
+        inputs: Inputs,
+        start: torch.Tensor,
+        actions: torch.Tensor,
+        states: torch.Tensor,
+        gates: torch.Tensor,
+        grad_states: torch.Tensor,
+    ) -> rollout.GateGradients:
         weight_state, norm_weight = inputs.weight_state, inputs.norm_weight
         width, operand = start.shape[1], weight_state.dtype
         grad_gates = torch.empty_like(gates)

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from ..arithmetic import add_matmul, matmul
+from ...products import add_matmul, matmul
 from ..triton_launch import options, padded, triton_backend
 from . import rollout
-from .rollout import with_action_products
+from .inputs import Inputs
+from .rollout import GateGradients, with_action_products
 
 WIDEST = 4096
 ROWS = 4  # of a program
@@ -18,7 +19,14 @@ ROWS = 4  # of a program
 class Triton:
     """See `rollout.Kernels`."""
 
-    def recurrence(self, inputs, start, actions, keep_all, save):
+    def recurrence(
+        self,
+        inputs: Inputs,
+        start: torch.Tensor,
+        actions: torch.Tensor,
+        keep_all: bool,
+        save: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         from .triton_kernels import gru_fwd_kernel
 
         weight_input, weight_state, *small = inputs.weights
@@ -60,7 +68,15 @@ class Triton:
             state = after
         return states, gates
 
-    def recurrence_backward(self, inputs, start, actions, states, gates, grad_states):
+    def recurrence_backward(
+        self,
+        inputs: Inputs,
+        start: torch.Tensor,
+        actions: torch.Tensor,
+        states: torch.Tensor,
+        gates: torch.Tensor,
+        grad_states: torch.Tensor,
+    ) -> GateGradients:
         from .triton_kernels import gru_bwd_kernel
 
         weight_state, norm_weight = inputs.weight_state, inputs.norm_weight.float()

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from .... import checks
-from ....contract import differentiable
+from ....contract import call_inputs, differentiable
 from ..cells import Hamiltonian
 from ..hidden_space import HiddenRollout
 from ..rollout import NAME, fail, without_actions
 
 
-@dataclass
+@call_inputs()
 class Inputs(HiddenRollout):
     """One call."""
 
@@ -28,9 +27,10 @@ class Inputs(HiddenRollout):
     halves = 2
 
     @classmethod
-    def of(cls, cell: Hamiltonian, shared: Any, actions: Any, *anchor: Any) -> Inputs:
+    def of(cls, cell: Hamiltonian, shared: Any, actions: Any, *anchor: Any) -> Self:
         without_actions(actions)
-        return cls(*shared, *anchor, *cell.parameters(), cell.time_step)
+        fields: tuple[Any, ...] = (*shared, *anchor, *cell.parameters(), cell.time_step)
+        return cls(*fields)
 
     @property
     def widths(self) -> tuple[int, ...]:

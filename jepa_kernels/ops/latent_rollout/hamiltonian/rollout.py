@@ -14,13 +14,14 @@ from typing import Protocol
 
 import torch
 
-from ..arithmetic import add_matmul
+from ...products import add_matmul
 from ..coupling import Coupling
 from ..hidden_space import enter, leave
 from ..readout.parts import Part, Readout, read_out, read_out_backward
 from .inputs import Inputs
 
 Tensors = tuple[torch.Tensor, ...]
+Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # W2, b2 and w3
 
 
 class Kernels(Readout, Protocol):
@@ -70,7 +71,7 @@ def backward(
 def half_steps_backward(
     inputs: Inputs,
     hidden: torch.Tensor,
-    weights: Tensors,
+    weights: Weights,
     coupling: Coupling,
     grad_sums: torch.Tensor,
     launch: Callable[..., Tensors],
@@ -83,7 +84,8 @@ def half_steps_backward(
     whose sum is that of w3.
     """
     weight, bias, energy = weights
-    grad_weight, grad_bias, grad_energy = None, torch.zeros_like(bias), torch.zeros_like(energy)
+    grad_weight: torch.Tensor | None = None
+    grad_bias, grad_energy = torch.zeros_like(bias), torch.zeros_like(energy)
     carried = torch.zeros_like(hidden[0])
     last = hidden.shape[0] - 1
     every_step = 2 * grad_sums.shape[1] > last
@@ -106,6 +108,7 @@ def half_steps_backward(
         grad_energy += energy_rows.sum(0)
         if moved_by is not None:
             coupling.add_gradient(moved_by, force, transposed=which == 1)
+    assert grad_weight is not None  # there are two half-steps at least
     return carried, grad_weight, grad_bias, grad_energy
 
 

@@ -6,10 +6,14 @@ registers and streams the matrices. The backward pass takes a launch for each ha
 
 from __future__ import annotations
 
+import torch
+
+from ..coupling import Coupling
 from ..readout.triton import TritonReadout
 from ..triton_launch import options, padded, tiles, triton_backend
 from . import rollout
-from .rollout import half_steps_backward
+from .inputs import Inputs
+from .rollout import Tensors, Weights, half_steps_backward
 
 WIDEST = 256
 BACKWARD_STAGES = 1  # loads ahead of their use would make it spill on 8.0
@@ -18,7 +22,7 @@ BACKWARD_STAGES = 1  # loads ahead of their use would make it spill on 8.0
 class Triton(TritonReadout):
     """See `rollout.Kernels`."""
 
-    def recurrence(self, inputs, a, coupling):
+    def recurrence(self, inputs: Inputs, a: torch.Tensor, coupling: Coupling) -> Tensors:
         from .triton_kernels import hamiltonian_fwd_kernel
 
         weight, bias, energy = _given(inputs)
@@ -51,7 +55,9 @@ class Triton(TritonReadout):
             )
         return saved, sums
 
-    def recurrence_backward(self, inputs, hidden, coupling, grad_sums):
+    def recurrence_backward(
+        self, inputs: Inputs, hidden: torch.Tensor, coupling: Coupling, grad_sums: torch.Tensor
+    ) -> Tensors:
         from .triton_kernels import hamiltonian_bwd_kernel
 
         given, matrix = _given(inputs), coupling.rounded()
@@ -61,7 +67,14 @@ class Triton(TritonReadout):
         scratch, scratch2 = weight.new_empty((rows, width)), weight.new_empty((rows, middle))
         sizes = tiles(width, weight.dtype, middle) | options(8, BACKWARD_STAGES)
 
-        def launch(a, step, transposed, moves, following, carried):
+        def launch(
+            a: torch.Tensor,
+            step: float,
+            transposed: bool,
+            moves: bool,
+            following: torch.Tensor,
+            carried: torch.Tensor,
+        ) -> Tensors:
             if rows:
                 hamiltonian_bwd_kernel[(-(-rows // sizes["BM"]),)](
                     a,
@@ -91,7 +104,7 @@ class Triton(TritonReadout):
         return half_steps_backward(inputs, hidden, given, coupling, grad_sums, launch)
 
 
-def _given(inputs):
+def _given(inputs: Inputs) -> Weights:
     weight, bias, energy = inputs.weights
     return weight.contiguous(), bias.float(), energy.float().contiguous()
 

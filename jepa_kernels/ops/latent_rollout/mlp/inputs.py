@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn, Self
 
 import torch
 
-from ....contract import differentiable
+from ....contract import call_inputs, differentiable
 from ..cells import ResidualMLP
 from ..hidden_space import HiddenRollout
 from ..rollout import fail, without_actions
 
 
-@dataclass
+@call_inputs()
 class Inputs(HiddenRollout):
     """One call. in_channels: flat ``[start, stop, ...]`` ranges of the channels that the cell
     reads."""
@@ -28,10 +27,11 @@ class Inputs(HiddenRollout):
     halves = 1
 
     @classmethod
-    def of(cls, cell: ResidualMLP, shared: Any, actions: Any, *anchor: Any) -> Inputs:
+    def of(cls, cell: ResidualMLP, shared: Any, actions: Any, *anchor: Any) -> Self:
         without_actions(actions)
         edges = _edges(cell.in_channels, shared[0].shape[-1] if shared[0].dim() else 0)
-        return cls(*shared, *anchor, *cell.parameters(), edges)
+        fields: tuple[Any, ...] = (*shared, *anchor, *cell.parameters(), edges)
+        return cls(*fields)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -87,6 +87,6 @@ def _is_sequence(value: Any) -> bool:
     return isinstance(value, Sequence)
 
 
-def _refuse_ranges(channels: int, got: object) -> None:
+def _refuse_ranges(channels: int, got: object) -> NoReturn:
     wanted = f"be ranges (start, stop) within 0 to {channels}, in rising order"
     fail("cell.in_channels", wanted, got)

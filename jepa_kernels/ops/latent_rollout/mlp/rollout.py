@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from ..arithmetic import matmul
+from ...products import matmul
 from ..coupling import Coupling
 from ..hidden_space import add_columns, columns, enter, leave
 from ..readout.parts import Part, Readout, read_out, read_out_backward
@@ -60,6 +60,7 @@ def backward(
     grad_hidden, activations = kernels.recurrence_backward(hidden, coupling, read.sums[0])
     grad_weight_in = None
     ((grad_weight_out, grad_bias_out),) = read.parts
+    assert grad_bias_out is not None  # the part has a bias
     grad_weight_out = grad_weight_out.mT
     if inputs.horizon > 1:
         moved = grad_hidden[1:].flatten(0, 1)

@@ -8,18 +8,23 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..coupling import Coupling
 from ..kernel_backend import eager_backend
 from ..readout.torch import EagerReadout
 from . import rollout
+from .inputs import Inputs
 
 
 class Eager(EagerReadout):
     """See `rollout.Kernels`."""
 
-    def recurrence(self, inputs, a, coupling, drift):
+    def recurrence(
+        self, inputs: Inputs, a: torch.Tensor, coupling: Coupling, drift: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, sums = [a], [F.gelu(a)]
         activation = sums[0]
         for _ in range(inputs.horizon - 1):
+            assert drift is not None  # there is more than one step
             a = a + coupling.move(activation) + drift
             activation = F.gelu(a)
             hidden.append(a)
@@ -27,7 +32,9 @@ class Eager(EagerReadout):
         kept = torch.stack(sums if inputs.keeps_all else sums[-1:])
         return torch.stack(hidden) if inputs.save else a.new_empty(0), kept
 
-    def recurrence_backward(self, hidden, coupling, grad_sums):
+    def recurrence_backward(
+        self, hidden: torch.Tensor, coupling: Coupling, grad_sums: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         horizon = hidden.shape[0]
         grad_hidden = torch.empty_like(hidden)
         following = grad_sums[-1]

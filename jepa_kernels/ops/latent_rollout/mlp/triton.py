@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..coupling import Coupling
 from ..readout.triton import TritonReadout
 from ..triton_launch import ROWS, tiles, triton_backend
 from . import rollout
+from .inputs import Inputs
 
 WIDEST = 512
 
@@ -19,7 +21,9 @@ WIDEST = 512
 class Triton(TritonReadout):
     """See `rollout.Kernels`."""
 
-    def recurrence(self, inputs, a, coupling, drift):
+    def recurrence(
+        self, inputs: Inputs, a: torch.Tensor, coupling: Coupling, drift: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         from .triton_kernels import mlp_fwd_kernel
 
         if inputs.horizon == 1:
@@ -28,6 +32,7 @@ class Triton(TritonReadout):
         sums = a.new_empty((inputs.kept_steps, rows, hidden))
         saved = a.new_empty((inputs.horizon, rows, hidden) if inputs.save else (0,))
         matrix = coupling.rounded()
+        assert matrix is not None  # without cheaper_space
         if rows:
             mlp_fwd_kernel[(-(-rows // ROWS),)](
                 a,
@@ -46,7 +51,9 @@ class Triton(TritonReadout):
             )
         return saved, sums
 
-    def recurrence_backward(self, hidden, coupling, grad_sums):
+    def recurrence_backward(
+        self, hidden: torch.Tensor, coupling: Coupling, grad_sums: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         from .triton_kernels import mlp_bwd_kernel
 
         horizon, rows, width = hidden.shape
@@ -54,6 +61,7 @@ class Triton(TritonReadout):
             return torch.ops.aten.gelu_backward(grad_sums, hidden), hidden[:0]
         grad_inputs, activations = torch.empty_like(hidden), torch.empty_like(hidden[1:])
         matrix = coupling.rounded()
+        assert matrix is not None  # without cheaper_space
         if rows:
             mlp_bwd_kernel[(-(-rows // ROWS),)](
                 hidden,

@@ -3,10 +3,18 @@ and, for errors, the reduction fused into it."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch
+
 from .... import native
 from .. import native_ops
 from ..arithmetic import inside
 from ..native_ops import floats
+from .parts import Part
+
+if TYPE_CHECKING:
+    from ..hidden_space import HiddenRollout
 
 
 class NativeReadout:
@@ -17,12 +25,17 @@ class NativeReadout:
     def __init__(self, saves_signs: bool) -> None:
         self.saves_signs = saves_signs
 
-    def readout(self, inputs, part, sums, out):
+    def readout(
+        self, inputs: HiddenRollout, part: Part, sums: torch.Tensor, out: torch.Tensor
+    ) -> None:
         step = 1 if inputs.keeps_all else inputs.horizon
         read = self._read(inputs, part, sums)
         native_ops.OPS.latent_rollout_readout(*read, step, out, native.isa())
 
-    def errors(self, inputs, part, sums):
+    def errors(
+        self, inputs: HiddenRollout, part: Part, sums: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert inputs.targets is not None  # there are errors
         save = self.saves_signs and inputs.save and inputs.exponent == 1.0
         values, signs = native_ops.OPS.latent_rollout_errors(
             *self._read(inputs, part, sums),
@@ -33,9 +46,18 @@ class NativeReadout:
         )
         return values, signs if save else None
 
-    def residual_gradient(self, inputs, part, k, sums, signs, grad_errors, grad_base):
+    def residual_gradient(
+        self,
+        inputs: HiddenRollout,
+        part: Part,
+        k: int,
+        sums: torch.Tensor,
+        signs: torch.Tensor | None,
+        grad_errors: torch.Tensor,
+        grad_base: torch.Tensor,
+    ) -> torch.Tensor:
         targets, rows = inputs.target(k)
-        return native_ops.OPS.latent_rollout_errors_gradient(
+        gradient: torch.Tensor = native_ops.OPS.latent_rollout_errors_gradient(
             *self._read(inputs, part, sums[None]),
             *self._targets(part, targets[None] if rows is None else targets, rows),
             inputs.exponent,
@@ -45,12 +67,17 @@ class NativeReadout:
             grad_base,
             native.isa(),
         )[0]
+        return gradient
 
     @staticmethod
-    def _read(inputs, part, sums):
+    def _read(
+        inputs: HiddenRollout, part: Part, sums: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         base, rows = inputs.base()
         return sums, part.weight, floats(part.bias), base[:, part.window], inside(rows, base)
 
     @staticmethod
-    def _targets(part, targets, rows):
+    def _targets(
+        part: Part, targets: torch.Tensor, rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return targets[..., part.window], inside(rows, targets)

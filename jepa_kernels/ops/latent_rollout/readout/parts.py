@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
-from ..arithmetic import add_matmul, fresh, matmul_into
+from ...products import add_matmul, matmul_into
+from ..arithmetic import fresh
 
 if TYPE_CHECKING:
     from ..hidden_space import HiddenRollout

@@ -3,8 +3,16 @@ that a loss never writes one."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch
+
 from ..arithmetic import inside
 from ..triton_launch import COLUMNS, ROWS, options, terms
+from .parts import Part
+
+if TYPE_CHECKING:
+    from ..hidden_space import HiddenRollout
 
 STATES, ERRORS, GRADIENT = range(3)  # of readout_kernel
 
@@ -15,36 +23,48 @@ class TritonReadout:
     saves_signs = False
     cheaper_space = False
 
-    def readout(self, inputs, part, sums, out):
+    def readout(
+        self, inputs: HiddenRollout, part: Part, sums: torch.Tensor, out: torch.Tensor
+    ) -> None:
         step = 1 if inputs.keeps_all else inputs.horizon
         self._launch(inputs, part, sums, step, STATES, out=out)
 
-    def errors(self, inputs, part, sums):
+    def errors(
+        self, inputs: HiddenRollout, part: Part, sums: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
         errors = sums.new_empty(sums.shape[:2])
         targets = inputs.targets, inputs.target_rows
         self._launch(inputs, part, sums, 1, ERRORS, targets=targets, errors=errors)
         return errors, None
 
-    def residual_gradient(self, inputs, part, k, sums, signs, grad_errors, grad_base):
+    def residual_gradient(
+        self,
+        inputs: HiddenRollout,
+        part: Part,
+        k: int,
+        sums: torch.Tensor,
+        signs: torch.Tensor | None,
+        grad_errors: torch.Tensor,
+        grad_base: torch.Tensor,
+    ) -> torch.Tensor:
         grad = sums.new_empty((sums.shape[0], part.stop - part.start))
         gradient, targets = (grad_errors.contiguous(), grad, grad_base), inputs.target(k)
-        how = {"targets": targets, "gradient": gradient}
-        self._launch(inputs, part, sums[None], k + 1, GRADIENT, **how)
+        self._launch(inputs, part, sums[None], k + 1, GRADIENT, targets=targets, gradient=gradient)
         return grad
 
     @staticmethod
     def _launch(
-        inputs,
-        part,
-        sums,
-        first_step,
-        mode,
+        inputs: HiddenRollout,
+        part: Part,
+        sums: torch.Tensor,
+        first_step: int,
+        mode: int,
         *,
-        targets=(None, None),
-        out=None,
-        errors=None,
-        gradient=(None, None, None),
-    ):
+        targets: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+        out: torch.Tensor | None = None,
+        errors: torch.Tensor | None = None,
+        gradient: tuple[torch.Tensor | None, ...] = (None, None, None),
+    ) -> None:
         from .triton_kernels import readout_kernel
 
         steps, count, hidden = sums.shape
@@ -52,10 +72,10 @@ class TritonReadout:
             return
         base, rows = inputs.base()
         base, rows = base[:, part.window], inside(rows, base)
-        targets, target_rows = targets
-        if targets is not None:
-            target_rows = inside(target_rows, targets)
-            targets = targets[..., part.window]
+        compared, target_rows = targets
+        if compared is not None:
+            target_rows = inside(target_rows, compared)
+            compared = compared[..., part.window]
         grad_errors, grad, grad_base = gradient
         readout_kernel[(-(-count // ROWS), steps)](
             sums,
@@ -63,7 +83,7 @@ class TritonReadout:
             None if part.bias is None else part.bias.float(),
             base,
             rows,
-            targets,
+            compared,
             target_rows,
             out,
             errors,
@@ -74,8 +94,8 @@ class TritonReadout:
             first_step,
             *part.weight.stride(),
             base.stride(0),
-            targets.stride(0) if targets is not None and targets.dim() == 3 else 0,
-            0 if targets is None else targets.stride(-2),
+            compared.stride(0) if compared is not None and compared.dim() == 3 else 0,
+            0 if compared is None else compared.stride(-2),
             *((0, 0) if out is None else out.stride()[:2]),
             0 if grad_base is None else grad_base.stride(0),
             hidden,

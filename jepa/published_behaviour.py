@@ -17,53 +17,53 @@ from typing import Any
 from jepa.config import ConfigError, from_dict, nearest
 
 
-def _quirk(defect: str, meaning: str) -> Any:
+def _switch(defect: str, meaning: str) -> Any:
     return dataclasses.field(default=False, metadata={"defect": defect, "meaning": meaning})
 
 
 @dataclass(frozen=True)
-class Quirks:
-    """One switch per published defect; False means fixed."""
+class PublishedBehaviour:
+    """One switch per defect of the published code; False means fixed."""
 
-    dynamics_hard_no_gradient: bool = _quirk(
+    dynamics_hard_no_gradient: bool = _switch(
         "D1", "a hard-region-weighted dynamics loss sends no gradient to anything"
     )
-    dynamics_hard_pooled: bool = _quirk(
+    dynamics_hard_pooled: bool = _switch(
         "D1", "its softmax pools every pair of a mask set instead of those of one sample"
     )
-    motion_maximum_of_wrong_sample: bool = _quirk(
+    motion_maximum_of_wrong_sample: bool = _switch(
         "D2", "a motion map's step t is divided by the maximum of sample t"
     )
-    motion_point_sampling: bool = _quirk(
+    motion_point_sampling: bool = _switch(
         "D3", "motion maps are point samples instead of area averages"
     )
-    evaluate_initial_target: bool = _quirk(
+    evaluate_initial_target: bool = _switch(
         "D4", "without an EMA, the encoder that is evaluated is the one from before training"
     )
-    context_ramp_fixed_steps: bool = _quirk(
+    context_ramp_fixed_steps: bool = _switch(
         "D6",
         "the context-loss ramp runs from step 15,000 to 30,000 whatever the length of training",
     )
-    resume_drops_heads: bool = _quirk("D7", "resuming starts the objectives' heads anew")
-    truncate_to_batch_minimum: bool = _quirk(
+    resume_drops_heads: bool = _switch("D7", "resuming starts the objectives' heads anew")
+    truncate_to_batch_minimum: bool = _switch(
         "D10", "every token list of a mask set is cut to the shortest of the batch"
     )
-    shared_block_size: bool = _quirk(
+    shared_block_size: bool = _switch(
         "D10", "all samples of a batch share one block size, which makes truncation bearable"
     )
-    shared_mask_token: bool = _quirk(
+    shared_mask_token: bool = _switch(
         "D11", "all mask sets share mask token 0; the others never train"
     )
-    repeat_stills: bool = _quirk(
+    repeat_stills: bool = _switch(
         "D11", "a still becomes a clip of equal frames, so the image path never trains"
     )
-    rank_independent_seed: bool = _quirk(
+    rank_independent_seed: bool = _switch(
         "-", "all ranks draw the same crops, clip starts and masks"
     )
 
     @classmethod
-    def published(cls) -> Quirks:
-        """Every quirk on."""
+    def published(cls) -> PublishedBehaviour:
+        """Every switch on."""
         return cls(**{name: True for name in cls.names()})
 
     @classmethod
@@ -71,20 +71,20 @@ class Quirks:
         return tuple(f.name for f in dataclasses.fields(cls))
 
     @classmethod
-    def of(cls, names: Iterable[str]) -> Quirks:
-        """The named quirks on; ``published_quirks`` stands for all of them.
+    def of(cls, names: Iterable[str]) -> PublishedBehaviour:
+        """The named switches on; ``all`` stands for all of them.
 
         Raises:
-            ConfigError: a name that is no quirk.
+            ConfigError: a name that is none of them.
         """
         chosen = list(names)
-        if "published_quirks" in chosen:
+        if "all" in chosen:
             return cls.published()
         for name in chosen:
             if name not in cls.names():
                 raise ConfigError(
-                    f"config: unknown quirk {name!r}; "
-                    f"{nearest(name, (*cls.names(), 'published_quirks'))}"
+                    f"config: unknown published behaviour {name!r}; "
+                    f"{nearest(name, (*cls.names(), 'all'))}"
                 )
         return cls(**{name: True for name in chosen})
 
@@ -99,13 +99,13 @@ class Quirks:
         }
 
 
-def parse_quirks(value: Any, path: str) -> Quirks:
-    """A configuration value as Quirks: a list of names, ``published_quirks``, a mapping name ->
-    bool, or Quirks."""
-    if isinstance(value, Quirks):
+def parse_published_behaviour(value: Any, path: str) -> PublishedBehaviour:
+    """A configuration value as PublishedBehaviour: a list of names, ``all``, a mapping name ->
+    bool, or PublishedBehaviour."""
+    if isinstance(value, PublishedBehaviour):
         return value
     if isinstance(value, Mapping):
-        return from_dict(Quirks, value, path)
+        return from_dict(PublishedBehaviour, value, path)
     if not isinstance(value, str | list | tuple):
         raise ConfigError(f"config: {path} must be a list of names, got {value!r}.")
-    return Quirks.of([value] if isinstance(value, str) else value)
+    return PublishedBehaviour.of([value] if isinstance(value, str) else value)

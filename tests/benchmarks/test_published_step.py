@@ -1,4 +1,4 @@
-"""The eager twin must be the published step: two golden steps of every variant."""
+"""Our eager reproduction must be the published step: two golden steps of every variant."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import eager_attention
-from benchmarks.eager_twin import RECIPES, EagerTwin, Outcome, Size
+from benchmarks.published_step import RECIPES, Outcome, PublishedStep, Size
 from jepa.conformance.golden import Golden
 from jepa.conformance.report import GRADIENT_TOLERANCE, Report
 from jepa.conformance.sensitivity import check_measured
@@ -30,38 +30,38 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def built(golden: Golden) -> EagerTwin:
+def built(golden: Golden) -> PublishedStep:
     initial = golden.beside("init_state")
-    twin = EagerTwin(GOLDEN_SIZE, RECIPES[golden.name])
-    for module in (twin.encoder, twin.predictor, twin.heads):
+    published = PublishedStep(GOLDEN_SIZE, RECIPES[golden.name])
+    for module in (published.encoder, published.predictor, published.heads):
         module.to(golden.dtype)
     state = {name: initial.tensor(name) for name in initial.names()} | {
         name.removeprefix("init_"): golden.tensor(name) for name in golden.names("init_")
     }
     with torch.no_grad():
-        for name, parameter in twin.named_parameters():
+        for name, parameter in published.named_parameters():
             if name in state:
                 parameter.copy_(state.pop(name))
             else:
                 assert "mask_tokens" in name
     assert not state
-    twin.reset_training_state()
-    return twin
+    published.reset_training_state()
+    return published
 
 
-def run(twin: EagerTwin, golden: Golden, step: int) -> Outcome:
+def run(published: PublishedStep, golden: Golden, step: int) -> Outcome:
     seen = [golden.tensor(f"step{step}_mask_enc_{j}") for j in range(2)]
     hidden = [golden.tensor(f"step{step}_mask_pred_{j}") for j in range(2)]
-    twin.step_number = step - 1
+    published.step_number = step - 1
     clip = golden.tensor(f"step{step}_clip")
-    return twin.train_step(clip, seen, hidden, learning_rate=RATES[step])
+    return published.train_step(clip, seen, hidden, learning_rate=RATES[step])
 
 
 def check(golden: Golden, report: Report) -> None:
-    """Compares two steps of the twin with a golden file; the gradients of the features that flow on
-    are the file's, so that what is below them starts from the same place."""
-    twin = built(golden)
-    forward, step = twin.forward, twin.optimizer.step
+    """Compares two steps of the reproduction with a golden file; the gradients of the features that
+    flow on are the file's, so that what is below them starts from the same place."""
+    published = built(golden)
+    forward, step = published.forward, published.optimizer.step
 
     def compared_forward(*arguments: object) -> Outcome:
         outcome = forward(*arguments)
@@ -76,7 +76,7 @@ def check(golden: Golden, report: Report) -> None:
         return outcome
 
     def compared_step() -> None:
-        parameters = dict(twin.named_parameters())
+        parameters = dict(published.named_parameters())
         rows = zip(map(str, golden["grad_norm_names"]), golden["grad_norms_step1"], strict=True)
         for name, norm in rows:
             key, gradient = f"grad_norms_step1[{name}]", parameters[name].grad
@@ -86,8 +86,8 @@ def check(golden: Golden, report: Report) -> None:
                 report.compare_norm(key, gradient, float(norm))
         step()
 
-    twin.forward, twin.optimizer.step = compared_forward, compared_step
-    outcome = run(twin, golden, 1)
+    published.forward, published.optimizer.step = compared_forward, compared_step
+    outcome = run(published, golden, 1)
     report.equal(
         "terms",
         sorted(f"step1_term_{name}" for name in outcome.terms),
@@ -96,10 +96,10 @@ def check(golden: Golden, report: Report) -> None:
     for name, value in outcome.terms.items():
         report.compare(f"step1_term_{name}", value, golden[f"step1_term_{name}"])
     report.compare("step1_loss", outcome.loss, golden["step1_loss"])
-    compare_parameters(twin, golden, report, 1)
-    twin.forward, twin.optimizer.step = forward, step
-    report.compare("step2_loss", run(twin, golden, 2).loss, golden["step2_loss"])
-    compare_parameters(twin, golden, report, 2)
+    compare_parameters(published, golden, report, 1)
+    published.forward, published.optimizer.step = forward, step
+    report.compare("step2_loss", run(published, golden, 2).loss, golden["step2_loss"])
+    compare_parameters(published, golden, report, 2)
 
 
 def compare_features(golden: Golden, report: Report, name: str, tensor: torch.Tensor) -> None:
@@ -119,10 +119,11 @@ def passing_on(golden: Golden, report: Report, key: str) -> Callable[[torch.Tens
     return hook
 
 
-def compare_parameters(twin: EagerTwin, golden: Golden, report: Report, step: int) -> None:
-    parameters = dict(twin.named_parameters())
+def compare_parameters(published: PublishedStep, golden: Golden, report: Report, step: int) -> None:
+    parameters = dict(published.named_parameters())
     parameters |= {
-        f"target_encoder.{name}": value for name, value in twin.target_encoder.named_parameters()
+        f"target_encoder.{name}": value
+        for name, value in published.target_encoder.named_parameters()
     }
     rows = zip(
         map(str, golden["param_names"]),
@@ -168,14 +169,14 @@ def test_a_planted_fault_is_seen(steps_dir: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_wrong_gradient_is_seen(steps_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A factor of 1.001 on the gradient of one weight."""
     monkeypatch.setattr("jepa.conformance.sensitivity.SEEDS", 2)
-    original = EagerTwin.reset_training_state
+    original = PublishedStep.reset_training_state
 
-    def reset(self: EagerTwin) -> None:
+    def reset(self: PublishedStep) -> None:
         original(self)
         weight = self.predictor.predictor_blocks[3].mlp.fc1.weight
         weight.register_hook(lambda gradient: gradient * 1.001)
 
-    monkeypatch.setattr(EagerTwin, "reset_training_state", reset)
+    monkeypatch.setattr(PublishedStep, "reset_training_state", reset)
     failures = checked(steps_dir / "baseline.npz").failures
     assert "grad_norms_step1[predictor.predictor_blocks.3.mlp.fc1.weight]" in {
         row.array for row in failures

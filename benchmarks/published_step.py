@@ -4,12 +4,12 @@ our own code.
 It is the baseline of the step benchmark. Every mask set goes through the encoder and the
 predictor on its own, the whole clip is embedded for each of them, positions and rotations are
 recomputed in every block, tokens are sorted in the predictor, objectives scatter to a dense grid,
-context distances are found one token at a time. `tests/benchmarks/test_eager_twin.py` holds it to
-the golden steps of the published code (losses, terms, gradients, parameters after two updates), for
-every published variant.
+context distances are found one token at a time. `tests/benchmarks/test_published_step.py` holds it
+to the golden steps of the published code (losses, terms, gradients, parameters after two updates),
+for every published variant.
 
     # step time, and the shares of SDPA and of the rotation
-    python -m benchmarks.eager_twin --resolution 224 --dtype float32
+    python -m benchmarks.published_step --resolution 224 --dtype float32
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class Outcome:
     targets: torch.Tensor | None = None
 
 
-class EagerTwin:
+class PublishedStep:
     """Models, heads, optimiser and the step. Masks are lists of [B, K] id tensors, one per mask set
     (truncated to the batch minimum)."""
 
@@ -350,16 +350,17 @@ def shares(
     **options: object,
 ) -> dict[str, float]:
     """Seconds of one step and the shares of SDPA (profiler, forward and backward) and of the
-    rotation (a twin without it, A B B A)."""
+    rotation (a second model without it, A B B A)."""
     torch.manual_seed(0)
-    full, bare = EagerTwin(size, recipe, **options), EagerTwin(size, recipe, rope=False, **options)
+    full = PublishedStep(size, recipe, **options)
+    bare = PublishedStep(size, recipe, rope=False, **options)
 
     # With one thread, CPU time: it tells the rotation from the noise of a busy machine.
     now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
-    def seconds(twin: EagerTwin) -> float:
+    def seconds(model: PublishedStep) -> float:
         start = now()
-        twin.train_step(clip, context_ids, target_ids)
+        model.train_step(clip, context_ids, target_ids)
         return now() - start
 
     seconds(full), seconds(bare)
@@ -420,7 +421,7 @@ def random_blocks(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.eager_twin",
+        prog="python -m benchmarks.published_step",
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )

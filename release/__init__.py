@@ -1,0 +1,1 @@
+"""What is given to others: wheels and a folder for Hugging Face's `kernels`."""
