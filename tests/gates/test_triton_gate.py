@@ -103,7 +103,7 @@ def cases() -> Iterator[Case]:
                 yield Case(kernel, torch.float16, head_dim, architecture, "packed")
                 yield Case(kernel, torch.bfloat16, head_dim, architecture, "dense")
                 yield Case(kernel, torch.bfloat16, head_dim, architecture, "plain")
-            for head_dim in (64, 128):
+            for head_dim in (64, 88, 128):
                 yield Case(kernel, torch.bfloat16, head_dim, architecture, "timed")
                 yield Case(kernel, torch.float32, head_dim, architecture, "timed")
         for dtype in (torch.bfloat16, torch.float32):
