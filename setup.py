@@ -49,7 +49,7 @@ ISAS = {
     "avx512_bf16": f"{_AVX512} -mavx512bf16 -mavx512vbmi",
 }
 # Ops bound by memory gain nothing from wider vectors.
-LAST_ISA = {"ema_update": "avx2", "adamw_ema": "avx2"}
+LAST_ISA = {"ema_update": "avx2", "adamw_ema": "avx2", "visible_patch_embed": "avx2"}
 
 
 def torch_folder() -> Path:

@@ -1,5 +1,5 @@
 """Other people's encoders with fused attention against the same encoders untouched: one attention
-module, and a whole encoder step.
+module, and a step of a whole encoder or predictor.
 
 Both sides are copies of one model in one process. The clip has 16 frames, ViT-L width has 4 layers.
 Peak memory of both sides is in the records. bfloat16 (its matrix products included) is measured
@@ -32,6 +32,8 @@ SIZES = {
     ("vjepa2", "vit_s", "encoder"): ("112", "224"),
     ("transformers-vjepa2", "vit_l", "attention"): RESOLUTIONS,
     ("vjepa2", "vit_l", "attention"): ("112", "224"),
+    ("vjepa2-ac", "vit_s", "predictor"): RESOLUTIONS,
+    ("vjepa2-ac", "vit_l", "predictor"): ("224",),
     ("vjepa1", "vit_s", "attention"): ("112", "224"),
     ("vjepa1", "vit_s", "encoder"): ("112", "224"),
     ("transformers-ijepa", "vit_s", "attention"): ("112", "224"),

@@ -7,11 +7,13 @@ of ours, which always does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -23,6 +25,7 @@ from benchmarks import (
     bench_latent_rollout,
     bench_masked_attention,
     bench_sliced_gaussianity,
+    bench_visible_patch_embed,
     harness,
     parameter_lists,
 )
@@ -34,7 +37,7 @@ from jepa_kernels.nn import EMATeacher
 from jepa_kernels.optim import AdamWEMA
 from jepa_kernels.support import example
 
-TOPICS = ("attention", "lists", "rollout", "gaussianity")
+TOPICS = ("attention", "lists", "rollout", "gaussianity", "patches")
 Call = Callable[[], object]
 
 
@@ -439,29 +442,44 @@ def gaussianity(device: str, quick: bool) -> Iterator[Task]:
     options = harness.Options(quick=quick, dtypes=(dtype,), device=device)
     for _, case in bench_sliced_gaussianity.cases(options):
         rivals = bench_sliced_gaussianity.baselines(case, quick)
-        for pass_name in PASSES:
-            run = partial(bench_sliced_gaussianity.timed, case, pass_name=pass_name)
-            yield Task(
-                op=bench_sliced_gaussianity.OP,
-                case=case.name,
-                dtype=dtype,
-                pass_name=pass_name,
-                size_class=str(case.details["size_class"]),
-                sides=(
-                    *(
-                        Side(
-                            n,
-                            True,
-                            partial(run, bench_sliced_gaussianity.ours(case, n)),
-                            partial(bench_sliced_gaussianity.gate, case, n, dtype),
-                        )
-                        for n in (*case.supported(), "torch")
-                    ),
-                    *(Side(n, False, partial(run, call)) for n, call in rivals.items()),
+        yield from _by_pass(bench_sliced_gaussianity, case, rivals, dtype)
+
+
+def patches(device: str, quick: bool) -> Iterator[Task]:
+    dtype = "float32" if quick else "bfloat16"
+    options = harness.Options(quick=quick, dtypes=(dtype,), device=device)
+    for _, case in bench_visible_patch_embed.cases(options):
+        rivals = bench_visible_patch_embed.baselines(case)
+        yield from _by_pass(bench_visible_patch_embed, case, rivals, dtype)
+
+
+def _by_pass(
+    bench: ModuleType, case: Any, rivals: Mapping[str, Callable[..., Any]], dtype: str
+) -> Iterator[Task]:
+    """Our backends and the baselines of one case of `bench`, forward and with backward."""
+    for pass_name in PASSES:
+        run = partial(bench.timed, case, pass_name=pass_name)
+        yield Task(
+            op=bench.OP,
+            case=case.name,
+            dtype=dtype,
+            pass_name=pass_name,
+            size_class=str(case.details["size_class"]),
+            sides=(
+                *(
+                    Side(
+                        n,
+                        True,
+                        partial(run, bench.ours(case, n)),
+                        partial(bench.gate, case, n, dtype),
+                    )
+                    for n in (*case.supported(), "torch")
                 ),
-                flop=case.flop(pass_name != "forward"),
-                details=case.details,
-            )
+                *(Side(n, False, partial(run, call)) for n, call in rivals.items()),
+            ),
+            flop=case.flop(pass_name != "forward"),
+            details=case.details,
+        )
 
 
 def tasks(topic: str, device: str, quick: bool) -> Iterator[Task]:
@@ -471,5 +489,6 @@ def tasks(topic: str, device: str, quick: bool) -> Iterator[Task]:
         "lists": lists,
         "rollout": rollouts,
         "gaussianity": gaussianity,
+        "patches": patches,
     }
     return makers[topic](device, quick)

@@ -32,6 +32,7 @@ from jepa_kernels.testing import (
     attention_case,
     run_attention,
 )
+from jepa_kernels.testing.embedding import EmbeddingCase, embedding_case, run_embedding
 from jepa_kernels.testing.gaussianity import (
     GaussianityCase,
     gaussianity_case,
@@ -114,12 +115,12 @@ def _attention_forward(case: AttentionCase, backend: str, device: str) -> dict[s
 
 def compared(
     run: Callable[..., dict[str, torch.Tensor]],
-    case: RolloutCase | GaussianityCase,
+    case: RolloutCase | GaussianityCase | EmbeddingCase,
     backend: str,
     device: str,
     direction: str,
 ) -> list[Compared]:
-    """The results of one direction of `run_rollout` or `run_gaussianity`."""
+    """The results of one direction of `run_rollout`, `run_gaussianity` or `run_embedding`."""
     oracle = run(case, "reference", torch.float64)
     peer = run(case, "reference") if case.dtype in HALF else {}
     actual = run(case, backend, device=device)
@@ -242,6 +243,13 @@ def _of_one(
             for direction in ("forward", "backward"):
                 run = partial(compared, run_gaussianity, case, backend, device, direction)
                 yield make(case=output, direction=direction, run=run)
+    elif op == "visible_patch_embed":
+        shape = {"visible": None, "tubelet": (2, 16, 16), "width": 70, "dtype": dtype}
+        for layout, clip_dtype in (("dense", torch.uint8), ("packed", torch.float32)):
+            case = embedding_case(layout=layout, clip_dtype=clip_dtype, repeated=True, **shape)
+            for direction in ("forward", "backward"):
+                run = partial(compared, run_embedding, case, backend, device, direction)
+                yield make(case=layout, direction=direction, run=run)
     elif op == "ema_update":
         roundings = ["nearest"]
         roundings += ["kahan"] if dtype in HALF else []

@@ -207,7 +207,7 @@ def check_steps(folder: Path, dry: bool, cores: int) -> list[Step]:
     return [*steps, Step("doctor", _python("jepa_kernels", "doctor"), 60, after=("build",))]
 
 
-TOPICS = ("attention", "lists", "rollout", "gaussianity")
+TOPICS = ("attention", "lists", "rollout", "gaussianity", "patches")
 
 
 def time_steps(folder: Path, dry: bool, cores: int) -> list[Step]:
@@ -220,7 +220,7 @@ def time_steps(folder: Path, dry: bool, cores: int) -> list[Step]:
         for s in shares
     ]
     names = tuple(step.name for step in warm)
-    limits = {"attention": 120, "lists": 60, "rollout": 90, "gaussianity": 45}
+    limits = {"attention": 120, "lists": 60, "rollout": 90, "gaussianity": 45, "patches": 45}
     return [
         *warm,
         *(

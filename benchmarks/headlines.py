@@ -129,6 +129,12 @@ SUMMARY: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("4096rows/D768/S1024/K17", "forward+backward", "powers"),
         ("4096rows/D768/S1024/K17", "forward+backward", "products"),
     ),
+    "visible_patch_embed": (
+        ("224px/16f/10%/D192/uint8", "forward+backward", "embed_all"),
+        ("224px/16f/10%/D768/float32", "forward+backward", "embed_all"),
+        ("224px/16f/100%/D192/float32", "forward+backward", "gather_first"),
+        ("224px/16f/100%/D768/float32", "forward+backward", "product"),
+    ),
     "integrations": (
         ("transformers-vjepa2/encoder/vit_s/224px/16f", "forward+backward", "transformers-vjepa2"),
         ("vjepa2/attention/vit_s/224px/16f", "forward+backward", "vjepa2"),

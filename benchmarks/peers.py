@@ -139,9 +139,36 @@ def _vjepa1(side: int, frames: int, width: int, heads: int, depth: int) -> Peer:
     )
 
 
+def _vjepa2_ac(side: int, frames: int, width: int, heads: int, depth: int) -> Peer:
+    """The action-conditioned predictor on the features of a clip; bfloat16 under autocast, since
+    its rotated queries are float32 whatever its weights are."""
+    provide_timm()
+    from vjepa2.models.ac_predictor import VisionTransformerPredictorAC
+
+    model = VisionTransformerPredictorAC(
+        img_size=(side, side),
+        num_frames=frames,
+        embed_dim=width,
+        predictor_embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+    )
+    steps, spatial = frames // 2, model.grid_height * model.grid_width
+
+    def call(module: nn.Module, features: Tensor) -> Tensor:
+        conditioning = features.new_ones(features.shape[0], steps, 7)
+        halves = features.dtype == torch.bfloat16
+        with torch.autocast(features.device.type, torch.bfloat16, enabled=halves):
+            return module(features, conditioning, conditioning)
+
+    features = torch.randn(1, steps * spatial, width)
+    return Peer(model, call, features, "predictor_blocks.0.attn")
+
+
 _BUILDERS = {
     "transformers-vjepa2": ("transformers", _transformers_vjepa2),
     "vjepa2": ("vjepa2", _vjepa2),
+    "vjepa2-ac": ("vjepa2", _vjepa2_ac),
     "vjepa1": ("vjepa", _vjepa1),
     "transformers-ijepa": ("transformers", _transformers_ijepa),
 }

@@ -150,6 +150,7 @@ def recorded(results: Path = machine.RESULTS) -> list[Row]:
         "adamw_ema",
         "latent_rollout",
         "sliced_gaussianity",
+        "visible_patch_embed",
     ):
         for path in sorted(results.glob(f"*/{name}.json")):
             rows += _of_benchmark(path, f"benchmarks/results/{path.parent.name}/{path.name}")

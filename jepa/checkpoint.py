@@ -170,7 +170,7 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: made if absent; left-overs of a killed save are removed.
+        folder: made by the first save.
         keep_last: newest checkpoints that stay besides the best one.
     """
 
@@ -282,6 +282,13 @@ class Checkpoints:
                 )
             step = steps[-1]
         return load(self.path(step))
+
+    def tidy(self) -> None:
+        """Ends what a kill has cut off within a save: for the run whose folder it is, before it
+        goes on. One that was killed after its last step saves nothing more."""
+        if self.folder.is_dir():
+            sweep(self.folder)
+            self._prune()
 
     def _prune(self) -> None:
         best = self.best()

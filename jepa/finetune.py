@@ -297,6 +297,7 @@ def _checkpoints(cfg: FinetuneConfig, output: Path, identity: dict[str, Any]) ->
                 "starting over, not from step %d of %s: %s", steps[-1], checkpoints.folder, reason
             )
             shutil.rmtree(checkpoints.folder)
+    checkpoints.tidy()
     return checkpoints
 
 

@@ -255,6 +255,8 @@ def _run(cfg: PretrainConfig, picker: Picker, world: distributed.World) -> Train
             f"config: output must hold no checkpoints where resume is off, got {cfg.output} at "
             f"step {checkpoints.steps()[-1]}."
         )
+    if world.leads:
+        checkpoints.tidy()
     state = new_state(cfg, world.device)
     state.reduce, state.ranks = world.reduce, world.size
     if cfg.compile:

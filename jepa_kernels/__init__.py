@@ -27,6 +27,7 @@ from .ops.latent_rollout import (
 )
 from .ops.masked_attention import masked_attention
 from .ops.sliced_gaussianity import random_directions, sliced_gaussianity
+from .ops.visible_patch_embed import visible_patch_embed
 from .profile import profile
 from .rope3d import Rope3D
 from .times import FrameTokens, frame_times, frame_tokens
@@ -61,4 +62,5 @@ __all__ = [
     "random_directions",
     "sliced_gaussianity",
     "use_backend",
+    "visible_patch_embed",
 ]

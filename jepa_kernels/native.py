@@ -21,8 +21,9 @@ ABI_VERSION = 1
 # The native ops. A copy of the package under another name has a library under another name, so that
 # two copies can meet in one process.
 ops: Any = getattr(torch.ops, f"{__package__}_native")
-# The one wording of refusals; the stable ABI knows no ValueError.
-_SENTENCE = re.compile(r"^\w+: .+ must .+", re.MULTILINE)
+# The one wording of refusals, behind the place in the source that torch's check puts before it; the
+# stable ABI knows no ValueError.
+_SENTENCE = re.compile(r"(?:^|, )(\w+: .+ must .+)", re.MULTILINE)
 
 _here = Path(__file__).parent
 _library = _here / "_native.so"
@@ -115,7 +116,7 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
         said = _SENTENCE.search(str(error))
         if said is None:
             raise
-        raise ValueError(said[0]) from None
+        raise ValueError(said[1]) from None
 
 
 def _validated_isa() -> int:

@@ -43,6 +43,7 @@ class _Open:
     device: str
     start: Any
     stop: Any = None
+    counts: bool = True
 
 
 @dataclass
@@ -162,7 +163,21 @@ class profile:
             for name in _PASSES
             if (call := getattr(backend, name)) is not None
         }
+        if backend.plain is not None:
+            passes["plain"] = self._ranged_plain(op, backend.name, backend.plain)
         return replace(backend, **passes)
+
+    def _ranged_plain(
+        self, op: str, backend: str, plain: Callable[[Any], bool]
+    ) -> Callable[[Any], bool]:
+        """A call that a backend leaves to the usual way is not counted."""
+
+        def run(inputs: Any) -> bool:
+            with self._range(op, _PASSES["forward"], backend, inputs) as item:
+                item.counts = plain(inputs)
+            return item.counts
+
+        return run
 
     def _ranged(
         self, op: str, pass_name: str, backend: str, call: Callable[..., Any]
@@ -176,7 +191,7 @@ class profile:
         return run
 
     @contextmanager
-    def _range(self, op: str, pass_name: str, backend: str, inputs: Any) -> Iterator[None]:
+    def _range(self, op: str, pass_name: str, backend: str, inputs: Any) -> Iterator[_Open]:
         signature = OPS[op].signature
         first = signature.given(signature.values(inputs))[0]
         device, shape = first.device.type, "x".join(map(str, first.shape))
@@ -187,13 +202,14 @@ class profile:
         item = _Open(op, pass_name, backend, shape, device, _stamp(on_gpu))
         try:
             with torch.profiler.record_function(name):
-                yield
+                yield item
         finally:
             item.stop = _stamp(on_gpu)
             if self.nvtx and on_gpu:
                 torch.cuda.nvtx.range_pop()
-            with self._lock:
-                self._open.append(item)
+            if item.counts:
+                with self._lock:
+                    self._open.append(item)
 
     def summary(self, *, by_shape: bool = False) -> list[Summary]:
         """Totals per op, pass and backend (and shape of the first tensor), the most expensive

@@ -14,6 +14,7 @@ _OWN: dict[str, dict[str, tuple[str, ...]]] = {
     "rollout_hamiltonian": {"forward": ("reference",), "reverse": ("reference",)},
     "rollout_gru": {"forward": ("reference",), "reverse": ("reference",)},
     "sliced_gaussianity": {"forward": ("reference",), "reverse": ("reference",)},
+    "visible_patch_embed": {"forward": ("reference",), "reverse": ("reference",)},
 }
 _ASKED = {
     "forward": "forward-mode AD (torch.func.jvp, jacfwd, forward_ad.dual_level)",

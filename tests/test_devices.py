@@ -11,6 +11,7 @@ from jepa_kernels import (
     latent_rollout,
     masked_attention,
     sliced_gaussianity,
+    visible_patch_embed,
 )
 from jepa_kernels.nn import EMATeacher
 from jepa_kernels.optim import AdamWEMA
@@ -28,6 +29,9 @@ def test_meta_calls_give_shapes():
     assert out.device.type == "meta" and out.shape == (3, 5, 8)
     out = sliced_gaussianity(states, 7)
     assert out.device.type == "meta" and out.shape == () and out.dtype == torch.float32
+    clip, weight = (torch.randn(n, 3, 2, 8, 8, device="meta") for n in (4, 6))
+    out = visible_patch_embed(clip, weight, mean=(0.5,) * 3)
+    assert out.device.type == "meta" and out.shape == (4, 1, 6)
 
 
 @pytest.fixture
@@ -47,6 +51,9 @@ def test_a_default_device_is_not_that_of_the_arguments(meta_by_default):
     x = torch.randn(1, 4, 2, 8, device="cpu", generator=torch.Generator("cpu"))
     assert masked_attention(x, x, x).isfinite().all()
     assert sliced_gaussianity(x[0, :, 0], 7).isfinite()
+    clip = torch.ones(1, 3, 2, 4, 4, device="cpu")
+    embedded = visible_patch_embed(clip.byte(), clip[..., :2, :2], mean=(0.5,) * 3)
+    assert embedded.shape == (1, 4, 1) and embedded.isfinite().all()
 
 
 @pytest.mark.parametrize("capturable", [False, True])

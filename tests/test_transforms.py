@@ -14,6 +14,7 @@ from jepa_kernels import (
     masked_attention,
     sliced_gaussianity,
     transforms,
+    visible_patch_embed,
 )
 from jepa_kernels.backend import OPS
 from jepa_kernels.testing import FLOAT32_DEEP
@@ -21,6 +22,7 @@ from jepa_kernels.testing import FLOAT32_DEEP
 torch.manual_seed(0)
 QUERY, KEY, VALUE = (torch.randn(1, 4, 1, 8) for _ in range(3))
 STATES, TARGETS = torch.randn(5, 8), torch.randn(2, 5, 8)
+CLIP, WEIGHT = torch.randn(2, 2, 2, 4, 4), torch.randn(3, 2, 1, 2, 2)
 HEAD = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.GELU(), torch.nn.Linear(4, 8))
 
 
@@ -51,12 +53,17 @@ def gaussianity(x, backend=None):
     return sliced_gaussianity(x, STATES.mT, backend=backend)
 
 
+def embedding(x, backend=None):
+    return visible_patch_embed(CLIP, x, ids=torch.tensor([2, 0]), backend=backend).square().sum()
+
+
 CASES = {
     "attention": (attention, QUERY, "masked_attention"),
     "packed": (packed, QUERY, "masked_attention"),
     "rollout": (rollout, STATES, "rollout_mlp"),
     "rollout_loss": (rollout_loss, STATES, "rollout_mlp"),
     "gaussianity": (gaussianity, STATES, "sliced_gaussianity"),
+    "embedding": (embedding, WEIGHT, "visible_patch_embed"),
 }
 
 

@@ -81,7 +81,7 @@ void words(Tensor out, int64_t seed, int64_t step) {
 }  // namespace
 }  // namespace jk::gaussianity
 
-STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
+JK_LIBRARY_FRAGMENT(m) {
   m.def("sliced_gaussianity_sums(Tensor projections, int knots, float spacing, int isa) -> Tensor");
   m.def(
       "sliced_gaussianity_slope_(Tensor(a!) projections, Tensor coefficients, float spacing, int "
@@ -89,12 +89,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jepa_kernels_native, m) {
   m.def("sliced_gaussianity_words_(Tensor(a!) words, int seed, int step) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CPU, m) {
+JK_LIBRARY_IMPL(CPU, m) {
   m.impl("sliced_gaussianity_sums", TORCH_BOX(&jk::gaussianity::sums));
   m.impl("sliced_gaussianity_slope_", TORCH_BOX(&jk::gaussianity::slope));
   m.impl("sliced_gaussianity_words_", TORCH_BOX(&jk::gaussianity::words));
 }
-STABLE_TORCH_LIBRARY_IMPL(jepa_kernels_native, CUDA, m) {
+JK_LIBRARY_IMPL(CUDA, m) {
   m.impl("sliced_gaussianity_sums", TORCH_BOX(&jk::gaussianity::sums));
   m.impl("sliced_gaussianity_slope_", TORCH_BOX(&jk::gaussianity::slope));
 }

@@ -133,47 +133,38 @@ class MovingShapes:
 
     def render(self, index: int, frames: int, height: int, width: int) -> NDArray[np.uint8]:
         """[frames, height, width, 3] of one sample."""
+        draws, kinds, free = self._look(index)
+        path = _trajectory(kinds, free, frames, height, width)
+        return _painted(draws, kinds, free, path, height, width)
+
+    def follow(
+        self, index: int, places: NDArray[np.float64], height: int, width: int
+    ) -> NDArray[np.uint8]:
+        """The shape and background of a sample along a path of the caller's: what an agent sees
+        that moves the shape.
+
+        Args:
+            index: of the sample; its motion factors have no say.
+            places: [frames, 2], centre (x, y) as shares of the frame's width and height; the arena
+                wraps around.
+            height, width: in pixels.
+
+        Returns:
+            [frames, height, width, 3], the shape in view in every frame and never rotated.
+        """
+        draws, kinds, free = self._look(index)
+        x, y = np.mod(places, 1.0).T
+        still = np.full(len(places), 2 * math.pi * free["angle"])
+        path = y * height, x * width, still, np.ones(len(places), dtype=np.bool_)
+        return _painted(draws, kinds, free, path, height, width)
+
+    def _look(self, index: int) -> tuple[NDArray[np.float64], dict[str, int], dict[str, float]]:
+        """The numbers of a sample, its factors and what else is random about it."""
         draws = self._draws(np.array([index]))[0]
         kinds = {
             name: int(draws[k] * len(values)) for k, (name, values) in enumerate(FACTORS.items())
         }
-        free = dict(zip(_NUISANCES, draws[len(FACTORS) :].tolist()))
-        background = _background(
-            kinds["background"], free, draws[-(_CLOUD_CELLS**2) :], height, width
-        )
-        out = np.empty((frames, height, width, 3), dtype=np.uint8)
-        out[:] = np.rint(background).astype(np.uint8)
-
-        centre_y, centre_x, angle, seen = _trajectory(kinds, free, frames, height, width)
-        if not seen.any():
-            return out
-        radius = min(height, width) * (0.15 + 0.05 * free["radius"])
-        reach = math.ceil(radius * 1.05) + 1
-        offset = np.arange(-reach, reach + 2)
-        rows, columns = (
-            np.floor(centre_y[seen])[:, None] + offset,
-            np.floor(centre_x[seen])[:, None] + offset,
-        )
-        # Pixel centres relative to the shape, rotated into its own axes and measured in radii.
-        down = ((rows + 0.5 - centre_y[seen, None]) / radius).astype(np.float32)[:, :, None]
-        across = ((columns + 0.5 - centre_x[seen, None]) / radius).astype(np.float32)[:, None, :]
-        cosine = np.array([math.cos(a) for a in angle[seen]], dtype=np.float32)[:, None, None]
-        sine = np.array([math.sin(a) for a in angle[seen]], dtype=np.float32)[:, None, None]
-        u, v = cosine * across + sine * down, cosine * down - sine * across
-        scale = np.float32(radius)
-        cover = np.clip(_SUBPIXEL - _DISTANCE[kinds["shape"]](u, v) * scale, 0.0, 1.0)[..., None]
-        dark = _TEXTURE[kinds["texture"]](u, v, np.float32(free["texture_phase"]), scale)
-        colour = _colour(kinds["colour"], 0.75 + 0.25 * free["value"])
-        paint = colour * (1.0 - np.float32(0.65) * dark)[..., None]
-
-        frame = np.flatnonzero(seen)[:, None, None]
-        at_row, at_column = (
-            (rows % height).astype(np.int64)[:, :, None],
-            (columns % width).astype(np.int64)[:, None, :],
-        )
-        behind = background[at_row, at_column]
-        out[frame, at_row, at_column] = np.rint(behind + cover * (paint - behind)).astype(np.uint8)
-        return out
+        return draws, kinds, dict(zip(_NUISANCES, draws[len(FACTORS) :].tolist()))
 
     def _draws(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
         if indices.size and (indices.min() < 0 or indices.max() >= self.size):
@@ -184,9 +175,56 @@ class MovingShapes:
         return uniforms(self.seed, 0, indices, self._stream, _NUM_DRAWS)
 
 
+Path = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]
+
+
+def _painted(
+    draws: NDArray[np.float64],
+    kinds: dict[str, int],
+    free: dict[str, float],
+    path: Path,
+    height: int,
+    width: int,
+) -> NDArray[np.uint8]:
+    """[frames, height, width, 3]: the shape along a path, over its background."""
+    centre_y, centre_x, angle, seen = path
+    background = _background(kinds["background"], free, draws[-(_CLOUD_CELLS**2) :], height, width)
+    out = np.empty((len(seen), height, width, 3), dtype=np.uint8)
+    out[:] = np.rint(background).astype(np.uint8)
+    if not seen.any():
+        return out
+    radius = min(height, width) * (0.15 + 0.05 * free["radius"])
+    reach = math.ceil(radius * 1.05) + 1
+    offset = np.arange(-reach, reach + 2)
+    rows, columns = (
+        np.floor(centre_y[seen])[:, None] + offset,
+        np.floor(centre_x[seen])[:, None] + offset,
+    )
+    # Pixel centres relative to the shape, rotated into its own axes and measured in radii.
+    down = ((rows + 0.5 - centre_y[seen, None]) / radius).astype(np.float32)[:, :, None]
+    across = ((columns + 0.5 - centre_x[seen, None]) / radius).astype(np.float32)[:, None, :]
+    cosine = np.array([math.cos(a) for a in angle[seen]], dtype=np.float32)[:, None, None]
+    sine = np.array([math.sin(a) for a in angle[seen]], dtype=np.float32)[:, None, None]
+    u, v = cosine * across + sine * down, cosine * down - sine * across
+    scale = np.float32(radius)
+    cover = np.clip(_SUBPIXEL - _DISTANCE[kinds["shape"]](u, v) * scale, 0.0, 1.0)[..., None]
+    dark = _TEXTURE[kinds["texture"]](u, v, np.float32(free["texture_phase"]), scale)
+    colour = _colour(kinds["colour"], 0.75 + 0.25 * free["value"])
+    paint = colour * (1.0 - np.float32(0.65) * dark)[..., None]
+
+    frame = np.flatnonzero(seen)[:, None, None]
+    at_row, at_column = (
+        (rows % height).astype(np.int64)[:, :, None],
+        (columns % width).astype(np.int64)[:, None, :],
+    )
+    behind = background[at_row, at_column]
+    out[frame, at_row, at_column] = np.rint(behind + cover * (paint - behind)).astype(np.uint8)
+    return out
+
+
 def _trajectory(
     kinds: dict[str, int], free: dict[str, float], frames: int, height: int, width: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+) -> Path:
     """Centre (y, x) in pixels, angle, and whether the shape is in view, per frame."""
     time = np.arange(frames, dtype=np.float64)
     share = time / frames

@@ -22,12 +22,13 @@ EMBEDDING_STD = 1e-6
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Which tokens a call holds: their ids, where its sequences begin (None: dense [B, N]), and the
-    grid they sit on."""
+    """Which tokens a call holds: their ids, where its sequences begin (None: dense [B, N]), the
+    grid they sit on, and when they are (None: every token sees every other)."""
 
     ids: Tensor  # int64 [tokens] packed, or [N] dense
     cu_seqlens: Tensor | None
     rope: Rope3D
+    times: Tensor | None = None  # shaped like ids; a token sees those of its time and before
 
 
 class Attention(nn.Module):
@@ -52,6 +53,7 @@ class Attention(nn.Module):
             rope=layout.rope,
             cu_seqlens_q=layout.cu_seqlens,
             cu_seqlens_k=layout.cu_seqlens,
+            query_times=layout.times,
             backend=self.backend,
         )
         projected: Tensor = self.proj(mixed.flatten(-2))

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from jepa.batch import MaskBatch
 from jepa.models.blocks import (
@@ -22,29 +21,46 @@ from jepa.models.blocks import (
     run_block,
     stripped,
 )
-from jepa.models.patches import clip_grid, gather_patches, is_image
+from jepa.models.patches import CHANNEL_MEAN, CHANNEL_STD, clip_grid, is_image
 from jepa.models.sizes import ModelConfig
-from jepa_kernels import Rope3D
+from jepa_kernels import Rope3D, frame_times, visible_patch_embed
 
 Levels = Literal["all", "last"]
 
 
 class PatchEmbed(nn.Module):
-    """Holds a Conv3d with kernel = stride, so that weights load from public checkpoints;
-    `Encoder.embed` applies it as a product."""
+    """Holds a Conv3d with kernel = stride, so that weights load from public checkpoints; only the
+    asked tubelets are read and multiplied."""
 
     def __init__(self, width: int, tubelet_size: int, patch_size: int) -> None:
         super().__init__()
         kernel = (tubelet_size, patch_size, patch_size)
         self.proj = nn.Conv3d(3, width, kernel_size=kernel, stride=kernel)
 
-    def forward(self, patches: Tensor) -> Tensor:
-        return functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+    def forward(
+        self, clips: Tensor, ids: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings of the tokens `ids`, packed set-major by `cu_seqlens`: [Nc, E]; of all tokens
+        without ids: [B, N, E]. Clips as in `Encoder.forward`."""
+        is_bytes = clips.dtype == torch.uint8
+        return visible_patch_embed(
+            clips.permute(0, 4, 1, 2, 3) if is_bytes else clips,
+            self.proj.weight,
+            self.proj.bias,
+            ids=ids,
+            cu_seqlens=cu_seqlens,
+            mean=CHANNEL_MEAN if is_bytes else None,
+            std=CHANNEL_STD if is_bytes else None,
+        )
 
 
 class Encoder(nn.Module):
     """Video tubelets or one-frame images to features of one or all levels. Only the asked tokens
-    are embedded and computed."""
+    are embedded and computed.
+
+    With `causal` a token sees its own time step and earlier ones: the features of the first t steps
+    are those of a clip of t steps, and a clip can be encoded as it comes in.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -76,6 +92,12 @@ class Encoder(nn.Module):
             grid, layout="interleaved", interpolate_from=self.config.rope_interpolate_from
         )
 
+    def layout(
+        self, ids: Tensor, cu_seqlens: Tensor | None, grid: tuple[int, int, int]
+    ) -> TokenLayout:
+        times = frame_times(grid, ids) if self.config.causal else None
+        return TokenLayout(ids, cu_seqlens, self.rope(grid), times)
+
     def forward(
         self, clips: Tensor, masks: MaskBatch | None = None, levels: Levels = "all"
     ) -> Tensor:
@@ -99,25 +121,24 @@ class Encoder(nn.Module):
         grid = self.grid(clips)
         if masks is None:
             ids = torch.arange(grid[0] * grid[1] * grid[2], device=clips.device)
-            tokens = self.embed(clips, None).unflatten(0, (clips.shape[0], -1))
-            return self.encode(tokens, TokenLayout(ids, None, self.rope(grid)), levels)
+            tokens = self.embed(clips)
+            return self.encode(tokens, self.layout(ids, None, grid), levels)
         if masks.grid != grid or masks.batch_size != clips.shape[0]:
             raise ValueError(
                 f"Encoder: masks must be for {clips.shape[0]} clips of grid {grid}, got "
                 f"{masks.batch_size} of grid {masks.grid}."
             )
-        tokens = self.embed(clips, masks.context_rows)
-        return self.encode(
-            tokens, TokenLayout(masks.context_ids, masks.context_cu, self.rope(grid)), levels
-        )
+        tokens = self.embed(clips, masks.context_ids, masks.context_cu)
+        return self.encode(tokens, self.layout(masks.context_ids, masks.context_cu, grid), levels)
 
-    def embed(self, clips: Tensor, rows: Tensor | None) -> Tensor:
-        """Patch and modality embedding of the tokens `rows` (b*N + id), or of all: [R, E]."""
-        patches = gather_patches(clips, rows, self.config.tubelet_size, self.config.patch_size)
+    def embed(
+        self, clips: Tensor, ids: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """Patch and modality embedding of tokens, as in `PatchEmbed.forward`."""
         if is_image(clips):
-            image: Tensor = self.patch_embed_img(patches) + self.img_mod_embed[0]
+            image: Tensor = self.patch_embed_img(clips, ids, cu_seqlens) + self.img_mod_embed[0]
             return image
-        video: Tensor = self.patch_embed(patches) + self.video_mod_embed[0]
+        video: Tensor = self.patch_embed(clips, ids, cu_seqlens) + self.video_mod_embed[0]
         return video
 
     def encode(self, tokens: Tensor, layout: TokenLayout, levels: Levels = "all") -> Tensor:

@@ -1,4 +1,4 @@
-"""Clips to patches: only the tubelets a mask asks for are cut out, converted and normalised."""
+"""The token grid of clips, and what is read of the pixels of every token."""
 
 from __future__ import annotations
 
@@ -36,38 +36,14 @@ def is_image(clips: Tensor) -> bool:
     return _extent(clips)[0] == 1
 
 
-def gather_patches(
-    clips: Tensor, rows: Tensor | None, tubelet_size: int, patch_size: int
-) -> Tensor:
-    """Pixels of the asked tubelets, normalised, in the order of a Conv3d weight: (channel, frame,
-    row, column).
+def patch_means(clips: Tensor, tubelet_size: int, patch_size: int) -> Tensor:
+    """Mean normalised colour of every token, [B*N, 3].
 
     Args:
         clips: uint8 [B, frames, H, W, 3] (normalised here) or float [B, 3, frames, H, W] (taken as
             normalised).
-        rows: int64 [R], b*N + id; None for all B*N tokens in order.
         tubelet_size, patch_size: frames and pixels of a tubelet; one frame is an image.
-
-    Returns:
-        [R, 3 * tubelet * patch * patch], float32 for uint8 clips, else the clips' dtype.
     """
-    steps, height, width = grid = clip_grid(clips, tubelet_size, patch_size)
-    view = _tubelet_view(clips, grid, patch_size)
-    if rows is None:
-        pixels = view.flatten(0, 3)
-    else:
-        sample, token = _divided(rows, steps * height * width)
-        step, site = _divided(token, height * width)
-        row, column = _divided(site, width)
-        pixels = view[sample, step, row, column]
-    if clips.dtype == torch.uint8:
-        mean, std = _statistics(pixels.device)
-        pixels = (pixels.to(torch.float32) - mean[:, None, None, None]) / std[:, None, None, None]
-    return pixels.flatten(1)
-
-
-def patch_means(clips: Tensor, tubelet_size: int, patch_size: int) -> Tensor:
-    """Mean normalised colour of every token, [B*N, 3]; clips as in `gather_patches`."""
     view = _tubelet_view(clips, clip_grid(clips, tubelet_size, patch_size), patch_size)
     if clips.dtype != torch.uint8:
         return view.mean((5, 6, 7)).flatten(0, 3)
@@ -97,11 +73,6 @@ def _check_layout(clips: Tensor) -> None:
 def _extent(clips: Tensor) -> tuple[int, int, int]:
     first = 1 if clips.dtype == torch.uint8 else 2
     return clips.shape[first], clips.shape[first + 1], clips.shape[first + 2]
-
-
-def _divided(value: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
-    quotient = torch.div(value, divisor, rounding_mode="floor")
-    return quotient, value - quotient * divisor
 
 
 def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:

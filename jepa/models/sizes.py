@@ -54,6 +54,8 @@ class ModelConfig:
     """Side of the token grid that positions are scaled to; null: unscaled."""
     checkpoint_activations: bool = False
     """Compute activations again in backward instead of keeping them."""
+    causal: bool = False
+    """The encoders see in time: a token attends to its own time step and earlier ones."""
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     """The narrow transformer that predicts the targets."""
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..checks import sentence
 from . import (
+    dino_wm,
     eb_jepa,
     ijepa,
     lightly_ijepa,
@@ -25,6 +26,7 @@ from . import (
     vjepa1,
     vjepa2,
     vjepa2_1,
+    vjepa2_ac,
 )
 from .replace import CodeBase, Report, restore
 
@@ -32,6 +34,8 @@ CODE_BASES: tuple[CodeBase, ...] = (
     transformers_vjepa2.BASE,
     transformers_ijepa.BASE,
     vjepa2.BASE,
+    vjepa2_ac.BASE,
+    dino_wm.BASE,
     vjepa2_1.BASE,
     vjepa1.BASE,
     ijepa.BASE,

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import functools
 import importlib
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..checks import sentence
 
 # A module of a class that is never imported here: nothing is known of its attributes' types.
 Foreign: TypeAlias = Any
 _MARK = "_jepa_kernels_fused"
+_MASK_MARK = "_jepa_kernels_mask"
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,26 @@ class Target:
 
 
 @dataclass(frozen=True)
+class DenseMask:
+    """A dense attention mask that foreign modules keep, and the smaller object in its place.
+
+    Args:
+        names: ``"package.module:Class"`` of the modules that keep it, under every path.
+        attribute: where they keep it.
+        stand_in: the smaller object for a mask, whose `dense` gives the mask back; None for a mask
+            that must stay.
+        builders: ``"package.module:function"`` that their constructors make it with.
+        build: takes the place of `builders`, with their signature, while classes are patched.
+    """
+
+    names: tuple[str, ...]
+    attribute: str
+    stand_in: Callable[[Tensor], Any]
+    builders: tuple[str, ...]
+    build: Callable[..., Any]
+
+
+@dataclass(frozen=True)
 class CodeBase:
     """A code base. One file of this package defines one.
 
@@ -67,12 +89,14 @@ class CodeBase:
         targets: what is replaced.
         left_out: ``"package.module:Class"`` of modules that are not replaced, nor anything inside
             them, with the reason.
+        masks: dense masks that the fused forwards need not.
     """
 
     name: str
     origin: str
     targets: tuple[Target, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    masks: tuple[DenseMask, ...] = ()
 
 
 @dataclass
@@ -182,7 +206,23 @@ def accelerate(model: nn.Module, bases: Sequence[CodeBase], options: Sequence[st
                     f"{option!r} for {full_name(type(model))}",
                 )
             )
+    for name, module in model.named_modules():
+        _replace_masks(name, module, bases, report)
     return report
+
+
+def _replace_masks(name: str, module: nn.Module, bases: Sequence[CodeBase], report: Report) -> None:
+    kinds = {full_name(parent) for parent in type(module).__mro__}
+    for mask in (mask for base in bases for mask in base.masks if kinds.intersection(mask.names)):
+        dense = getattr(module, mask.attribute, None)
+        if not isinstance(dense, Tensor):
+            continue
+        stand_in = mask.stand_in(dense)
+        if stand_in is None:
+            report.left[name] = [f"its {mask.attribute} is another mask than the fused op has"]
+        else:
+            setattr(module, mask.attribute, stand_in)
+            setattr(module, _MASK_MARK, mask.attribute)
 
 
 def _either(target: Target, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -195,9 +235,14 @@ def _either(target: Target, module: nn.Module, *args: Any, **kwargs: Any) -> Any
 
 
 def restore(model: nn.Module) -> int:
-    """Gives every replaced module its own forward back; returns how many."""
+    """Gives every replaced module its own forward, and its dense mask, back; returns how many
+    forwards."""
     count = 0
     for module in model.modules():
+        if hasattr(module, _MASK_MARK):
+            name = getattr(module, _MASK_MARK)
+            setattr(module, name, getattr(module, name).dense())
+            delattr(module, _MASK_MARK)
         if hasattr(module, _MARK):
             delattr(module, getattr(module, _MARK))
             delattr(module, _MARK)
@@ -216,7 +261,7 @@ def patched(
     installed, or lacks a package of its own, is passed over, or refused where the caller `named`
     it.
     """
-    undo: list[tuple[type, str, Callable[..., Any]]] = []
+    undo: list[tuple[Any, str, Callable[..., Any]]] = []
     names = []
     try:
         for base in bases:
@@ -233,10 +278,17 @@ def patched(
                     undo.append((kind, target.method, original))
                     setattr(kind, target.method, _choosing(target, original))
                     names.append(name)
+            for mask in base.masks:
+                for builder in mask.builders:
+                    path, _, function = builder.partition(":")
+                    module = _imported(path)
+                    if hasattr(module, function):
+                        undo.append((module, function, getattr(module, function)))
+                        setattr(module, function, mask.build)
         yield names
     finally:
-        for kind, method, original in reversed(undo):
-            setattr(kind, method, original)
+        for owner, name, original in reversed(undo):
+            setattr(owner, name, original)
 
 
 def _choosing(target: Target, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -271,12 +323,16 @@ def _require(base: CodeBase) -> None:
     )
 
 
-def _installed(name: str, method: str) -> type | None:
-    path, _, kind = name.partition(":")
+def _imported(path: str) -> types.ModuleType | None:
     try:
-        found = getattr(importlib.import_module(path), kind, None)
+        return importlib.import_module(path)
     except ImportError:
         return None
+
+
+def _installed(name: str, method: str) -> type | None:
+    path, _, kind = name.partition(":")
+    found = getattr(_imported(path), kind, None)
     return (
         found
         if isinstance(found, type) and full_name(found) == name and method in vars(found)

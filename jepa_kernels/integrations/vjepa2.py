@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops.masked_attention import masked_attention
 from ..rope3d import Rope3D
+from .frame_causal import FrameCausalMask
 from .replace import CodeBase, Foreign, Target, dropout_obstacles
 
 # Where the modules are published: the repository's own packages, and the one on the package index.
@@ -75,10 +76,17 @@ def _rope_forward(
 
 
 def _plain_forward(
-    self: Foreign, x: Tensor, mask: Tensor | None = None, attn_mask: None = None
+    self: Foreign,
+    x: Tensor,
+    mask: Tensor | None = None,
+    attn_mask: FrameCausalMask | None = None,
 ) -> Tensor:
-    _no_mask(attn_mask)
-    out: Tensor = self.proj(masked_attention(*qkv(self, x), scale=scale(self)).flatten(-2))
+    if isinstance(attn_mask, FrameCausalMask):
+        attended = masked_attention(*qkv(self, x), query_times=attn_mask.times(x.device))
+    else:
+        _no_mask(attn_mask)
+        attended = masked_attention(*qkv(self, x), scale=scale(self))
+    out: Tensor = self.proj(attended.flatten(-2))
     return out
 
 
@@ -142,17 +150,7 @@ def no_obstacles(module: Foreign) -> list[str]:
     return []
 
 
-_ACTIONS = "action tokens attend under a frame-causal mask, which the op does not have"
 _AREAS = "tokens are attended to by area, not over the clip"
-_LEFT_OUT = {
-    f"{path}:{kind}": reason
-    for path in _PATHS
-    for kind, reason in (
-        ("ACBlock", _ACTIONS),
-        ("ACRoPEAttention", _ACTIONS),
-        ("RoPEAreaAttention", _AREAS),
-    )
-}
 BASE = CodeBase(
     "vjepa2",
     "facebookresearch/vjepa2, cc-vjepa2",
@@ -178,5 +176,5 @@ BASE = CodeBase(
             option="unsorted_predictor",
         ),
     ),
-    _LEFT_OUT,
+    left_out={f"{path}:RoPEAreaAttention": _AREAS for path in _PATHS},
 )

@@ -7,6 +7,7 @@ from .cache import KeyValueCache
 from .ema import EMATeacher
 from .gaussianity import LeJEPALoss, SlicedGaussianity, lejepa_loss
 from .momentum import CosineMomentum, LinearMomentum
+from .patches import VisiblePatchEmbed
 
 __all__ = [
     "CosineMomentum",
@@ -17,5 +18,6 @@ __all__ = [
     "LinearMomentum",
     "RoPEAttention",
     "SlicedGaussianity",
+    "VisiblePatchEmbed",
     "lejepa_loss",
 ]

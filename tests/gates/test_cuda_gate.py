@@ -33,6 +33,11 @@ def sound(kernel: str, row: dict[str, int]) -> None:
             assert (row[instruction] > 0) == (not kernel.endswith("<float>")), (
                 f"{kernel} uses the wrong units: {row}"
             )
+    if kernel.startswith("visible_patch_embed") and "scatter" not in kernel:
+        for instruction in ("HMMA", "LDSM"):
+            assert (row[instruction] > 0) == (not kernel.endswith("<float>")), (
+                f"{kernel} uses the wrong units: {row}"
+            )
     if not kernel.startswith(("masked_attention_fwd", "masked_attention_bwd")):
         return
     assert row["LDGSTS"] > 0, f"{kernel} does not load asynchronously: {row}"

@@ -17,6 +17,7 @@ RUNNABLE = {
     "transformers-vjepa2": "transformers",
     "transformers-ijepa": "transformers",
     "vjepa2": "vjepa2",
+    "vjepa2-ac": "vjepa2",
     "vjepa1": "vjepa",
 }
 NAMES = [base.name for base in CODE_BASES]

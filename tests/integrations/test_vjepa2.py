@@ -180,9 +180,6 @@ def test_obstacles_and_what_is_left_out():
         "drops": ["proj_drop must be 0, got 0.1"],
         "causal": ["is_causal must be False, got True"],
     }
-    report = accelerate(modules.ACBlock(48, 2))
-    assert "action tokens" in report.left[""][0]
-    assert not report.replaced
     report = accelerate(encoder(use_area_attention=True, area_attention_layers=[0, 1]))
     assert report.replaced == {"vjepa2": ["blocks.1.attn"]}
     assert list(report.left) == ["blocks.0.attn"]

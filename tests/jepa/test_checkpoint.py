@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from jepa import checkpoint
+from jepa import checkpoint, pretrain
 from jepa.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -23,6 +24,7 @@ from jepa.checkpoint import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
+from tests.jepa.run_cases import tiny_run
 
 
 def small(seed: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -66,6 +68,23 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_is_swept(tmp_path):
     assert Checkpoints(tmp_path).steps() == [1]
     folder_with(tmp_path, 3)
     assert not left.exists()
+
+
+def test_a_run_killed_in_its_last_save_ends_it_when_started_again(tmp_path):
+    """It saves nothing more, so nothing but its start could."""
+    cfg = tiny_run(tmp_path, steps=3, keep_last=1)
+    pretrain.run(cfg)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    kept = checkpoints.steps()
+    shutil.copytree(checkpoints.path(kept[-1]), checkpoints.folder / ".writing-99-old-00000001")
+    early = next(step for step in (1, 2) if step not in kept)
+    shutil.copytree(checkpoints.path(kept[-1]), checkpoints.path(early))
+    worse = checkpoints.path(early) / "state.json"
+    worse.write_text(json.dumps({**json.loads(worse.read_text()), "score": 1e9}))
+    pretrain.run(cfg)
+    assert sorted(entry.name for entry in checkpoints.folder.iterdir()) == [
+        checkpoints.path(step).name for step in kept
+    ]
 
 
 def flip(path: Path, place: int) -> None:

@@ -14,10 +14,11 @@ from jepa.batch import MaskBatch
 from jepa.config import ConfigError
 from jepa.models.blocks import set_attention_backend
 from jepa.models.encoder import Encoder
-from jepa.models.patches import CHANNEL_MEAN, CHANNEL_STD, clip_grid, gather_patches, patch_means
+from jepa.models.patches import CHANNEL_MEAN, CHANNEL_STD, clip_grid, patch_means
 from jepa.models.predictor import JointOrder, Predictor
 from jepa.models.sizes import DEFAULT_SIZE, SIZES, PredictorConfig, model_config, parse_model
 from jepa_kernels.testing import (
+    DERIVED,
     DRAWN_DEVIATION,
     FLOAT32_CANCELLING,
     FLOAT32_DEEP,
@@ -85,6 +86,38 @@ def test_order_of_tokens_does_not_matter_and_ids_do():
     assert (third[0] - third[1]).abs().max() < FLOAT32_CANCELLING["atol"]
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_causal_encoder_sees_no_later_step(steps):
+    """The features of the first steps are those of a shorter clip, and no later pixel changes
+    them; a single step is all that an encoder of whole clips would see, too."""
+    model, clips = encoder(causal=True), random_bytes((4, 3, 5), 2)
+    whole = model(clips)
+    prefix = model(clips[:, : 2 * steps])
+    torch.testing.assert_close(whole[:, : steps * 15], prefix, **FLOAT32_DEEP)
+    changed = clips.clone()
+    changed[:, 2 * steps :] = 255 - changed[:, 2 * steps :]
+    assert torch.equal(model(changed)[:, : steps * 15], whole[:, : steps * 15])
+    both_ways = encoder()
+    assert not torch.allclose(both_ways(clips)[:, : steps * 15], prefix, **DERIVED)
+    if steps == 1:
+        torch.testing.assert_close(both_ways(clips[:, :2]), prefix, **FLOAT32_DEEP)
+
+
+def test_a_causal_encoder_of_visible_tokens():
+    """Packed, by mask: a later visible token changes nothing at an earlier one."""
+    batch, grid = make_batch((4, 3, 5), 1), (4, 3, 5)
+    model, empty = encoder(causal=True), [[np.zeros(0, np.int64)]]
+    ids = np.array([50, 3, 17, 31, 8, 40])  # steps 3, 0, 1, 2, 0, 2
+    all_of_them = model(batch.clips, MaskBatch.from_ids([[ids]], empty, grid))
+    early = model(batch.clips, MaskBatch.from_ids([[ids[[1, 2, 4]]]], empty, grid))
+    torch.testing.assert_close(all_of_them[[1, 2, 4]], early, **FLOAT32_DEEP)
+    assert not torch.allclose(
+        all_of_them[[3, 5]],
+        model(batch.clips, MaskBatch.from_ids([[ids[[3, 5]]]], empty, grid)),
+        **DERIVED,
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("frames", [1, 4])
 def test_patches_equal_a_convolution(dtype, frames):
@@ -95,13 +128,10 @@ def test_patches_equal_a_convolution(dtype, frames):
     embed = model.patch_embed_img if frames == 1 else model.patch_embed
     clips = normalised(given) if dtype == torch.uint8 else given
     expected = embed.proj(clips).flatten(2).transpose(1, 2).flatten(0, 1)
-    torch.testing.assert_close(
-        embed(gather_patches(given, None, 2, 16)), expected, **FLOAT32_CANCELLING
-    )
-    rows = torch.tensor([0, 5, 3, 7, 5])
-    torch.testing.assert_close(
-        embed(gather_patches(given, rows, 2, 16)), expected[rows], **FLOAT32_CANCELLING
-    )
+    torch.testing.assert_close(embed(given).flatten(0, 1), expected, **FLOAT32_CANCELLING)
+    ids, cu_seqlens = torch.tensor([0, 5, 3, 4, 5, 2]), torch.tensor([0, 2, 3, 5, 6])
+    rows = ids + torch.tensor([0, 0, 1, 0, 0, 1]) * (len(expected) // 2)  # sets of two clips
+    torch.testing.assert_close(embed(given, ids, cu_seqlens), expected[rows], **FLOAT32_CANCELLING)
     means = (
         functional.avg_pool3d(clips, (1 if frames == 1 else 2, 16, 16))
         .flatten(2)

@@ -165,3 +165,16 @@ def test_wrong_arguments_are_named():
         MovingShapes(split="val")
     with pytest.raises(IndexError, match=r"index must lie in \[0, 10\)"):
         MovingShapes(10).label(10)
+
+
+def test_a_path_of_the_callers_own():
+    """The shape of a sample where it is told to be, around the edge too; a whole pixel moves it by
+    a pixel."""
+    data = MovingShapes(40, seed=3)
+    index = next(i for i in range(40) if data.factors([i])["background"][0] == 0)  # plain
+    path = np.array([[0.5, 0.25], [0.5 + 3 / SIDE, 0.25 - 2 / SIDE], [1.5, -0.75]])
+    frames = data.follow(index, path, SIDE, SIDE)
+    assert frames.shape == (3, SIDE, SIDE, 3) and frames.dtype == np.uint8
+    assert (frames[0] != frames[1]).any()
+    np.testing.assert_array_equal(np.roll(frames[0], (-2, 3), axis=(0, 1)), frames[1])
+    np.testing.assert_array_equal(frames[0], frames[2])

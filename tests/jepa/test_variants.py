@@ -219,7 +219,7 @@ def test_a_named_variant_is_one_entry(tmp_path):
     )
     tests = (
         "tests/jepa/test_variants.py",
-        "tests/jepa/test_step.py::test_every_variant_trains[slow_delta]",
+        "tests/jepa/test_step.py::test_every_variant_trains[slow_delta-False]",
         "tests/jepa/test_step.py::test_nothing_is_read_back_and_nothing_loops[slow_delta]",
         "tests/benchmarks/test_sweep.py::test_plan_alone_measures_nothing",
         "tests/jepa/test_cli.py::test_variants_are_listed",

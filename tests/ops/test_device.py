@@ -13,13 +13,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from jepa_kernels import Rope3D, ema_update_, masked_attention, native, sliced_gaussianity
+from jepa_kernels import (
+    Rope3D,
+    ema_update_,
+    masked_attention,
+    native,
+    sliced_gaussianity,
+    visible_patch_embed,
+)
 from jepa_kernels.ops.adamw_ema import TeacherLists, adamw_ema_
 from jepa_kernels.ops.latent_rollout import ResidualMLP, latent_rollout
 from jepa_kernels.ops.latent_rollout.cells import with_parameters
 from jepa_kernels.ops.masked_attention import flash
 from jepa_kernels.testing import (
     BFLOAT16,
+    FLOAT32_CANCELLING,
     FLOAT32_SHORT,
     HEAD_DIMS,
     RESULT_FAULTS,
@@ -286,6 +294,36 @@ def test_a_graph_of_a_rollout(device, backend, cell):
     replay()
     for got, wanted in zip(kept, call(), strict=True):
         assert torch.equal(got, wanted)
+
+
+@each_device
+def test_a_graph_of_an_embedding_reads_new_ids_and_pixels(device, backend):
+    clip = torch.rand(2, 3, 4, 32, 32, device=device, requires_grad=True)
+    weight = torch.randn(40, 3, 2, 16, 16, device=device, requires_grad=True)
+    ids, cu = torch.tensor([3, 0, 5, 5, 1], device=device), torch.tensor([0, 2, 5], device=device)
+
+    def call() -> tuple[torch.Tensor, ...]:
+        options = {"ids": ids, "cu_seqlens": cu, "mean": (0.4, 0.5, 0.6)}
+        out = visible_patch_embed(clip, weight, **options, backend=backend)
+        return (out.detach().clone(), *torch.autograd.grad(out.sum(), (clip, weight)))
+
+    replay, kept = recorded(call, device)
+    with torch.no_grad():
+        clip.copy_(torch.rand_like(clip))
+    ids.copy_(torch.tensor([7, 7, 2, 6, 0]))
+    cu.copy_(torch.tensor([0, 4, 5]))
+    replay()
+    for got, wanted in zip(kept, call(), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@each_gpu_backend
+def test_ids_outside_the_grid_read_no_foreign_pixels(backend):
+    clip, weight = torch.rand(1, 3, 2, 32, 32), torch.randn(8, 3, 2, 16, 16)
+    far = torch.tensor([-1, 4, 2**62], device="cuda")
+    out = visible_patch_embed(clip.cuda(), weight.cuda(), ids=far, backend=backend)
+    near = visible_patch_embed(clip, weight, ids=torch.tensor([0, 3, 3]), backend="reference")
+    torch.testing.assert_close(out.cpu(), near, **FLOAT32_CANCELLING)
 
 
 @each_device

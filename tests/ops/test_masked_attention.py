@@ -493,3 +493,15 @@ def test_numpy_golden_vectors(root, backend, index):
         [[float("-inf") if x is None else x for x in row] for row in case["lse"]], dtype=lse.dtype
     )
     torch.testing.assert_close(lse, wanted, **tolerance)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", *runnable("masked_attention")])
+@pytest.mark.parametrize("argument", ["query_ids", "key_ids"])
+@pytest.mark.parametrize("wrong", [-2, 4])
+def test_an_id_outside_the_grid_is_one_sentence(backend, argument, wrong):
+    """Whoever reads the ids, Python or a kernel, says it in the same words."""
+    x, ids = torch.randn(1, 4, 2, 8), {n: torch.arange(4) for n in ("query_ids", "key_ids")}
+    ids[argument][2] = wrong
+    with pytest.raises(ValueError) as caught:
+        masked_attention(x, x, x, **ids, rope=Rope3D((1, 2, 2)), backend=backend)
+    assert str(caught.value) == f"{NAME}: {argument} must hold ids from -1 to 3, got {wrong}."
