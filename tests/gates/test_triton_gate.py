@@ -27,7 +27,8 @@ import torch
 
 import jepa_kernels
 from jepa_kernels import triton_runtime
-from jepa_kernels.ops.masked_attention.triton import constants, launch_options
+from jepa_kernels.ops.masked_attention.triton import constants
+from jepa_kernels.ops.masked_attention.triton_launch import launch_options
 from jepa_kernels.ops.masked_attention.triton_table import (
     ROTATE_HEADS,
     ROTATE_TILE,
@@ -71,7 +72,9 @@ class Case:
     dtype: torch.dtype
     head_dim: int
     architecture: int
-    form: str  # "packed" or "dense", with RoPE; "plain" is dense without
+    form: (
+        str  # "packed", "dense" or "timed" (packed with times), with RoPE; "plain" is dense without
+    )
 
     @property
     def name(self) -> str:
@@ -84,7 +87,9 @@ class Case:
         return (
             ROTATE_TILE
             if self.kernel == "rotate"
-            else tile(self.kernel, self.architecture, self.dtype, self.head_dim)
+            else tile(
+                self.kernel, self.architecture, self.dtype, self.head_dim, self.form == "timed"
+            )
         )
 
 
@@ -98,6 +103,9 @@ def cases() -> Iterator[Case]:
                 yield Case(kernel, torch.float16, head_dim, architecture, "packed")
                 yield Case(kernel, torch.bfloat16, head_dim, architecture, "dense")
                 yield Case(kernel, torch.bfloat16, head_dim, architecture, "plain")
+            for head_dim in (64, 88, 128):
+                yield Case(kernel, torch.bfloat16, head_dim, architecture, "timed")
+                yield Case(kernel, torch.float32, head_dim, architecture, "timed")
         for dtype in (torch.bfloat16, torch.float32):
             for head_dim in (32, 64, 88, 128):
                 yield Case("rotate", dtype, head_dim, architecture, "dense")
@@ -125,7 +133,8 @@ def report(case: Case) -> dict[str, Any]:
         "bwd_kv": triton_kernels_bwd.masked_attention_bwd_kv_kernel,
         "rotate": triton_kernels.rotate_rows_kernel,
     }[case.kernel]
-    rope = case.form != "plain"
+    rope, times = case.form != "plain", case.form == "timed"
+    packed = times or case.form == "packed"
     if case.kernel == "rotate":
         main, tail = channels(case.dtype, case.head_dim)
         fixed = {
@@ -138,12 +147,13 @@ def report(case: Case) -> dict[str, Any]:
             "HEADS_EACH": ROTATE_HEADS,
         }
     else:
-        fixed = constants(case.dtype, case.head_dim, rope, case.form == "packed", 8, 1, case.tile)
+        fixed = constants(case.dtype, case.head_dim, rope, packed, times, 8, 1, case.tile)
         if case.kernel == "fwd":
             fixed["NEGATIVE"] = False
     absent = [
         *(() if rope else ("query_ids", "key_ids", "table")),
-        *(() if case.form == "packed" else ("cu_q", "cu_k")),
+        *(() if packed else ("cu_q", "cu_k")),
+        *(() if times else ("query_times", "key_times")),
     ]
     fixed |= {name: None for name in absent if name in kernel.arg_names}
     types = {name: _type(name, case.dtype) for name in kernel.arg_names if name not in fixed}
@@ -156,7 +166,7 @@ def _type(name: str, dtype: torch.dtype) -> str:
         return f"*{_TYPES[dtype]}"
     if name in ("lse", "log2_lse", "delta", "table"):
         return "*fp32"
-    if name in ("query_ids", "key_ids", "ids"):
+    if name in ("query_ids", "key_ids", "ids", "query_times", "key_times"):
         return "*i64"
     if name in ("cu_q", "cu_k"):
         return "*i32"

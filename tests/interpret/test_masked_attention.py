@@ -17,6 +17,7 @@ from jepa_kernels.testing import (
     FLOAT32,
     HEAD_DIMS,
     RESULT_FAULTS,
+    TIME_FAULTS,
     attention_case,
     check_attention,
     planted_fault,
@@ -88,6 +89,52 @@ def test_edges(kw):
     kw = {"heads": 1, **kw}
     scale = kw.pop("scale", None)
     check_attention(replace(attention_case(**kw), scale=scale), "triton")
+
+
+@pytest.mark.parametrize(
+    "kw",
+    [
+        {"lengths": (LONG, LONG), "times": "sorted"},
+        {"lengths": (LONG,), "times": "sorted", "dtype": torch.bfloat16, "head_dim": 88},
+        {"lengths": (70,), "times": "random", "num_times": 40, "window": 3, "head_dim": 24},
+        {
+            "lengths": (40, 0, 6),
+            "lengths_k": (LONG, 4, 0),
+            "packed": True,
+            "slack": 2,
+            "times": "random",
+            "window": 1,
+            "time_dtype": torch.int32,
+            "dtype": torch.bfloat16,
+        },
+        {"lengths": (LONG,), "times": "sorted", "scale": -0.3, "grid": None},
+        {"lengths": (LONG,), "times": "random", "magnitude": 4.0, "dtype": torch.float16},
+    ],
+    ids=str,
+)
+def test_times(kw):
+    kw = {"heads": 1, **kw}
+    scale = kw.pop("scale", None)
+    check_attention(replace(attention_case(**kw), scale=scale), "triton")
+
+
+def test_queries_that_see_nothing_and_times_at_the_ends_of_their_range():
+    ends = torch.tensor([-(2**31), -(2**31) + 1, 0, 2**31 - 1])
+    case = attention_case((LONG,), (40,), heads=1, head_dim=16)
+    case = replace(case, query_times=ends[torch.arange(LONG) % 4], window=1)
+    for key_times in (ends[torch.arange(40) % 3], torch.full((40,), 7), ends[:1].expand(40)):
+        check_attention(replace(case, key_times=key_times), "triton")
+
+
+@pytest.mark.parametrize("fault", TIME_FAULTS)
+def test_a_mask_that_is_off_by_one_is_noticed(fault):
+    case = attention_case((20,), times="sorted", num_times=5, window=2, heads=1, head_dim=16)
+    for phase in ("forward", "backward"):
+        with (
+            planted_fault("masked_attention", "triton", fault, phase),
+            pytest.raises(AssertionError),
+        ):
+            check_attention(case, "triton")
 
 
 def test_rows_that_start_anywhere():

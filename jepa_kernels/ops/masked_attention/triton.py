@@ -15,7 +15,7 @@ import torch
 from ... import triton_runtime
 from ...backend import Backend, Reason
 from ...rope3d import rope_dim
-from .inputs import Inputs, rows_of_channels, shape_reasons, times_reasons
+from .inputs import Inputs, rows_of_channels, shape_reasons
 from .triton_launch import alignment, id_strides, launch_options, on_device_of, panel_strides
 from .triton_table import ROTATE_HEADS, ROTATE_TILE, Tile, channels, tile
 
@@ -24,11 +24,7 @@ _SEARCH_FANOUT = 128  # of triton_tiles.find_sequence
 
 
 def unsupported(inputs: Inputs) -> list[Reason]:
-    return (
-        triton_runtime.unavailable_reasons(inputs.device_type)
-        + shape_reasons(inputs, _DTYPES)
-        + times_reasons(inputs)
-    )
+    return triton_runtime.unavailable_reasons(inputs.device_type) + shape_reasons(inputs, _DTYPES)
 
 
 def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,6 +51,8 @@ def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
                 inputs.rope_table,
                 inputs.cu_seqlens_q,
                 inputs.cu_seqlens_k,
+                inputs.query_times,
+                inputs.key_times,
             ),
             {"q": query, "k": key, "v": value, "o": out},
             inputs.query_ids,
@@ -77,7 +75,13 @@ def backward(
     )
     case = _Case(inputs)
     delta, log2_lse = torch.empty_like(lse), torch.empty_like(lse)
-    places = (inputs.rope_table, inputs.cu_seqlens_q, inputs.cu_seqlens_k)
+    places = (
+        inputs.rope_table,
+        inputs.cu_seqlens_q,
+        inputs.cu_seqlens_k,
+        inputs.query_times,
+        inputs.key_times,
+    )
     with on_device_of(query):
         if inputs.rope_table is not None:
             query = case.rotated(query, inputs.query_ids)
@@ -140,6 +144,8 @@ class _Case:
         offsets = inputs.cu_seqlens_q
         self.num_seqs = 0 if offsets is None else offsets.shape[0] - 1
         self.grid = [int(size) for size in inputs.grid]
+        self.times = {"tq": inputs.query_times, "tk": inputs.key_times}
+        self.window = inputs.window
         self.architecture = triton_runtime.architecture(query.device)
 
     def scratch(self, x: torch.Tensor) -> torch.Tensor:
@@ -195,7 +201,8 @@ class _Case:
         """Runs `kernel` with one program per tile of `owned` and head."""
         if owned.numel() == 0:
             return
-        shape = tile(name, self.architecture, self.query.dtype, self.head_dim)
+        times = self.times["tq"] is not None
+        shape = tile(name, self.architecture, self.query.dtype, self.head_dim, times)
         tiles = self._tiles(owned.shape[-3], shape.block_k if name == "bwd_kv" else shape.block_q)
         align = alignment(*panels.values())
         strides = {
@@ -203,13 +210,18 @@ class _Case:
             for p, x in panels.items()
             for axis, s in zip(("batch", "row", "head"), panel_strides(x), strict=True)
         }
-        id_batch, id_row = (0, 0) if self.rope_table is None else id_strides(ids)
+        numbers = {"id": None if self.rope_table is None else ids, **self.times}
+        for argument, list_ in numbers.items():
+            strides[f"{argument}_batch"], strides[f"{argument}_row"] = (
+                (0, 0) if list_ is None else id_strides(list_)
+            )
         grid_t, grid_h, grid_w = self.grid
         fixed = constants(
             self.query.dtype,
             self.head_dim,
             self.rope_table is not None,
             self.packed,
+            times,
             align,
             self._search_steps(),
             shape,
@@ -226,8 +238,7 @@ class _Case:
             grid_h=grid_h,
             grid_w=grid_w,
             **strides,
-            id_batch=id_batch,
-            id_row=id_row,
+            window=self.window,
             **fixed,
             **launch_options(shape),
         )
@@ -249,6 +260,7 @@ def constants(
     head_dim: int,
     rope: bool,
     packed: bool,
+    times: bool,
     align: int,
     search_steps: int,
     shape: Tile,
@@ -264,6 +276,7 @@ def constants(
         "CHUNKED": dtype == torch.float32,
         "ALIGN": align,
         "PACKED": packed,
+        "TIMES": times,
         "SEARCH_STEPS": search_steps,
         "BLOCK_Q": shape.block_q,
         "BLOCK_K": shape.block_k,

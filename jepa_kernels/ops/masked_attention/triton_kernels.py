@@ -8,13 +8,18 @@ import triton.language as tl
 
 from ...triton_support import matmul, narrow
 from .triton_tiles import (
+    FIRST_TIME,
+    LAST_TIME,
     angle_part,
     chunked_product,
+    first_seen,
     load_panel,
+    load_times,
     owned_tile,
     panel_start,
     quarter_turn,
     rotate,
+    rows_in_time,
     store_panel,
     token_places,
 )
@@ -43,6 +48,11 @@ _SIZES = [
     "o_head",
     "id_batch",
     "id_row",
+    "tq_batch",
+    "tq_row",
+    "tk_batch",
+    "tk_row",
+    "window",
 ]
 
 
@@ -143,6 +153,10 @@ def _attend(
     total,
     acc,
     acc_tail,
+    key_times,
+    tk_row,
+    first,
+    last,
     HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -152,9 +166,10 @@ def _attend(
     BLOCK_K: tl.constexpr,
     NEGATIVE: tl.constexpr,
     MASKED: tl.constexpr,
+    TIMES: tl.constexpr,
 ):
     """One step of the online softmax (Milakov and Gimelshein, arXiv 1805.02867) over BLOCK_K keys,
-    in powers of two."""
+    in powers of two. TIMES: over those keys whose time lies from `first` to `last` of a query."""
     if CHUNKED:
         scores = chunked_product(
             q_tile, q_row, queries_left, k_tile, k_row, keys_left, BLOCK_Q, BLOCK_K, HEAD_DIM, ALIGN
@@ -168,17 +183,21 @@ def _attend(
             )
             scores = matmul(q_tail, tl.trans(k_tail), scores)
     if MASKED:
-        scores = tl.where(
-            (tl.arange(0, BLOCK_K) < keys_left)[None, :],
-            scores,
-            float("inf") if NEGATIVE else float("-inf"),
-        )
+        seen = (tl.arange(0, BLOCK_K) < keys_left)[None, :]
+        if TIMES:
+            time = load_times(key_times, tk_row, keys_left, 0, BLOCK_K)[None, :]
+            seen = seen & (time >= first[:, None]) & (time <= last[:, None])
+        scores = tl.where(seen, scores, float("inf") if NEGATIVE else float("-inf"))
     # Products are scaled inside the exponential, where the multiplication is free; a negative scale
     # makes the least product the best.
     extreme = tl.min(scores, 1) if NEGATIVE else tl.max(scores, 1)
     best_now = tl.maximum(best, extreme * log2_scale)
-    weights = tl.exp2(scores * log2_scale - best_now[:, None])
-    shrink = tl.exp2(best - best_now)
+    shift = best_now
+    if TIMES:
+        # A query that has seen nothing yet has no best score to subtract.
+        shift = tl.where(best_now == float("-inf"), 0.0, best_now)
+    weights = tl.exp2(scores * log2_scale - shift[:, None])
+    shrink = tl.exp2(best - shift)
     total = total * shrink + tl.sum(weights, 1)
     weights = narrow(weights, v_tile.dtype.element_ty)
     v = load_panel(v_tile, v_row, keys_left, 0, MAIN, BLOCK_K, HEAD_DIM, ALIGN, MASKED)
@@ -200,6 +219,8 @@ def masked_attention_fwd_kernel(
     table,
     cu_q,
     cu_k,
+    query_times,
+    key_times,
     log2_scale,
     rows_q,
     rows_k,
@@ -223,6 +244,11 @@ def masked_attention_fwd_kernel(
     o_head,
     id_batch,
     id_row,
+    tq_batch,
+    tq_row,
+    tk_batch,
+    tk_row,
+    window,
     HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -230,6 +256,7 @@ def masked_attention_fwd_kernel(
     ALIGN: tl.constexpr,
     CHUNKED: tl.constexpr,
     PACKED: tl.constexpr,
+    TIMES: tl.constexpr,
     SEARCH_STEPS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -240,8 +267,9 @@ def masked_attention_fwd_kernel(
 
     `key` is rotated already (rotate_rows_kernel) or has no positions; queries are read once, so
     they are rotated here, in registers (ROPE_DIM = 0: no positions). Reads every key and value row
-    of its sequence, writes its rows of out and lse. `log2_scale` is scale * log2(e), because
-    exp(s) = 2 ** (s log2 e); it is never 0 and NEGATIVE says its sign.
+    of its sequence (TIMES: from the first to the last row that one of its queries sees), writes its
+    rows of out and lse. `log2_scale` is scale * log2(e), because exp(s) = 2 ** (s log2 e); it is
+    never 0 and NEGATIVE says its sign.
     """
     batch, head, first_row, start_q, length_q, start_k, length_k = owned_tile(
         cu_q, cu_k, num_seqs, rows_q, rows_k, tiles, heads, BLOCK_Q, PACKED, SEARCH_STEPS
@@ -316,63 +344,116 @@ def masked_attention_fwd_kernel(
     v_tile = panel_start(value, batch, start_k, head, v_batch, v_row, v_head, ALIGN)
     k_step = tl.full([], BLOCK_K * ALIGN, tl.int64) * k_row
     v_step = tl.full([], BLOCK_K * ALIGN, tl.int64) * v_row
-    full = length_k // BLOCK_K
-    for _ in range(0, full):
-        best, total, acc, acc_tail = _attend(
-            q,
-            q_tail,
-            q_tile,
-            q_row,
-            rows_left,
-            k_tile,
-            v_tile,
-            k_row,
-            v_row,
-            BLOCK_K,
-            log2_scale,
-            best,
-            total,
-            acc,
-            acc_tail,
-            HEAD_DIM,
-            MAIN,
-            TAIL,
-            CHUNKED,
-            ALIGN,
-            BLOCK_Q,
-            BLOCK_K,
-            NEGATIVE,
-            False,
-        )
-        k_tile += k_step
-        v_tile += v_step
-    if full * BLOCK_K < length_k:
-        best, total, acc, acc_tail = _attend(
-            q,
-            q_tail,
-            q_tile,
-            q_row,
-            rows_left,
-            k_tile,
-            v_tile,
-            k_row,
-            v_row,
-            length_k - full * BLOCK_K,
-            log2_scale,
-            best,
-            total,
-            acc,
-            acc_tail,
-            HEAD_DIM,
-            MAIN,
-            TAIL,
-            CHUNKED,
-            ALIGN,
-            BLOCK_Q,
-            BLOCK_K,
-            NEGATIVE,
-            True,
-        )
+    if TIMES:
+        own_times = query_times + batch.to(tl.int64) * tq_batch + row * tq_row
+        other_times = key_times + batch.to(tl.int64) * tk_batch + start_k * tk_row
+        # Rows past the sequence see nothing.
+        last = load_times(own_times, tq_row, rows_left, FIRST_TIME, BLOCK_Q)
+        inside = tl.arange(0, BLOCK_Q) < rows_left
+        first = tl.where(inside, first_seen(last, window), LAST_TIME)
+        begin, end = rows_in_time(other_times, tk_row, length_k, tl.min(first), tl.max(last))
+        for tile in range(begin // BLOCK_K, (end + BLOCK_K - 1) // BLOCK_K):
+            row_k = tile * BLOCK_K
+            best, total, acc, acc_tail = _attend(
+                q,
+                q_tail,
+                q_tile,
+                q_row,
+                rows_left,
+                k_tile + tile * k_step,
+                v_tile + tile * v_step,
+                k_row,
+                v_row,
+                length_k - row_k,
+                log2_scale,
+                best,
+                total,
+                acc,
+                acc_tail,
+                other_times + row_k.to(tl.int64) * tk_row,
+                tk_row,
+                first,
+                last,
+                HEAD_DIM,
+                MAIN,
+                TAIL,
+                CHUNKED,
+                ALIGN,
+                BLOCK_Q,
+                BLOCK_K,
+                NEGATIVE,
+                True,
+                True,
+            )
+    else:
+        first, last = 0, 0
+        full = length_k // BLOCK_K
+        for _ in range(0, full):
+            best, total, acc, acc_tail = _attend(
+                q,
+                q_tail,
+                q_tile,
+                q_row,
+                rows_left,
+                k_tile,
+                v_tile,
+                k_row,
+                v_row,
+                BLOCK_K,
+                log2_scale,
+                best,
+                total,
+                acc,
+                acc_tail,
+                key_times,
+                tk_row,
+                first,
+                last,
+                HEAD_DIM,
+                MAIN,
+                TAIL,
+                CHUNKED,
+                ALIGN,
+                BLOCK_Q,
+                BLOCK_K,
+                NEGATIVE,
+                False,
+                False,
+            )
+            k_tile += k_step
+            v_tile += v_step
+        if full * BLOCK_K < length_k:
+            best, total, acc, acc_tail = _attend(
+                q,
+                q_tail,
+                q_tile,
+                q_row,
+                rows_left,
+                k_tile,
+                v_tile,
+                k_row,
+                v_row,
+                length_k - full * BLOCK_K,
+                log2_scale,
+                best,
+                total,
+                acc,
+                acc_tail,
+                key_times,
+                tk_row,
+                first,
+                last,
+                HEAD_DIM,
+                MAIN,
+                TAIL,
+                CHUNKED,
+                ALIGN,
+                BLOCK_Q,
+                BLOCK_K,
+                NEGATIVE,
+                True,
+                False,
+            )
 
     # Without keys the total is 0: out is 0 and lse -inf.
     inverse = 1.0 / tl.where(total == 0, 1.0, total)

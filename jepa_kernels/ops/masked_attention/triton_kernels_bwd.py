@@ -15,11 +15,16 @@ import triton.language as tl
 
 from ...triton_support import matmul, narrow
 from .triton_tiles import (
+    FIRST_TIME,
+    LAST_TIME,
     chunked_product,
+    first_seen,
     load_panel,
+    load_times,
     owned_tile,
     panel_start,
     rotate_transposed,
+    rows_in_time,
     store_panel,
     token_places,
 )
@@ -51,6 +56,11 @@ _SIZES = [
     "o_head",
     "id_batch",
     "id_row",
+    "tq_batch",
+    "tq_row",
+    "tk_batch",
+    "tk_row",
+    "window",
 ]
 
 
@@ -75,6 +85,10 @@ def _grad_q_step(
     delta,
     grad,
     grad_tail,
+    key_times,
+    tk_row,
+    first,
+    last,
     HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -83,8 +97,10 @@ def _grad_q_step(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     MASKED: tl.constexpr,
+    TIMES: tl.constexpr,
 ):
-    """grad += dS k for BLOCK_K keys."""
+    """grad += dS k for BLOCK_K keys, TIMES: of which a query sees those whose time lies from its
+    `first` to its `last`."""
     k = load_panel(k_tile, k_row, keys_left, 0, MAIN, BLOCK_K, HEAD_DIM, ALIGN, MASKED)
     k_tail = k
     if TAIL > 0:
@@ -108,7 +124,11 @@ def _grad_q_step(
             grad_weights = matmul(g_tail, tl.trans(v_tail), grad_weights)
     weights = tl.exp2(scores * log2_scale - lse2[:, None])
     if MASKED:
-        weights = tl.where((tl.arange(0, BLOCK_K) < keys_left)[None, :], weights, 0.0)
+        seen = (tl.arange(0, BLOCK_K) < keys_left)[None, :]
+        if TIMES:
+            time = load_times(key_times, tk_row, keys_left, 0, BLOCK_K)[None, :]
+            seen = seen & (time >= first[:, None]) & (time <= last[:, None])
+        weights = tl.where(seen, weights, 0.0)
     grad_scores = narrow(weights * (grad_weights - delta[:, None]), k_tile.dtype.element_ty)
     grad = matmul(grad_scores, k, grad)
     if TAIL > 0:
@@ -131,6 +151,8 @@ def masked_attention_bwd_q_kernel(
     table,
     cu_q,
     cu_k,
+    query_times,
+    key_times,
     scale,
     rows_q,
     rows_k,
@@ -157,6 +179,11 @@ def masked_attention_bwd_q_kernel(
     o_head,
     id_batch,
     id_row,
+    tq_batch,
+    tq_row,
+    tk_batch,
+    tk_row,
+    window,
     HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -164,6 +191,7 @@ def masked_attention_bwd_q_kernel(
     ALIGN: tl.constexpr,
     CHUNKED: tl.constexpr,
     PACKED: tl.constexpr,
+    TIMES: tl.constexpr,
     SEARCH_STEPS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -210,69 +238,124 @@ def masked_attention_bwd_q_kernel(
     v_tile = panel_start(value, batch, start_k, head, v_batch, v_row, v_head, ALIGN)
     k_step = tl.full([], BLOCK_K * ALIGN, tl.int64) * k_row
     v_step = tl.full([], BLOCK_K * ALIGN, tl.int64) * v_row
-    full = length_k // BLOCK_K
-    for _ in range(0, full):
-        grad, grad_tail = _grad_q_step(
-            q,
-            q_tail,
-            g,
-            g_tail,
-            q_tile,
-            g_tile,
-            q_row,
-            g_row,
-            rows_left,
-            k_tile,
-            v_tile,
-            k_row,
-            v_row,
-            BLOCK_K,
-            log2_scale,
-            lse2,
-            delta_row,
-            grad,
-            grad_tail,
-            HEAD_DIM,
-            MAIN,
-            TAIL,
-            CHUNKED,
-            ALIGN,
-            BLOCK_Q,
-            BLOCK_K,
-            False,
-        )
-        k_tile += k_step
-        v_tile += v_step
-    if full * BLOCK_K < length_k:
-        grad, grad_tail = _grad_q_step(
-            q,
-            q_tail,
-            g,
-            g_tail,
-            q_tile,
-            g_tile,
-            q_row,
-            g_row,
-            rows_left,
-            k_tile,
-            v_tile,
-            k_row,
-            v_row,
-            length_k - full * BLOCK_K,
-            log2_scale,
-            lse2,
-            delta_row,
-            grad,
-            grad_tail,
-            HEAD_DIM,
-            MAIN,
-            TAIL,
-            CHUNKED,
-            ALIGN,
-            BLOCK_Q,
-            BLOCK_K,
-            True,
-        )
+    if TIMES:
+        own_times = query_times + batch.to(tl.int64) * tq_batch + row * tq_row
+        other_times = key_times + batch.to(tl.int64) * tk_batch + start_k * tk_row
+        # Rows past the sequence see nothing.
+        last = load_times(own_times, tq_row, rows_left, FIRST_TIME, BLOCK_Q)
+        first = tl.where(rows < rows_left, first_seen(last, window), LAST_TIME)
+        begin, end = rows_in_time(other_times, tk_row, length_k, tl.min(first), tl.max(last))
+        for tile in range(begin // BLOCK_K, (end + BLOCK_K - 1) // BLOCK_K):
+            row_k = tile * BLOCK_K
+            grad, grad_tail = _grad_q_step(
+                q,
+                q_tail,
+                g,
+                g_tail,
+                q_tile,
+                g_tile,
+                q_row,
+                g_row,
+                rows_left,
+                k_tile + tile * k_step,
+                v_tile + tile * v_step,
+                k_row,
+                v_row,
+                length_k - row_k,
+                log2_scale,
+                lse2,
+                delta_row,
+                grad,
+                grad_tail,
+                other_times + row_k.to(tl.int64) * tk_row,
+                tk_row,
+                first,
+                last,
+                HEAD_DIM,
+                MAIN,
+                TAIL,
+                CHUNKED,
+                ALIGN,
+                BLOCK_Q,
+                BLOCK_K,
+                True,
+                True,
+            )
+    else:
+        first, last = 0, 0
+        full = length_k // BLOCK_K
+        for _ in range(0, full):
+            grad, grad_tail = _grad_q_step(
+                q,
+                q_tail,
+                g,
+                g_tail,
+                q_tile,
+                g_tile,
+                q_row,
+                g_row,
+                rows_left,
+                k_tile,
+                v_tile,
+                k_row,
+                v_row,
+                BLOCK_K,
+                log2_scale,
+                lse2,
+                delta_row,
+                grad,
+                grad_tail,
+                key_times,
+                tk_row,
+                first,
+                last,
+                HEAD_DIM,
+                MAIN,
+                TAIL,
+                CHUNKED,
+                ALIGN,
+                BLOCK_Q,
+                BLOCK_K,
+                False,
+                False,
+            )
+            k_tile += k_step
+            v_tile += v_step
+        if full * BLOCK_K < length_k:
+            grad, grad_tail = _grad_q_step(
+                q,
+                q_tail,
+                g,
+                g_tail,
+                q_tile,
+                g_tile,
+                q_row,
+                g_row,
+                rows_left,
+                k_tile,
+                v_tile,
+                k_row,
+                v_row,
+                length_k - full * BLOCK_K,
+                log2_scale,
+                lse2,
+                delta_row,
+                grad,
+                grad_tail,
+                key_times,
+                tk_row,
+                first,
+                last,
+                HEAD_DIM,
+                MAIN,
+                TAIL,
+                CHUNKED,
+                ALIGN,
+                BLOCK_Q,
+                BLOCK_K,
+                True,
+                False,
+            )
 
     grad_tile = panel_start(grad_query, batch, row, head, o_batch, o_row, o_head, ALIGN)
     grad *= scale
@@ -328,6 +411,10 @@ def _grad_kv_step(
     grad_k_tail,
     grad_v,
     grad_v_tail,
+    query_times,
+    tq_row,
+    window,
+    key_time,
     HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -336,6 +423,7 @@ def _grad_kv_step(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     MASKED: tl.constexpr,
+    TIMES: tl.constexpr,
 ):
     """grad_v += P^T grad_out and grad_k += dS^T q for BLOCK_Q queries; scores are held keys by
     queries."""
@@ -371,6 +459,11 @@ def _grad_kv_step(
             scores = matmul(k_tail, tl.trans(q_tail), scores)
             grad_weights = matmul(v_tail, tl.trans(g_tail), grad_weights)
     weights = tl.exp2(scores * log2_scale - lse2[None, :])
+    if TIMES:
+        last = load_times(query_times, tq_row, queries_left, 0, BLOCK_Q)
+        first = first_seen(last, window)
+        seen = (key_time[:, None] >= first[None, :]) & (key_time[:, None] <= last[None, :])
+        weights = tl.where(seen & (rows < queries_left)[None, :], weights, 0.0)
     narrow_weights = narrow(weights, q_tile.dtype.element_ty)
     grad_v = matmul(narrow_weights, g, grad_v)
     grad_scores = narrow(weights * (grad_weights - delta[None, :]), q_tile.dtype.element_ty)
@@ -395,6 +488,8 @@ def masked_attention_bwd_kv_kernel(
     table,
     cu_q,
     cu_k,
+    query_times,
+    key_times,
     scale,
     rows_q,
     rows_k,
@@ -421,6 +516,11 @@ def masked_attention_bwd_kv_kernel(
     o_head,
     id_batch,
     id_row,
+    tq_batch,
+    tq_row,
+    tk_batch,
+    tk_row,
+    window,
     HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -428,6 +528,7 @@ def masked_attention_bwd_kv_kernel(
     ALIGN: tl.constexpr,
     CHUNKED: tl.constexpr,
     PACKED: tl.constexpr,
+    TIMES: tl.constexpr,
     SEARCH_STEPS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -465,75 +566,135 @@ def masked_attention_bwd_kv_kernel(
     delta_row = delta + panel
     q_step = tl.full([], BLOCK_Q * ALIGN, tl.int64) * q_row
     g_step = tl.full([], BLOCK_Q * ALIGN, tl.int64) * g_row
-    full = length_q // BLOCK_Q
-    for _ in range(0, full):
-        grad_k, grad_k_tail, grad_v, grad_v_tail = _grad_kv_step(
-            k,
-            k_tail,
-            v,
-            v_tail,
-            k_tile,
-            v_tile,
-            k_row,
-            v_row,
-            rows_left,
-            q_tile,
-            g_tile,
-            lse_row,
-            delta_row,
-            q_row,
-            g_row,
-            BLOCK_Q,
-            log2_scale,
-            grad_k,
-            grad_k_tail,
-            grad_v,
-            grad_v_tail,
-            HEAD_DIM,
-            MAIN,
-            TAIL,
-            CHUNKED,
-            ALIGN,
-            BLOCK_Q,
-            BLOCK_K,
-            False,
-        )
-        q_tile += q_step
-        g_tile += g_step
-        lse_row += BLOCK_Q
-        delta_row += BLOCK_Q
-    if full * BLOCK_Q < length_q:
-        grad_k, grad_k_tail, grad_v, grad_v_tail = _grad_kv_step(
-            k,
-            k_tail,
-            v,
-            v_tail,
-            k_tile,
-            v_tile,
-            k_row,
-            v_row,
-            rows_left,
-            q_tile,
-            g_tile,
-            lse_row,
-            delta_row,
-            q_row,
-            g_row,
-            length_q - full * BLOCK_Q,
-            log2_scale,
-            grad_k,
-            grad_k_tail,
-            grad_v,
-            grad_v_tail,
-            HEAD_DIM,
-            MAIN,
-            TAIL,
-            CHUNKED,
-            ALIGN,
-            BLOCK_Q,
-            BLOCK_K,
-            True,
-        )
+    if TIMES:
+        own_times = key_times + batch.to(tl.int64) * tk_batch + row * tk_row
+        other_times = query_times + batch.to(tl.int64) * tq_batch + start_q * tq_row
+        key_time = load_times(own_times, tk_row, rows_left, 0, BLOCK_K)
+        inside = tl.arange(0, BLOCK_K) < rows_left
+        earliest = tl.min(tl.where(inside, key_time, LAST_TIME))
+        latest = tl.max(tl.where(inside, key_time, FIRST_TIME)).to(tl.int64)
+        # The latest query that sees a key; without a window there is none.
+        latest = tl.where(window == 0, LAST_TIME, latest + window - 1)
+        begin, end = rows_in_time(other_times, tq_row, length_q, earliest, latest)
+        for tile in range(begin // BLOCK_Q, (end + BLOCK_Q - 1) // BLOCK_Q):
+            row_q = tile * BLOCK_Q
+            grad_k, grad_k_tail, grad_v, grad_v_tail = _grad_kv_step(
+                k,
+                k_tail,
+                v,
+                v_tail,
+                k_tile,
+                v_tile,
+                k_row,
+                v_row,
+                rows_left,
+                q_tile + tile * q_step,
+                g_tile + tile * g_step,
+                lse_row + row_q,
+                delta_row + row_q,
+                q_row,
+                g_row,
+                length_q - row_q,
+                log2_scale,
+                grad_k,
+                grad_k_tail,
+                grad_v,
+                grad_v_tail,
+                other_times + row_q.to(tl.int64) * tq_row,
+                tq_row,
+                window,
+                key_time,
+                HEAD_DIM,
+                MAIN,
+                TAIL,
+                CHUNKED,
+                ALIGN,
+                BLOCK_Q,
+                BLOCK_K,
+                True,
+                True,
+            )
+    else:
+        key_time = 0
+        full = length_q // BLOCK_Q
+        for _ in range(0, full):
+            grad_k, grad_k_tail, grad_v, grad_v_tail = _grad_kv_step(
+                k,
+                k_tail,
+                v,
+                v_tail,
+                k_tile,
+                v_tile,
+                k_row,
+                v_row,
+                rows_left,
+                q_tile,
+                g_tile,
+                lse_row,
+                delta_row,
+                q_row,
+                g_row,
+                BLOCK_Q,
+                log2_scale,
+                grad_k,
+                grad_k_tail,
+                grad_v,
+                grad_v_tail,
+                query_times,
+                tq_row,
+                window,
+                key_time,
+                HEAD_DIM,
+                MAIN,
+                TAIL,
+                CHUNKED,
+                ALIGN,
+                BLOCK_Q,
+                BLOCK_K,
+                False,
+                False,
+            )
+            q_tile += q_step
+            g_tile += g_step
+            lse_row += BLOCK_Q
+            delta_row += BLOCK_Q
+        if full * BLOCK_Q < length_q:
+            grad_k, grad_k_tail, grad_v, grad_v_tail = _grad_kv_step(
+                k,
+                k_tail,
+                v,
+                v_tail,
+                k_tile,
+                v_tile,
+                k_row,
+                v_row,
+                rows_left,
+                q_tile,
+                g_tile,
+                lse_row,
+                delta_row,
+                q_row,
+                g_row,
+                length_q - full * BLOCK_Q,
+                log2_scale,
+                grad_k,
+                grad_k_tail,
+                grad_v,
+                grad_v_tail,
+                query_times,
+                tq_row,
+                window,
+                key_time,
+                HEAD_DIM,
+                MAIN,
+                TAIL,
+                CHUNKED,
+                ALIGN,
+                BLOCK_Q,
+                BLOCK_K,
+                True,
+                False,
+            )
 
     grad_v_tile = panel_start(grad_value, batch, row, head, o_batch, o_row, o_head, ALIGN)
     store_panel(

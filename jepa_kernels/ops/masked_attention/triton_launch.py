@@ -40,6 +40,6 @@ def alignment(*panels: torch.Tensor) -> int:
 
 
 def id_strides(ids: torch.Tensor | None) -> tuple[int, int]:
-    """Strides of (batch, row) of token ids [N], [B, N] or packed [tokens]."""
+    """Strides of (batch, row) of token ids or times [N], [B, N] or packed [tokens]."""
     assert ids is not None  # given with a table
     return (0, ids.stride(0)) if ids.dim() == 1 else (ids.stride(0), ids.stride(1))

@@ -15,6 +15,10 @@ from ...triton_support import matmul
 
 # Fan-out of the search for a tile's sequence: one load finds the sequence among this many.
 SEARCH_FANOUT = tl.constexpr(128)
+# Times that one load looks through, and the ends of their range.
+TIMES_AT_ONCE = tl.constexpr(1024)
+FIRST_TIME = tl.constexpr(-(2**31))
+LAST_TIME = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -206,6 +210,39 @@ def token_places(ids, stride_id, rows_left, grid_t, grid_h, grid_w, BLOCK: tl.co
     row_y = grid_t + (token // grid_w) % grid_h
     row_x = grid_t + grid_h + token % grid_w
     return row_t, row_y, row_x, turns
+
+
+@triton.jit
+def load_times(times, stride_row, rows_left, absent, BLOCK: tl.constexpr):
+    """BLOCK times as int32 (what 32 bits do not hold is clamped), `absent` past `rows_left`."""
+    rows = tl.arange(0, BLOCK)
+    time = tl.load(times + rows.to(tl.int64) * stride_row, mask=rows < rows_left, other=absent)
+    return tl.minimum(tl.maximum(time.to(tl.int64), FIRST_TIME), LAST_TIME).to(tl.int32)
+
+
+@triton.jit
+def first_seen(last, window):
+    """The earliest time that a query of time `last` sees; a window of 0 is none."""
+    first = tl.maximum(last.to(tl.int64) - window + 1, FIRST_TIME).to(tl.int32)
+    return tl.where(window == 0, FIRST_TIME, first)
+
+
+@triton.jit
+def rows_in_time(times, stride_row, length, low, high):
+    """The first row whose time lies from low to high, and the one after the last; an empty range
+    where there is none. Reads every time, many at once: the other side of a tile is found without a
+    table that another kernel would have to write."""
+    begin = length + 0
+    end = length * 0
+    for start in range(0, length, TIMES_AT_ONCE):
+        rows = start + tl.arange(0, TIMES_AT_ONCE)
+        time = tl.load(times + rows.to(tl.int64) * stride_row, mask=rows < length, other=0).to(
+            tl.int64
+        )
+        meets = (rows < length) & (time >= low) & (time <= high)
+        begin = tl.minimum(begin, tl.min(tl.where(meets, rows, length)))
+        end = tl.maximum(end, tl.max(tl.where(meets, rows + 1, 0)))
+    return begin, end
 
 
 @triton.jit
