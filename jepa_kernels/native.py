@@ -113,10 +113,23 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except RuntimeError as error:
-        said = _SENTENCE.search(str(error))
-        if said is None:
-            raise
-        raise ValueError(said[1]) from None
+        raise meant(error) from None
+
+
+def meant(error: RuntimeError) -> Exception:
+    """What a native op's error is to a caller: a ValueError where it says something about a
+    value."""
+    said = _SENTENCE.search(str(error))
+    return error if said is None else ValueError(said[1])
+
+
+def overload(name: str) -> Any:
+    """A native op for calls that take no longer than a look-up, or None where the library is
+    missing: its only overload, without that one's frame in Python."""
+    if not _available:
+        return None
+    found = getattr(ops, name).default
+    return getattr(found, "_op", found)
 
 
 def _validated_isa() -> int:

@@ -1,6 +1,8 @@
 // Registers ema_update's native ops: checks what a direct caller of torch.ops could get wrong,
 // fills the C ABI's structs, calls the CPU kernel or the CUDA library. No arithmetic.
 #include <algorithm>
+#include <functional>
+#include <numeric>
 #include <utility>
 
 #include "describe.h"
@@ -51,15 +53,15 @@ void update_cpu(Tensors targets, Tensors sources, const Tensor& momentum, Tensor
 
 // Whether two targets share memory.
 bool overlap(const std::vector<jk_ema_tensor>& list) {
+  const auto begin = [](const jk_ema_tensor& e) { return static_cast<const char*>(e.target); };
+  const auto end = [&](const jk_ema_tensor& e) {
+    return begin(e) + e.numel * (e.target_dtype == JK_FLOAT32 ? 4 : 2);
+  };
+  bool rising = true;
+  for (size_t i = 1; i < list.size(); i++) rising = rising && end(list[i - 1]) <= begin(list[i]);
+  if (rising) return false;
   std::vector<std::pair<const char*, const char*>> spans;
-  spans.reserve(list.size());
-  bool sorted = true;
-  for (const jk_ema_tensor& e : list) {
-    const auto begin = static_cast<const char*>(e.target);
-    sorted = sorted && (spans.empty() || spans.back().second <= begin);
-    spans.emplace_back(begin, begin + e.numel * (e.target_dtype == JK_FLOAT32 ? 4 : 2));
-  }
-  if (sorted) return false;
+  for (const jk_ema_tensor& e : list) spans.emplace_back(begin(e), end(e));
   std::sort(spans.begin(), spans.end());
   for (size_t i = 1; i < spans.size(); i++)
     if (spans[i].first < spans[i - 1].second) return true;
@@ -118,10 +120,11 @@ bool read_plain(AtenTensorHandle t, Plain& plain) {
   if (layout != strided) return false;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(t, &contiguous));
   if (!contiguous) return false;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(t, &plain.numel));
-  if (plain.numel == 0) return false;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t, &plain.dim));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t, &plain.sizes));
+  plain.numel =
+      std::accumulate(plain.sizes, plain.sizes + plain.dim, int64_t{1}, std::multiplies<int64_t>());
+  if (plain.numel == 0) return false;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t, &plain.data));
   return true;
 }

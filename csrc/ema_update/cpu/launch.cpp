@@ -19,6 +19,11 @@ JK_EXPORT const char* jk_ema_update_cpu_fwd(const jk_ema_update_params* p, int i
   if (total == 0) return nullptr;
   constexpr jk_body kUpdate[] = {update<JK_ISA_PORTABLE>, JK_X86(update<JK_ISA_AVX2>)};
   Job job{p, ends.data()};
-  parallel_for(total, kGrain, jk::best_of(kUpdate, isa), &job);
+  const jk_body body = jk::best_of(kUpdate, isa);
+  if (total <= kGrain) {
+    body(0, total, &job);  // one piece needs no pool
+  } else {
+    parallel_for(total, kGrain, body, &job);
+  }
   return nullptr;
 }

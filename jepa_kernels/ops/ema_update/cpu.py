@@ -31,8 +31,7 @@ def forward(inputs: Inputs) -> None:
         )
 
 
-# Looked up once: a short list is updated in the time that a few look-ups take.
-_update_plain = native.ops.ema_update_plain_cpu_.default if native.available() else None
+_update_plain = native.overload("ema_update_plain_cpu_")
 
 
 def plain(inputs: Inputs) -> bool:

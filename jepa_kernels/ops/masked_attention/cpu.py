@@ -9,6 +9,8 @@ from ...backend import Backend, Reason
 from .inputs import Inputs, rows_of_channels, shape_reasons
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_forward = native.overload("masked_attention_cpu_fwd")
+_backward = native.overload("masked_attention_cpu_bwd")
 
 
 def unsupported(inputs: Inputs) -> list[Reason]:
@@ -16,16 +18,18 @@ def unsupported(inputs: Inputs) -> list[Reason]:
 
 
 def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    results: tuple[torch.Tensor, torch.Tensor] = native.call(
-        native.ops.masked_attention_cpu_fwd,
-        *inputs.tensors(),
-        inputs.query_times,
-        inputs.key_times,
-        inputs.grid,
-        inputs.scale,
-        inputs.window,
-        native.isa(),
-    )
+    try:
+        results: tuple[torch.Tensor, torch.Tensor] = _forward(
+            *inputs.tensors(),
+            inputs.query_times,
+            inputs.key_times,
+            inputs.grid,
+            inputs.scale,
+            inputs.window,
+            native.isa(),
+        )
+    except RuntimeError as error:
+        raise native.meant(error) from None
     return results
 
 
@@ -33,19 +37,21 @@ def backward(
     inputs: Inputs, saved: list[torch.Tensor], grad_out: torch.Tensor, needs: list[bool]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out, lse = saved
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = native.call(
-        native.ops.masked_attention_cpu_bwd,
-        rows_of_channels(grad_out),
-        *inputs.tensors(),
-        inputs.query_times,
-        inputs.key_times,
-        out,
-        lse,
-        inputs.grid,
-        inputs.scale,
-        inputs.window,
-        native.isa(),
-    )
+    try:
+        grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _backward(
+            rows_of_channels(grad_out),
+            *inputs.tensors(),
+            inputs.query_times,
+            inputs.key_times,
+            out,
+            lse,
+            inputs.grid,
+            inputs.scale,
+            inputs.window,
+            native.isa(),
+        )
+    except RuntimeError as error:
+        raise native.meant(error) from None
     return grads
 
 
