@@ -12,6 +12,7 @@ it. PICTURES are files of their own.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ from typing import Any
 from benchmarks import (
     architecture,
     code_tables,
+    compare_checkouts,
     efficiency_page,
     headlines,
     report_text,
@@ -171,6 +173,16 @@ def integration(name: str | None) -> str:
     return "\n".join(lines).strip() or "No record is committed yet."
 
 
+def checkouts(_: str | None) -> str:
+    """Every kernel of two commits, of each machine that compared them."""
+    found = [
+        compare_checkouts.table(json.loads(path.read_text(encoding="utf-8")))
+        + f"\n\nRecord: `{path.relative_to(ROOT)}`."
+        for path in sorted(RESULTS.glob("*/checkouts.json"))
+    ]
+    return "\n\n".join(found) or "No record is committed yet."
+
+
 PARTS: dict[str, Callable[[str | None], str]] = {
     "backends": code_tables.backends,
     "objectives": code_tables.objective_sections,
@@ -186,6 +198,7 @@ PARTS: dict[str, Callable[[str | None], str]] = {
     "sweep": sweep,
     "sample_efficiency": sample_efficiency,
     "integration": integration,
+    "checkouts": checkouts,
 }
 PICTURES: dict[str, Callable[[], str]] = {
     "docs/pictures/architecture.svg": architecture.picture,
