@@ -172,7 +172,7 @@ def test_compiling_again_gives_the_table(op: str) -> None:
     recompile(op, ("sm_90a",))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("op", sorted(TABLE["ops"]))
 def test_compiling_again_gives_the_table_on_the_other_architectures(op: str) -> None:
     recompile(op, tuple(a for a in cuda_gate.ARCHITECTURES if a != "sm_90a"))
