@@ -166,7 +166,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def main(folder: Path, kills: dict[str, int], interrupts: bool) -> int:
     logging.disable(logging.WARNING)
-    # A shell's background job is started with it ignored, and then no run would ever be interrupted.
+    # A shell's background job is started with it ignored: then no run would ever be interrupted.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     warm_up()
