@@ -246,7 +246,8 @@ class Function(Contract):
             return backend.compose(inputs)
         signature, values = self.signature, self.signature.values(inputs)
         if torch.compiler.is_compiling() or not _unwatched(
-            signature.given(values) if signature.has_lists else signature.tensors_of(values)
+            signature.given(values) if signature.has_lists else signature.tensors_of(values),
+            _PLAIN_OR_ABSENT,
         ):
             return self.forward_op(*values, backend.name)
         if not backend.checks_values:
@@ -288,12 +289,14 @@ class InPlace(Contract):
             name: the backend argument of the public function.
         """
         wanted = requested(name)[0]
+        if not is_plain(tensors):
+            return False
         first = self.candidates(inputs.device_type)[0] if wanted == "auto" else wanted
-        backend = self.backends[first]
+        backend = self.backends.get(first)  # another op may have the one that is asked for
         if (
-            backend.plain is None
-            or not is_plain(tensors)
-            or (wanted == "auto" and self.passed_by(backend.name, inputs) is not None)
+            backend is None
+            or backend.plain is None
+            or (wanted == "auto" and self.passed_by(first, inputs) is not None)
             or not backend.plain(inputs)
         ):
             return False
@@ -328,18 +331,18 @@ class InPlace(Contract):
                 torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
 
-def is_plain(tensors: Sequence[torch.Tensor | None]) -> bool:
+def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether nothing but a backend needs to see this call: no graph, mode, transform or
     subclass."""
-    return not torch.compiler.is_compiling() and _unwatched(tensors)
+    return not torch.compiler.is_compiling() and _unwatched(tensors, PLAIN)
 
 
-def _unwatched(tensors: Sequence[torch.Tensor | None]) -> bool:
-    """`is_plain` outside a graph."""
+def _unwatched(tensors: Sequence[torch.Tensor | None], plain: frozenset[type]) -> bool:
+    """`is_plain` outside a graph, of tensors whose types are among `plain`."""
     return (
         _get_current_dispatch_mode() is None
         and not torch._C._are_functorch_transforms_active()
-        and set(map(type, tensors)) <= _PLAIN_OR_ABSENT
+        and set(map(type, tensors)) <= plain
     )
 
 

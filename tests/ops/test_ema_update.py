@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from jepa_kernels import BACKENDS as BACKEND_NAMES
 from jepa_kernels import BackendUnsupportedError, ema_update_, explain, native, use_backend
 from jepa_kernels.ops.ema import stochastic
 from jepa_kernels.ops.ema_update.contract import OP, update_plain
@@ -614,6 +615,9 @@ def plain_calls() -> dict[str, tuple[bool, Any, Any]]:
         "overlapping in part": (False, [other[:30], other[10:]], [torch.randn(30)] * 2),
         "no list": (False, (torch.randn(3),), (torch.randn(3),)),
         "a subclass": (False, [torch.randn(3).as_subclass(Tagged)], [torch.randn(3)]),
+        "a number": (False, [1.0], [torch.randn(3)]),
+        "nothing": (False, [None], [torch.randn(3)]),
+        "no source": (False, [torch.randn(3)], [None]),
     }
 
 
@@ -627,11 +631,12 @@ def test_a_plain_call_is_the_usual_one(name):
     """Taken or left, the result, the version counters and the refusals are those of the usual
     way."""
     taken, targets, sources = plain_calls()[name]
-    before = [t.detach().clone() if t.layout == torch.strided else t for t in targets]
-    versions = [t._version for t in targets]
+    strided = [t for t in targets if isinstance(t, torch.Tensor) and t.layout == torch.strided]
+    before = [t.detach().clone() for t in strided]
+    versions = [t._version for t in strided]
     assert update_plain(targets, sources, 0.75, None) is taken
     if not taken:
-        assert all(torch.equal(t, b) for t, b in zip(targets, before) if t.layout == torch.strided)
+        assert all(torch.equal(t, b) for t, b in zip(strided, before, strict=True))
         return
     assert all(t._version > v for t, v in zip(targets, versions, strict=True))
     with patched_backend("ema_update", "cpu"):
@@ -655,3 +660,26 @@ def test_a_plain_call_takes_the_backend_that_is_asked_for():
         assert update_plain(*targets_and_sources(), 0.5, None)
     with pytest.raises(ValueError, match="be one of auto"):
         update_plain(*targets_and_sources(), 0.5, "fast")
+
+
+def test_the_usual_call_is_refused_in_one_sentence():
+    """Whatever it gives, in the words of the checks in Python."""
+    good = [torch.zeros(3)]
+    for targets, sources, argument in (
+        ([1.0], good, "targets"),
+        ([None], good, "targets"),
+        (good, [1.0], "sources"),
+        (good, [None], "sources"),
+    ):
+        with pytest.raises(
+            TypeError, match=rf"^ema_update_: {argument}\[0\] must be a tensor, got"
+        ):
+            ema_update_(targets, sources, 0.5)
+
+
+@pytest.mark.parametrize("name", sorted(set(BACKEND_NAMES) - set(OP.backends)))
+def test_a_backend_that_only_other_ops_have_is_refused(name):
+    targets, sources = [torch.zeros(3)], [torch.ones(3)]
+    with pytest.raises(BackendUnsupportedError, match=f"ema_update has no {name} backend"):
+        ema_update_(targets, sources, 0.5, backend=name)
+    assert not targets[0].any()
