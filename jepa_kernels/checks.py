@@ -125,3 +125,19 @@ def is_autocast_enabled(kind: str) -> bool:
     if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):
         return False
     return torch.is_autocast_enabled(kind)
+
+
+def under_autocast(kind: str, *values: Any) -> tuple[Any, ...]:
+    """The arguments of a product as torch's autocast gives them to it: float tensors, but for
+    float64, in its dtype, and what is no tensor as it is."""
+    if not is_autocast_enabled(kind):
+        return values
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        value.to(dtype)
+        if isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and value.dtype != torch.float64
+        else value
+        for value in values
+    )

@@ -13,7 +13,7 @@ from ... import triton_runtime
 from ...backend import Backend, Reason
 from ...device_tables import DeviceTables, upload
 from ..ema.lists import ROUNDINGS
-from ..ema.triton_launch import by_dtypes, dtype_of, on_device, on_the_device, weights
+from ..ema.triton_launch import by_dtypes, dtype_of, on_the_device, weights
 from ..ema.triton_table import table
 from .inputs import Inputs, kernel_reasons
 
@@ -26,7 +26,7 @@ def forward(inputs: Inputs) -> None:
     from .triton_kernels import BLOCK, FUSION, adamw_ema_kernel
 
     device = inputs.params[0].device
-    with inputs.flat() as flat, on_device(inputs.params[0]):
+    with inputs.flat() as flat, triton_runtime.device_of(inputs.params[0]):
         pointer, keep, take = weights(flat.momentum, device)
         seed = None if flat.seed is None else on_the_device(flat.seed, device)
         scalars = step_scalars(flat.steps, flat.hyper, flat.groups, flat.grad_scale, device)

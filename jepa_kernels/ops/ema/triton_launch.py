@@ -3,7 +3,6 @@ them."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,8 +46,3 @@ def on_the_device(scalar: torch.Tensor, device: torch.device) -> torch.Tensor:
     if scalar.device == device:
         return scalar
     return torch.full((), scalar.item(), dtype=scalar.dtype, device=device)
-
-
-def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from ... import triton_runtime
 from ...backend import Backend, Reason
 from ..ema.lists import ROUNDINGS
-from ..ema.triton_launch import by_dtypes, dtype_of, on_device, on_the_device, weights
+from ..ema.triton_launch import by_dtypes, dtype_of, on_the_device, weights
 from ..ema.triton_table import table
 from .inputs import Inputs, kernel_reasons
 
@@ -24,7 +24,7 @@ def forward(inputs: Inputs) -> None:
     device, seed = inputs.targets[0].device, inputs.seed
     with (
         inputs.flat() as (targets, copies, compensations, sources),
-        on_device(inputs.targets[0]),
+        triton_runtime.device_of(inputs.targets[0]),
     ):
         pointer, keep, take = weights(inputs.momentum, device)
         seed = None if seed is None else on_the_device(seed, device)

@@ -131,7 +131,8 @@ def masked_attention(
         >>> masked_attention(*qkv.unbind(2), query_ids=ids, rope=Rope3D((4, 4, 4))).shape
         torch.Size([2, 5, 4, 32])
     """
-    query, key, value = _autocast(query, key, value)
+    checks.is_tensor(NAME, "query", query)
+    query, key, value = checks.under_autocast(query.device.type, query, key, value)
     inputs = prepare(
         query,
         key,
@@ -150,21 +151,3 @@ def masked_attention(
     )
     out, lse = OP.run(inputs, resolve(OP, inputs, backend))
     return (out, lse) if return_lse else out
-
-
-def _autocast(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What torch's autocast does to scaled_dot_product_attention: float inputs take its dtype."""
-    checks.is_tensor(NAME, "query", query)
-    kind = query.device.type
-    if not checks.is_autocast_enabled(kind):
-        return query, key, value
-    for argument, tensor in (("key", key), ("value", value)):
-        checks.is_tensor(NAME, argument, tensor)
-    dtype = torch.get_autocast_dtype(kind)
-    query, key, value = (
-        t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in (query, key, value)
-    )
-    return query, key, value

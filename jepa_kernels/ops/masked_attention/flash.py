@@ -25,7 +25,7 @@ from ... import capability, checks, triton_runtime
 from ...backend import Backend, Reason
 from ...rope3d import rope_dim
 from .inputs import NAME, Inputs, shape_reasons, times_reasons
-from .triton_launch import alignment, id_strides, launch_options, on_device_of, panel_strides
+from .triton_launch import alignment, id_strides, launch_options, panel_strides
 from .triton_table import ROTATE_HEADS, ROTATE_TILE, channels
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -121,25 +121,10 @@ class Library:
         raise NotImplementedError
 
 
-class FlashAttention3(Library):
-    """Hopper's own instructions (Shah et al., arXiv 2407.08608). Forward always repeats; backward
-    has a deterministic switch."""
+class FlashAttention(Library):
+    """What FlashAttention 3 and 4 have in common."""
 
-    name = "FlashAttention 3"
-    module = "flash_attn_interface"
-    install = "built from github.com/Dao-AILab/flash-attention, folder hopper"
-    majors = (9,)
-    functions: ClassVar = {
-        "flash_attn_func": ("q", "k", "v", "softmax_scale", "return_attn_probs"),
-        "flash_attn_varlen_func": (
-            *("q", "k", "v", "softmax_scale", "return_attn_probs"),
-            *_OFFSETS,
-        ),
-        "_flash_attn_backward": (
-            *("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv"),
-            *("softmax_scale", "deterministic", *_OFFSETS),
-        ),
-    }
+    asks_lse: ClassVar[str]  # the argument that has forward return lse
 
     def forward(
         self,
@@ -155,10 +140,32 @@ class FlashAttention3(Library):
             k=key,
             v=value,
             softmax_scale=scale,
-            return_attn_probs=True,
             **({} if packed is None else packed.named()),
+            **{self.asks_lse: True},
         )
         return results
+
+
+class FlashAttention3(FlashAttention):
+    """Hopper's own instructions (Shah et al., arXiv 2407.08608). Forward always repeats; backward
+    has a deterministic switch."""
+
+    name = "FlashAttention 3"
+    module = "flash_attn_interface"
+    asks_lse = "return_attn_probs"
+    install = "built from github.com/Dao-AILab/flash-attention, folder hopper"
+    majors = (9,)
+    functions: ClassVar = {
+        "flash_attn_func": ("q", "k", "v", "softmax_scale", "return_attn_probs"),
+        "flash_attn_varlen_func": (
+            *("q", "k", "v", "softmax_scale", "return_attn_probs"),
+            *_OFFSETS,
+        ),
+        "_flash_attn_backward": (
+            *("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv"),
+            *("softmax_scale", "deterministic", *_OFFSETS),
+        ),
+    }
 
     def backward(
         self,
@@ -192,12 +199,13 @@ class FlashAttention3(Library):
         return grads
 
 
-class FlashAttention4(Library):
+class FlashAttention4(FlashAttention):
     """Hopper's and Blackwell's own instructions, compiled at the first call of each kind. Forward
     always repeats; backward has a deterministic switch, but not on compute capability 12."""
 
     name = "FlashAttention 4"
     module = "flash_attn.cute.interface"
+    asks_lse = "return_lse"
     install = "pip install jepa-kernels[flash]"
     majors = (9, 10, 11, 12)
     functions: ClassVar = {
@@ -213,25 +221,6 @@ class FlashAttention4(Library):
         if major == 12 and deterministic:
             return f"{self.name} has no deterministic backward on compute capability 12"
         return super().obstacle(major, deterministic)
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        packed: Packed | None,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        results: tuple[torch.Tensor, torch.Tensor] = self.call(
-            "flash_attn_func" if packed is None else "flash_attn_varlen_func",
-            q=query,
-            k=key,
-            v=value,
-            softmax_scale=scale,
-            return_lse=True,
-            **({} if packed is None else packed.named()),
-        )
-        return results
 
     def backward(
         self,
@@ -406,7 +395,7 @@ def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         return query.new_zeros(query.shape), lse
     attention = library()
     assert attention is not None
-    with on_device_of(query):
+    with triton_runtime.device_of(query):
         query, key = _rotated(inputs, query, key)
         out, lse = attention.forward(query, key, _aligned(value), packed, inputs.scale)
         if list(lse.shape) != inputs.lse_shape():
@@ -430,7 +419,7 @@ def backward(
         return tuple(t.new_zeros(t.shape) for t in (query, key, value))
     attention = library()
     assert attention is not None
-    with on_device_of(query):
+    with triton_runtime.device_of(query):
         query, key = _rotated(inputs, query, key)
         grads = attention.backward(
             _aligned(grad_out.contiguous()),

@@ -16,7 +16,7 @@ from ... import triton_runtime
 from ...backend import Backend, Reason
 from ...rope3d import rope_dim
 from .inputs import Inputs, rows_of_channels, shape_reasons
-from .triton_launch import alignment, id_strides, launch_options, on_device_of, panel_strides
+from .triton_launch import alignment, id_strides, launch_options, panel_strides
 from .triton_table import ROTATE_HEADS, ROTATE_TILE, Tile, channels, tile
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,7 +34,7 @@ def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     case = _Case(inputs)
     lse = query.new_empty(inputs.lse_shape(), dtype=torch.float32)
-    with on_device_of(query):
+    with triton_runtime.device_of(query):
         if inputs.rope_table is not None:
             key = case.rotated(key, inputs.key_ids)
         case.launch(
@@ -82,7 +82,7 @@ def backward(
         inputs.query_times,
         inputs.key_times,
     )
-    with on_device_of(query):
+    with triton_runtime.device_of(query):
         if inputs.rope_table is not None:
             query = case.rotated(query, inputs.query_ids)
             key = case.rotated(key, inputs.key_ids)

@@ -3,17 +3,11 @@ not import triton."""
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 
 from .triton_table import Tile
-
-
-def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def launch_options(shape: Tile) -> dict[str, Any]:

@@ -69,7 +69,8 @@ def sliced_gaussianity(
         >>> bool(sliced_gaussianity(x) < 0.01 * sliced_gaussianity(x + 1.0))
         True
     """
-    features, directions = _autocast(features, directions)
+    checks.is_tensor(NAME, "features", features)
+    features, directions = checks.under_autocast(features.device.type, features, directions)
     inputs = prepare(
         features,
         directions,
@@ -87,24 +88,3 @@ def sliced_gaussianity(
     return statistic(
         total[:-1].view_as(out), total[-1].detach(), inputs.points, inputs.largest_point
     )
-
-
-def _autocast(
-    features: torch.Tensor, directions: torch.Tensor | int
-) -> tuple[torch.Tensor, torch.Tensor | int]:
-    """What torch's autocast does to a product: float inputs take its dtype."""
-    checks.is_tensor(NAME, "features", features)
-    kind = features.device.type
-    if not checks.is_autocast_enabled(kind):
-        return features, directions
-    dtype = torch.get_autocast_dtype(kind)
-
-    def cast(value: Any) -> Any:
-        narrowed = (
-            isinstance(value, torch.Tensor)
-            and value.is_floating_point()
-            and value.dtype != torch.float64
-        )
-        return value.to(dtype) if narrowed else value
-
-    return cast(features), cast(directions)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ... import checks
@@ -75,29 +73,9 @@ def visible_patch_embed(
         >>> visible_patch_embed(clip, conv.weight, conv.bias, ids=ids).shape
         torch.Size([2, 4, 32])
     """
-    weight, bias = _autocast(clip, weight, bias)
+    checks.is_tensor(NAME, "clip", clip)
+    weight, bias = checks.under_autocast(clip.device.type, weight, bias)
     inputs = prepare(
         clip, weight, bias, ids=ids, cu_seqlens=cu_seqlens, mean=mean, std=std, scale=scale
     )
     return OP.run(inputs, resolve(OP, inputs, backend))[0]
-
-
-def _autocast(
-    clip: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What torch's autocast does to the weights of a linear layer."""
-    checks.is_tensor(NAME, "clip", clip)
-    kind = clip.device.type
-    if not checks.is_autocast_enabled(kind):
-        return weight, bias
-    dtype = torch.get_autocast_dtype(kind)
-
-    def cast(value: Any) -> Any:
-        narrowed = (
-            isinstance(value, torch.Tensor)
-            and value.is_floating_point()
-            and value.dtype != torch.float64
-        )
-        return value.to(dtype) if narrowed else value
-
-    return cast(weight), cast(bias)

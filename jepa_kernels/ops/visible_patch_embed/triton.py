@@ -7,7 +7,6 @@ CUDA graph.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -133,9 +132,6 @@ def _sizes(inputs: Inputs) -> dict[str, int]:
     return {"CHANNELS": inputs.clip.shape[1], "DEPTH": depth, "HIGH": high, "WIDE": wide}
 
 
-def _device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-BACKEND = product_backend("triton", triton_runtime.DEVICES, unsupported, Triton(), _device_of)
+BACKEND = product_backend(
+    "triton", triton_runtime.DEVICES, unsupported, Triton(), triton_runtime.device_of
+)
