@@ -111,5 +111,13 @@ inline void check_sentence(const char* sentence) { STD_TORCH_CHECK(sentence == n
 void* cuda_symbol(const char* name);
 // The current CUDA stream of the device, as torch sees it.
 void* cuda_stream(int32_t device);
+// Calls one of its functions, by name, on the current stream of the device of `like`.
+template <class Params>
+inline void run_on_gpu(const char* name, const Params& p, const Tensor& like) {
+  const auto run = reinterpret_cast<const char* (*)(const Params*, void*)>(cuda_symbol(name));
+  const int32_t device = like.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  check_sentence(run(&p, cuda_stream(device)));
+}
 
 }  // namespace jk

@@ -139,11 +139,7 @@ void step_cuda(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_
   check_lists(l, hyper, rounding);
   const auto list = entries(l, rounding);
   const auto p = describe(l, list, hyper, momentum, rounding, seed, grad_scale, found_inf);
-  const auto run = reinterpret_cast<const char* (*)(const jk_adamw_ema_params*, void*)>(
-      cuda_symbol("jk_adamw_ema_cuda_fwd"));
-  const int32_t device = l.params[0].get_device_index();
-  torch::stable::accelerator::DeviceGuard guard(device);
-  check_sentence(run(&p, cuda_stream(device)));
+  run_on_gpu("jk_adamw_ema_cuda_fwd", p, l.params[0]);
 }
 
 }  // namespace

@@ -170,11 +170,7 @@ void update_cuda(Tensors targets, Tensors sources, const Tensor& momentum, Tenso
   if (targets.empty()) return;
   const auto list = entries(targets, sources, copies, compensations, streams, rounding);
   const auto p = describe(list, momentum, rounding, seed);
-  const auto run = reinterpret_cast<const char* (*)(const jk_ema_update_params*, void*)>(
-      cuda_symbol("jk_ema_update_cuda_fwd"));
-  const int32_t device = targets[0].get_device_index();
-  torch::stable::accelerator::DeviceGuard guard(device);
-  check_sentence(run(&p, cuda_stream(device)));
+  run_on_gpu("jk_ema_update_cuda_fwd", p, targets[0]);
 }
 
 }  // namespace

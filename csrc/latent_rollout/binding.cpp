@@ -61,9 +61,7 @@ struct Device {
       check_sentence(cpu(&p, isa_code(isa), parallel_for));
       return;
     }
-    const auto kernel = reinterpret_cast<Sentence (*)(const Params*, void*)>(cuda_symbol(name));
-    torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-    check_sentence(kernel(&p, cuda_stream(like.get_device_index())));
+    run_on_gpu(name, p, like);
   }
 };
 

@@ -37,10 +37,7 @@ void run(const jk_sliced_gaussianity_params& p, const Tensor& like, int64_t isa,
     check_sentence(cpu(&p, isa_code(isa), parallel_for));
     return;
   }
-  const auto kernel = reinterpret_cast<const char* (*)(const jk_sliced_gaussianity_params*, void*)>(
-      cuda_symbol(name));
-  torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  check_sentence(kernel(&p, cuda_stream(like.get_device_index())));
+  run_on_gpu(name, p, like);
 }
 
 Tensor sums(const Tensor& projections, int64_t knots, double spacing, int64_t isa) {
@@ -49,7 +46,7 @@ Tensor sums(const Tensor& projections, int64_t knots, double spacing, int64_t is
                                       : reinterpret_cast<int64_t (*)(int64_t)>(cuda_symbol(
                                             "jk_sliced_gaussianity_cuda_piece_rows"))(p.rows);
   p.pieces = (p.rows + p.piece_rows - 1) / p.piece_rows;
-  Tensor out = torch::stable::new_empty(projections, {p.pieces, 2, knots, p.columns});
+  Tensor out = fresh_tensor(projections, {p.pieces, 2, knots, p.columns});
   p.sums = out.mutable_data_ptr<float>();
   run(p, projections, isa, jk_sliced_gaussianity_cpu_sums, "jk_sliced_gaussianity_cuda_sums");
   return out;

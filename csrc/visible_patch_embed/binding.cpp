@@ -65,12 +65,6 @@ void add_rows(Params& p, const Tensor& rows, const Tensor& clip) {
   p.count = rows.size(0);
 }
 
-void on_gpu(const char* name, const Params& p, const Tensor& clip) {
-  const auto kernel = reinterpret_cast<const char* (*)(const Params*, void*)>(cuda_symbol(name));
-  torch::stable::accelerator::DeviceGuard guard(clip.get_device_index());
-  check_sentence(kernel(&p, cuda_stream(clip.get_device_index())));
-}
-
 void gather(Tensor pixels, const Tensor& clip, const Tensor& rows, const Tensor& normalisation,
             int64_t depth, int64_t high, int64_t wide, int64_t isa) {
   Params p = describe(clip, normalisation, depth, high, wide);
@@ -105,7 +99,7 @@ void scatter(Tensor clip, const Tensor& of_pixels, const Tensor& order, const Te
     check_sentence(jk_visible_patch_embed_cpu_scatter(&p, isa_code(isa), parallel_for));
     return;
   }
-  on_gpu("jk_visible_patch_embed_cuda_scatter", p, clip);
+  run_on_gpu("jk_visible_patch_embed_cuda_scatter", p, clip);
 }
 
 // The weight as it is, or the gradient of the output, in the dtype of products.
@@ -127,9 +121,9 @@ Tensor embed(const Tensor& clip, const Tensor& rows, const Tensor& normalisation
     check(bias->dim() == 1 && bias->size(0) == p.width, "bias", "be [D]");
     p.bias = bias->const_data_ptr();
   }
-  Tensor out = torch::stable::new_empty(weight, {p.count, p.width});
+  Tensor out = fresh_tensor(weight, {p.count, p.width});
   p.out = out.mutable_data_ptr();
-  on_gpu("jk_visible_patch_embed_cuda_embed", p, clip);
+  run_on_gpu("jk_visible_patch_embed_cuda_embed", p, clip);
   return out;
 }
 
@@ -144,9 +138,9 @@ Tensor weight_gradient(const Tensor& clip, const Tensor& rows, const Tensor& nor
   p.piece_rows = reinterpret_cast<int64_t (*)(int64_t, int64_t, int64_t)>(
       cuda_symbol("jk_visible_patch_embed_cuda_piece_rows"))(p.count, p.width, pixels_of(p));
   p.pieces = std::max<int64_t>(1, (p.count + p.piece_rows - 1) / p.piece_rows);
-  Tensor out = torch::stable::new_empty(normalisation, {p.pieces, p.width, pixels_of(p)});
+  Tensor out = fresh_tensor(normalisation, {p.pieces, p.width, pixels_of(p)});
   p.weight_gradient = out.mutable_data_ptr<float>();
-  on_gpu("jk_visible_patch_embed_cuda_weight_gradient", p, clip);
+  run_on_gpu("jk_visible_patch_embed_cuda_weight_gradient", p, clip);
   return out;
 }
 
